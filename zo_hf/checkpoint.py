@@ -1,0 +1,124 @@
+"""What a checkpoint holds beside the model: enough to continue with the same bits.
+
+    model.safetensors              the model of that step, coordinates folded in: loads with `from_pretrained`
+    zo_state.json                  the engine's numbers, and the settings they belong to
+    zo_coordinates.safetensors     the coordinates
+    zo_base.safetensors            the weights as of the last fold; only where the coordinates are not zero
+
+At a step that folds, the coordinates are zero and the model itself is the base: nothing large is written twice. Several
+checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
+their coordinates are the model's own weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zo_hf.subspaces.adapter import Adapter
+from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.zeroth_order import ZerothOrder
+
+STATE_FILE = "zo_state.json"
+COORDINATES_FILE = "zo_coordinates.safetensors"
+BASE_FILE = "zo_base.safetensors"
+
+
+class CheckpointWriter:
+    """Writes an engine's part of checkpoints, and remembers the last base file so that the next can share it."""
+
+    def __init__(self) -> None:
+        self._last_base: tuple[int, Path] | None = None
+
+    def save(self, zo: ZerothOrder, folder: Path) -> None:
+        """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest."""
+        subspace = zo.subspace
+        state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict()}
+        if isinstance(subspace, LowRank):
+            state["drawn_at"] = subspace.drawn_at
+            state["at_origin"] = subspace.at_origin
+            if not subspace.at_origin:
+                save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
+                self._save_base(subspace, folder / BASE_FILE)
+        elif isinstance(subspace, Adapter):
+            # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
+            save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+
+    def _save_base(self, subspace: LowRank, path: Path) -> None:
+        if self._last_base is not None:
+            drawn_at, previous = self._last_base
+            if drawn_at == subspace.drawn_at and previous.exists():
+                try:
+                    os.link(previous, path)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(previous, path)
+                return
+        save_file(_detached(subspace.base_state()), path)
+        self._last_base = (subspace.drawn_at, path)
+
+
+def load(zo: ZerothOrder, folder: Path) -> bool:
+    """Put the engine, its coordinates and the model's base weights in the state that `folder` holds.
+
+    The optimizer's state is not part of it. Returns False, and changes nothing, where the folder has no engine state.
+
+    Raises:
+        ValueError: the checkpoint was written with other settings; the message names the first that differs.
+    """
+    if not (folder / STATE_FILE).exists():
+        return False
+    state = json.loads((folder / STATE_FILE).read_text())
+    for name, now in settings(zo).items():
+        then = state["settings"].get(name)
+        if then != now:
+            raise ValueError(
+                f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
+            )
+    subspace = zo.subspace
+    with torch.no_grad():
+        if (folder / COORDINATES_FILE).exists():
+            _copy(load_file(folder / COORDINATES_FILE), dict(subspace.coordinates))
+        if (folder / BASE_FILE).exists() and isinstance(subspace, LowRank):
+            _copy(load_file(folder / BASE_FILE), subspace.base_state())
+    if isinstance(subspace, LowRank):
+        subspace.draw_bases(state["drawn_at"])
+        subspace.coordinates_changed()
+        if state["at_origin"]:
+            subspace.set_origin()
+    zo.load_state_dict(state["engine"])
+    return True
+
+
+def settings(zo: ZerothOrder) -> dict[str, Any]:
+    """What must be the same for a run to continue, under the names of the options."""
+    subspace = zo.subspace
+    low_rank = isinstance(subspace, LowRank)
+    return {
+        "zo_subspace": subspace.name,
+        "zo_rank": subspace.rank if low_rank else None,
+        "zo_fold_steps": subspace.fold_steps if low_rank else None,
+        "zo_eps": zo.estimator.eps,
+        "zo_estimator": zo.estimator.name,
+        "zo_num_directions": zo.estimator.num_directions,
+        "zo_direction": zo.distribution.name,
+        "zo_normalize": zo.normalisation is not None,
+        "seed": zo.seed,
+        "coordinates": subspace.dimension,
+    }
+
+
+def _detached(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])

@@ -1,0 +1,187 @@
+"""`ZOConfig`: Trainer's arguments and every option of zeroth-order training, validated together."""
+
+# No postponed annotations here: HfArgumentParser reads the types of the fields.
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.estimators import ESTIMATORS
+from zo_hf.subspaces import SUBSPACES
+
+_NEEDS_BACKWARD = (
+    OptimizerNames.LOMO,
+    OptimizerNames.ADALOMO,
+    OptimizerNames.GALORE_ADAMW,
+    OptimizerNames.GALORE_ADAMW_8BIT,
+    OptimizerNames.GALORE_ADAFACTOR,
+    OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+)
+_SCHEDULE_FREE = (
+    OptimizerNames.SCHEDULE_FREE_ADAMW,
+    OptimizerNames.SCHEDULE_FREE_RADAM,
+    OptimizerNames.SCHEDULE_FREE_SGD,
+)
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """Arguments of `ZOTrainer`: those of `transformers.TrainingArguments`, with the defaults below, and the `zo_*` ones.
+
+    Raises:
+        ValueError: an option cannot work forward-only; the message names it and what to use instead.
+    """
+
+    learning_rate: float = field(
+        default=5e-5,
+        metadata={
+            "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
+            "learning_rate x c x z. The best value depends on the model; try a few."
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "The learning rate schedule; constant as in MeZO. Any of Trainer's schedules works."},
+    )
+    optim: str = field(
+        default="sgd",
+        metadata={
+            "help": "The optimizer of the coordinates: sgd (pass momentum through optim_args), adamw_torch, adafactor "
+            "and any other that Trainer knows and that needs nothing but gradients."
+        },
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Maximum norm of the estimated gradient; 0 does not clip. The norm of a zeroth-order estimate is "
+            "about |c| x sqrt(number of coordinates), far above a backward pass's, so Trainer's default of 1 would "
+            "turn every step into a normalised one."
+        },
+    )
+    zo_subspace: str = field(
+        default="auto",
+        metadata={
+            "help": "Which tensors move: low_rank (float32 factors of every matrix, every 1-D parameter), full (all "
+            "weights, MeZO's algorithm), adapter (the trainable weights of a PEFT model), or auto: adapter for a PEFT "
+            "model, else low_rank."
+        },
+    )
+    zo_rank: int = field(default=4, metadata={"help": "Rank r of the low-rank factors."})
+    zo_fold_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Steps after which the low-rank factors are added to the weights and a new V is drawn; 0 never "
+            "folds. A checkpoint is smallest when save_steps is a multiple of it."
+        },
+    )
+    zo_eps: str | float = field(
+        default="auto",
+        metadata={"help": "Distance of a probe along the direction; auto is 1e-3 for weights and 1e-2 for adapters."},
+    )
+    zo_estimator: str = field(
+        default="two_point", metadata={"help": "How losses become projected gradients: two_point."}
+    )
+    zo_direction: str = field(
+        default="gaussian", metadata={"help": "What directions are drawn from: gaussian or rademacher."}
+    )
+    zo_num_directions: int = field(
+        default=1, metadata={"help": "Directions per step (q); a step costs 2q forward passes."}
+    )
+    zo_normalize: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide c by its running root mean square, which makes the learning rate the length of a step per "
+            "coordinate whatever the scale of the loss."
+        },
+    )
+    zo_batched_probes: str | bool = field(
+        default="auto",
+        metadata={
+            "help": "Evaluate all probes of a step in one batch: true, false, or auto, which does so if the first step "
+            "gives the same losses both ways. Batched probes are faster and hold twice the activations."
+        },
+    )
+    zo_target_modules: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters that move: a regular expression that matches the whole name of a parameter or module, "
+            "or a list of name endings. Default: all trainable ones."
+        },
+    )
+    zo_exclude_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Parameters that do not move, written as for zo_target_modules."}
+    )
+
+    def __post_init__(self) -> None:
+        self._read_numbers()
+        self._check_zo_options()
+        self._check_trainer_options()
+        super().__post_init__()
+
+    def _read_numbers(self) -> None:
+        """The command line hands over words where an option is a word or a number."""
+        if isinstance(self.zo_eps, str) and self.zo_eps != "auto":
+            try:
+                self.zo_eps = float(self.zo_eps)
+            except ValueError:
+                raise ValueError(f"zo_eps={self.zo_eps!r} is not a number; give one, or 'auto'.") from None
+        words = {"true": True, "false": False}
+        if isinstance(self.zo_batched_probes, str):
+            self.zo_batched_probes = words.get(self.zo_batched_probes.lower(), self.zo_batched_probes)
+
+    def _check_zo_options(self) -> None:
+        _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
+        _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
+        _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
+        _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
+        if self.zo_rank < 1:
+            raise ValueError(f"zo_rank={self.zo_rank} must be at least 1; 4 is a good start.")
+        if self.zo_fold_steps < 0:
+            raise ValueError(f"zo_fold_steps={self.zo_fold_steps} must not be negative; use 0 to never fold.")
+        if self.zo_eps != "auto" and not 0 < float(self.zo_eps) < float("inf"):
+            raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
+        if self.zo_num_directions < 1:
+            raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1.")
+
+    def _check_trainer_options(self) -> None:
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha adds noise in training mode only, and probes run in evaluation mode; leave it out."
+            )
+        if self.deepspeed:
+            raise ValueError("deepspeed partitions gradients, of which there are none; leave it out.")
+        if self.fsdp:
+            raise ValueError("fsdp is not supported yet; leave it out: forward-only training needs no sharded gradients.")
+        if self.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing saves memory in a backward pass, of which there is none; leave it out."
+            )
+        if self.optim in _NEEDS_BACKWARD:
+            raise ValueError(
+                f"optim={str(self.optim)!r} hooks into the backward pass; use 'sgd' or 'adamw_torch': their state is "
+                "small in a low-rank subspace."
+            )
+        if self.optim in _SCHEDULE_FREE:
+            raise ValueError(
+                f"optim={str(self.optim)!r} swaps parameters between training and evaluation; use 'sgd' or 'adamw_torch'."
+            )
+        if self.zo_subspace == "full" and self.optim != OptimizerNames.SGD:
+            raise ValueError(
+                f"optim={str(self.optim)!r} needs gradients, which zo_subspace='full' never holds; use optim='sgd', or "
+                "zo_subspace='low_rank'."
+            )
+        if self.zo_subspace == "full" and self.optim_args:
+            raise ValueError(
+                f"optim_args={self.optim_args!r} has no effect on the seeded SGD of zo_subspace='full'; leave it out, or "
+                "use zo_subspace='low_rank'."
+            )
+
+
+def _choose(option: str, value: object, choices: list) -> None:
+    if value not in choices:
+        raise ValueError(f"{option}={value!r} is unknown; choose one of {', '.join(map(str, choices))}.")

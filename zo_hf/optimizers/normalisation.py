@@ -1,0 +1,30 @@
+"""The scalar-normalised step (MEAZO, arXiv 2605.03869): the size of c is divided out by its running root mean square.
+
+    v ← β·v + (1 - β)·c²        c ← c / √(v / (1 - βᵗ))
+
+It gives zeroth-order Adam's insensitivity to the scale of the loss for one number of memory. The learning rate is then
+the root mean square length of a step per coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BETA = 0.99
+
+
+@dataclass
+class ScalarNormalisation:
+    """Running mean of c² over steps, and how many steps it has seen."""
+
+    mean_square: float = 0.0
+    steps: int = 0
+
+    def __call__(self, projected_gradients: Sequence[float]) -> list[float]:
+        """The projected gradients of one step (finite), divided by the running root mean square that includes them."""
+        square = sum(c * c for c in projected_gradients) / len(projected_gradients)
+        self.mean_square = BETA * self.mean_square + (1 - BETA) * square
+        self.steps += 1
+        root = (self.mean_square / (1 - BETA**self.steps)) ** 0.5
+        return [c / root if root > 0 else 0.0 for c in projected_gradients]

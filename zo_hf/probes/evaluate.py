@@ -1,0 +1,107 @@
+"""Evaluating the probes of a step: one after another, or all in one batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions import Distribution
+from zo_hf.probes.probe import NotBatchable, Probe
+from zo_hf.subspaces.subspace import StreamOf, Subspace
+
+logger = logging.getLogger(__name__)
+
+# How far batched and sequential losses may differ, relative to the loss: rounding, by the dtype they are computed in.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@runtime_checkable
+class BatchableLoss(Protocol):
+    """A loss that can also be evaluated for several probes in one forward pass."""
+
+    rows: int
+
+    def __call__(self) -> Tensor: ...
+
+    def batched(self, copies: int) -> Tensor: ...
+
+
+class ProbeEvaluator:
+    """Losses at a list of probes.
+
+    Args:
+        batched: True, False, or "auto": in one batch if that gives the same losses as one after another, which the
+            first step checks by doing both.
+
+    Attributes:
+        batched: the choice made; None until "auto" has decided.
+        forward_passes: evaluations of the loss so far.
+    """
+
+    def __init__(self, batched: bool | str = "auto") -> None:
+        self.batched = None if batched == "auto" else bool(batched)
+        self.forward_passes = 0
+
+    def losses(
+        self,
+        subspace: Subspace,
+        closure: Callable[[], Tensor],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+    ) -> Tensor:
+        """Losses at the probes, float64 (float32 where the device has none) of shape (len(probes),).
+
+        Raises:
+            NotBatchable: batched evaluation was asked for and the model or the loss cannot do it.
+        """
+
+        def sequential() -> Tensor:
+            values = []
+            for probe in probes:
+                with subspace.at((probe,), stream_of, distribution):
+                    values.append(closure().detach())
+            return torch.stack(values)
+
+        def batched() -> Tensor:
+            if not isinstance(closure, BatchableLoss):
+                raise NotBatchable("the loss is not the model's own")
+            with subspace.at(probes, stream_of, distribution, rows=closure.rows):
+                return closure.batched(len(probes)).detach()
+
+        self.forward_passes += len(probes)
+        with torch.no_grad():
+            if self.batched is None:
+                values = self._decide(sequential, batched, len(probes))
+            else:
+                values = batched() if self.batched else sequential()
+        return values.float() if values.device.type == "mps" else values.double()
+
+    def _decide(self, sequential: Callable[[], Tensor], batched: Callable[[], Tensor], probes: int) -> Tensor:
+        expected = sequential()
+        try:
+            actual = batched()
+            self.forward_passes += probes
+        except (NotBatchable, torch.OutOfMemoryError) as error:
+            self._choose(False, str(error).split("\n")[0])
+            return expected
+        error = (_spread(actual) - _spread(expected)).abs().max().item()
+        allowed = _ROUNDING.get(expected.dtype, 3e-2) * max(1.0, expected.abs().max().item())
+        if not error <= allowed + 0.02 * _spread(expected).abs().max().item():
+            self._choose(False, f"in one batch the losses differ by {error:.2g}")
+            return expected
+        self._choose(True, f"in one batch the losses agree to {error:.2g}")
+        return actual
+
+    def _choose(self, batched: bool, reason: str) -> None:
+        self.batched = batched
+        logger.info("zo_batched_probes='auto' chose %s: %s", batched, reason)
+
+
+def _spread(losses: Tensor) -> Tensor:
+    """Losses relative to their mean: what the estimate is made of."""
+    return losses - losses.mean()

@@ -1,0 +1,12 @@
+"""Which tensors move, and how they enter the forward."""
+
+from __future__ import annotations
+
+from zo_hf.subspaces.adapter import Adapter
+from zo_hf.subspaces.full import Full
+from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces.subspace import Subspace
+
+SUBSPACES: dict[str, type[Subspace]] = {kind.name: kind for kind in (LowRank, Full, Adapter)}
+
+__all__ = ["SUBSPACES", "Adapter", "Full", "LowRank", "Subspace"]

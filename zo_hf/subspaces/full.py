@@ -1,0 +1,172 @@
+"""All weights as coordinates, with a dense direction: MeZO (Malladi et al., arXiv 2305.17333), formula (1)-(2).
+
+    probe:   W' = W ± ε · z        formed a tile at a time inside the forward of the module that holds W
+    update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
+
+No gradient and no direction is ever held. In half precision the perturbation is a product of its own,
+x · Wᵀ ± ε · x · zᵀ, because W ± ε · z would round most of it away; z is then rounded to the weight's dtype, in the
+update too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.directions import Distribution, Purpose, Stream, draw_rows, draw_slice
+from zo_hf.probes.probe import NotBatchable
+from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
+from zo_hf.subspaces.shadow import HALF, run_groups
+from zo_hf.subspaces.sites import Pattern, Site
+from zo_hf.subspaces.subspace import StreamOf, Subspace
+
+# Elements of a weight perturbed or updated at a time: small enough to stay in cache beside its noise.
+TILE = 1 << 18
+
+
+class Full(Subspace):
+    """Moves every selected parameter itself, without ever holding its gradient.
+
+    Attributes:
+        pending: what `SeededSGD` applies at its next step, a list of (stream, coefficient).
+    """
+
+    name = "full"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Pattern = None,
+        exclude_modules: Pattern = None,
+        among: Iterable[Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, target_modules, exclude_modules, among, seed)
+        self.coordinates = {site.name: site.parameter for site in self.sites}
+        self.site_of = {id(site.parameter): site for site in self.sites}
+        self.pending: list[tuple[Stream, float]] = []
+        self.distribution: Distribution | None = None
+
+    def moved(self, module: nn.Module) -> bool:
+        return bool(self.probes)
+
+    def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        holders = self._holders[module]
+        weight = holders.get("weight")
+        if weight is not None and type(module).forward is nn.Linear.forward:
+            x = args[0] if args else kwargs["input"]
+            return self._linear(module, weight, holders.get("bias"), x)
+        if weight is not None and type(module).forward is nn.Embedding.forward:
+            ids = args[0] if args else kwargs["input"]
+            return self._lookup(weight, original(*args, **kwargs), ids)
+
+        def parameters(group: int) -> dict[str, Tensor]:
+            return {attribute: self._perturbed(site, group) for attribute, site in holders.items()}
+
+        return run_groups(module, parameters, len(self.probes), self.rows_per_probe, args, kwargs)
+
+    def _linear(self, module: nn.Linear, weight: Site, bias: Site | None, x: Tensor) -> Tensor:
+        """x: (..., n) -> (..., m), a tile of output features at a time."""
+        features_out, features_in = weight.parameter.shape
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        groups = len(self.probes)
+        rows = x.numel() // features_in
+        if rows % groups:
+            raise NotBatchable(f"a linear layer sees {rows} rows, which {groups} probes cannot share equally")
+        parts = x.reshape(groups, rows // groups, features_in).to(dtype)
+        output = parts.new_empty(groups, rows // groups, features_out)
+        tile = max(1, TILE // features_in)
+        for start in range(0, features_out, tile):
+            stop = min(start + tile, features_out)
+            base = weight.parameter.detach()[start:stop]
+            noise = None
+            for group, probe in enumerate(self.probes):
+                if group == 0 or probe.direction != self.probes[group - 1].direction:
+                    noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
+                    noise = noise.view(base.shape)
+                out = output[group, :, start:stop]
+                if dtype in HALF:
+                    torch.mm(parts[group], base.to(dtype).t(), out=out)
+                    out.addmm_(parts[group], noise.to(dtype).t(), alpha=probe.scale)
+                else:
+                    torch.mm(parts[group], torch.add(base, noise, alpha=probe.scale).t(), out=out)
+        if bias is not None:
+            output += torch.stack([self._perturbed(bias, group) for group in range(groups)])[:, None].to(dtype)
+        elif module.bias is not None:
+            output += module.bias.to(dtype)
+        return output.view(*x.shape[:-1], features_out)
+
+    def _lookup(self, weight: Site, output: Tensor, ids: Tensor) -> Tensor:
+        """ids: (...); output: (..., n), to which scale · z[ids] is added for each group of the batch."""
+        groups = len(self.probes)
+        if ids.shape[0] == 1 and groups > 1:
+            output = output.expand(groups * self.rows_per_probe, *output.shape[1:]).clone()
+            ids = ids.expand(groups * self.rows_per_probe, *ids.shape[1:])
+        if ids.shape[0] % groups:
+            raise NotBatchable(f"an embedding sees {ids.shape[0]} rows, which {groups} probes cannot share equally")
+        for probe, part, part_ids in zip(self.probes, output.chunk(groups), ids.chunk(groups), strict=True):
+            rows, inverse = part_ids.unique(return_inverse=True)
+            stream = self._stream_of(probe.direction)
+            noise = draw_rows(stream, weight.name, rows, weight.parameter.shape[1], self._distribution)
+            part.add_(noise[inverse].to(part.dtype), alpha=probe.scale)
+        return output
+
+    def _perturbed(self, site: Site, group: int) -> Tensor:
+        probe = self.probes[group]
+        noise = self._noise(site, probe.direction, 0, site.parameter.numel()).view(site.parameter.shape)
+        dtype = torch.float64 if site.parameter.dtype == torch.float64 else torch.float32
+        return torch.add(site.parameter.detach().to(dtype), noise.to(dtype), alpha=probe.scale)
+
+    def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
+        return draw_in_weight_dtype(self._stream_of(direction), site, start, stop, self._distribution)
+
+    def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
+        self._stream_of, self._distribution = stream_of, distribution
+
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
+        self.distribution = distribution
+        self.pending = [(stream_of(index), coefficient) for index, coefficient in enumerate(coefficients)]
+
+    def clear_gradient(self) -> None:
+        self.pending = []
+
+    def clip_gradient(self, max_norm: float) -> float:
+        """Scale the pending update to at most `max_norm`; returns the norm before.
+
+        The norm is the expected one, √d · √Σ cᵢ² (exact for one Rademacher direction), since computing it would take a
+        pass over all weights.
+        """
+        norm = float(self.dimension**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
+        if norm > max_norm:
+            self.pending = [(stream, c * max_norm / norm) for stream, c in self.pending]
+        return norm
+
+    @torch.no_grad()
+    def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:
+        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time."""
+        assert self.distribution is not None
+        site = self.site_of[id(parameter)]
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), TILE):
+            stop = min(start + TILE, len(flat))
+            value = flat[start:stop].float() if flat.dtype in HALF else flat[start:stop]
+            if decay != 1.0:
+                value.mul_(decay)
+            for stream, coefficient in self.pending:
+                noise = draw_in_weight_dtype(stream, site, start, stop, self.distribution)
+                value.add_(noise, alpha=-learning_rate * coefficient)
+            if flat.dtype in HALF:
+                rounding = Stream(self.seed, self.pending[0][0].step, purpose=Purpose.ROUNDING)
+                uniform = draw_uniform(rounding, site.name, start, stop, flat.device)
+                flat[start:stop] = stochastic_round(value, flat.dtype, uniform)
+
+
+def draw_in_weight_dtype(stream: Stream, site: Site, start: int, stop: int, distribution: Distribution) -> Tensor:
+    """z over a slice of a weight, rounded to the weight's dtype; half precision is handed back as float32."""
+    noise = draw_slice(stream, site.name, start, stop, distribution, site.parameter.device)
+    if site.parameter.dtype in HALF:
+        return noise.to(site.parameter.dtype).float()
+    return noise.to(site.parameter.dtype)

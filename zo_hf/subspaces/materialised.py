@@ -1,0 +1,90 @@
+"""Coordinates small enough to be held as float32 tensors, with a gradient: any torch optimizer applies to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.directions import Distribution, NoiseLayout, Stream
+from zo_hf.probes.probe import Probe
+from zo_hf.subspaces.subspace import StreamOf
+
+
+class CoordinateBlock:
+    """The coordinates on one device in one dtype, and the points around them.
+
+    Args:
+        coordinates: name to parameter; all on one device and of one dtype.
+    """
+
+    def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
+        self.coordinates = dict(coordinates)
+        first = next(iter(self.coordinates.values()))
+        self.dtype = first.dtype
+        self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
+        self.point: Tensor | None = None
+        self._drawn: tuple[Stream, Distribution, Tensor] | None = None
+
+    def direction(self, stream: Stream, distribution: Distribution) -> Tensor:
+        """z over this block's coordinates, (size,); the last one drawn is kept until the next."""
+        if self._drawn is None or self._drawn[:2] != (stream, distribution):
+            self._drawn = None
+            self._drawn = (stream, distribution, self.layout.draw(stream, distribution).to(self.dtype))
+        return self._drawn[2]
+
+    def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
+        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself."""
+        rows = max(1, len(probes))
+        if self.point is None or len(self.point) != rows:
+            self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
+        with torch.no_grad():
+            views = list(self.layout.views(self.point[0]).values())
+            torch._foreach_copy_(views, list(self.coordinates.values()))
+            self.point[1:] = self.point[0]
+            for row, probe in zip(self.point, probes, strict=False):
+                if probe.scale:
+                    row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
+
+    def at_point(self, name: str) -> Tensor:
+        """One coordinate tensor at every probe, (probes, *shape)."""
+        assert self.point is not None
+        return self.layout.view(self.point, name)
+
+    def write_gradient(
+        self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution
+    ) -> None:
+        """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ."""
+        gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
+        for index, coefficient in enumerate(coefficients):
+            gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
+        for name, coordinate in self.coordinates.items():
+            coordinate.grad = self.layout.view(gradient, name)
+
+
+class Materialised:
+    """All coordinates of a subspace, in one block per device and dtype."""
+
+    def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+        for name, coordinate in coordinates.items():
+            groups.setdefault((coordinate.device, coordinate.dtype), {})[name] = coordinate
+        self.blocks = [CoordinateBlock(group) for group in groups.values()]
+        self._block_of = {name: block for block in self.blocks for name in block.coordinates}
+
+    def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
+        """See `CoordinateBlock.set_point`."""
+        for block in self.blocks:
+            block.set_point(probes, stream_of, distribution)
+
+    def at_point(self, name: str) -> Tensor:
+        """See `CoordinateBlock.at_point`."""
+        return self._block_of[name].at_point(name)
+
+    def write_gradient(
+        self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution
+    ) -> None:
+        """See `CoordinateBlock.write_gradient`."""
+        for block in self.blocks:
+            block.write_gradient(coefficients, stream_of, distribution)

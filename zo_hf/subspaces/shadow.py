@@ -1,0 +1,107 @@
+"""Running a module with other tensors in place of its parameters, without touching the module.
+
+A shadow is a module of the same class that shares everything with the original except its table of parameters. The
+original is never modified, so an exception or an interrupt in the middle of a forward leaves nothing to restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.probes.probe import NotBatchable
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def run_with(module: nn.Module, parameters: Mapping[str, Tensor | None], args: Sequence, kwargs: Mapping) -> Any:
+    """`module.forward(*args, **kwargs)` as if its parameters were `parameters`.
+
+    Where a float32 tensor stands in for a half-precision parameter, the module computes in float32 and its output is
+    cast back, so that a perturbation below the weight's own precision is not rounded away.
+    """
+    shadow = object.__new__(type(module))
+    shadow.__dict__.update(module.__dict__)
+    shadow.__dict__["_parameters"] = {**module._parameters, **parameters}
+    half = next((p.dtype for name, p in module._parameters.items() if name in parameters and p.dtype in HALF), None)
+    upcast = half is not None and any(t is not None and t.dtype not in HALF for t in parameters.values())
+    if upcast:
+        own = shadow.__dict__["_parameters"]
+        shadow.__dict__["_parameters"] = {k: None if t is None else t.float() for k, t in own.items()}
+        args, kwargs = _map(args, _to_float), _map(kwargs, _to_float)
+    output = type(module).forward(shadow, *args, **kwargs)
+    return _map(output, lambda t: t.to(half) if t.dtype == torch.float32 else t) if upcast else output
+
+
+def run_groups(
+    module: nn.Module,
+    parameters: Callable[[int], Mapping[str, Tensor]],
+    groups: int,
+    rows: int,
+    args: Sequence,
+    kwargs: Mapping,
+) -> Any:
+    """The module's output when each group of rows in the batch has parameters of its own.
+
+    Args:
+        parameters: the parameters of group g.
+        groups: number of groups; the first dimension of the inputs is theirs, group after group.
+        rows: rows of the batch in each group.
+
+    Raises:
+        NotBatchable: the inputs do not have one equal part for every group.
+    """
+    if groups == 1:
+        return run_with(module, parameters(0), args, kwargs)
+    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if any(module.children()):
+        raise NotBatchable(f"{type(module).__name__} has both parameters and child modules")
+    if not inputs:
+        raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")
+    total = inputs[0].shape[0] if inputs[0].ndim else 0
+    shared = total == 1 and groups * rows > 1
+    if not shared and (total == 0 or total % groups):
+        raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
+    size = total // groups
+
+    def part(tensor: Tensor, group: int) -> Tensor:
+        carries_batch = not shared and tensor.ndim > 0 and tensor.shape[0] == total
+        return tensor[group * size : (group + 1) * size] if carries_batch else tensor
+
+    outputs = []
+    for group in range(groups):
+
+        def pick(tensor: Tensor, group: int = group) -> Tensor:
+            return part(tensor, group)
+
+        output = run_with(module, parameters(group), _map(args, pick), _map(kwargs, pick))
+        # Position embeddings are looked up once and broadcast over the batch: repeat them for this group's rows.
+        outputs.append(_map(output, lambda t: t.expand(rows, *t.shape[1:])) if shared else output)
+    return _concatenate(outputs)
+
+
+def _to_float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to the tensors in it (one level of tuples, lists and dicts)."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(function(v) if isinstance(v, Tensor) else v for v in value)
+    if isinstance(value, Mapping):
+        return {k: function(v) if isinstance(v, Tensor) else v for k, v in value.items()}
+    return value
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple | list):
+        return type(first)(_concatenate(list(parts)) for parts in zip(*outputs, strict=True))
+    return first

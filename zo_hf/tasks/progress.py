@@ -1,0 +1,34 @@
+"""A progress bar that carries the latest loss and held-out accuracy."""
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+SHOWN = {"loss": "loss", "eval_accuracy": "accuracy", "zo/forward_passes": "forward passes"}
+
+
+class LossAndAccuracyBar(ProgressCallback):
+    """One bar for the whole run, in place of the stock one and its printed log lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: dict[str, str] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest of each value beside the bar."""
+        self.latest |= {name: f"{logs[key]:.4g}" for key, name in SHOWN.items() if logs and key in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.latest)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """No second bar for the short evaluations in between."""

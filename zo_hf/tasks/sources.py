@@ -1,0 +1,86 @@
+"""Where the job's model and sentences come from: the hub, local files, or the embedded default."""
+
+import urllib.request
+from dataclasses import dataclass
+
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import constants
+
+from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.data import LabelledSentences, embedded_reviews, file_sentences, hub_sentences
+from zo_hf.tasks.job_arguments import HUB_DATASET, HUB_MODEL, JobArguments
+
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
+EMBEDDED_SENTENCES = "Rotten Tomatoes sentences"
+HUB_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What was chosen.
+
+    Attributes:
+        model: hub name or folder of the model; None is the embedded one.
+        dataset: hub name of the dataset; None is the embedded sentences, unless the job names files.
+        notice: one line that says why the embedded default is used; None where it is not.
+    """
+
+    model: str | None
+    dataset: str | None
+    notice: str | None
+
+
+def choose_sources(job: JobArguments) -> Sources:
+    """Fill in what the job leaves open: from the hub where it answers, else the embedded default."""
+    model, dataset = job.model_name_or_path, job.dataset_name
+    model_is_open, data_is_open = model is None, dataset is None and job.train_file is None
+    if not (model_is_open or data_is_open):
+        return Sources(model, dataset, notice=None)
+    # One process asks for all, so that a slow network cannot give two processes different models.
+    answer = [not job.offline and hub_answers()]
+    if broadcast_object_list(answer)[0]:
+        return Sources(
+            model=HUB_MODEL if model_is_open else model,
+            dataset=HUB_DATASET if data_is_open else dataset,
+            notice=None,
+        )
+    embedded = [EMBEDDED_MODEL] * model_is_open + [EMBEDDED_SENTENCES] * data_is_open
+    reason = "--offline" if job.offline else f"No answer from the hub at {constants.ENDPOINT}"
+    return Sources(model, dataset, notice=f"{reason}: using the embedded {' and '.join(embedded)}.")
+
+
+def hub_answers() -> bool:
+    """Whether the hub serves the recipe's model within a few seconds; never where HF_HUB_OFFLINE is set."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{HUB_MODEL}/resolve/main/config.json", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def model_path(sources: Sources) -> str:
+    """What to give to `from_pretrained`; fetches the embedded model where that was chosen."""
+    return sources.model if sources.model is not None else str(default_model())
+
+
+def load_sentences(job: JobArguments, sources: Sources, seed: int) -> LabelledSentences:
+    """Load the chosen sentences.
+
+    Raises:
+        ValueError: a file, column or label is not as the options say, or a label has no verbalizer.
+    """
+    sizes = (job.num_train_examples, job.num_eval_examples, seed)
+    columns = (job.text_column, job.label_column)
+    if job.train_file is not None:
+        sentences = file_sentences(job.train_file, job.validation_file, *sizes, *columns)
+    elif sources.dataset is not None:
+        sentences = hub_sentences(sources.dataset, job.dataset_config_name, *sizes, *columns)
+    else:
+        sentences = embedded_reviews(*sizes)
+    highest = max(*sentences.train["label"], *sentences.held_out["label"])
+    if highest >= len(job.verbalizers):
+        raise ValueError(f"There is a label {highest}, but --verbalizers has {len(job.verbalizers)} words: give more.")
+    return sentences

@@ -1,0 +1,199 @@
+"""The engine: a step of zeroth-order optimization on any `nn.Module`, with any closure and any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zo_hf.directions import DISTRIBUTIONS, Stream
+from zo_hf.estimators import TwoPoint
+from zo_hf.optimizers import ScalarNormalisation
+from zo_hf.probes.evaluate import ProbeEvaluator
+from zo_hf.subspaces import SUBSPACES, Subspace
+from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces.sites import is_decayed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step found.
+
+    Args:
+        loss: mean of the losses at the probes.
+        projected_gradients: c of every direction.
+        is_finite: False if a loss or a c is not finite; the optimizer is then given nothing to apply.
+    """
+
+    loss: float
+    projected_gradients: tuple[float, ...]
+    is_finite: bool
+
+
+class ZerothOrder:
+    """Estimates gradients of a model's loss from forward passes and hands them to an optimizer.
+
+        zo = ZerothOrder(model, seed=0)
+        optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-4))
+        for batch in data:
+            estimate = zo.estimate(lambda: loss_function(model(batch)))
+            optimizer.step()
+        zo.finish()
+
+    Args:
+        model: any module; it stays in the mode (train or eval) it is in.
+        subspace: which tensors move, by name or as an object made for this model.
+        eps: distance ε of a probe; None takes the subspace's own (1e-3 for weights, 1e-2 for an adapter).
+        num_directions: q, directions per step.
+        direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        normalize: divide c by its running root mean square (see `ScalarNormalisation`).
+        batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
+        seed: what every random number depends on.
+
+    Raises:
+        ValueError: an argument is not usable; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subspace: str | Subspace = "low_rank",
+        eps: float | None = None,
+        num_directions: int = 1,
+        direction: str = "gaussian",
+        normalize: bool = False,
+        batched: bool | str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if isinstance(subspace, str):
+            if subspace not in SUBSPACES:
+                raise ValueError(f"subspace={subspace!r} is unknown; choose one of {', '.join(SUBSPACES)}.")
+            subspace = SUBSPACES[subspace](model, seed=seed)
+        if direction not in DISTRIBUTIONS:
+            raise ValueError(f"direction={direction!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
+        self.model, self.subspace, self.seed = model, subspace, seed
+        self.estimator = TwoPoint(subspace.default_eps if eps is None else eps, num_directions)
+        self.distribution = DISTRIBUTIONS[direction]
+        self.normalisation = ScalarNormalisation() if normalize else None
+        self.evaluator = ProbeEvaluator(batched)
+        self.step = 0
+        self.skipped_steps = 0
+        self._optimizer: Optimizer | None = None
+        self._losses: Tensor | None = None
+        self._pending_decay: dict[str, float] = {}
+        subspace.attach()
+
+    def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: what weight decay applies to, and what it does not (norms and biases)."""
+        decayed = {site.name for site in self.subspace.sites if is_decayed(site)}
+        groups = []
+        for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
+            params = [p for name, p in self.subspace.coordinates.items() if name in names]
+            if params:
+                groups.append({"params": params, "weight_decay": decay})
+        return groups
+
+    def prepare(self, optimizer: Optimizer) -> Optimizer:
+        """Tell the engine which optimizer moves its coordinates; each of its steps ends a step of the engine."""
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: self._advance())
+        return optimizer
+
+    def estimate(self, closure: Callable[[], Tensor]) -> Estimate:
+        """Probe the loss around the current point and leave the estimated gradient for `optimizer.step()`.
+
+        Args:
+            closure: evaluates the model and returns a scalar loss; called once per probe, on the same batch.
+        """
+        self.probe(closure)
+        return self.finish_estimate()
+
+    def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
+        """Add one micro-batch to the step: its losses at the probes, times `weight`, (number of probes,)."""
+        losses = self.evaluator.losses(
+            self.subspace, closure, self.estimator.probes(), self._stream, self.distribution
+        )
+        losses = losses * weight
+        self._losses = losses if self._losses is None else self._losses + losses
+        return losses
+
+    def finish_estimate(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Estimate:
+        """Turn the losses gathered by `probe` into the gradient of this step.
+
+        Args:
+            reduce: averages the losses over processes.
+        """
+        assert self._losses is not None, "finish_estimate needs a probe first"
+        losses = (self._losses if reduce is None else reduce(self._losses)).tolist()
+        self._losses = None
+        gradients = self.estimator.projected_gradients(losses)
+        estimate = Estimate(sum(losses) / len(losses), tuple(gradients), _all_finite([*losses, *gradients]))
+        if not estimate.is_finite:
+            self.skipped_steps += 1
+            self.subspace.clear_gradient()
+            return estimate
+        if self.normalisation is not None:
+            gradients = self.normalisation(gradients)
+        coefficients = [c / self.estimator.num_directions for c in gradients]
+        self.subspace.write_gradient(coefficients, self._stream, self.distribution)
+        return estimate
+
+    def discard(self) -> None:
+        """Forget the micro-batches probed since the last step."""
+        self._losses = None
+
+    def finish(self) -> None:
+        """Fold the coordinates into the weights and take every trace of the engine out of the model."""
+        self.subspace.fold(self.step, {})
+        self.subspace.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What, beside the coordinates and the optimizer, the rest of the run depends on: plain numbers."""
+        normalisation = self.normalisation
+        return {
+            "step": self.step,
+            "forward_passes": self.evaluator.forward_passes,
+            "skipped_steps": self.skipped_steps,
+            "batched": self.evaluator.batched,
+            "pending_decay": self._pending_decay,
+            "normalisation": None if normalisation is None else [normalisation.mean_square, normalisation.steps],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.evaluator.forward_passes, self.evaluator.batched = state["forward_passes"], state["batched"]
+        self._pending_decay = dict(state["pending_decay"])
+        if self.normalisation is not None and state["normalisation"] is not None:
+            self.normalisation = ScalarNormalisation(*state["normalisation"])
+
+    def _stream(self, direction: int) -> Stream:
+        return Stream(self.seed, self.step, direction)
+
+    def _advance(self) -> None:
+        self.step += 1
+        self.subspace.coordinates_changed()
+        if isinstance(self.subspace, LowRank) and self.subspace.fold_steps:
+            self._remember_decay(self.subspace)
+            if self.step % self.subspace.fold_steps == 0:
+                self.subspace.fold(self.step, self._pending_decay)
+                self._pending_decay = {}
+
+    def _remember_decay(self, subspace: LowRank) -> None:
+        """The optimizer decays B; the weights under it are owed the same factor, which the next fold applies."""
+        assert self._optimizer is not None
+        names = {id(p): name for name, p in subspace.coordinates.items()}
+        for group in self._optimizer.param_groups:
+            factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
+            if factor != 1.0:
+                for parameter in group["params"]:
+                    name = names[id(parameter)]
+                    self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
+
+
+def _all_finite(values: list[float]) -> bool:
+    return bool(torch.tensor(values).isfinite().all())
