@@ -240,7 +240,8 @@ def launch(arguments):
         raise Failure("there is no file {}".format(" or ".join(dict.fromkeys(candidates))))
     install(EXTRAS["launch"])
     python = venv_python(venv_dir())
-    module = [python, "-m", "accelerate.commands.launch"]
+    # --quiet: when the script fails, its own traceback is enough
+    module = [python, "-m", "accelerate.commands.launch", "--quiet"]
     return become([*module, *launch_flags(python), found[0], *arguments])
 
 

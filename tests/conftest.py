@@ -1,0 +1,113 @@
+"""Tiny models of every architecture the tests need, built from configs, and data they can learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 100
+LENGTH = 12
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def tiny_opt(**options) -> OPTForCausalLM:
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(**config | options))
+
+
+def tiny_llama(**options) -> LlamaForCausalLM:
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**config | {"pad_token_id": 0} | options))
+
+
+def tiny_gpt2(**options) -> GPT2LMHeadModel:
+    config = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**config | {"bos_token_id": 0, "eos_token_id": 0} | options))
+
+
+def tiny_mixtral(**options) -> MixtralForCausalLM:
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**config | options))
+
+
+def tiny_bert(**options) -> BertForSequenceClassification:
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 64, "num_labels": 2}
+    return BertForSequenceClassification(BertConfig(**config | options))
+
+
+def tiny_t5(**options) -> T5ForConditionalGeneration:
+    config = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**config | {"decoder_start_token_id": 0} | options))
+
+
+CAUSAL_MODELS = {"opt": tiny_opt, "llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral}
+
+
+def seeded(build, dtype: torch.dtype = torch.float32, seed: int = 0, **options) -> nn.Module:
+    """A model from `build` whose weights depend on `seed` alone, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(**options).to(dtype).eval()
+
+
+def causal_batch(rows: int = 4, length: int = LENGTH, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens, of which only the last is a label, as in a prompt with a verbaliser."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class TinyTask(torch.utils.data.Dataset):
+    """Sequences whose last token repeats their fourth: 5 or 6. A causal model learns it in some hundred steps."""
+
+    def __init__(self, size: int = 64) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(7, VOCABULARY, (LENGTH,), generator=generator)
+        ids[3] = ids[-1] = 5 + index % 2
+        labels = torch.full_like(ids, -100)
+        labels[-1] = ids[-1]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, dtypes and bits."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert torch.equal(actual[name], expected[name]), name
