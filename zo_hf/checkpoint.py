@@ -8,12 +8,16 @@
 At a step that folds, the coordinates are zero and the model itself is the base: nothing large is written twice. Several
 checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
 their coordinates are the model's own weights.
+
+Trainer writes its own trainer_state.json after everything else, so a folder in which that file is readable is complete.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.zeroth_order import ZerothOrder
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "zo_state.json"
 COORDINATES_FILE = "zo_coordinates.safetensors"
@@ -60,9 +68,60 @@ class CheckpointWriter:
                     os.link(previous, path)
                 except OSError:  # a file system without hard links
                     shutil.copyfile(previous, path)
+                self._last_base = (drawn_at, path)  # the previous folder may be rotated away before the next
                 return
         save_file(_detached(subspace.base_state()), path)
         self._last_base = (subspace.drawn_at, path)
+
+
+def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
+    """The checkpoint folder to resume from: the one asked for, or for True the last complete one in `output_dir`.
+
+    Raises:
+        ValueError: the folder asked for, or every one there is, was cut off while it was written.
+    """
+    if asked is True:
+        folders = _folders(Path(output_dir))
+        for folder in folders:
+            if is_complete(folder):
+                return str(folder)
+            logger.warning("%s was cut off while it was written; resuming from the checkpoint before it", folder)
+        if folders:
+            raise ValueError(f"resume_from_checkpoint=True finds no complete checkpoint in {output_dir}; start anew.")
+    elif asked and Path(asked).is_dir() and not is_complete(Path(asked)):
+        raise ValueError(
+            f"resume_from_checkpoint={str(asked)!r} has no readable {TRAINER_STATE_NAME}, so it was cut off while it was "
+            "written; pass resume_from_checkpoint=True for the last complete one."
+        )
+    return asked
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left where a checkpoint is about to be written: nothing of it may mix with the new.
+
+    Its files may be hard links that complete checkpoints share, so they must not be written over either.
+    """
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first: what is half removed must not look complete
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Trainer's checkpoint folders, the last step's first."""
+    steps = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if number and folder.is_dir():
+            steps[int(number[1])] = folder
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def load(zo: ZerothOrder, folder: Path) -> bool:

@@ -1,9 +1,11 @@
 """`ZOConfig`: Trainer's arguments and every option of zeroth-order training, validated together."""
 
-# No postponed annotations here: HfArgumentParser reads the types of the fields.
+# No postponed annotations here: HfArgumentParser reads the types of the fields, and takes the first after None where a
+# field has several.
 from dataclasses import dataclass, field
+from typing import Literal
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from zo_hf.directions import DISTRIBUTIONS
@@ -27,11 +29,19 @@ _SCHEDULE_FREE = (
     OptimizerNames.SCHEDULE_FREE_RADAM,
     OptimizerNames.SCHEDULE_FREE_SGD,
 )
+# One option: newer versions of transformers call it by the first name and keep the second as an alias.
+_CHECKPOINTING = tuple(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 
 @dataclass
-class ZOConfig(TrainingArguments):
+class ZOConfig(Seq2SeqTrainingArguments):
     """Arguments of `ZOTrainer`: those of `transformers.TrainingArguments`, with the defaults below, and the `zo_*` ones.
+
+    Those of `Seq2SeqTrainingArguments`, such as `predict_with_generate`, are for `ZOSeq2SeqTrainer`.
 
     Raises:
         ValueError: an option cannot work forward-only; the message names it and what to use instead.
@@ -79,7 +89,7 @@ class ZOConfig(TrainingArguments):
             "folds. A checkpoint is smallest when save_steps is a multiple of it."
         },
     )
-    zo_eps: str | float = field(
+    zo_eps: None | str | float = field(
         default="auto",
         metadata={"help": "Distance of a probe along the direction; auto is 1e-3 for weights and 1e-2 for adapters."},
     )
@@ -99,21 +109,21 @@ class ZOConfig(TrainingArguments):
             "coordinate whatever the scale of the loss."
         },
     )
-    zo_batched_probes: str | bool = field(
+    zo_batched_probes: Literal["auto", True, False] = field(
         default="auto",
         metadata={
-            "help": "Evaluate all probes of a step in one batch: true, false, or auto, which does so if the first step "
+            "help": "Evaluate all probes of a step in one batch: True, False, or auto, which does so if the first step "
             "gives the same losses both ways. Batched probes are faster and hold twice the activations."
         },
     )
-    zo_target_modules: str | list[str] | None = field(
+    zo_target_modules: None | str | list[str] = field(
         default=None,
         metadata={
             "help": "Parameters that move: a regular expression that matches the whole name of a parameter or module, "
             "or a list of name endings. Default: all trainable ones."
         },
     )
-    zo_exclude_modules: str | list[str] | None = field(
+    zo_exclude_modules: None | str | list[str] = field(
         default=None, metadata={"help": "Parameters that do not move, written as for zo_target_modules."}
     )
 
@@ -125,14 +135,13 @@ class ZOConfig(TrainingArguments):
 
     def _read_numbers(self) -> None:
         """The command line hands over words where an option is a word or a number."""
+        if self.zo_eps is None:
+            self.zo_eps = "auto"
         if isinstance(self.zo_eps, str) and self.zo_eps != "auto":
             try:
                 self.zo_eps = float(self.zo_eps)
             except ValueError:
                 raise ValueError(f"zo_eps={self.zo_eps!r} is not a number; give one, or 'auto'.") from None
-        words = {"true": True, "false": False}
-        if isinstance(self.zo_batched_probes, str):
-            self.zo_batched_probes = words.get(self.zo_batched_probes.lower(), self.zo_batched_probes)
 
     def _check_zo_options(self) -> None:
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
@@ -157,10 +166,9 @@ class ZOConfig(TrainingArguments):
             raise ValueError("deepspeed partitions gradients, of which there are none; leave it out.")
         if self.fsdp:
             raise ValueError("fsdp is not supported yet; leave it out: forward-only training needs no sharded gradients.")
-        if self.activation_checkpointing:
-            raise ValueError(
-                "activation_checkpointing saves memory in a backward pass, of which there is none; leave it out."
-            )
+        for name in _CHECKPOINTING:
+            if getattr(self, name):
+                raise ValueError(f"{name} saves memory in a backward pass, of which there is none; leave it out.")
         if self.optim in _NEEDS_BACKWARD:
             raise ValueError(
                 f"optim={str(self.optim)!r} hooks into the backward pass; use 'sgd' or 'adamw_torch': their state is "

@@ -8,6 +8,7 @@ and what a checkpoint holds.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available
 
 from zo_hf import checkpoint
@@ -58,18 +60,33 @@ class ZOTrainerMixin:
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch`, or show it one GPU "
                 "with CUDA_VISIBLE_DEVICES."
             )
-        if self.args.zo_subspace == "full" and self.optimizer is not None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 and self.args.world_size == 1:
             raise ValueError(
-                "optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
-                "zo_subspace='low_rank'."
+                f"{processes} processes were launched and each would train alone; pass use_cpu=True if they are meant to "
+                "run on CPUs together."
             )
+        for argument, value in (
+            ("optimizers", self.optimizer),
+            ("optimizer_cls_and_kwargs", self.optimizer_cls_and_kwargs),
+        ):
+            if self.args.zo_subspace == "full" and value is not None:
+                raise ValueError(
+                    f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
+                    "zo_subspace='low_rank'."
+                )
 
     # The engine's life: it is made with the optimizer and gone when `train` returns.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's `train`; afterwards, and after an exception too, the model is a plain one with what was learnt."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's `train`; afterwards, and after an exception too, the model is a plain one with what was learnt.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the last one in `output_dir` that was written to its end.
+        """
+        resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._finish_zeroth_order()
 
@@ -235,6 +252,18 @@ class ZOTrainerMixin:
 
     # Checkpoints.
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoint.clear(Path(self._get_output_dir(trial=trial)) / folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        # The first process goes on to write the file that says the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.subspace.folded_state_dict(self.zo.step)
@@ -246,9 +275,11 @@ class ZOTrainerMixin:
             self._checkpoints.save(self.zo, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
         if folder is not None and self.zo is not None and not checkpoint.load(self.zo, Path(folder)):
+            # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
+            return
+        super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         # The engine's coordinates belong to the last step's weights, which are about to be replaced.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.subspaces import SUBSPACES, Subspace
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.sites import is_decayed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ZerothOrder:
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
         self._pending_decay: dict[str, float] = {}
+        self._looked_for_unreached = False
         subspace.attach()
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -130,6 +134,7 @@ class ZerothOrder:
         assert self._losses is not None, "finish_estimate needs a probe first"
         losses = (self._losses if reduce is None else reduce(self._losses)).tolist()
         self._losses = None
+        self._name_what_was_not_reached()
         gradients = self.estimator.projected_gradients(losses)
         estimate = Estimate(sum(losses) / len(losses), tuple(gradients), _all_finite([*losses, *gradients]))
         if not estimate.is_finite:
@@ -149,6 +154,7 @@ class ZerothOrder:
     def finish(self) -> None:
         """Fold the coordinates into the weights and take every trace of the engine out of the model."""
         self.subspace.fold(self.step, {})
+        self.subspace.clear_gradient()
         self.subspace.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +177,21 @@ class ZerothOrder:
         if self.normalisation is not None and state["normalisation"] is not None:
             self.normalisation = ScalarNormalisation(*state["normalisation"])
 
+    def _name_what_was_not_reached(self) -> None:
+        """Once, after the first step: parameters that no forward pass used would be moved by noise alone."""
+        if self._looked_for_unreached:
+            return
+        self._looked_for_unreached = True
+        names = self.subspace.unvisited()
+        if names:
+            logger.warning(
+                "%d parameters were not used through their module's forward in the first step (%s%s); if they never are, "
+                "leave them out with zo_exclude_modules: an update of them is noise.",
+                len(names),
+                ", ".join(names[:3]),
+                ", ..." if len(names) > 3 else "",
+            )
+
     def _stream(self, direction: int) -> Stream:
         return Stream(self.seed, self.step, direction)
 
@@ -191,6 +212,8 @@ class ZerothOrder:
             factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
             if factor != 1.0:
                 for parameter in group["params"]:
+                    if parameter.grad is None:  # a skipped step: the optimizer did not decay B either
+                        continue
                     name = names[id(parameter)]
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
 

@@ -85,7 +85,7 @@ class NoiseLayout:
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The part of `flat`, (..., size), that belongs to tensor `name`: (..., *shape)."""
         offset, shape = self.offsets[name], self.shapes[name]
-        return flat[..., offset : offset + shape.numel()].unflatten(-1, shape)
+        return flat[..., offset : offset + shape.numel()].view(flat.shape[:-1] + shape)
 
     def draw(self, stream: Stream, distribution: Distribution) -> Tensor:
         """Noise for all tensors, float32 of shape (size,)."""

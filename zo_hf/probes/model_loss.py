@@ -19,6 +19,9 @@ from transformers.loss.loss_utils import (
 
 IGNORED = -100
 
+# Classes whose name does not tell transformers which loss is theirs, so that it falls back to the causal one.
+_CAUSAL_BY_DEFAULT = ("GPT2LMHeadModel", "BertLMHeadModel")
+
 
 class ModelLoss:
     """The loss of one batch, callable for one probe, or `batched` for several at once.
@@ -84,7 +87,10 @@ def loss_kind(model: PreTrainedModel) -> Callable | None:
     """The function behind the model's own loss, or None where this module does not know how to compute it in parts."""
     if model.config.is_encoder_decoder:
         return None
-    kind = LOSS_MAPPING.get(model.loss_type) if model.loss_type is not None else None
+    name = model.loss_type
+    if name is None and any(base.__name__ in _CAUSAL_BY_DEFAULT for base in type(model).__mro__):
+        name = "ForCausalLM"
+    kind = LOSS_MAPPING.get(name) if name is not None else None
     known = (ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
     return kind if kind in known else None
 

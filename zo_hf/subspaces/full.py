@@ -75,8 +75,9 @@ class Full(Subspace):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         groups = len(self.probes)
         rows = x.numel() // features_in
-        if rows % groups:
-            raise NotBatchable(f"a linear layer sees {rows} rows, which {groups} probes cannot share equally")
+        leading = x.shape[0] if x.ndim > 1 else 1
+        if leading % groups:
+            raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
         parts = x.reshape(groups, rows // groups, features_in).to(dtype)
         output = parts.new_empty(groups, rows // groups, features_out)
         tile = max(1, TILE // features_in)

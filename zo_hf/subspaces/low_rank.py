@@ -117,8 +117,9 @@ class LowRank(Subspace):
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
-        if rows % groups:
-            raise NotBatchable(f"a linear layer sees {rows} rows, which {groups} probes cannot share equally")
+        leading = x.shape[0] if x.ndim > 1 else 1
+        if leading % groups:
+            raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
         left: list[Tensor] = []  # (rows, r) and (rows, 1)
         right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
         if weight is not None:

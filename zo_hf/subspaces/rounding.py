@@ -27,8 +27,10 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, uniform: Tensor) -> Ten
         rounded = _drop_low_bits(values, uniform, 16)
     elif dtype == torch.float16:
         # Below 2**-14 a float16 is a multiple of 2**-24; above, it has 13 mantissa bits less than a float32.
-        grid = torch.floor(values.abs() * 2.0**24 + (uniform.float() + 0.5) * 2.0**-16) * 2.0**-24
-        subnormal = torch.copysign(grid, values)
+        multiple = values.abs() * 2.0**24
+        whole = multiple.floor()
+        up = multiple - whole > (uniform.float() + 0.5) * 2.0**-16
+        subnormal = torch.copysign((whole + up) * 2.0**-24, values)
         rounded = torch.where(values.abs() < 2.0**-14, subnormal, _drop_low_bits(values, uniform >> 3, 13))
     else:
         return values.to(dtype)

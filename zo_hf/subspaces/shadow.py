@@ -57,8 +57,8 @@ def run_groups(
     if groups == 1:
         return run_with(module, parameters(0), args, kwargs)
     inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    if any(module.children()):
-        raise NotBatchable(f"{type(module).__name__} has both parameters and child modules")
+    if any(True for child in module.children() for _ in child.parameters()):
+        raise NotBatchable(f"{type(module).__name__} has both parameters and child modules with parameters")
     if not inputs:
         raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")
     total = inputs[0].shape[0] if inputs[0].ndim else 0

@@ -80,7 +80,7 @@ def find_sites(
             f"zo_target_modules={target!r} with zo_exclude_modules={exclude!r} selects no trainable parameter of "
             f"{type(model).__name__}; names look like {next(iter(first.values()))[0] if first else 'nothing here'!r}."
         )
-    _refuse_what_forward_bypasses(sites)
+    _refuse_what_forward_bypasses(model, sites)
     return sites
 
 
@@ -102,12 +102,16 @@ def _matches(name: str, pattern: str | Sequence[str]) -> bool:
     return any(candidate == end or candidate.endswith(f".{end}") for candidate in names for end in pattern)
 
 
-def _refuse_what_forward_bypasses(sites: list[Site]) -> None:
+def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
+    wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    adapters_of_parameters = {m for wrapper in wrappers for m in (*wrapper.lora_A.values(), *wrapper.lora_B.values())}
     for site in sites:
         for module, _ in site.uses:
             reason = None
             if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
                 reason = "torch's MultiheadAttention reads it outside of any module's forward"
+            elif module in adapters_of_parameters:
+                reason = "PEFT adds this LoRA to a parameter, e.g. of experts, outside of any module's forward"
             elif isinstance(module, nn.RNNBase):
                 reason = "torch's fused recurrent layers read it from a flattened buffer"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:

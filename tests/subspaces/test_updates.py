@@ -1,0 +1,71 @@
+"""Guarantee 2, for every subspace: the update moves along exactly the direction that was probed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import seeded
+from tests.subspaces.helpers import EVERY_SUBSPACE, sgd
+from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.subspaces import SUBSPACES
+from zo_hf.zeroth_order import ZerothOrder
+
+LR = 1e-3
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 9, bias=False)
+        self.second = nn.Linear(9, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def seen_weights(model: TwoLayers) -> list[Tensor]:
+    """The matrices as the layers apply them at this moment, by feeding them unit vectors."""
+    with torch.no_grad():
+        return [layer(torch.eye(layer.in_features, dtype=torch.float64)).t() for layer in (model.first, model.second)]
+
+
+@EVERY_SUBSPACE
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("directions", [1, 3])
+def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str, directions: int) -> None:
+    """θ' - θ = -η/q · Σ cᵢ · (θ(+ε) - θ(-ε))/2ε on every step, of which two in seven begin with a new V.
+
+    Measured at the layers' outputs alone, without a word about how directions are made.
+    """
+    model = seeded(TwoLayers, torch.float64)
+    kwargs = {"fold_steps": 3, "rank": 2} if subspace == "low_rank" else {}
+    zo = ZerothOrder(
+        model, SUBSPACES[subspace](model, seed=2, **kwargs), num_directions=directions, direction=distribution
+    )
+    optimizer = sgd(zo, lr=LR)
+    x = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probed: list[list[Tensor]] = []
+
+    def closure() -> Tensor:
+        probed.append(seen_weights(model))
+        return model(x).square().sum()
+
+    seen_directions = []
+    for _ in range(7):
+        probed.clear()
+        before = seen_weights(model)
+        estimate = zo.estimate(closure)
+        assert all(torch.equal(a, b) for a, b in zip(seen_weights(model), before, strict=True))
+        optimizer.step()
+        for layer, (old, new) in enumerate(zip(before, seen_weights(model), strict=True)):
+            z = [(p[layer] - m[layer]) / (2 * zo.estimator.eps) for p, m in zip(probed[::2], probed[1::2], strict=True)]
+            middle = [(p[layer] + m[layer]) / 2 for p, m in zip(probed[::2], probed[1::2], strict=True)]
+            assert all(torch.allclose(m, old, atol=1e-12) for m in middle)
+            change = sum(c * zi for c, zi in zip(estimate.projected_gradients, z, strict=True)) * -LR / directions
+            assert torch.allclose(new - old, change, rtol=1e-8, atol=1e-12)
+            if layer == 0:
+                seen_directions.extend(zi.flatten() for zi in z)
+    independent = torch.corrcoef(torch.stack(seen_directions)) - torch.eye(len(seen_directions), dtype=torch.float64)
+    assert independent.abs().max() < 0.9  # no direction was used twice

@@ -1,0 +1,237 @@
+"""What cannot work says so before training starts, in one sentence that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from tests.conftest import TinyTask, seeded, tiny_opt
+from tests.trainer.runs import config, make_trainer, with_lora
+from zo_hf import ZOTrainer, ZOTrainerMixin
+
+
+def one_sentence(message: str) -> bool:
+    """Ends with its only full stop, on one line."""
+    text = message.replace("...", "")
+    return text.endswith(".") and ". " not in text and "\n" not in text
+
+
+def refused(argument: str, attempt: Callable[[], Any]) -> str:
+    """The message of the ValueError that `attempt` raises, having checked that it is a sentence about `argument`."""
+    with pytest.raises(ValueError) as refusal:
+        attempt()
+    message = str(refusal.value)
+    assert argument in message, message
+    assert one_sentence(message), message
+    return message
+
+
+WRONG_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}),
+    ("optim", {"optim": "lomo"}),
+    ("optim", {"optim": "adalomo"}),
+    ("optim", {"optim": "galore_adamw", "optim_target_modules": ["fc1"]}),
+    ("optim", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["fc1"]}),
+    ("optim", {"optim": "galore_adafactor_layerwise", "optim_target_modules": ["fc1"]}),
+    ("optim", {"optim": "apollo_adamw_layerwise", "optim_target_modules": ["fc1"]}),
+    ("optim", {"optim": "schedule_free_sgd"}),
+    ("optim", {"optim": "schedule_free_adamw"}),
+    ("optim", {"optim": "schedule_free_radam"}),
+    ("deepspeed", {"deepspeed": {"zero_optimization": {"stage": 2}}}),
+    ("fsdp", {"fsdp": "full_shard"}),
+    ("zo_subspace", {"zo_subspace": "lowrank"}),
+    ("zo_estimator", {"zo_estimator": "three_point"}),
+    ("zo_direction", {"zo_direction": "uniform"}),
+    ("zo_rank", {"zo_rank": 0}),
+    ("zo_fold_steps", {"zo_fold_steps": -1}),
+    ("zo_eps", {"zo_eps": -1e-3}),
+    ("zo_eps", {"zo_eps": 0}),
+    ("zo_eps", {"zo_eps": "abc"}),
+    ("zo_eps", {"zo_eps": float("nan")}),
+    ("zo_eps", {"zo_eps": "inf"}),
+    ("zo_num_directions", {"zo_num_directions": 0}),
+    ("zo_batched_probes", {"zo_batched_probes": "maybe"}),
+    ("optim", {"zo_subspace": "full", "optim": "adamw_torch"}),
+    ("optim", {"zo_subspace": "full", "optim": "adafactor"}),
+    ("optim_args", {"zo_subspace": "full", "optim_args": "momentum=0.9"}),
+]
+
+
+@pytest.mark.parametrize(("argument", "options"), WRONG_OPTIONS, ids=[str(options) for _, options in WRONG_OPTIONS])
+def test_a_wrong_option_is_refused_by_the_configuration(
+    tmp_path: Path, argument: str, options: dict[str, Any]
+) -> None:
+    message = refused(argument, lambda: config(tmp_path, **options))
+    value = options.get(argument)
+    if isinstance(value, str) and argument.startswith(("zo_", "optim")):
+        assert value in message
+
+
+def test_checkpointed_activations_are_refused_under_the_name_this_transformers_has(tmp_path: Path) -> None:
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    refused(name, lambda: config(tmp_path, **{name: True}))
+
+
+@pytest.mark.parametrize("value", [None, "auto", 1e-3, "1e-3", 1])
+def test_every_way_to_write_eps_is_taken(tmp_path: Path, value: Any) -> None:
+    assert config(tmp_path, zo_eps=value).zo_eps in ("auto", 1e-3, 1)
+
+
+def a_meta_model() -> nn.Module:
+    with torch.device("meta"):
+        return tiny_opt()
+
+
+class Attends(PreTrainedModel):
+    """Holds torch's MultiheadAttention, whose fused kernel reads weights outside of any module's forward."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.embed = nn.Embedding(100, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 100)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None) -> dict:
+        x = self.embed(input_ids)
+        logits = self.head(self.attention(x, x, x)[0])
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+class Recurs(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.embed = nn.Embedding(100, 16)
+        self.recurrence = nn.LSTM(16, 16)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None) -> dict:
+        return {"loss": self.recurrence(self.embed(input_ids))[0].sum()}
+
+
+def a_quantised_model() -> nn.Module:
+    model = seeded(tiny_opt)
+    model.is_quantized = True
+    return model
+
+
+def sgd_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def a_factory_of_optimizers() -> type:
+    from transformers.trainer_optimizer import is_optimizer_factory
+
+    class Factory:
+        def __call__(self, model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+            return sgd_of(model)
+
+    assert is_optimizer_factory(Factory)
+    return Factory
+
+
+def trains(trainer: ZOTrainer) -> None:
+    trainer.train()
+
+
+WRONG_RUNS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "full with optimizers=": (
+        "optimizers",
+        lambda folder: make_trainer(
+            folder, model := seeded(tiny_opt), more={"optimizers": (sgd_of(model), None)}, zo_subspace="full"
+        ),
+    ),
+    "full with optimizer_cls_and_kwargs=": (
+        "optimizer_cls_and_kwargs",
+        lambda folder: make_trainer(
+            folder, more={"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 1e-3})}, zo_subspace="full"
+        ),
+    ),
+    "adapter without PEFT": ("zo_subspace", lambda folder: make_trainer(folder, zo_subspace="adapter")),
+    "plain TrainingArguments": (
+        "args",
+        lambda folder: ZOTrainer(
+            seeded(tiny_opt), TrainingArguments(str(folder), report_to=[], use_cpu=True), train_dataset=TinyTask()
+        ),
+    ),
+    "weights on the meta device": ("device_map", lambda folder: make_trainer(folder, a_meta_model())),
+    "quantised weights": ("quantised", lambda folder: make_trainer(folder, a_quantised_model())),
+    "no target": (
+        "zo_target_modules",
+        lambda folder: trains(make_trainer(folder, zo_target_modules=["no_such_module"])),
+    ),
+    "no target by expression": (
+        "zo_target_modules",
+        lambda folder: trains(make_trainer(folder, zo_target_modules="fc")),
+    ),
+    "everything excluded": (
+        "zo_exclude_modules",
+        lambda folder: trains(make_trainer(folder, zo_exclude_modules=".*")),
+    ),
+    "nothing trainable": (
+        "trainable",
+        lambda folder: trains(make_trainer(folder, seeded(tiny_opt).requires_grad_(False))),
+    ),
+    "torch's MultiheadAttention": ("zo_exclude_modules", lambda folder: trains(make_trainer(folder, Attends()))),
+    "a fused recurrent layer": ("zo_exclude_modules", lambda folder: trains(make_trainer(folder, Recurs()))),
+    "an optimizer factory": (
+        "optimizer_cls_and_kwargs",
+        lambda folder: trains(
+            make_trainer(folder, more={"optimizer_cls_and_kwargs": (a_factory_of_optimizers(), {})})
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RUNS)
+def test_a_wrong_run_is_refused_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def no_step(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(ZOTrainerMixin, "training_step", no_step)
+    argument, attempt = WRONG_RUNS[name]
+    refused(argument, lambda: attempt(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = Attends()
+    with pytest.raises(ValueError):
+        make_trainer(tmp_path, model).train()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_was_refused_trains_once_it_is_left_out(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, Attends(), max_steps=1, zo_exclude_modules=r"attention\..*|attention")
+    before = trainer.model.head.weight.clone(), trainer.model.attention.in_proj_weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.head.weight, before[0])
+    assert torch.equal(trainer.model.attention.in_proj_weight, before[1])
+
+
+def test_a_peft_model_is_taken_as_an_adapter_unless_told_otherwise(tmp_path: Path) -> None:
+    model = with_lora(seeded(tiny_opt))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = make_trainer(tmp_path, model, max_steps=2)
+    trainer.train()
+    assert frozen and all(torch.equal(dict(model.named_parameters())[name], p) for name, p in frozen.items())
+
+
+def test_several_processes_that_would_train_alone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `accelerate launch --cpu --num_processes 2`, which sets the number and starts no process group."""
+    args = config(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("use_cpu", lambda: ZOTrainer(seeded(tiny_opt), args, train_dataset=TinyTask()))

@@ -1,0 +1,245 @@
+"""Measure what a forward-only step costs beside a bare forward pass, and beside the textbook MeZO loop.
+
+    zo-hf bench                                                     OPT-125M's shape on one CPU thread
+    zo-hf bench --shape opt-1.3b --dtype bfloat16 --rows 16 --length 64 --device cuda
+
+Weights are random: the cost depends on shapes alone. Every variant is timed in turn, round after round, and the table
+holds medians: process CPU time on a CPU, elapsed time on a GPU. A bare forward takes the rows of both probes of a step,
+with logits at the last position, as the steps do. Peak memory is measured in a process of its own for each variant; on a CPU it is the process's, the libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM
+
+from zo_hf.memory import PeakMemory
+from zo_hf.optimizers import SeededSGD
+from zo_hf.probes.model_loss import ModelLoss
+from zo_hf.zeroth_order import ZerothOrder
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "opt-125m": {},
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "opt-13b": {"hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "tiny": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512},
+}
+LEARNING_RATE = 1e-7
+EPS = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `zo-hf bench`."""
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m", help="whose shape the model has (%(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=48, help="tokens in a row (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds; each times every variant once (%(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(all)")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON, and a plot beside it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark and print its table."""
+    if args.rounds < 1 or args.rows < 1 or args.length < 2:
+        raise ValueError("--rounds and --rows must be at least 1, and --length at least 2.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} is not here; use --device cpu.")
+    args.variants = ["forward", *(name for name in args.variants if name != "forward")]
+    seconds = measure_time(args)
+    memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}
+    forward_time, forward_memory = seconds["forward"], memory["forward"]
+    rows = [
+        {
+            "variant": name,
+            "milliseconds": statistics.median(seconds[name]) * 1e3,
+            "times_forward": statistics.median(a / b for a, b in zip(seconds[name], forward_time, strict=True)),
+            "peak_mib": memory[name],
+            "peak_over_forward": memory[name] / forward_memory,
+        }
+        for name in args.variants
+    ]
+    print(table(rows))
+    if args.output is not None:
+        write(args, rows)
+
+
+def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every variant in every round."""
+    torch.set_num_threads(args.threads)
+    model, batch = build(args)
+    clock = time.process_time if args.device == "cpu" else _cuda_clock
+    steps = {name: VARIANTS[name](model, batch) for name in args.variants}
+    seconds: dict[str, list[float]] = {name: [] for name in args.variants}
+    for round_ in tqdm(range(args.rounds + 1), "time", disable=None):
+        for name in args.variants:
+            start = clock()
+            steps[name]()
+            if round_ > 0:  # the first round warms up
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def measure_memory(args: argparse.Namespace, name: str) -> float:
+    """Peak memory of two steps of one variant in MiB: resident set on a CPU, allocated by torch on a GPU."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_memory_child, args=(args, name, send))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise ValueError(f"the process that measured {name} ended early; is there enough memory?") from None
+    finally:
+        child.join()
+
+
+def _memory_child(args: argparse.Namespace, name: str, send: Any) -> None:
+    torch.set_num_threads(args.threads)
+    model, batch = build(args)
+    step = VARIANTS[name](model, batch)
+    with PeakMemory() as peak:
+        step()
+        step()
+    send.send(peak.mib)
+
+
+def build(args: argparse.Namespace) -> tuple[OPTForCausalLM, dict[str, Tensor]]:
+    """A model with random weights and a batch whose last token is the label."""
+    config = OPTConfig(**SHAPES[args.shape], word_embed_proj_dim=SHAPES[args.shape].get("hidden_size", 768))
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = OPTForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        ids = torch.randint(5, config.vocab_size, (args.rows, args.length))
+        labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+Batch = dict[str, Tensor]
+Variant = Callable[[OPTForCausalLM, Batch], Callable[[], None]]
+
+
+def forward(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """The bare forward pass of the rows of both probes."""
+    inputs = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
+    position = torch.tensor([inputs["input_ids"].shape[1] - 2], device=inputs["input_ids"].device)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=position)
+
+    return step
+
+
+def zeroth_order(subspace: str, direction: str) -> Variant:
+    """A whole step of the engine: probes, estimate, update."""
+
+    def variant(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+        zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, batched=True)
+        groups = zo.coordinates()
+        optimizer = zo.prepare(
+            SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
+            if subspace == "full"
+            else torch.optim.SGD(groups, lr=LEARNING_RATE)
+        )
+
+        zo.subspace.detach()
+
+        def step() -> None:
+            zo.subspace.attach()  # all variants share one model
+            zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss))
+            optimizer.step()
+            zo.subspace.detach()
+
+        return step
+
+    return variant
+
+
+def textbook(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """MeZO as it is usually written: four passes over the weights, each with its own draw of z, out of place."""
+
+    def perturb(scale: float) -> None:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            z = torch.normal(mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = parameter.data + scale * z
+
+    def loss() -> float:
+        return model(**batch).loss.item()
+
+    def step() -> None:
+        with torch.no_grad():
+            perturb(EPS)
+            plus = loss()
+            perturb(-2 * EPS)
+            minus = loss()
+            perturb(EPS)
+            perturb(-LEARNING_RATE * (plus - minus) / (2 * EPS))
+
+    return step
+
+
+VARIANTS: dict[str, Variant] = {
+    "forward": forward,
+    "low_rank": zeroth_order("low_rank", "gaussian"),
+    "full-rademacher": zeroth_order("full", "rademacher"),
+    "full-gaussian": zeroth_order("full", "gaussian"),
+    "textbook-mezo": textbook,
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as text."""
+    lines = [f"{'variant':<17}{'ms/step':>10}{'x forward':>11}{'peak MiB':>10}{'x forward':>11}"]
+    for row in rows:
+        lines.append(
+            f"{row['variant']:<17}{row['milliseconds']:>10.1f}{row['times_forward']:>11.2f}"
+            f"{row['peak_mib']:>10.0f}{row['peak_over_forward']:>11.2f}"
+        )
+    return "\n".join(lines)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the figures and how they were taken to `args.output`, and a bar chart beside it."""
+    setup = {name: getattr(args, name) for name in ("shape", "rows", "length", "dtype", "device", "threads", "rounds")}
+    where = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
+    args.output.write_text(json.dumps({"setup": {**setup, "hardware": where}, "rows": rows}, indent=1) + "\n")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+    names = [row["variant"] for row in rows]
+    for axis, key, title in zip(
+        axes, ("times_forward", "peak_over_forward"), ("time / bare forward", "peak memory / bare forward"), strict=True
+    ):
+        bars = axis.barh(names, [row[key] for row in rows])
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set_xlabel(title)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{args.shape}, {args.rows} x {args.length} tokens, {args.dtype}, {where}")
+    figure.tight_layout()
+    figure.savefig(args.output.with_suffix(".png"), dpi=120)
+
+
+def _cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
