@@ -27,6 +27,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from zo_hf.memory import PeakMemory
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss
+from zo_hf.subspaces import Full
 from zo_hf.zeroth_order import ZerothOrder
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -152,11 +153,10 @@ def zeroth_order(subspace: str, direction: str) -> Variant:
     def variant(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
         zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, batched=True)
         groups = zo.coordinates()
-        optimizer = zo.prepare(
-            SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
-            if subspace == "full"
-            else torch.optim.SGD(groups, lr=LEARNING_RATE)
-        )
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
+        if isinstance(zo.subspace, Full):
+            optimizer = SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
+        zo.prepare(optimizer)
 
         zo.subspace.detach()
 
@@ -228,7 +228,10 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
     names = [row["variant"] for row in rows]
     for axis, key, title in zip(
-        axes, ("times_forward", "peak_over_forward"), ("time / bare forward", "peak memory / bare forward"), strict=True
+        axes,
+        ("times_forward", "peak_over_forward"),
+        ("time / bare forward", "peak memory / bare forward"),
+        strict=True,
     ):
         bars = axis.barh(names, [row[key] for row in rows])
         axis.bar_label(bars, fmt="%.2f", padding=3)

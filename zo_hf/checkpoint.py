@@ -159,11 +159,11 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
 def settings(zo: ZerothOrder) -> dict[str, Any]:
     """What must be the same for a run to continue, under the names of the options."""
     subspace = zo.subspace
-    low_rank = isinstance(subspace, LowRank)
+    low_rank = subspace if isinstance(subspace, LowRank) else None
     return {
         "zo_subspace": subspace.name,
-        "zo_rank": subspace.rank if low_rank else None,
-        "zo_fold_steps": subspace.fold_steps if low_rank else None,
+        "zo_rank": low_rank.rank if low_rank else None,
+        "zo_fold_steps": low_rank.fold_steps if low_rank else None,
         "zo_eps": zo.estimator.eps,
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,

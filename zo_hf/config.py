@@ -89,7 +89,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "folds. A checkpoint is smallest when save_steps is a multiple of it."
         },
     )
-    zo_eps: None | str | float = field(
+    zo_eps: None | str | float = field(  # noqa: RUF036
         default="auto",
         metadata={"help": "Distance of a probe along the direction; auto is 1e-3 for weights and 1e-2 for adapters."},
     )
@@ -116,14 +116,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "gives the same losses both ways. Batched probes are faster and hold twice the activations."
         },
     )
-    zo_target_modules: None | str | list[str] = field(
+    zo_target_modules: None | str | list[str] = field(  # noqa: RUF036
         default=None,
         metadata={
             "help": "Parameters that move: a regular expression that matches the whole name of a parameter or module, "
             "or a list of name endings. Default: all trainable ones."
         },
     )
-    zo_exclude_modules: None | str | list[str] = field(
+    zo_exclude_modules: None | str | list[str] = field(  # noqa: RUF036
         default=None, metadata={"help": "Parameters that do not move, written as for zo_target_modules."}
     )
 
@@ -152,7 +152,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_rank={self.zo_rank} must be at least 1; 4 is a good start.")
         if self.zo_fold_steps < 0:
             raise ValueError(f"zo_fold_steps={self.zo_fold_steps} must not be negative; use 0 to never fold.")
-        if self.zo_eps != "auto" and not 0 < float(self.zo_eps) < float("inf"):
+        if self.zo_eps != "auto" and not 0 < float(self.zo_eps or 0) < float("inf"):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1.")
@@ -165,7 +165,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
         if self.deepspeed:
             raise ValueError("deepspeed partitions gradients, of which there are none; leave it out.")
         if self.fsdp:
-            raise ValueError("fsdp is not supported yet; leave it out: forward-only training needs no sharded gradients.")
+            raise ValueError(
+                "fsdp is not supported yet; leave it out: forward-only training needs no sharded gradients."
+            )
         for name in _CHECKPOINTING:
             if getattr(self, name):
                 raise ValueError(f"{name} saves memory in a backward pass, of which there is none; leave it out.")

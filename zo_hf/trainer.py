@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
@@ -29,8 +30,13 @@ from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    _TrainerLike = Any  # the mixin calls what Trainer has, and is no Trainer itself
+else:
+    _TrainerLike = object
 
-class ZOTrainerMixin:
+
+class ZOTrainerMixin(_TrainerLike):
     """Makes a Trainer subclass forward-only: `class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer)`.
 
     Takes what the Trainer takes; `args` must be a `ZOConfig`.
@@ -43,18 +49,23 @@ class ZOTrainerMixin:
     """
 
     zo: ZerothOrder | None = None
+    optimizer: Any
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
             args = ZOConfig(output_dir="tmp_trainer")
         if not isinstance(args, ZOConfig):
-            raise ValueError(f"args is a {type(args).__name__}; ZOTrainer needs a zo_hf.ZOConfig, which takes the same.")
+            raise ValueError(
+                f"args is a {type(args).__name__}; ZOTrainer needs a zo_hf.ZOConfig, which takes the same."
+            )
         if model is not None:
             _check_model(model, args)
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._checkpoints = checkpoint.CheckpointWriter()
         self._estimate: Estimate | None = None
-        super().__init__(model, args, *more, **kwargs)  # type: ignore[call-arg]
+        super().__init__(model, args, *more, **kwargs)
+        if model is None:
+            _check_model(self.model, args)  # what model_init made
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch`, or show it one GPU "
@@ -86,7 +97,7 @@ class ZOTrainerMixin:
         """
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._finish_zeroth_order()
 
@@ -131,7 +142,9 @@ class ZOTrainerMixin:
         else:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if is_optimizer_factory(kind):
-            raise ValueError(f"optimizer_cls_and_kwargs={kind!r} builds from a model; pass an Optimizer class instead.")
+            raise ValueError(
+                f"optimizer_cls_and_kwargs={kind!r} builds from a model; pass an Optimizer class instead."
+            )
         if kind is Adafactor:
             # Its default moves each tensor relative to its own size, and coordinates begin at zero.
             kwargs = {**kwargs, "scale_parameter": False, "relative_step": False}
@@ -147,8 +160,8 @@ class ZOTrainerMixin:
         if zo is None:
             return
         optimizer = self.optimizer
-        while isinstance(optimizer, torch.optim.Optimizer) and "optimizer" in optimizer.__dict__:
-            optimizer = optimizer.optimizer  # accelerate's wrapper
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
         if self._users_groups is None:
             self.optimizer = None
         else:
@@ -220,13 +233,13 @@ class ZOTrainerMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is 2q forwards."""
-        return super().floating_point_ops(inputs) * 2 * self.args.zo_num_directions // 3  # type: ignore[misc]
+        return super().floating_point_ops(inputs) * 2 * self.args.zo_num_directions // 3
 
     # What surrounds the step.
 
     def create_accelerator_and_postprocess(self) -> None:
         """No gradient is scaled, so float16 needs no scaler; what shards gradients is refused."""
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "DeepSpeed and FSDP shard gradients, of which there are none; launch with a plain multi-GPU config."
@@ -237,7 +250,7 @@ class ZOTrainerMixin:
         """Autocast and compilation, but no DistributedDataParallel and none of its gradient buckets."""
         if training and model is self.model:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
-        return super()._wrap_model(model, training, dataloader)  # type: ignore[misc]
+        return super()._wrap_model(model, training, dataloader)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's log, with the engine's counts on every line that reports a training loss."""
@@ -248,7 +261,7 @@ class ZOTrainerMixin:
             logs["zo/skipped_steps"] = self.zo.skipped_steps
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     # Checkpoints.
 
@@ -257,20 +270,20 @@ class ZOTrainerMixin:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             checkpoint.clear(Path(self._get_output_dir(trial=trial)) / folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        super()._save_rng_state(output_dir)
         # The first process goes on to write the file that says the checkpoint is complete.
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.subspace.folded_state_dict(self.zo.step)
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.zo is not None and self.args.should_save:
             self._checkpoints.save(self.zo, Path(output_dir))
 
@@ -279,14 +292,14 @@ class ZOTrainerMixin:
             # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
             return
-        super()._load_optimizer_and_scheduler(folder)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(folder)
 
     def _load_best_model(self) -> None:
         # The engine's coordinates belong to the last step's weights, which are about to be replaced.
         if self.zo is not None:
             self.zo.subspace.detach()
             self._forget_engine()
-        super()._load_best_model()  # type: ignore[misc]
+        super()._load_best_model()
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

@@ -98,7 +98,6 @@ def test_folded_state_dict_is_what_fold_writes_bit_for_bit(build, dtype: torch.d
     space.fold(37, {})
     assert_same_bits(folded, weights_of(model))
     assert any(not torch.equal(folded[name], before[name]) for name in before)
-    assert any(space.folded_state_dict(37)[name] is not None for name in before)
 
 
 def test_tied_weights_stay_tied_through_a_fold() -> None:
@@ -112,16 +111,16 @@ def test_tied_weights_stay_tied_through_a_fold() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_fold_is_unbiased(dtype: torch.dtype) -> None:
-    """The mean over seeds is W + B·Vᵀ/√r, though a single update is a hundredth of an ulp."""
+    """The mean over seeds is W + B·Vᵀ/√r, though a single update is some hundredths of an ulp."""
     model = seeded(lambda: nn.Linear(12, 10, bias=False), dtype)
-    model.weight.data.copy_(1.0 + torch.rand(10, 12, generator=torch.Generator().manual_seed(0)))
+    model.weight.data.copy_(1.1 + 0.8 * torch.rand(10, 12, generator=torch.Generator().manual_seed(0)))
     weight = model.weight.detach().clone()
     ulp = torch.finfo(dtype).eps
-    space = moved(model, 0.01 * ulp, rank=2)
+    space = moved(model, 0.02 * ulp, rank=2)
     xi = space.coordinates["weight"].detach().clone()
     change = xi @ basis(space, "weight").to(dtype).float().t()
     folds = []
-    for step in range(4000):
+    for step in range(2000):
         space.draw_bases(0)
         space.coordinates["weight"].data.copy_(xi)
         model.weight.data.copy_(weight)
@@ -154,7 +153,7 @@ def test_a_fold_of_several_tiles_equals_the_whole() -> None:
 def test_the_update_rebuilt_from_the_seed() -> None:
     """ΔW = -η·c·U·Vᵀ/√r with U and V drawn here: on every step, of which each third redraws V."""
     model = seeded(lambda: nn.Sequential(nn.Linear(12, 9), nn.LayerNorm(9)), torch.float64)
-    zo = ZerothOrder(model, LowRank(model, rank=3, fold_steps=3, seed=8), seed=8)
+    zo = ZerothOrder(model, LowRank(model, rank=4, fold_steps=3, seed=8), seed=8)
     optimizer = sgd(zo, lr=1e-2)
     x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for step in range(8):
@@ -207,7 +206,7 @@ def test_every_rank_is_usable(rank: int) -> None:
 def test_pending_decay_is_decoupled_weight_decay_at_the_fold() -> None:
     """W ← (1 - ηλ)·W - η·c·U·Vᵀ/√r step by step gives the same folded weight, under a schedule of η."""
     model = seeded(lambda: nn.Linear(12, 9), torch.float64)
-    zo = ZerothOrder(model, LowRank(model, rank=2, fold_steps=3))
+    zo = ZerothOrder(model, LowRank(model, rank=4, fold_steps=3))
     optimizer = sgd(zo, lr=1e-2, weight_decay=0.5)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
     x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from tests.conftest import TinyTask, seeded, tiny_opt
 from zo_hf import ZOConfig, ZOTrainer
@@ -87,3 +87,50 @@ class SaveAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
             control.should_save = True
+
+
+class Coordinates(TrainerCallback):
+    """Notes where the coordinates of a run that does not fold are after each of its steps, and who holds which.
+
+    Attributes:
+        lengths: of every step, in the 2-norm.
+        decay: weight decay of every coordinate, by name.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.lengths: list[float] = []
+        self.decay: dict[str, float] = {}
+        self._before: dict[str, torch.Tensor] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = self._copy()
+        names = {id(p): name for name, p in self.trainer.zo.subspace.coordinates.items()}
+        for group in kwargs["optimizer"].param_groups:
+            self.decay |= {names[id(p)]: group["weight_decay"] for p in group["params"]}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        after = self._copy()
+        self.lengths.append(sum(float((after[n] - self._before[n]).square().sum()) for n in after) ** 0.5)
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().double() for name, p in self.trainer.zo.subspace.coordinates.items()}
+
+
+def with_coordinates(folder: Path | str, *args: Any, **options: Any) -> tuple[ZOTrainer, Coordinates]:
+    """A trained trainer, and what its coordinates did."""
+    notes = Coordinates()
+    notes.trainer = make_trainer(folder, *args, more={"callbacks": [notes]} | options.pop("more", {}), **options)
+    notes.trainer.train()
+    return notes.trainer, notes
+
+
+class Recorder:
+    """A collator that keeps the batches it made."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        self.batches.append(default_data_collator(rows))
+        return {name: tensor.clone() for name, tensor in self.batches[-1].items()}

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import default_data_collator
 
 from tests.conftest import (
     CAUSAL_MODELS,
@@ -21,7 +20,7 @@ from tests.conftest import (
     tiny_t5,
     weights_of,
 )
-from tests.trainer.runs import At, logged, make_trainer, trained, with_lora
+from tests.trainer.runs import At, Recorder, logged, make_trainer, trained, with_coordinates, with_lora
 from zo_hf import ZerothOrder, ZOSeq2SeqTrainer
 from zo_hf.probes import Probe
 from zo_hf.probes.model_loss import only_labelled_logits
@@ -107,17 +106,6 @@ def test_seq2seq_learns_and_generates_in_predict(tmp_path: Path) -> None:
     assert predicted.metrics["test_loss"] == pytest.approx(after)
 
 
-class Recorder:
-    """A collator that keeps the batches it made."""
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, torch.Tensor]] = []
-
-    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        self.batches.append(default_data_collator(rows))
-        return {name: tensor.clone() for name, tensor in self.batches[-1].items()}
-
-
 @pytest.mark.parametrize("subspace", ["low_rank", "full", "adapter"])
 def test_under_autocast_the_losses_are_those_of_a_fresh_context_per_probe(tmp_path: Path, subspace: str) -> None:
     """A context shared by both probes would reuse the first one's half-precision casts."""
@@ -159,17 +147,7 @@ def test_under_autocast_the_losses_are_those_of_a_fresh_context_per_probe(tmp_pa
 def test_every_logged_number_is_that_of_its_step(tmp_path: Path, directions: int) -> None:
     batches, steps = Recorder(), 5
     options = {"max_steps": steps, "learning_rate": 1e-3, "zo_num_directions": directions, "zo_fold_steps": 0}
-    lengths, previous = [], {}
-
-    def step_length(state: Any, **kwargs: Any) -> None:
-        now = {name: p.detach().clone() for name, p in trainer.zo.subspace.coordinates.items()}
-        squares = [(now[name] - previous.get(name, 0.0)).double().square().sum() for name in now]
-        lengths.append(float(sum(squares) ** 0.5))
-        previous.update(now)
-
-    more = {"data_collator": batches, "callbacks": [At(None, step_length)]}
-    trainer = make_trainer(tmp_path, more=more, zo_batched_probes=False, **options)
-    trainer.train()
+    trainer, notes = with_coordinates(tmp_path, more={"data_collator": batches}, zo_batched_probes=False, **options)
 
     model = seeded(tiny_opt)
     engine = ZerothOrder(
@@ -187,7 +165,7 @@ def test_every_logged_number_is_that_of_its_step(tmp_path: Path, directions: int
         assert logged(trainer, "loss")[step] == pytest.approx(estimate.loss, rel=1e-6)
         expected = sum(estimate.projected_gradients) / directions
         assert logged(trainer, "zo/projected_grad")[step] == pytest.approx(expected, rel=1e-6)
-    assert logged(trainer, "grad_norm") == pytest.approx([length / 1e-3 for length in lengths], rel=1e-4)
+    assert logged(trainer, "grad_norm") == pytest.approx([length / 1e-3 for length in notes.lengths], rel=1e-4)
     assert logged(trainer, "zo/forward_passes") == [2 * directions * (step + 1) for step in range(steps)]
     assert logged(trainer, "zo/skipped_steps") == [0] * steps
 

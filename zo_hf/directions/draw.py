@@ -26,9 +26,7 @@ def draw_slice(
     return noise[start - first * per_block : stop - first * per_block]
 
 
-def draw_rows(
-    stream: Stream, name: str, rows: Tensor, row_length: int, distribution: Distribution
-) -> Tensor:
+def draw_rows(stream: Stream, name: str, rows: Tensor, row_length: int, distribution: Distribution) -> Tensor:
     """Chosen rows of the noise of a matrix whose rows have `row_length` elements.
 
     Args:

@@ -26,6 +26,4 @@ class TwoPoint:
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
         """cᵢ of every direction from the losses of `probes()`, in its order."""
-        return [
-            (plus - minus) / (2.0 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)
-        ]
+        return [(plus - minus) / (2.0 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]

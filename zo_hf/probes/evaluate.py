@@ -89,12 +89,12 @@ class ProbeEvaluator:
         except (NotBatchable, torch.OutOfMemoryError) as error:
             self._choose(False, str(error).split("\n")[0])
             return expected
-        error = (_spread(actual) - _spread(expected)).abs().max().item()
+        difference = (_spread(actual) - _spread(expected)).abs().max().item()
         allowed = _ROUNDING.get(expected.dtype, 3e-2) * max(1.0, expected.abs().max().item())
-        if not error <= allowed + 0.02 * _spread(expected).abs().max().item():
-            self._choose(False, f"in one batch the losses differ by {error:.2g}")
+        if not difference <= allowed + 0.02 * _spread(expected).abs().max().item():
+            self._choose(False, f"in one batch the losses differ by {difference:.2g}")
             return expected
-        self._choose(True, f"in one batch the losses agree to {error:.2g}")
+        self._choose(True, f"in one batch the losses agree to {difference:.2g}")
         return actual
 
     def _choose(self, batched: bool, reason: str) -> None:

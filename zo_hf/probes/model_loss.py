@@ -70,6 +70,7 @@ class ModelLoss:
         """logits: the model's output for one probe, (rows, ...)."""
         labels, config = self._inputs["labels"].to(logits.device), self._model.config
         kind = loss_kind(self._model)
+        assert kind is not None, "the caller asks loss_kind first"
         if kind is ForSequenceClassificationLoss:
             return ForSequenceClassificationLoss(labels, logits, config)
         if kind is ForTokenClassification:

@@ -1,6 +1,6 @@
 """The trainable weights of a PEFT model as coordinates: adapters move, the base stays.
 
-    θ(ξ) = (base, ξ)        with ξ the adapter's own tensors, perturbed densely
+θ(ξ) = (base, ξ)        with ξ the adapter's own tensors, perturbed densely
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Adapter(Subspace):
         holders = self._holders[module]
 
         def parameters(group: int) -> dict:
-            return {
-                attribute: self._materialised.at_point(site.name)[group] for attribute, site in holders.items()
-            }
+            return {attribute: self._materialised.at_point(site.name)[group] for attribute, site in holders.items()}
 
         return run_groups(module, parameters, len(self.probes), self.rows_per_probe, args, kwargs)
 

@@ -57,7 +57,7 @@ class Full(Subspace):
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
         weight = holders.get("weight")
-        if weight is not None and type(module).forward is nn.Linear.forward:
+        if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             x = args[0] if args else kwargs["input"]
             return self._linear(module, weight, holders.get("bias"), x)
         if weight is not None and type(module).forward is nn.Embedding.forward:
@@ -84,7 +84,7 @@ class Full(Subspace):
         for start in range(0, features_out, tile):
             stop = min(start + tile, features_out)
             base = weight.parameter.detach()[start:stop]
-            noise = None
+            noise = base  # drawn for the first group
             for group, probe in enumerate(self.probes):
                 if group == 0 or probe.direction != self.probes[group - 1].direction:
                     noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
+from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
-from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import StreamOf, Subspace
+
+_LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
 class LowRank(Subspace):
@@ -100,10 +102,9 @@ class LowRank(Subspace):
             self._clean_is_stale = False
         holders = self._holders[module]
         weight = holders.get("weight")
-        weight_is_factored = weight is not None and weight.name in self.factored
-        if type(module).forward in (nn.Linear.forward, Conv1D.forward) and (weight is None or weight_is_factored):
+        if type(module).forward in _LINEAR and (weight is None or weight.name in self.factored):
             return self._correct_linear(original(*args, **kwargs), _first(args, kwargs), weight, holders.get("bias"))
-        if isinstance(module, nn.Embedding) and weight_is_factored:
+        if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
             return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:

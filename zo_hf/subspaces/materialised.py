@@ -52,9 +52,7 @@ class CoordinateBlock:
         assert self.point is not None
         return self.layout.view(self.point, name)
 
-    def write_gradient(
-        self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution
-    ) -> None:
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ."""
         gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
         for index, coefficient in enumerate(coefficients):
@@ -82,9 +80,7 @@ class Materialised:
         """See `CoordinateBlock.at_point`."""
         return self._block_of[name].at_point(name)
 
-    def write_gradient(
-        self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution
-    ) -> None:
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """See `CoordinateBlock.write_gradient`."""
         for block in self.blocks:
             block.write_gradient(coefficients, stream_of, distribution)

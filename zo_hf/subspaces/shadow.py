@@ -26,7 +26,8 @@ def run_with(module: nn.Module, parameters: Mapping[str, Tensor | None], args: S
     shadow = object.__new__(type(module))
     shadow.__dict__.update(module.__dict__)
     shadow.__dict__["_parameters"] = {**module._parameters, **parameters}
-    half = next((p.dtype for name, p in module._parameters.items() if name in parameters and p.dtype in HALF), None)
+    replaced = [module._parameters[name] for name in parameters]
+    half = next((p.dtype for p in replaced if p is not None and p.dtype in HALF), None)
     upcast = half is not None and any(t is not None and t.dtype not in HALF for t in parameters.values())
     if upcast:
         own = shadow.__dict__["_parameters"]

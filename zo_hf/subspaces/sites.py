@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def _matches(name: str, pattern: str | Sequence[str]) -> bool:
 
 
 def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
-    wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
     adapters_of_parameters = {m for wrapper in wrappers for m in (*wrapper.lora_A.values(), *wrapper.lora_B.values())}
     for site in sites:
         for module, _ in site.uses:
