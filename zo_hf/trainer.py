@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
@@ -104,6 +105,8 @@ class ZOTrainerMixin(_TrainerLike):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
+        if self.accelerator.num_processes > 1:
+            _take_from_first_process(self.model)
         args = self.args
         users = self.optimizer
         among = None if users is None else [p for group in users.param_groups for p in group["params"]]
@@ -279,7 +282,7 @@ class ZOTrainerMixin(_TrainerLike):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.zo is not None and state_dict is None:
-            state_dict = self.zo.subspace.folded_state_dict(self.zo.step)
+            state_dict = self.zo.folded_state_dict()
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -342,6 +345,13 @@ def _check_model(model: nn.Module, args: ZOConfig) -> None:
             f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
             "in memory."
         )
+
+
+def _take_from_first_process(model: nn.Module) -> None:
+    """What DistributedDataParallel would do: processes may have initialised an adapter or a new head differently."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.copy_(broadcast(tensor.data.contiguous()))
 
 
 def _is_peft(model: nn.Module) -> bool:

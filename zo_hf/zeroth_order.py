@@ -153,9 +153,14 @@ class ZerothOrder:
 
     def finish(self) -> None:
         """Fold the coordinates into the weights and take every trace of the engine out of the model."""
-        self.subspace.fold(self.step, {})
+        self.subspace.fold(self.step, self._pending_decay)
+        self._pending_decay = {}
         self.subspace.clear_gradient()
         self.subspace.detach()
+
+    def folded_state_dict(self) -> dict[str, Tensor] | None:
+        """A state dict of the model as `finish` would leave it now, or None where the model is that already."""
+        return self.subspace.folded_state_dict(self.step, self._pending_decay)
 
     def state_dict(self) -> dict[str, Any]:
         """What, beside the coordinates and the optimizer, the rest of the run depends on: plain numbers."""
@@ -198,9 +203,9 @@ class ZerothOrder:
     def _advance(self) -> None:
         self.step += 1
         self.subspace.coordinates_changed()
-        if isinstance(self.subspace, LowRank) and self.subspace.fold_steps:
+        if isinstance(self.subspace, LowRank):
             self._remember_decay(self.subspace)
-            if self.step % self.subspace.fold_steps == 0:
+            if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
 

@@ -103,9 +103,7 @@ def test_rows_may_repeat_and_have_any_shape(distribution: Distribution) -> None:
 
 @EVERY_DISTRIBUTION
 @settings(max_examples=30, deadline=None)
-@given(
-    shapes=st.lists(st.lists(st.integers(1, 20), max_size=3), min_size=1, max_size=5), order=st.randoms()
-)
+@given(shapes=st.lists(st.lists(st.integers(1, 20), max_size=3), min_size=1, max_size=5), order=st.randoms())
 def test_a_layout_draws_for_each_tensor_what_it_draws_alone(
     distribution: Distribution, shapes: list[list[int]], order: random.Random
 ) -> None:
@@ -299,4 +297,3 @@ def test_every_bit_of_a_sign_block_is_fair() -> None:
     """Each of the 128 positions of a block, on its own."""
     z = draw(size=128 * 4000, distribution=RADEMACHER).view(4000, 128)
     assert (z.mean(0).abs() < 4.5 / 4000**0.5).all()
-

@@ -23,7 +23,7 @@ MODELS = {**CAUSAL_MODELS, "bert": tiny_bert}
 EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
-def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-linear") -> nn.Module:
+def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-linear", rank: int = 2) -> nn.Module:
     """The model as the subspace expects it: for "adapter" wrapped by PEFT with LoRA, B away from zero."""
     if subspace != "adapter":
         return model
@@ -32,7 +32,7 @@ def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-li
     with torch.random.fork_rng():
         torch.manual_seed(1)
         dtype = next(model.parameters()).dtype
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets)).eval()
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=4, target_modules=targets)).eval()
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)

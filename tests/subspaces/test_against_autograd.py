@@ -52,9 +52,7 @@ def test_projected_gradient_is_the_directional_derivative(
         # Weights larger than at initialisation, so that attention and norms are not linear in what is tested.
         model = prepared(subspace, seeded(build, torch.float64, initializer_range=0.2))
         batch = batch_for(model)
-        zo = ZerothOrder(
-            model, subspace, eps=1e-6, num_directions=3, direction=distribution, batched=False, seed=17
-        )
+        zo = ZerothOrder(model, subspace, eps=1e-6, num_directions=3, direction=distribution, batched=False, seed=17)
         moved_off_the_origin(zo)
         estimate = zo.estimate(lambda: exact_loss(model, batch))
         zo.subspace.detach()
@@ -97,7 +95,7 @@ def one_attention_layer(subspace: str) -> tuple[nn.Module, object]:
     model = seeded(tiny_opt, torch.float64, num_attention_heads=1, init_std=0.5, **size)
     model.requires_grad_(False)
     model.model.decoder.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    model = prepared(subspace, model, ["q_proj"])
+    model = prepared(subspace, model, ["q_proj"], rank=1)
     batch = causal_batch(2, 5)
     return model, lambda call: exact_loss(call, batch)
 
@@ -107,17 +105,15 @@ def one_attention_layer(subspace: str) -> tuple[nn.Module, object]:
     ("case", "distribution"), [*((small_net, name) for name in DISTRIBUTIONS), (one_attention_layer, "gaussian")]
 )
 def test_mean_estimate_is_the_gradient(subspace: str, distribution: str, case) -> None:
-    """Over 100·d directions the mean of c·z has cosine ≥ 0.99 with ∇L, and is unbiased in every coordinate.
+    """Over at least 100·d directions the mean of c·z has cosine ≥ 0.99 with ∇L, and is unbiased in every coordinate.
 
     The second by Student's statistic of each coordinate: none beyond five, their mean square about one.
     """
     model, loss_of = case(subspace)
     kwargs = {"rank": 1} if subspace == "low_rank" else {}
     space = SUBSPACES[subspace](model, seed=3, **kwargs)
-    count = 100 * space.dimension
-    zo = ZerothOrder(
-        model, space, eps=1e-5, num_directions=count, direction=distribution, batched=False, seed=3
-    )
+    count = 100 * max(space.dimension, 12)  # of few coordinates more, for a cosine varies more among them
+    zo = ZerothOrder(model, space, eps=1e-5, num_directions=count, direction=distribution, batched=False, seed=3)
     estimate = zo.estimate(lambda: loss_of(model))
     space.detach()
 
@@ -125,9 +121,7 @@ def test_mean_estimate_is_the_gradient(subspace: str, distribution: str, case) -
         return loss_of(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs))
 
     gradient = _flat(gradient_in_coordinates(space, loss))
-    z = torch.stack(
-        [_flat(direction(space, index=i, distribution=DISTRIBUTIONS[distribution])) for i in range(count)]
-    )
+    z = torch.stack([_flat(direction(space, index=i, distribution=DISTRIBUTIONS[distribution])) for i in range(count)])
     samples = torch.tensor(estimate.projected_gradients, dtype=torch.float64)[:, None] * z
     mean = samples.mean(0)
     assert torch.cosine_similarity(mean, gradient, dim=0) >= 0.99

@@ -161,9 +161,7 @@ def _traces(model: nn.Module) -> dict[str, object]:
         "state": [(name, tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()],
         "parameters": [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
-        "hooks": [
-            (len(module._forward_hooks), len(module._forward_pre_hooks)) for _, module in model.named_modules()
-        ],
+        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for _, module in model.named_modules()],
         "modes": [module.training for module in model.modules()],
         "config": model.config.to_dict(),
     }

@@ -60,7 +60,9 @@ def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str
         assert all(torch.equal(a, b) for a, b in zip(seen_weights(model), before, strict=True))
         optimizer.step()
         for layer, (old, new) in enumerate(zip(before, seen_weights(model), strict=True)):
-            z = [(p[layer] - m[layer]) / (2 * zo.estimator.eps) for p, m in zip(probed[::2], probed[1::2], strict=True)]
+            z = [
+                (p[layer] - m[layer]) / (2 * zo.estimator.eps) for p, m in zip(probed[::2], probed[1::2], strict=True)
+            ]
             middle = [(p[layer] + m[layer]) / 2 for p, m in zip(probed[::2], probed[1::2], strict=True)]
             assert all(torch.allclose(m, old, atol=1e-12) for m in middle)
             change = sum(c * zi for c, zi in zip(estimate.projected_gradients, z, strict=True)) * -LR / directions
@@ -69,3 +71,37 @@ def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str
                 seen_directions.extend(zi.flatten() for zi in z)
     independent = torch.corrcoef(torch.stack(seen_directions)) - torch.eye(len(seen_directions), dtype=torch.float64)
     assert independent.abs().max() < 0.9  # no direction was used twice
+
+
+class Called(nn.Module):
+    """A linear layer and an embedding, called in one of the ways in which code calls them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embed = nn.Embedding(9, 8)
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.way == "keyword":
+            return self.linear(input=self.embed(input=ids))
+        if self.way == "one dimension":
+            return torch.stack([self.linear(self.embed(i)) for i in ids.flatten()]).view(*ids.shape, 6)
+        if self.way == "transposed":
+            return self.linear(self.embed(ids.t()).transpose(0, 1))
+        if self.way == "four dimensions":
+            return self.linear(self.embed(ids[None])[:, :, :])[0]
+        return self.linear(self.embed(ids))
+
+
+@EVERY_SUBSPACE
+@pytest.mark.parametrize("way", ["keyword", "one dimension", "transposed", "four dimensions"])
+def test_a_probe_does_not_depend_on_how_a_layer_is_called(subspace: str, way: str) -> None:
+    ids = torch.randint(0, 9, (3, 4), generator=torch.Generator().manual_seed(0))
+    found = []
+    for called in ("plainly", way):
+        model = seeded(lambda called=called: Called(called), torch.float64)
+        zo = ZerothOrder(model, subspace, num_directions=3, eps=0.1)
+        found.append(zo.estimate(lambda model=model: model(ids).sin().sum()).projected_gradients)
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert min(map(abs, found[0])) > 1e-3

@@ -85,7 +85,7 @@ def test_a_checkpoint_loads_as_exactly_the_model_of_that_step(
     tmp_path: Path, architecture: str, subspace: str
 ) -> None:
     """A run that ends at step 2 folds as the checkpoint of step 2 did."""
-    options = FOLDS | {"zo_subspace": subspace, "save_strategy": "steps"}
+    options = FOLDS | {"zo_subspace": subspace, "save_strategy": "steps", "weight_decay": 0.1}
     model = seeded(CAUSAL_MODELS[architecture])
     trainer = trained(tmp_path, model, max_steps=2, save_steps=1, **options)
     loaded = type(model).from_pretrained(tmp_path / "checkpoint-2")
@@ -133,7 +133,8 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     trained(tmp_path, model, max_steps=2, save_strategy="steps", save_steps=2, **FOLDS)
     with safe_open(tmp_path / "checkpoint-2" / "model.safetensors", "pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118: a safetensors file is no dictionary
+        names = list(file.keys())
+        assert "lm_head.weight" not in names and "model.decoder.embed_tokens.weight" in names
     loaded = type(model).from_pretrained(tmp_path / "checkpoint-2")
     assert loaded.lm_head.weight is loaded.model.decoder.embed_tokens.weight
 
@@ -225,12 +226,9 @@ def test_an_earlier_runs_checkpoint_of_the_same_step_leaves_nothing_behind(tmp_p
         ("seed", 7),
     ],
 )
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_resuming_with_another_setting_is_refused_in_one_sentence(
-    tmp_path: Path, option: str, value: Any, optim: str
-) -> None:
-    if option == "zo_subspace" and optim != "sgd":
-        pytest.skip("refused at construction")
+def test_resuming_with_another_setting_is_refused_in_one_sentence(tmp_path: Path, option: str, value: Any) -> None:
+    # Another rank would make an optimizer's state unloadable too; the reason must be the one that is told.
+    optim = "sgd" if option == "zo_subspace" else "adamw_torch"
     options = FOLDS | {"save_strategy": "steps", "save_steps": 2, "optim": optim}
     trained(tmp_path, build(), max_steps=2, **options)
     model = build()
@@ -264,23 +262,23 @@ def test_a_stock_trainers_checkpoint_gives_its_weights_and_a_warning(
 
 # Checkpoints that were cut off.
 
+# The files that a folder loses, and the one of which half is left.
 CUTS = {
-    "no trainer_state.json": lambda folder: (folder / "trainer_state.json").unlink(),
-    "half of trainer_state.json": lambda folder: (folder / "trainer_state.json").write_text(
-        (folder / "trainer_state.json").read_text()[:100]
-    ),
-    "an empty folder": lambda folder: [f.unlink() for f in folder.iterdir()],
-    "half of the base weights and nothing after": lambda folder: [
-        (folder / name).unlink() for name in ("trainer_state.json", STATE_FILE, "rng_state.pth", "scheduler.pt")
-    ]
-    and [replace_by_half(folder / BASE_FILE)],
+    "no trainer_state.json": ({"trainer_state.json"}, None),
+    "half of trainer_state.json": (set(), "trainer_state.json"),
+    "half of the base weights": ({"trainer_state.json", STATE_FILE, "rng_state.pth", "scheduler.pt"}, BASE_FILE),
+    "an empty folder": (None, None),
 }
 
 
-def replace_by_half(path: Path) -> None:
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[: len(content) // 2])
+def cut_off(folder: Path, lost: set[str] | None, half: str | None) -> None:
+    if half is not None:
+        content = (folder / half).read_bytes()
+        (folder / half).unlink()  # it may be shared with another checkpoint
+        (folder / half).write_bytes(content[: len(content) // 2])
+    for file in list(folder.iterdir()):
+        if lost is None or file.name in lost:
+            file.unlink()
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -292,7 +290,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_then_replaced(
     folder = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", folder)
     shutil.rmtree(folder / "checkpoint-7")
-    CUTS[cut](folder / "checkpoint-6")
+    cut_off(folder / "checkpoint-6", *CUTS[cut])
     with caplog.at_level(logging.WARNING, "zo_hf"):
         resumed = trained(folder, build(), resume=True, **options)
     assert "checkpoint-6 was cut off" in caplog.text
@@ -384,7 +382,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
     assert process.returncode == 0, output
 
     chance = random.Random(0)
-    kills = cut_off = 0
+    kills = halves = 0
     while not (folder / "final.pt").exists():
         resume = has_complete_checkpoint(folder)
         process = start_killed_run(folder, resume)
@@ -411,7 +409,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == (-signal.SIGKILL if killed else 0), "".join(lines) + output
         kills += killed
-        cut_off += sum(not (f / "trainer_state.json").exists() for f in folder.glob("checkpoint-*"))
+        halves += sum(not (f / "trainer_state.json").exists() for f in folder.glob("checkpoint-*"))
     assert kills == 10
-    assert cut_off > 0, "no kill fell into the writing of a checkpoint"
+    assert halves > 0, "no kill fell into the writing of a checkpoint"
     assert_same_bits(torch.load(folder / "final.pt"), torch.load(whole / "final.pt"))

@@ -228,9 +228,7 @@ def test_a_peft_model_is_taken_as_an_adapter_unless_told_otherwise(tmp_path: Pat
     assert frozen and all(torch.equal(dict(model.named_parameters())[name], p) for name, p in frozen.items())
 
 
-def test_several_processes_that_would_train_alone_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_that_would_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `accelerate launch --cpu --num_processes 2`, which sets the number and starts no process group."""
     args = config(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -54,6 +54,8 @@ class Full(Subspace):
     def moved(self, module: nn.Module) -> bool:
         return bool(self.probes)
 
+    # torch.compile fails on the integers that noise is drawn from. torch.compiler.disable is the same, but imports dynamo.
+    @torch._disable_dynamo
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
         weight = holders.get("weight")
@@ -104,6 +106,10 @@ class Full(Subspace):
     def _lookup(self, weight: Site, output: Tensor, ids: Tensor) -> Tensor:
         """ids: (...); output: (..., n), to which scale · z[ids] is added for each group of the batch."""
         groups = len(self.probes)
+        if ids.ndim == 0:
+            if groups > 1:
+                raise NotBatchable("an embedding looks up a single id, which probes cannot share")
+            return self._lookup(weight, output[None], ids[None])[0]
         if ids.shape[0] == 1 and groups > 1:
             output = output.expand(groups * self.rows_per_probe, *output.shape[1:]).clone()
             ids = ids.expand(groups * self.rows_per_probe, *ids.shape[1:])

@@ -178,7 +178,7 @@ class LowRank(Subspace):
         self.draw_bases(step)
         self._at_origin, self._clean_is_stale = True, True
 
-    def folded_state_dict(self, step: int) -> dict[str, Tensor]:
+    def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         sites = {id(site.parameter): site for site in self.sites}
         copies: dict[int, Tensor] = {}
         state = {}
@@ -186,7 +186,7 @@ class LowRank(Subspace):
             site = sites.get(id(tensor))
             if site is not None and id(tensor) not in copies:
                 copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-                self._fold_into(copies[id(tensor)], site, step, 1.0)
+                self._fold_into(copies[id(tensor)], site, step, (decay or {}).get(site.name, 1.0))
             state[name] = copies.get(id(tensor), tensor.detach())
         return state
 

@@ -49,7 +49,7 @@ def run_groups(
 
     Args:
         parameters: the parameters of group g.
-        groups: number of groups; the first dimension of the inputs is theirs, group after group.
+        groups: number of groups; the first dimension of the inputs is theirs, group after group, unless it is 1.
         rows: rows of the batch in each group.
 
     Raises:
@@ -57,20 +57,27 @@ def run_groups(
     """
     if groups == 1:
         return run_with(module, parameters(0), args, kwargs)
-    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 0]
     if any(True for child in module.children() for _ in child.parameters()):
         raise NotBatchable(f"{type(module).__name__} has both parameters and child modules with parameters")
     if not inputs:
         raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")
-    total = inputs[0].shape[0] if inputs[0].ndim else 0
-    shared = total == 1 and groups * rows > 1
-    if not shared and (total == 0 or total % groups):
+    # A tensor with one row is shared by the whole batch; the first that has more carries the batch.
+    total = next((t.shape[0] for t in inputs if t.shape[0] != 1), 1)
+    shared = total == 1
+    if not shared and total % groups:
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups
 
     def part(tensor: Tensor, group: int) -> Tensor:
         carries_batch = not shared and tensor.ndim > 0 and tensor.shape[0] == total
         return tensor[group * size : (group + 1) * size] if carries_batch else tensor
+
+    def repeated(tensor: Tensor) -> Tensor:
+        # Position embeddings are looked up once and broadcast over the batch: repeat them for this group's rows.
+        if tensor.ndim == 0:
+            raise NotBatchable(f"{type(module).__name__} returns a number for the whole batch")
+        return tensor.expand(rows if shared else size, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
     outputs = []
     for group in range(groups):
@@ -79,8 +86,7 @@ def run_groups(
             return part(tensor, group)
 
         output = run_with(module, parameters(group), _map(args, pick), _map(kwargs, pick))
-        # Position embeddings are looked up once and broadcast over the batch: repeat them for this group's rows.
-        outputs.append(_map(output, lambda t: t.expand(rows, *t.shape[1:])) if shared else output)
+        outputs.append(_map(output, repeated))
     return _concatenate(outputs)
 
 

@@ -133,8 +133,8 @@ class Subspace:
             decay: factor by which each weight shrinks first, by name; 1 where it is missing.
         """
 
-    def folded_state_dict(self, step: int) -> dict[str, Tensor] | None:
-        """A state dict of the model as a fold at `step` would leave it, or None where the model is that already."""
+    def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor] | None:
+        """A state dict of the model as `fold` would leave it, or None where the model is that already."""
         return None
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:

@@ -65,6 +65,13 @@ class JobArguments:
         default_factory=lambda: list(PROMPT_A.verbalizers),
         metadata={"help": "the word for label 0, 1, ..., each with its leading space"},
     )
+    loss: str = field(
+        default="label_words",
+        metadata={
+            "help": "cross entropy among the label words alone, or over the whole vocabulary",
+            "choices": ["label_words", "vocabulary"],
+        },
+    )
     max_length: int = field(default=64, metadata={"help": "tokens of prompt, sentence and label; longer text is cut"})
     num_train_examples: int = field(default=1000, metadata={"help": "training sentences, at most"})
     num_eval_examples: int = field(default=400, metadata={"help": "held-out sentences, at most"})

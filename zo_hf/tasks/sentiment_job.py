@@ -36,6 +36,7 @@ from zo_hf.tasks.assets import AssetError
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
 from zo_hf.tasks.data import LabelledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
+from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.progress import LossAndAccuracyBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.run_plot import plot_run
@@ -61,6 +62,7 @@ class Task:
     Attributes:
         model_name: for people; the model itself is `model`.
         label_ids: the token that stands for label 0, 1, ...
+        loss: "label_words" or "vocabulary", see `JobArguments`.
         max_length: tokens of prompt, sentence and label, at most.
         num_progress: held-out sentences scored during training, at most.
     """
@@ -71,6 +73,7 @@ class Task:
     sentences: LabelledSentences
     prompt: Prompt
     label_ids: list[int]
+    loss: str
     max_length: int
     num_progress: int
 
@@ -103,7 +106,7 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
-    return Task(name, model, tokenizer, sentences, prompt, label_ids, job.max_length, job.num_progress_examples)
+    return Task(name, model, tokenizer, sentences, prompt, label_ids, job.loss, job.max_length, job.num_progress_examples)
 
 
 def run(task: Task, config: ZOConfig) -> dict[str, Any]:
@@ -207,6 +210,7 @@ def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
         eval_dataset=encode(held_out.select(range(min(task.num_progress, len(held_out))))),
         data_collator=LabelWordCollator(task.tokenizer, task.model),
         processing_class=task.tokenizer,
+        compute_loss_func=LabelWordLoss(task.label_ids) if task.loss == "label_words" else None,
         compute_metrics=progress_accuracy,
         preprocess_logits_for_metrics=label_logits,
     )
