@@ -72,7 +72,7 @@ def test_a_regression_on_every_kind_of_layer_converges(subspace: str, direction_
     model, loss = mixed_task()
     before = loss().item()
     zo, optimizer = engine(model, subspace, 3e-2, num_directions=2, direction=direction_name)
-    for _ in range(200):
+    for _ in range(150):
         zo.estimate(loss)
         optimizer.step()
     zo.finish()
@@ -86,7 +86,7 @@ def test_torch_optimizers_learn_from_the_estimate(subspace: str, optimizer: str)
     model, loss = mixed_task()
     before = loss().item()
     zo, stepper = engine(model, subspace, 3e-2, optimizer, num_directions=2)
-    for _ in range(200):
+    for _ in range(150):
         zo.estimate(loss)
         stepper.step()
         stepper.zero_grad()
@@ -101,8 +101,8 @@ def test_a_quadratic_reaches_its_minimum(subspace: str) -> None:
     best = seeded(lambda: nn.Linear(6, 3), torch.float64, seed=1)
     x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = best(x).detach()
-    zo, optimizer = engine(model, subspace, 0.15, num_directions=4)
-    for _ in range(400):
+    zo, optimizer = engine(model, subspace, 0.2, num_directions=4)
+    for _ in range(300):
         zo.estimate(lambda: (model(x) - target).square().mean())
         optimizer.step()
     zo.finish()

@@ -36,11 +36,10 @@ def test_weights_keep_their_bits_over_a_thousand_probes(subspace: str, dtype: to
     zo = ZerothOrder(model, subspace, num_directions=25, batched=False)
     before, coordinates = weights_of(model), _values(zo)
     loss = loss_of(model, causal_batch(2, 6))
-    for batched in (False, True):
-        zo.evaluator.batched = batched
-        for step in range(10):
-            zo.step = step
-            assert zo.estimate(loss).is_finite
+    for step in range(20):
+        zo.evaluator.batched = step % 4 > 0
+        zo.step = step
+        assert zo.estimate(loss).is_finite
     assert zo.evaluator.forward_passes == 1000
     assert_same_bits(weights_of(model), before)
     assert_same_bits(_values(zo), coordinates)
