@@ -102,7 +102,7 @@ def test_a_quadratic_reaches_its_minimum(subspace: str) -> None:
     x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = best(x).detach()
     zo, optimizer = engine(model, subspace, 0.2, num_directions=4)
-    for _ in range(600):
+    for _ in range(450):
         zo.estimate(lambda: (model(x) - target).square().mean())
         optimizer.step()
     zo.finish()

@@ -48,10 +48,11 @@ class ZOConfig(Seq2SeqTrainingArguments):
     """
 
     learning_rate: float = field(
-        default=5e-5,
+        default=1e-5,
         metadata={
             "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
-            "learning_rate x c x z. The best value depends on the model; try a few."
+            "learning_rate x c x z. The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of "
+            "large models and 5e-5 to 1e-4 for LoRA."
         },
     )
     lr_scheduler_type: str = field(

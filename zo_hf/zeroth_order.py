@@ -170,7 +170,7 @@ class ZerothOrder:
             "forward_passes": self.evaluator.forward_passes,
             "skipped_steps": self.skipped_steps,
             "batched": self.evaluator.batched,
-            "pending_decay": self._pending_decay,
+            "pending_decay": dict(self._pending_decay),
             "normalisation": None if normalisation is None else [normalisation.mean_square, normalisation.steps],
         }
 

@@ -288,6 +288,34 @@ def test_a_linear_layer_without_the_batch_in_front_is_not_batched(subspace: str)
         ZerothOrder(model, subspace, batched=True).estimate(loss)
 
 
+class AddsTable(nn.Module):
+    """Takes what all rows share before what carries the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, table: Tensor, x: Tensor) -> Tensor:
+        return x * self.weight + table
+
+
+class AddsPositions(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.add = layer, AddsTable()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(torch.linspace(-1, 1, x.shape[1] * 32, dtype=x.dtype).view(1, -1, 32), self.layer(x))
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_a_shared_input_may_come_first(subspace: str) -> None:
+    model = seeded(tiny_llama)
+    model.model.layers[0].mlp = AddsPositions(model.model.layers[0].mlp)
+    sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), 2, eps=0.02)
+    assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
+
+
 # True.
 
 

@@ -104,13 +104,14 @@ def test_embedding_rows_move_by_their_rows_of_the_direction() -> None:
     assert torch.equal(model(ids), model.weight[ids])
 
 
-def test_tiles_of_a_large_weight_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bf16"])
+def test_tiles_of_a_large_weight_are_seamless(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probe and update work a tile at a time; with tiny tiles, of which none ends at a block's edge, nothing changes."""
 
     def run() -> tuple[tuple[float, ...], dict[str, Tensor]]:
-        model = seeded(lambda: nn.Sequential(nn.Linear(13, 11), nn.Linear(11, 5)), torch.float64)
+        model = seeded(lambda: nn.Sequential(nn.Linear(13, 11), nn.Linear(11, 5)), dtype)
         zo, optimizer = zo_full(model, 1e-2, num_directions=2, seed=1)
-        estimate = zo.estimate(lambda: model(torch.ones(3, 13, dtype=torch.float64)).square().sum())
+        estimate = zo.estimate(lambda: model(torch.ones(3, 13, dtype=dtype)).square().sum())
         optimizer.step()
         zo.finish()
         return estimate.projected_gradients, weights_of(model)

@@ -21,9 +21,7 @@ class LabelWordLoss:
     def __init__(self, label_ids: Sequence[int]) -> None:
         self.label_ids = torch.tensor(label_ids)
 
-    def __call__(
-        self, outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def __call__(self, outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The mean over the batch, or the sum divided by `num_items_in_batch`.
 
         Args:

@@ -106,7 +106,9 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
-    return Task(name, model, tokenizer, sentences, prompt, label_ids, job.loss, job.max_length, job.num_progress_examples)
+    return Task(
+        name, model, tokenizer, sentences, prompt, label_ids, job.loss, job.max_length, job.num_progress_examples
+    )
 
 
 def run(task: Task, config: ZOConfig) -> dict[str, Any]:
