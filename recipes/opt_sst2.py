@@ -8,8 +8,9 @@
     accelerate launch recipes/opt_sst2.py --offline        the embedded model and sentences
     python recipes/opt_sst2.py --help                      every option, the trainer's included
 
-It asks "{text} It was" and trains the words " terrible" and " great" on 1,000 sentences, as MeZO does. Any causal
-language model, sentences and prompt can be named instead:
+It asks "{text} It was" and trains the words " terrible" and " great" on 1,000 sentences, as MeZO does, with the cross
+entropy among these words (--loss vocabulary: among all words). Any causal language model, sentences and prompt can be
+named instead:
 
     accelerate launch recipes/opt_sst2.py --model_name_or_path MODEL --train_file reviews.csv --text_column review \\
         --template "Review: {text} Sentiment:" --verbalizers " negative" " positive"

@@ -11,7 +11,7 @@ from zo_hf.tasks.prompts import PROMPT_A
 # The recipe: how the job trains unless an option says otherwise. Options not named here have ZOConfig's defaults.
 RECIPE = {
     "output_dir": "out",
-    "max_steps": 400,
+    "max_steps": 250,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
     "optim": "sgd",
