@@ -47,8 +47,8 @@ from zo_hf.trainer import ZOTrainer
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Run the job as a command; `argv` is the command line without the program's name."""
-    job, config = parse_arguments(argv, prog, description=__doc__)
     try:
+        job, config = parse_arguments(argv, prog, description=__doc__)
         task = prepare(job, config)
     except (AssetError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
