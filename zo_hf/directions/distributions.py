@@ -19,8 +19,6 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-BITS_PER_BLOCK = 128
-
 
 @dataclass(frozen=True)
 class Distribution:

@@ -21,7 +21,7 @@ from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
 from zo_hf.subspaces.sites import Pattern, Site
-from zo_hf.subspaces.subspace import StreamOf, Subspace
+from zo_hf.subspaces.subspace import StreamOf, Subspace, first_input, require_equal_parts
 
 # Elements of a weight perturbed or updated at a time: the noise of a large weight is never whole. Measured on a CPU:
 # smaller tiles pay for calls, larger ones for cache misses.
@@ -60,10 +60,9 @@ class Full(Subspace):
         holders = self._holders[module]
         weight = holders.get("weight")
         if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            x = args[0] if args else kwargs["input"]
-            return self._linear(module, weight, holders.get("bias"), x)
+            return self._linear(module, weight, holders.get("bias"), first_input(args, kwargs))
         if weight is not None and type(module).forward is nn.Embedding.forward:
-            ids = args[0] if args else kwargs["input"]
+            ids = first_input(args, kwargs)
             return self._lookup(weight, original(*args, **kwargs), ids)
 
         def parameters(group: int) -> dict[str, Tensor]:
@@ -77,9 +76,7 @@ class Full(Subspace):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         groups = len(self.probes)
         rows = x.numel() // features_in
-        leading = x.shape[0] if x.ndim > 1 else 1
-        if leading % groups:
-            raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
+        require_equal_parts(x, groups)
         parts = x.reshape(groups, rows // groups, features_in).to(dtype)
         output = parts.new_empty(groups, rows // groups, features_out)
         tile = max(1, TILE // features_in)

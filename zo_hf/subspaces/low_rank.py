@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
-from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
-from zo_hf.subspaces.subspace import StreamOf, Subspace
+from zo_hf.subspaces.subspace import StreamOf, Subspace, first_input, require_equal_parts
 
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 
@@ -103,7 +102,9 @@ class LowRank(Subspace):
         holders = self._holders[module]
         weight = holders.get("weight")
         if type(module).forward in _LINEAR and (weight is None or weight.name in self.factored):
-            return self._correct_linear(original(*args, **kwargs), _first(args, kwargs), weight, holders.get("bias"))
+            return self._correct_linear(
+                original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
+            )
         if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
             return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
 
@@ -118,9 +119,7 @@ class LowRank(Subspace):
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
-        leading = x.shape[0] if x.ndim > 1 else 1
-        if leading % groups:
-            raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
+        require_equal_parts(x, groups)
         left: list[Tensor] = []  # (rows, r) and (rows, 1)
         right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
         if weight is not None:
@@ -230,10 +229,6 @@ class LowRank(Subspace):
                 rows.copy_(stochastic_round(value, target.dtype, uniform.view(rows.shape)))
             else:
                 rows.mul_(decay).add_(update)
-
-
-def _first(args: Sequence, kwargs: Mapping) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _no_stream(direction: int) -> Stream:

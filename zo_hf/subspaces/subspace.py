@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import Distribution, Stream
-from zo_hf.probes.probe import Probe
+from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
 
 StreamOf = Callable[[int], Stream]
@@ -142,6 +142,22 @@ class Subspace:
 
     def _leave_point(self) -> None:
         """Drop what `_enter_point` prepared."""
+
+
+def first_input(args: Sequence, kwargs: Mapping) -> Tensor:
+    """What a layer of one input was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def require_equal_parts(x: Tensor, groups: int) -> None:
+    """Refuse a linear layer's input whose first dimension, the batch's, does not hold one equal part for every probe.
+
+    Raises:
+        NotBatchable: it does not.
+    """
+    leading = x.shape[0] if x.ndim > 1 else 1
+    if leading % groups:
+        raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
 
 
 def _entered_forward(
