@@ -172,25 +172,33 @@ def zeroth_order(subspace: str, direction: str) -> Variant:
 
 
 def textbook(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
-    """MeZO as it is usually written: four passes over the weights, each with its own draw of z, out of place."""
+    """MeZO as its authors published it: four passes over the weights, each with its own draw of z, out of place."""
+
+    def draw(parameter: Tensor) -> Tensor:
+        return torch.normal(mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
     def perturb(scale: float) -> None:
         torch.manual_seed(0)
         for parameter in model.parameters():
-            z = torch.normal(mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            parameter.data = parameter.data + scale * z
+            parameter.data = parameter.data + scale * draw(parameter) * EPS
+
+    def update(projected_gradient: float, weight_decay: float = 0.0) -> None:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            z = draw(parameter)
+            parameter.data = parameter.data - LEARNING_RATE * (projected_gradient * z + weight_decay * parameter.data)
 
     def loss() -> float:
         return model(**batch).loss.item()
 
     def step() -> None:
         with torch.no_grad():
-            perturb(EPS)
+            perturb(1)
             plus = loss()
-            perturb(-2 * EPS)
+            perturb(-2)
             minus = loss()
-            perturb(EPS)
-            perturb(-LEARNING_RATE * (plus - minus) / (2 * EPS))
+            perturb(1)
+            update((plus - minus) / (2 * EPS))
 
     return step
 

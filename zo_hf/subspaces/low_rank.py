@@ -86,7 +86,9 @@ class LowRank(Subspace):
             for name, view in layout.views(flat).items():
                 # The forward multiplies by V in the weight's dtype; the fold must add the same V.
                 dtype = self.factored[name].parameter.dtype
-                self._bases[name] = view.to(dtype) if dtype in HALF else view.to(self.coordinates[name].dtype)
+                basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
+                # Columns one after another in memory: on a CPU x · V is then about five times faster.
+                self._bases[name] = basis.t().contiguous().t()
 
     def basis(self, name: str) -> Tensor:
         """V / √r of one matrix, (n, r)."""
