@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.conftest import assert_same_bits, seeded, weights_of
 from tests.subspaces.helpers import EVERY_SUBSPACE, direction
 from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.distributed import Grid, Ranks
 from zo_hf.optimizers import ScalarNormalisation, SeededSGD
 from zo_hf.subspaces import SUBSPACES, Full
 from zo_hf.zeroth_order import ZerothOrder
@@ -249,14 +250,19 @@ def test_micro_batches_add_up_to_the_step(subspace: str) -> None:
     assert zo.estimate(lambda: model(x).sin().mean()) == whole
 
 
-def test_reduce_sees_the_losses_of_the_step() -> None:
-    """What other processes found enters as scalars, before anything is divided or normalised."""
+def test_other_ranks_enter_as_scalars_before_anything_is_divided() -> None:
+    class TwoRanks(Ranks):
+        """The other rank found three times our losses, in the opposite order."""
+
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.stack([tensor, 3 * tensor.flip(0)])
+
     model, loss = mixed_task()
-    zo, _ = engine(model, "low_rank", 0.0, num_directions=2)
+    zo, _ = engine(model, "low_rank", 0.0, num_directions=2, ranks=TwoRanks(Grid(data=2)))
     losses = zo.probe(loss)
     assert losses.shape == (4,) and losses.dtype == torch.float64
-    estimate = zo.finish_estimate(lambda mine: (mine + 3 * mine.flip(0)) / 4)
-    mixed = (losses + 3 * losses.flip(0)) / 4
+    estimate = zo.finish_estimate()
+    mixed = (losses + 3 * losses.flip(0)) / 2
     expected = [(mixed[0] - mixed[1]).item() / 2e-3, (mixed[2] - mixed[3]).item() / 2e-3]
     assert estimate.projected_gradients == pytest.approx(expected)
 

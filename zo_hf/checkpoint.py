@@ -9,7 +9,9 @@ At a step that folds, the coordinates are zero and the model itself is the base:
 checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
 their coordinates are the model's own weights.
 
-Trainer writes its own trainer_state.json after everything else, so a folder in which that file is readable is complete.
+It is written in a folder of its own, flushed to the disk, and then renamed: a checkpoint is whole or not there. Folders of
+other origin may be cut off; Trainer writes its trainer_state.json after everything else, so one in which that file is
+readable is complete.
 """
 
 from __future__ import annotations
@@ -39,6 +41,47 @@ COORDINATES_FILE = "zo_coordinates.safetensors"
 BASE_FILE = "zo_base.safetensors"
 
 
+STAGING = "unfinished-checkpoint"
+
+
+class Staging:
+    """Where a checkpoint is written before it takes its place, so that nobody ever sees a part of one.
+
+    Args:
+        run_folder: where the run keeps its checkpoints.
+        name: the checkpoint's.
+    """
+
+    def __init__(self, run_folder: Path, name: str) -> None:
+        self.run_folder = run_folder
+        self.folder = run_folder / STAGING / name
+        self.final = run_folder / name
+
+    def clear(self) -> None:
+        """Remove what a run that was killed has left."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def publish(self) -> None:
+        """Move the checkpoint to its place; only what is safely on the disk goes there."""
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        clear(self.final)
+        os.replace(self.folder, self.final)
+        self.folder.parent.rmdir()
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(self.run_folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class CheckpointWriter:
     """Writes an engine's part of checkpoints, and remembers the last base file so that the next can share it."""
 
@@ -59,6 +102,11 @@ class CheckpointWriter:
             # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+
+    def moved(self, before: Path, after: Path) -> None:
+        """To be told when a folder written by `save` gets its final place."""
+        if self._last_base is not None and self._last_base[1].parent == before:
+            self._last_base = (self._last_base[0], after / self._last_base[1].name)
 
     def _save_base(self, subspace: LowRank, path: Path) -> None:
         if self._last_base is not None:

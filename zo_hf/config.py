@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.subspaces import SUBSPACES
 
@@ -128,6 +129,21 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Parameters that do not move, written as for zo_target_modules."}
     )
 
+    zo_parallel: str = field(
+        default="data",
+        metadata={
+            "help": "What several processes share out: data (each its own rows, the same directions), directions (the "
+            "same rows, each its own directions), or both (a grid)."
+        },
+    )
+    zo_check_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Steps after which several processes compare checksums of their weights, a part of them each time; "
+            "0 never does."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._read_numbers()
         self._check_zo_options()
@@ -148,6 +164,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
+        _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
         if self.zo_rank < 1:
             raise ValueError(f"zo_rank={self.zo_rank} must be at least 1; 4 is a good start.")
@@ -155,6 +172,8 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_fold_steps={self.zo_fold_steps} must not be negative; use 0 to never fold.")
         if self.zo_eps != "auto" and not 0 < float(self.zo_eps or 0) < float("inf"):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
+        if self.zo_check_steps < 0:
+            raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1.")
 

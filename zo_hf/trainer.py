@@ -13,20 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import is_peft_available
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
+from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
+from zo_hf.subspaces.sites import find_sites
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,9 @@ class ZOTrainerMixin(_TrainerLike):
 
     zo: ZerothOrder | None = None
     optimizer: Any
+    _ranks = Ranks()
+    _batches_compared = False
+    _staging: checkpoint.Staging | None = None
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -78,6 +85,13 @@ class ZOTrainerMixin(_TrainerLike):
                 f"{processes} processes were launched and each would train alone; pass use_cpu=True if they are meant to "
                 "run on CPUs together."
             )
+        grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions)
+        self._ranks = Ranks(grid)
+        if grid.directions > 1 and not args.average_tokens_across_devices:
+            raise ValueError(
+                f"zo_parallel={args.zo_parallel!r} needs average_tokens_across_devices=True: ranks that share a batch "
+                "must weigh its tokens alike."
+            )
         for argument, value in (
             ("optimizers", self.optimizer),
             ("optimizer_cls_and_kwargs", self.optimizer_cls_and_kwargs),
@@ -98,15 +112,18 @@ class ZOTrainerMixin(_TrainerLike):
         """
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with naming_lost_ranks():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._finish_zeroth_order()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
-        if self.accelerator.num_processes > 1:
-            _take_from_first_process(self.model)
+        # What DistributedDataParallel would do: each process may have initialised an adapter or a new head of its own.
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.is_floating_point():
+                self._ranks.take_from_first(tensor)
         args = self.args
         users = self.optimizer
         among = None if users is None else [p for group in users.param_groups for p in group["params"]]
@@ -122,6 +139,7 @@ class ZOTrainerMixin(_TrainerLike):
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
             seed=args.seed,
+            ranks=self._ranks,
         )
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s forward passes a step",
@@ -187,10 +205,12 @@ class ZOTrainerMixin(_TrainerLike):
         if model.training:
             model.eval()
         inputs = self._prepare_inputs(inputs)
+        if self.zo.at_start_of_step:
+            self._check_ranks(inputs)
         weight = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self.current_gradient_accumulation_steps
         losses = self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
         if self.accelerator.sync_gradients:
-            self._estimate = self.zo.finish_estimate(self._mean_over_processes)
+            self._estimate = self.zo.finish_estimate()
             if not self._estimate.is_finite:
                 logger.warning("step %d skipped: a loss or projected gradient is not finite", self.zo.step)
         return losses.mean().to(device=self.args.device, dtype=torch.float32)
@@ -214,7 +234,7 @@ class ZOTrainerMixin(_TrainerLike):
         if not own_loss:
             return lambda: sequential(inputs)
         scaled = self.model_accepts_loss_kwargs and num_items is not None
-        factor = self.accelerator.num_processes if scaled and self.args.average_tokens_across_devices else 1
+        factor = self._ranks.grid.data if scaled and self.args.average_tokens_across_devices else 1
         return ModelLoss(model, unwrapped, inputs, sequential, num_items if scaled else None, factor)
 
     def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
@@ -222,9 +242,6 @@ class ZOTrainerMixin(_TrainerLike):
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def _mean_over_processes(self, losses: Tensor) -> Tensor:
-        return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         assert self.zo is not None
@@ -236,7 +253,43 @@ class ZOTrainerMixin(_TrainerLike):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is 2q forwards."""
-        return super().floating_point_ops(inputs) * 2 * self.args.zo_num_directions // 3
+        return super().floating_point_ops(inputs) * 2 * self.args.zo_num_directions // self._ranks.grid.directions // 3
+
+    # Several processes.
+
+    def get_tp_size(self) -> int:
+        """Trainer's name for the number of ranks that see the same batch; here they evaluate different directions."""
+        return super().get_tp_size() * self._ranks.grid.directions
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with the same batches for ranks that share them."""
+        dataloader = super().get_train_dataloader()
+        if self._ranks.grid.directions > 1:
+            _share_batches(dataloader, self._ranks.grid)
+        return dataloader
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if isinstance(count, Tensor) and self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self._ranks.bytes_sent += 8  # every rank's count, an int64
+        return count
+
+    def store_flos(self) -> None:
+        """Trainer's, which adds up a float32 of every rank."""
+        super().store_flos()
+        if self.args.world_size > 1:
+            self._ranks.bytes_sent += 4
+
+    def _check_ranks(self, inputs: dict[str, Any]) -> None:
+        assert self.zo is not None
+        if not self._batches_compared:
+            self._ranks.check_shared_batch(inputs)
+            self._batches_compared = True
+        every = self.args.zo_check_steps
+        if every and self.zo.step % every == 0:
+            weights = dict(self.model.named_parameters())
+            turn = self.zo.step // every
+            self._ranks.check_replicas(self.zo.subspace.coordinates, weights, turn, self.zo.step)
 
     # What surrounds the step.
 
@@ -260,8 +313,11 @@ class ZOTrainerMixin(_TrainerLike):
         if self.zo is not None and "loss" in logs and self._estimate is not None:
             gradients = self._estimate.projected_gradients
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
-            logs["zo/forward_passes"] = self.zo.evaluator.forward_passes
+            logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if self.args.world_size > 1:
+                self._ranks.bytes_sent += 4  # Trainer averages the float32 loss that it is about to log
+                logs["zo/bytes_communicated"] = self._ranks.bytes_sent
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
         super().log(logs, *args, **kwargs)
@@ -269,16 +325,41 @@ class ZOTrainerMixin(_TrainerLike):
     # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, in a folder of its own that takes its place among the checkpoints when all of it is on the disk."""
+        self._staging = checkpoint.Staging(
+            Path(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
         if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoint.clear(Path(self._get_output_dir(trial=trial)) / folder)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+            self._staging.clear()
+        self._ranks.wait()
+        try:
+            super()._save_checkpoint(model, trial)
+            self._ranks.wait()  # every rank has written its part
+            self._publish_checkpoint(self._staging)
+            self._ranks.wait()
+        finally:
+            self._staging = None
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The first process goes on to write the file that says the checkpoint is complete.
-        self.accelerator.wait_for_everyone()
+    def _publish_checkpoint(self, staging: checkpoint.Staging) -> None:
+        if self.state.best_model_checkpoint == str(staging.folder):
+            self.state.best_model_checkpoint = str(staging.final)
+        if self.args.should_save:
+            self.state.save_to_json(str(staging.folder / TRAINER_STATE_NAME))
+            staging.publish()
+            self._checkpoints.moved(staging.folder, staging.final)
+            # Trainer has just looked for old checkpoints beside the new one, in the staging folder.
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(staging.run_folder), limit, best, use_mtime=True)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(staging.final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else `_publish_checkpoint` pushes what is then complete
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return folder if self._staging is None else str(self._staging.folder.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.zo is not None and state_dict is None:
@@ -345,13 +426,24 @@ def _check_model(model: nn.Module, args: ZOConfig) -> None:
             f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
             "in memory."
         )
+    if args.zo_target_modules is not None or args.zo_exclude_modules is not None:
+        find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
 
 
-def _take_from_first_process(model: nn.Module) -> None:
-    """What DistributedDataParallel would do: processes may have initialised an adapter or a new head differently."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.copy_(broadcast(tensor.data.contiguous()))
+def _share_batches(dataloader: DataLoader, grid: Grid) -> None:
+    """Give the ranks of a row of the grid the same batches, where accelerate gave each rank its own.
+
+    Raises:
+        ValueError: the data was shared out in a way that cannot be changed.
+    """
+    for shard in (dataloader.batch_sampler, dataloader.dataset):
+        if isinstance(shard, (BatchSamplerShard, IterableDatasetShard)) and shard.num_processes == grid.world_size:
+            shard.num_processes, shard.process_index = grid.data, grid.data_index
+            return
+    raise ValueError(
+        "zo_parallel: ranks cannot be given the same batches of this train_dataset; use zo_parallel='data', or a dataset "
+        "with a length (of a streamed one, dispatch_batches=False in accelerator_config)."
+    )
 
 
 def _is_peft(model: nn.Module) -> bool:

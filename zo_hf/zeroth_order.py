@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zo_hf.directions import DISTRIBUTIONS, Stream
+from zo_hf.distributed import Ranks
 from zo_hf.estimators import TwoPoint
 from zo_hf.optimizers import ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
@@ -56,6 +57,8 @@ class ZerothOrder:
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
         batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
         seed: what every random number depends on.
+        ranks: the processes that train together, made with `zo_hf.distributed.make_grid`; the weights must be equal on
+            all of them (`Ranks.take_from_first`). Default: this process alone.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
@@ -71,6 +74,7 @@ class ZerothOrder:
         normalize: bool = False,
         batched: bool | str = "auto",
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if isinstance(subspace, str):
             if subspace not in SUBSPACES:
@@ -83,6 +87,7 @@ class ZerothOrder:
         self.distribution = DISTRIBUTIONS[direction]
         self.normalisation = ScalarNormalisation() if normalize else None
         self.evaluator = ProbeEvaluator(batched)
+        self.ranks = ranks if ranks is not None else Ranks()
         self.step = 0
         self.skipped_steps = 0
         self._optimizer: Optimizer | None = None
@@ -117,22 +122,33 @@ class ZerothOrder:
         return self.finish_estimate()
 
     def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
-        """Add one micro-batch to the step: its losses at the probes, times `weight`, (number of probes,)."""
-        losses = self.evaluator.losses(
-            self.subspace, closure, self.estimator.probes(), self._stream, self.distribution
-        )
-        losses = losses * weight
+        """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
+        probes = self.estimator.probes()
+        own = [probes[i] for i in self.ranks.grid.own(probes)]
+        undecided = self.evaluator.batched is None
+        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution) * weight
+        if undecided:
+            # Each rank has seen other rows. One that cannot share a forward pass speaks for all, so that a checkpoint
+            # holds the choice of every rank.
+            chosen = self.ranks.gather(torch.tensor(self.evaluator.batched, device=losses.device))
+            self.evaluator.batched = bool(chosen.all())
         self._losses = losses if self._losses is None else self._losses + losses
         return losses
 
-    def finish_estimate(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Estimate:
-        """Turn the losses gathered by `probe` into the gradient of this step.
+    @property
+    def forward_passes(self) -> int:
+        """Evaluations of the loss on a whole batch so far, whichever ranks made them."""
+        return self.evaluator.forward_passes * self.ranks.grid.directions
 
-        Args:
-            reduce: averages the losses over processes.
-        """
+    @property
+    def at_start_of_step(self) -> bool:
+        """Whether no micro-batch of the step has been probed yet."""
+        return self._losses is None
+
+    def finish_estimate(self) -> Estimate:
+        """Turn the losses gathered by `probe`, on all ranks, into the gradient of this step."""
         assert self._losses is not None, "finish_estimate needs a probe first"
-        losses = (self._losses if reduce is None else reduce(self._losses)).tolist()
+        losses = self.ranks.mean_losses(self._losses, self.estimator.probes()).tolist()
         self._losses = None
         self._name_what_was_not_reached()
         gradients = self.estimator.projected_gradients(losses)
@@ -167,7 +183,7 @@ class ZerothOrder:
         normalisation = self.normalisation
         return {
             "step": self.step,
-            "forward_passes": self.evaluator.forward_passes,
+            "forward_passes": self.forward_passes,
             "skipped_steps": self.skipped_steps,
             "batched": self.evaluator.batched,
             "pending_decay": dict(self._pending_decay),
@@ -177,7 +193,8 @@ class ZerothOrder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
-        self.evaluator.forward_passes, self.evaluator.batched = state["forward_passes"], state["batched"]
+        self.evaluator.forward_passes = state["forward_passes"] // self.ranks.grid.directions
+        self.evaluator.batched = state["batched"]
         self._pending_decay = dict(state["pending_decay"])
         if self.normalisation is not None and state["normalisation"] is not None:
             self.normalisation = ScalarNormalisation(*state["normalisation"])

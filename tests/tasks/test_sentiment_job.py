@@ -59,6 +59,14 @@ def test_a_missing_column_ends_in_one_sentence(command_line: list[str]) -> None:
         main([*command_line, "--label_column", "sentiment"])
 
 
+def test_a_pattern_that_matches_nothing_ends_in_one_sentence_before_any_evaluation(
+    command_line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"error: zo_target_modules='nothing' .* selects no trainable parameter"):
+        main([*command_line, "--zo_target_modules", "nothing"])
+    assert "zero-shot" not in capsys.readouterr().out
+
+
 def test_help_tells_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"], "zo-hf train")

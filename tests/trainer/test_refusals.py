@@ -57,6 +57,8 @@ WRONG_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("zo_eps", {"zo_eps": "inf"}),
     ("zo_num_directions", {"zo_num_directions": 0}),
     ("zo_batched_probes", {"zo_batched_probes": "maybe"}),
+    ("zo_parallel", {"zo_parallel": "tensor"}),
+    ("zo_check_steps", {"zo_check_steps": -1}),
     ("optim", {"zo_subspace": "full", "optim": "adamw_torch"}),
     ("optim", {"zo_subspace": "full", "optim": "adafactor"}),
     ("optim_args", {"zo_subspace": "full", "optim_args": "momentum=0.9"}),
@@ -71,6 +73,11 @@ def test_a_wrong_option_is_refused_by_the_configuration(
     value = options.get(argument)
     if isinstance(value, str) and argument.startswith(("zo_", "optim")):
         assert value in message
+
+
+@pytest.mark.parametrize("options", [{"zo_target_modules": "lm"}, {"zo_exclude_modules": ".*"}], ids=str)
+def test_a_pattern_that_leaves_nothing_is_refused_before_any_work(tmp_path: Path, options: dict[str, Any]) -> None:
+    refused(next(iter(options)), lambda: make_trainer(tmp_path, **options))
 
 
 def test_checkpointed_activations_are_refused_under_the_name_this_transformers_has(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.config import ZOConfig
 from zo_hf.memory import PeakMemory
+from zo_hf.subspaces.sites import find_sites
 from zo_hf.tasks.assets import AssetError
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
 from zo_hf.tasks.data import LabelledSentences
@@ -102,6 +103,7 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
         sentences = load_sentences(job, sources, config.seed)
         tokenizer, model = load_model(model_path(sources), job)
     label_ids = label_token_ids(tokenizer, prompt)
+    find_sites(model, config.zo_target_modules, config.zo_exclude_modules)  # says now what training would say later
     model.to(config.device)
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
