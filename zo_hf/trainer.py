@@ -18,6 +18,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available
@@ -27,6 +28,7 @@ from zo_hf.config import ZOConfig
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
+from zo_hf.trajectory import recorder
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class ZOTrainerMixin(_TrainerLike):
             _check_model(model, args)
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._checkpoints = checkpoint.CheckpointWriter()
+        self._recorder: recorder.Recorder | None = None
+        self._in_checkpoint = False
         self._estimate: Estimate | None = None
         super().__init__(model, args, *more, **kwargs)
         if model is None:
@@ -160,11 +164,12 @@ class ZOTrainerMixin(_TrainerLike):
 
     def _forget_engine(self) -> None:
         zo, self.zo = self.zo, None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
         if zo is None:
             return
-        optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        optimizer = self._torch_optimizer()
         if self._users_groups is None:
             self.optimizer = None
         else:
@@ -172,6 +177,13 @@ class ZOTrainerMixin(_TrainerLike):
             for group, params in zip(optimizer.param_groups, self._users_groups, strict=True):
                 group["params"] = params
             self.optimizer, self._users_groups = optimizer, None
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    def _record_to(self, log: recorder.Recorder) -> None:
+        assert self.zo is not None
+        self._recorder = self.zo.on_step = log
 
     # A step.
 
@@ -184,6 +196,9 @@ class ZOTrainerMixin(_TrainerLike):
             The mean loss at the probes, a scalar, scaled as Trainer scales a micro-batch's loss.
         """
         assert self.zo is not None
+        if self._recorder is None and self.args.should_save:
+            # Not before: only now is everything in place that the first step starts from.
+            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), *self._where_to_record()))
         if model.training:
             model.eval()
         inputs = self._prepare_inputs(inputs)
@@ -273,7 +288,11 @@ class ZOTrainerMixin(_TrainerLike):
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             checkpoint.clear(Path(self._get_output_dir(trial=trial)) / folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -281,21 +300,52 @@ class ZOTrainerMixin(_TrainerLike):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._in_checkpoint and self.args.save_only_trajectory:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            return
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is not None and self.args.should_save:
-            self._checkpoints.save(self.zo, Path(output_dir))
+        if not self.args.save_only_trajectory:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.zo is None or not self.args.should_save:
+            return
+        crc = None if self._recorder is None else self._recorder.sync()
+        rates = None
+        if self.args.save_only_trajectory and self._recorder is not None:
+            self._recorder.copy_into(Path(output_dir))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._checkpoints.save(self.zo, Path(output_dir), crc, rates)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # A checkpoint without tensors is replayed once there is an engine.
+        if not checkpoint.is_only_trajectory(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is not None and self.zo is not None and not checkpoint.load(self.zo, Path(folder)):
+        if folder is None or self.zo is None:
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        path = Path(folder)
+        if checkpoint.is_only_trajectory(path):
+            recorder.restore(self.zo, self._torch_optimizer(), path)
+            self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, weights_only=True))
+        elif checkpoint.load(self.zo, path):
+            super()._load_optimizer_and_scheduler(folder)
+        else:
             # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
             return
-        super()._load_optimizer_and_scheduler(folder)
+        if self.args.should_save:
+            output_dir, required = self._where_to_record()
+            self._record_to(recorder.resume(self.zo, self._torch_optimizer(), output_dir, path, required))
+
+    def _where_to_record(self) -> tuple[Path, bool]:
+        """The run's folder, and whether its checkpoints depend on the log."""
+        return Path(self._get_output_dir(getattr(self, "_trial", None))), self.args.save_only_trajectory
 
     def _load_best_model(self) -> None:
         # The engine's coordinates belong to the last step's weights, which are about to be replaced.
