@@ -148,7 +148,8 @@ def test_a_full_disk_ends_the_log_and_not_the_run(
     monkeypatch.setattr(Writer, "append", full)
     with caplog.at_level(logging.WARNING, "zo_hf"):
         trainer = trained(tmp_path / "full", build(), more={"callbacks": [SaveAt(3)]}, **OPTIONS)
-    assert caplog.text.count("the trajectory ends at step 2") == 1
+    assert caplog.text.count("is not complete and ends here: [Errno 28]") == 1
+    assert read_trajectory(tmp_path / "full").steps == 2
     assert_same_bits(weights_of(trainer.model), weights_of(whole.model))
     with pytest.raises(OSError):
         trained(tmp_path / "only", build(), save_only_trajectory=True, **OPTIONS)

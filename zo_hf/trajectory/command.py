@@ -10,8 +10,9 @@ step costs one update. Send the folder instead of the model, or keep it as the r
 
 LOG is a run's output folder, one of its checkpoints, or the log itself. Before anything is done the log's checksums
 are verified, and the base model must have the very weights that the run began with. Half precision is loaded as the
-run had it. The bits are those of the run on the same kind of device with the same version of torch. A run of a PEFT
-adapter is replayed into the adapter; its starting weights are read from the log's folder.
+run had it, on a GPU if that is where the run was: the bits are those of the run on the same kind of device with the
+same version of torch. A run of a PEFT adapter is replayed into the adapter; its starting weights are read from the
+log's folder.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def load_base(name: str, trajectory: Trajectory, revision: str | None = None) ->
         revision = base.get("revision")
     model: Any = kind
     model = model.from_pretrained(name, dtype=dtype, **({} if revision is None else {"revision": revision}))
+    if base.get("device") == "cuda" and torch.cuda.is_available():  # where the bits are the run's
+        model.to("cuda")
     if trajectory.header.get("start") is None:
         return model
     from peft import PeftConfig, get_peft_model

@@ -18,6 +18,7 @@ CRCs are a chain, so a record that is missing, repeated or out of order breaks i
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -118,7 +119,7 @@ class Trajectory:
 
 
 class Writer:
-    """Appends records to a log, each flushed at once; see `SYNC_SECONDS` for when they reach the disk.
+    """Appends records to a log, each handed to the system at once; see `SYNC_SECONDS` for when they reach the disk.
 
     Args:
         path: the file; it is begun anew.
@@ -149,10 +150,13 @@ class Writer:
     def _begin(self, path: Path, content: bytes) -> None:
         # Beside the file and then in its place: a kill leaves either the log that was there or the one that begins.
         beside = path.with_name(path.name + ".new")
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
         self.path = path
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self.sync()
 
     def append(self, record: Record) -> None:
@@ -161,14 +165,14 @@ class Writer:
         numbers = (*record.projected_gradients, *record.learning_rates, record.clip_factor)
         body = self._struct.pack(record.step, flags, *numbers)
         self.crc = zlib.crc32(body, self.crc)
-        self._file.write(body + _CRC.pack(self.crc))
-        self._file.flush()
+        content = body + _CRC.pack(self.crc)
+        if self._file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, "a record was not written whole")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Have everything written so far on the disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +57,15 @@ class Recorder:
         record = Record(
             step.step, step.skipped, changed, step.projected_gradients, step.learning_rates, step.clip_factor
         )
-        try:
+        with self._tolerated():
             self._writer.append(record)
-        except OSError as error:
-            if self._required:
-                raise
-            logger.warning("the trajectory ends at step %d: %s cannot be written", step.step, self._writer.path)
-            logger.debug("writing the trajectory", exc_info=error)
-            self._writer = None
 
     def sync(self) -> int | None:
         """Have the log on the disk; returns the CRC that its chain has now, or None without a log."""
-        if self._writer is None:
-            return None
-        self._writer.sync()
-        return self._writer.crc
+        if self._writer is not None:
+            with self._tolerated():
+                self._writer.sync()
+        return None if self._writer is None else self._writer.crc
 
     def copy_into(self, checkpoint_folder: Path) -> None:
         """Put a copy of the trajectory into a checkpoint."""
@@ -82,7 +78,18 @@ class Recorder:
     def close(self) -> None:
         """Let go of the file."""
         if self._writer is not None:
-            self._writer.close()
+            with self._tolerated():
+                self._writer.close()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._required:
+                raise
+            logger.warning("the trajectory of this run is not complete and ends here: %s", error)
+            self._writer = None
 
 
 def begin(zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, required: bool = False) -> Recorder:

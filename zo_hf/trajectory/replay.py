@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from zo_hf.subspaces import SUBSPACES, Adapter, Full, LowRank, Subspace
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
 from zo_hf.zeroth_order import ZerothOrder
+
+logger = logging.getLogger(__name__)
 
 START_FILE = "start.safetensors"
 
@@ -65,6 +68,9 @@ def replay(model: Model, path: str | Path, until: int | None = None, progress: b
     if until is not None and not 0 <= until <= trajectory.steps:
         raise TrajectoryError(f"{trajectory.path} holds {trajectory.steps} steps; choose until={until} among them.")
     parameters = _parameters(model, trajectory)
+    device, then = next(iter(parameters.values())).device.type, trajectory.header["base"].get("device")
+    if device != then:
+        logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
     frozen = [p for p in parameters.values() if not p.requires_grad]
     for parameter in frozen:  # what moved in the run moves now
         parameter.requires_grad_(True)
