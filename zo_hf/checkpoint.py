@@ -9,6 +9,9 @@ At a step that folds, the coordinates are zero and the model itself is the base:
 checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
 their coordinates are the model's own weights.
 
+With `save_only_trajectory` there are no tensors: only the engine's numbers and a copy of the trajectory, from which the
+rest is replayed (see `trajectory/recorder.py`).
+
 It is written in a folder of its own, flushed to the disk, and then renamed: a checkpoint is whole or not there. Folders of
 other origin may be cut off; Trainer writes its trainer_state.json after everything else, so one in which that file is
 readable is complete.
@@ -88,11 +91,20 @@ class CheckpointWriter:
     def __init__(self) -> None:
         self._last_base: tuple[int, Path] | None = None
 
-    def save(self, zo: ZerothOrder, folder: Path) -> None:
-        """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest."""
+    def save(
+        self, zo: ZerothOrder, folder: Path, trajectory: int | None = None, learning_rates: list[float] | None = None
+    ) -> None:
+        """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
+
+        Args:
+            trajectory: the CRC that the chain of the run's log has at this step.
+            learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
+        """
         subspace = zo.subspace
-        state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict()}
-        if isinstance(subspace, LowRank):
+        state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
+        if learning_rates is not None:
+            state["learning_rates"] = learning_rates
+        elif isinstance(subspace, LowRank):
             state["drawn_at"] = subspace.drawn_at
             state["at_origin"] = subspace.at_origin
             if not subspace.at_origin:
@@ -182,13 +194,8 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     """
     if not (folder / STATE_FILE).exists():
         return False
-    state = json.loads((folder / STATE_FILE).read_text())
-    for name, now in settings(zo).items():
-        then = state["settings"].get(name)
-        if then != now:
-            raise ValueError(
-                f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
-            )
+    state = read_state(folder)
+    check_settings(zo, state, folder)
     subspace = zo.subspace
     with torch.no_grad():
         if (folder / COORDINATES_FILE).exists():
@@ -202,6 +209,32 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
             subspace.set_origin()
     zo.load_state_dict(state["engine"])
     return True
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The engine's numbers in a checkpoint; none where it has none."""
+    path = folder / STATE_FILE
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return state
+
+
+def is_only_trajectory(folder: Path) -> bool:
+    """Whether a checkpoint holds a log in place of tensors."""
+    return "learning_rates" in read_state(folder)
+
+
+def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that was written with other settings than this run's.
+
+    Raises:
+        ValueError: the message names the first that differs.
+    """
+    for name, now in settings(zo).items():
+        then = state["settings"].get(name)
+        if then != now:
+            raise ValueError(
+                f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
+            )
 
 
 def settings(zo: ZerothOrder) -> dict[str, Any]:

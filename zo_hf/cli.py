@@ -54,6 +54,9 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
 COMMANDS = {
     "train": Command("fine-tune a language model to label sentences", has_main("zo_hf.tasks.sentiment_job")),
     "predict": Command("label sentences with the trained model", has_arguments("zo_hf.tasks.predict")),
+    "replay": Command(
+        "turn a base model and a run's log into the fine-tuned model", has_arguments("zo_hf.trajectory.command")
+    ),
     "bench": Command("measure speed and memory beside inference", has_arguments("zo_hf.bench")),
 }
 

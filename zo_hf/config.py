@@ -128,6 +128,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_exclude_modules: None | str | list[str] = field(  # noqa: RUF036
         default=None, metadata={"help": "Parameters that do not move, written as for zo_target_modules."}
     )
+    save_only_trajectory: bool = field(
+        default=False,
+        metadata={
+            "help": "Have checkpoints of kilobytes: the log of the steps so far, from which resume_from_checkpoint takes "
+            "them again, given the model that the run began with. save_model still writes the whole model."
+        },
+    )
 
     zo_parallel: str = field(
         default="data",
@@ -176,6 +183,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1.")
+        if self.save_only_trajectory:
+            for option, reason in (
+                ("save_only_model", "keeps what it leaves out"),
+                ("load_best_model_at_end", "needs the weights of a checkpoint"),
+                ("auto_find_batch_size", "needs the base weights again after a restart"),
+            ):
+                if getattr(self, option):
+                    raise ValueError(f"save_only_trajectory=True and {option}=True, which {reason}; leave one out.")
 
     def _check_trainer_options(self) -> None:
         if self.neftune_noise_alpha is not None:

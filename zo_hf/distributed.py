@@ -175,7 +175,7 @@ class Ranks:
         tensors |= {
             name: tensor for i, (name, tensor) in enumerate(weights.items()) if i % ROTATION == turn % ROTATION
         }
-        sums = torch.tensor([tensor_checksum(tensor) for tensor in tensors.values()])
+        sums = torch.tensor([_signed(tensor_checksum(tensor)) for tensor in tensors.values()])
         device = next(iter(coordinates.values())).device
         digest = int.from_bytes(blake2b(sums.numpy().tobytes(), digest_size=8).digest(), "little", signed=True)
         if len(set(self.gather(torch.tensor(digest, device=device)).tolist())) == 1:
@@ -200,8 +200,7 @@ class Ranks:
         if self.grid.directions == 1:
             return
         tensors = [tensor for tensor in inputs.values() if isinstance(tensor, Tensor)]
-        # Rows of different length may have the same sum: the shapes are part of it.
-        total = sum(tensor_checksum(t) + hash(tuple(t.shape)) for t in tensors) & (2**63 - 1)
+        total = _signed(sum(tensor_checksum(tensor) for tensor in tensors) % 2**64)
         device = tensors[0].device if tensors else torch.device("cpu")
         everyones = self.gather(torch.tensor(total, device=device)).view(self.grid.data, self.grid.directions)
         if not bool((everyones == everyones[:, :1]).all()):
@@ -228,3 +227,8 @@ def naming_lost_ranks() -> Iterator[None]:
             "another process of this run has stopped or does not answer; see what it said last, and start again with "
             "resume_from_checkpoint=True, on any number of processes that keeps the batch size."
         ) from error
+
+
+def _signed(bits: int) -> int:
+    """The same 64 bits as a number that an int64 tensor holds."""
+    return bits - (1 << 64) if bits >> 63 else bits

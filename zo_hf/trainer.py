@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import is_peft_available
@@ -31,6 +31,7 @@ from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
 from zo_hf.subspaces.sites import find_sites
+from zo_hf.trajectory import recorder
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class ZOTrainerMixin(_TrainerLike):
             _check_model(model, args)
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._checkpoints = checkpoint.CheckpointWriter()
+        self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
         super().__init__(model, args, *more, **kwargs)
         if model is None:
@@ -178,11 +180,12 @@ class ZOTrainerMixin(_TrainerLike):
 
     def _forget_engine(self) -> None:
         zo, self.zo = self.zo, None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
         if zo is None:
             return
-        optimizer = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        optimizer = self._torch_optimizer()
         if self._users_groups is None:
             self.optimizer = None
         else:
@@ -190,6 +193,13 @@ class ZOTrainerMixin(_TrainerLike):
             for group, params in zip(optimizer.param_groups, self._users_groups, strict=True):
                 group["params"] = params
             self.optimizer, self._users_groups = optimizer, None
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    def _record_to(self, log: recorder.Recorder) -> None:
+        assert self.zo is not None
+        self._recorder = self.zo.on_step = log
 
     # A step.
 
@@ -202,6 +212,9 @@ class ZOTrainerMixin(_TrainerLike):
             The mean loss at the probes, a scalar, scaled as Trainer scales a micro-batch's loss.
         """
         assert self.zo is not None
+        if self._recorder is None and self.args.should_save:
+            # Not before: only now is everything in place that the first step starts from.
+            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), *self._where_to_record()))
         if model.training:
             model.eval()
         inputs = self._prepare_inputs(inputs)
@@ -275,10 +288,10 @@ class ZOTrainerMixin(_TrainerLike):
         return count
 
     def store_flos(self) -> None:
-        """Trainer's, which adds up a float32 of every rank."""
-        super().store_flos()
+        """Trainer's, which adds up a number of every rank."""
         if self.args.world_size > 1:
-            self._ranks.bytes_sent += 4
+            self._ranks.count(torch.tensor(self.current_flos))
+        super().store_flos()
 
     def _check_ranks(self, inputs: dict[str, Any]) -> None:
         assert self.zo is not None
@@ -362,21 +375,52 @@ class ZOTrainerMixin(_TrainerLike):
         return folder if self._staging is None else str(self._staging.folder.parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._staging is not None and self.args.save_only_trajectory:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            return
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is not None and self.args.should_save:
-            self._checkpoints.save(self.zo, Path(output_dir))
+        if not self.args.save_only_trajectory:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.zo is None or not self.args.should_save:
+            return
+        crc = None if self._recorder is None else self._recorder.sync()
+        rates = None
+        if self.args.save_only_trajectory and self._recorder is not None:
+            self._recorder.copy_into(Path(output_dir))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._checkpoints.save(self.zo, Path(output_dir), crc, rates)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # A checkpoint without tensors is replayed once there is an engine.
+        if not checkpoint.is_only_trajectory(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is not None and self.zo is not None and not checkpoint.load(self.zo, Path(folder)):
+        if folder is None or self.zo is None:
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        path = Path(folder)
+        if checkpoint.is_only_trajectory(path):
+            recorder.restore(self.zo, self._torch_optimizer(), path)
+            self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, weights_only=True))
+        elif checkpoint.load(self.zo, path):
+            super()._load_optimizer_and_scheduler(folder)
+        else:
             # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
             return
-        super()._load_optimizer_and_scheduler(folder)
+        if self.args.should_save:
+            output_dir, required = self._where_to_record()
+            self._record_to(recorder.resume(self.zo, self._torch_optimizer(), output_dir, path, required))
+
+    def _where_to_record(self) -> tuple[Path, bool]:
+        """The run's folder, and whether its checkpoints depend on the log."""
+        return Path(self._get_output_dir(getattr(self, "_trial", None))), self.args.save_only_trajectory
 
     def _load_best_model(self) -> None:
         # The engine's coordinates belong to the last step's weights, which are about to be replaced.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,25 @@ class Estimate:
     is_finite: bool
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was made of: with the seed, everything that a replay needs.
+
+    Args:
+        step: its number, from 0.
+        projected_gradients: c of every direction, before any normalisation.
+        skipped: whether the optimizer was given nothing to apply.
+        learning_rates: of every parameter group.
+        clip_factor: what the estimate was multiplied by before the optimizer saw it.
+    """
+
+    step: int
+    projected_gradients: tuple[float, ...]
+    skipped: bool
+    learning_rates: tuple[float, ...]
+    clip_factor: float
+
+
 class ZerothOrder:
     """Estimates gradients of a model's loss from forward passes and hands them to an optimizer.
 
@@ -60,9 +80,14 @@ class ZerothOrder:
         ranks: the processes that train together, made with `zo_hf.distributed.make_grid`; the weights must be equal on
             all of them (`Ranks.take_from_first`). Default: this process alone.
 
+    Attributes:
+        on_step: called after every optimizer step with what it was made of; None calls nothing.
+
     Raises:
         ValueError: an argument is not usable; the message names it.
     """
+
+    on_step: Callable[[Step], None] | None = None
 
     def __init__(
         self,
@@ -92,6 +117,7 @@ class ZerothOrder:
         self.skipped_steps = 0
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
+        self._applied: tuple[tuple[float, ...], bool] | None = None
         self._pending_decay: dict[str, float] = {}
         self._looked_for_unreached = False
         subspace.attach()
@@ -153,15 +179,26 @@ class ZerothOrder:
         self._name_what_was_not_reached()
         gradients = self.estimator.projected_gradients(losses)
         estimate = Estimate(sum(losses) / len(losses), tuple(gradients), _all_finite([*losses, *gradients]))
-        if not estimate.is_finite:
+        self.apply(estimate.projected_gradients, skipped=not estimate.is_finite)
+        return estimate
+
+    def apply(self, gradients: Sequence[float], skipped: bool) -> None:
+        """Leave the gradient that projected gradients stand for to `optimizer.step()`: training and replay end here.
+
+        Args:
+            gradients: c of every direction.
+            skipped: leave the optimizer nothing instead.
+        """
+        self._applied = tuple(gradients), skipped
+        self.subspace.clip_factor = 1.0
+        if skipped:
             self.skipped_steps += 1
             self.subspace.clear_gradient()
-            return estimate
+            return
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
         coefficients = [c / self.estimator.num_directions for c in gradients]
         self.subspace.write_gradient(coefficients, self._stream, self.distribution)
-        return estimate
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
@@ -218,6 +255,7 @@ class ZerothOrder:
         return Stream(self.seed, self.step, direction)
 
     def _advance(self) -> None:
+        self._report_step()
         self.step += 1
         self.subspace.coordinates_changed()
         if isinstance(self.subspace, LowRank):
@@ -225,6 +263,15 @@ class ZerothOrder:
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
+
+    def _report_step(self) -> None:
+        nothing = ((math.nan,) * self.estimator.num_directions, True)
+        gradients, skipped = self._applied or nothing
+        self._applied = None
+        if self.on_step is not None:
+            assert self._optimizer is not None
+            rates = tuple(float(group["lr"]) for group in self._optimizer.param_groups)
+            self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor))
 
     def _remember_decay(self, subspace: LowRank) -> None:
         """The optimizer decays B; the weights under it are owed the same factor, which the next fold applies."""

@@ -67,7 +67,7 @@ for subspace, dtype in CASES:
 
     # Killed after the checkpoint and resumed.
     del more["callbacks"]
-    trainer = make_trainer(run, model_of(subspace, dtype, rank), **options)
+    trainer = make_trainer(run, model_of(subspace, dtype, rank), more=more, **options)
     trainer.train(resume_from_checkpoint=True)
     result["resumed"] = weights_of(trainer.model)
     torch.save(result, folder / f"{subspace}-{dtype}-{rank}.pt")

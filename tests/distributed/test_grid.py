@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo_hf.checksum import tensor_checksum
-from zo_hf.distributed import Grid, Ranks, ReplicasDiffer, make_grid
+from zo_hf.distributed import Grid, Ranks, ReplicasDiffer, _signed, make_grid
 from zo_hf.estimators import TwoPoint
 
 
@@ -72,7 +72,7 @@ class Table(Ranks):
 def test_the_message_names_the_step_the_rank_and_the_first_tensor() -> None:
     coordinates = {"a": torch.zeros(3), "b": torch.ones(2)}
     weights = {"w0": torch.ones(4), "w1": torch.ones(4)}
-    sums = torch.tensor([tensor_checksum(t) for t in (coordinates["a"], coordinates["b"] * 2, weights["w0"])])
+    sums = torch.tensor([_signed(tensor_checksum(t)) for t in (coordinates["a"], coordinates["b"] * 2, weights["w0"])])
     ranks = Table(Grid(data=3), [torch.tensor(1), None], [sums, None])
     with pytest.raises(ReplicasDiffer, match=r"step 70 rank 1 of 3 .* first in b;"):
         ranks.check_replicas(coordinates, weights, turn=0, step=70)

@@ -24,6 +24,7 @@ from tests.trainer.runs import At, SaveAt, logged, make_trainer, trained, with_l
 from zo_hf import ZOTrainer
 from zo_hf.checkpoint import BASE_FILE, COORDINATES_FILE, STATE_FILE
 from zo_hf.trainer import ZOTrainerMixin
+from zo_hf.trajectory import replay
 
 FOLDS = {"zo_fold_steps": 4, "learning_rate": 1e-3}
 
@@ -413,3 +414,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
     assert kills == 10
     assert halves > 0, "no kill fell into the writing of a checkpoint"
     assert_same_bits(torch.load(folder / "final.pt"), torch.load(whole / "final.pt"))
+    logs = [(run / "trajectory" / "steps.zolog").read_bytes() for run in (folder, whole)]
+    assert logs[0] == logs[1]
+    replayed = replay(seeded(tiny_opt, torch.bfloat16), folder)
+    assert_same_bits(weights_of(replayed), torch.load(whole / "final.pt"))

@@ -138,16 +138,16 @@ class Full(Subspace):
     def clear_gradient(self) -> None:
         self.pending = []
 
-    def clip_gradient(self, max_norm: float) -> float:
-        """Scale the pending update to at most `max_norm`; returns the norm before.
+    def gradient_norm(self) -> float:
+        """Norm of the pending update.
 
-        The norm is the expected one, √d · √Σ cᵢ² (exact for one Rademacher direction), since computing it would take a
-        pass over all weights.
+        It is the expected one, √d · √Σ cᵢ² (exact for one Rademacher direction), since computing it would take a pass
+        over all weights.
         """
-        norm = float(self.dimension**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
-        if norm > max_norm:
-            self.pending = [(stream, c * max_norm / norm) for stream, c in self.pending]
-        return norm
+        return float(self.dimension**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
+
+    def scale_gradient(self, factor: float) -> None:
+        self.pending = [(stream, c * factor) for stream, c in self.pending]
 
     @torch.no_grad()
     def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:

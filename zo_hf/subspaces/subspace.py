@@ -46,10 +46,12 @@ class Subspace:
     ) -> None:
         self.model = model
         self.seed = seed
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.sites = find_sites(model, target_modules, exclude_modules, among)
         self.coordinates: dict[str, nn.Parameter] = {}
         self.probes: Sequence[Probe] = ()
         self.rows_per_probe = 0
+        self.clip_factor = 1.0  # what the estimate of this step was multiplied by
         self.visited: set[nn.Module] = set()
         self._holders: dict[nn.Module, dict[str, Site]] = {}
         for site in self.sites:
@@ -118,9 +120,28 @@ class Subspace:
         for coordinate in self.coordinates.values():
             coordinate.grad = None
 
+    def gradient_norm(self) -> float:
+        """2-norm of the estimate over all coordinates."""
+        gradients = [p.grad for p in self.coordinates.values() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def scale_gradient(self, factor: float) -> None:
+        """Multiply the estimate by `factor`."""
+        gradients = [p.grad for p in self.coordinates.values() if p.grad is not None]
+        if gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+
     def clip_gradient(self, max_norm: float) -> float:
-        """Scale the estimate to at most `max_norm` in the 2-norm over all coordinates; returns the norm before."""
-        return float(nn.utils.clip_grad_norm_(self.coordinates.values(), max_norm))
+        """Scale the estimate to at most `max_norm`; returns the norm before and adds the factor to `clip_factor`.
+
+        The factor is a number of its own, not a tensor's: a norm may depend on the number of threads, and a replay, which
+        multiplies by the recorded factor, must not.
+        """
+        norm = self.gradient_norm()
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        self.scale_gradient(factor)
+        self.clip_factor *= factor
+        return norm
 
     def coordinates_changed(self) -> None:
         """To be called after an optimizer step or a load."""

@@ -1,0 +1,114 @@
+"""Turn a base model and the log of a fine-tuning run into the fine-tuned model, bit for bit.
+
+A run of zo_hf writes OUTPUT_DIR/trajectory: for every optimizer step the projected gradient, the learning rates and
+the clipping, some forty bytes. Directions are drawn again from the seed, so no data and no forward pass is needed; a
+step costs one update. Send the folder instead of the model, or keep it as the record of how the model came about.
+
+    zo-hf replay out --model facebook/opt-125m --output tuned
+    zo-hf replay out --model facebook/opt-125m --output early --until 200
+    zo-hf replay out --verify
+
+LOG is a run's output folder, one of its checkpoints, or the log itself. Before anything is done the log's checksums
+are verified, and the base model must have the very weights that the run began with. Half precision is loaded as the
+run had it, on a GPU if that is where the run was: the bits are those of the run on the same kind of device with the
+same version of torch. A run of a PEFT adapter is replayed into the adapter; its starting weights are read from the
+log's folder.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zo_hf.trajectory.log import Trajectory, TrajectoryError
+from zo_hf.trajectory.replay import replay, verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `zo-hf replay`."""
+    parser.add_argument("log", type=Path, metavar="LOG", help="output folder of a run, a checkpoint, or a log")
+    parser.add_argument("--model", metavar="BASE", help="the base model: a name on the hub, or a folder")
+    parser.add_argument("--revision", help="of the base model on the hub; default: the run's, where it is known")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this many steps; default: all")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the model is saved, and its tokenizer")
+    parser.add_argument("--verify", action="store_true", help="only check the log, and the base model if one is named")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Verify a log, and replay it unless told not to."""
+    if not args.verify and (args.model is None or args.output is None):
+        raise ValueError("replay needs --model BASE and --output DIR; with --verify it only checks the log.")
+    trajectory = verify(args.log, until=args.until)
+    print(summary(trajectory))
+    if args.model is None:
+        return
+    model = load_base(args.model, trajectory, args.revision)
+    if args.verify:
+        verify(args.log, model, args.until)
+        print(f"{args.model} is the model that the log begins at")
+        return
+    replay(model, args.log, args.until, progress=True)
+    model.save_pretrained(args.output)
+    _save_tokenizer(args.model, args.revision, args.output)
+    print(f"took {len(trajectory.records)} steps again and saved the model in {args.output}")
+
+
+def summary(trajectory: Trajectory) -> str:
+    """What a log holds, in a few lines."""
+    header, records = trajectory.header, trajectory.records
+    settings, base = header["settings"], header["base"]
+    skipped = sum(record.skipped for record in records)
+    lines = [
+        f"{trajectory.path}: {len(records)} steps in {trajectory.path.stat().st_size:,} bytes, every record intact",
+        f"  base       {base.get('name') or base.get('class')} ({base.get('dtype')} on {base.get('device')})",
+        f"  moves      {settings['coordinates']:,} coordinates, zo_subspace={settings['zo_subspace']}",
+        f"  optimizer  {header['optimizer'].get('kind')}, seed {settings['seed']}",
+        f"  written by zo_hf {header.get('zo_hf')}, torch {header.get('torch')}",
+    ]
+    if skipped:
+        lines.append(f"  skipped    {skipped} steps whose loss was not finite")
+    if trajectory.dropped:
+        lines.append(f"  dropped    {trajectory.dropped} bytes at the end that were no complete record")
+    return "\n".join(lines)
+
+
+def load_base(name: str, trajectory: Trajectory, revision: str | None = None) -> Any:
+    """The base model in the run's class and dtype, wrapped with the run's adapter if it had one.
+
+    Raises:
+        TrajectoryError: the class is none of transformers'.
+    """
+    import torch
+    import transformers
+
+    base = trajectory.header["base"]
+    kind = getattr(transformers, str(base.get("class")), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded from a {base.get('class')}, which transformers does not have; replay it in "
+            "Python with zo_hf.trajectory.replay(model, path)."
+        )
+    dtype = getattr(torch, str(base.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TrajectoryError(f"{trajectory.path} names no dtype of torch; zo_hf did not write it.")
+    if revision is None and not Path(name).exists() and name == base.get("name"):
+        revision = base.get("revision")
+    model: Any = kind
+    model = model.from_pretrained(name, dtype=dtype, **({} if revision is None else {"revision": revision}))
+    if base.get("device") == "cuda" and torch.cuda.is_available():  # where the bits are the run's
+        model.to("cuda")
+    if trajectory.header.get("start") is None:
+        return model
+    from peft import PeftConfig, get_peft_model
+
+    # PEFT turns half-precision adapters into float32, as it did for the run unless told otherwise.
+    return get_peft_model(model, PeftConfig.from_pretrained(str(trajectory.path.parent)))
+
+
+def _save_tokenizer(name: str, revision: str | None, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **({} if revision is None else {"revision": revision}))
+    except (OSError, ValueError, KeyError, ImportError):  # a model without one
+        return
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,266 @@
+"""Writing the trajectory of a Trainer's run beside its checkpoints, and continuing from what was written.
+
+    OUTPUT_DIR/trajectory/steps.zolog            the log, see `log.py`
+    OUTPUT_DIR/trajectory/start.safetensors      an adapter's starting coordinates, which PEFT draws at random
+    OUTPUT_DIR/trajectory/adapter_config.json    how to build that adapter
+    OUTPUT_DIR/trajectory.previous/              the log of the run that used this folder before
+
+A checkpoint's zo_state.json holds the CRC that the log's chain has at its step, so a log of another run is not taken for
+this one's. With `save_only_trajectory` a checkpoint holds a copy of the trajectory folder in place of all tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch.optim import Optimizer
+
+from zo_hf import checkpoint
+from zo_hf.subspaces import Adapter
+from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
+from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
+from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps, verify
+from zo_hf.zeroth_order import Step, ZerothOrder
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes one record after every optimizer step of an engine.
+
+    A log that cannot be written ends with a warning; the training does not, unless its checkpoints consist of the log.
+
+    Args:
+        header: of the log.
+        writer: of the log; None records nothing.
+        optimizer: whose options are to stay as the header has them.
+        required: whether an error of the disk ends the training.
+    """
+
+    def __init__(
+        self, header: dict[str, Any], writer: Writer | None, optimizer: Optimizer, required: bool = False
+    ) -> None:
+        self._options = [group["options"] for group in header["groups"]]
+        self._writer, self._optimizer, self._required = writer, optimizer, required
+
+    def __call__(self, step: Step) -> None:
+        if self._writer is None:
+            return
+        changed = [options_of(group) for group in self._optimizer.param_groups] != self._options
+        record = Record(
+            step.step, step.skipped, changed, step.projected_gradients, step.learning_rates, step.clip_factor
+        )
+        with self._tolerated():
+            self._writer.append(record)
+
+    def sync(self) -> int | None:
+        """Have the log on the disk; returns the CRC that its chain has now, or None without a log."""
+        if self._writer is not None:
+            with self._tolerated():
+                self._writer.sync()
+        return None if self._writer is None else self._writer.crc
+
+    def copy_into(self, checkpoint_folder: Path) -> None:
+        """Put a copy of the trajectory into a checkpoint."""
+        assert self._writer is not None
+        target = checkpoint_folder / FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        for file in self._writer.path.parent.iterdir():
+            shutil.copyfile(file, target / file.name)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._writer is not None:
+            with self._tolerated():
+                self._writer.close()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._required:
+                raise
+            logger.warning("the trajectory of this run is not complete and ends here: %s", error)
+            self._writer = None
+
+
+def begin(zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, required: bool = False) -> Recorder:
+    """Start the log of a run whose model, at this moment, is the base.
+
+    Args:
+        output_dir: the run's folder.
+        required: refuse a run that cannot be replayed, because its checkpoints will depend on it.
+
+    Raises:
+        ValueError: the log is required and the optimizer is not one that a replay can rebuild.
+    """
+    header = build_header(zo, optimizer)
+    if required and not header["optimizer"]["replayable"]:
+        raise ValueError(
+            f"save_only_trajectory=True cannot replay {header['optimizer']['kind']}; use optim='sgd' or 'adamw_torch', "
+            "or leave it out."
+        )
+    try:
+        folder = _new_folder(output_dir)
+        if isinstance(zo.subspace, Adapter):
+            save_file({n: p.detach().contiguous() for n, p in zo.subspace.coordinates.items()}, folder / START_FILE)
+            _save_adapter_config(zo.model, folder)
+        return Recorder(header, Writer(folder / FILE, header), optimizer, required)
+    except OSError as error:
+        return _without_log(header, optimizer, required, error)
+
+
+def resume(
+    zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, checkpoint_folder: Path, required: bool = False
+) -> Recorder:
+    """Continue the log of the run that wrote a checkpoint, from that checkpoint's step.
+
+    Args:
+        output_dir: the folder of this run; where it is not the other's, the log is copied.
+        required: see `begin`.
+
+    Raises:
+        ValueError: the log is required and does not reach the checkpoint.
+    """
+    try:
+        trajectory = _log_up_to(zo, optimizer, checkpoint_folder, output_dir)
+        if required:
+            check_replayable(trajectory)
+    except TrajectoryError as reason:
+        if required:
+            raise ValueError(f"save_only_trajectory=True needs the log of the run so far; {reason}") from reason
+        logger.warning("the log that begins at step %d does not begin at the base model: %s", zo.step, reason)
+        return _begin_late(zo, optimizer, output_dir)
+    source, folder = trajectory.path.parent, output_dir / FOLDER
+    try:
+        if source.resolve() != folder.resolve():
+            folder = _new_folder(output_dir)
+            for file in source.iterdir():
+                if file.name != FILE:
+                    shutil.copyfile(file, folder / file.name)
+        writer = Writer.resume(trajectory, zo.step, folder / FILE)
+    except OSError as error:
+        return _without_log(trajectory.header, optimizer, required, error)
+    return Recorder(trajectory.header, writer, optimizer, required)
+
+
+def _begin_late(zo: ZerothOrder, optimizer: Optimizer, output_dir: Path) -> Recorder:
+    header = build_header(zo, optimizer, from_base=False)
+    try:
+        return Recorder(header, Writer(_new_folder(output_dir) / FILE, header), optimizer)
+    except OSError as error:
+        return _without_log(header, optimizer, False, error)
+
+
+def _without_log(header: dict[str, Any], optimizer: Optimizer, required: bool, error: OSError) -> Recorder:
+    if required:
+        raise error
+    logger.warning("the trajectory of this run is not written: %s", error)
+    return Recorder(header, None, optimizer)
+
+
+def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> None:
+    """Bring an engine and an optimizer at the base model to the step of a checkpoint that holds no tensors.
+
+    Raises:
+        ValueError: the log does not lead from this model to that step with these settings.
+    """
+    state = checkpoint.read_state(checkpoint_folder)
+    checkpoint.check_settings(zo, state, checkpoint_folder)
+    step = state["engine"]["step"]
+    trajectory = verify(find_log(checkpoint_folder), until=step)
+    path = trajectory.path
+    if trajectory.crc_at(step) != state["trajectory"]:
+        raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
+    check_replayable(trajectory)
+    _check_same_groups(zo, optimizer, trajectory)
+    leave_out = list(zo.subspace.coordinates.values()) if isinstance(zo.subspace, Adapter) else []
+    check_base(trajectory.header["base"], zo.model, leave_out, path)
+    take_steps(zo, optimizer, trajectory)
+    replayed = zo.state_dict()
+    for name in ("step", "skipped_steps", "pending_decay", "normalisation"):
+        if replayed[name] != state["engine"][name]:
+            raise TrajectoryError(f"{path} leads to another {name} than its checkpoint's; resume from another one.")
+    zo.load_state_dict(state["engine"])
+    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+        group["lr"] = rate
+
+
+def _log_up_to(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path, output_dir: Path) -> Trajectory:
+    """The log that led to a checkpoint: this run's own, one beside the checkpoint, or one in it."""
+    crc = checkpoint.read_state(checkpoint_folder).get("trajectory")
+    if crc is None:
+        raise TrajectoryError(f"{checkpoint_folder} was written by a run without a log.")
+    reason = None
+    for place in (output_dir, checkpoint_folder.parent, checkpoint_folder):
+        try:
+            trajectory = read_trajectory(place, until=zo.step)
+        except TrajectoryError as error:
+            reason = reason or error
+            continue
+        if trajectory.crc_at(zo.step) == crc:
+            _check_same_groups(zo, optimizer, trajectory)
+            return trajectory
+        if trajectory.crc_at(zo.step) is None:
+            reason = TrajectoryError(f"{trajectory.path} does not reach step {zo.step} of {checkpoint_folder.name}.")
+        else:
+            reason = TrajectoryError(f"{trajectory.path} is of another run than {checkpoint_folder.name}.")
+    assert reason is not None
+    raise reason
+
+
+def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory) -> None:
+    kind = trajectory.header["optimizer"]["kind"]
+    if type(optimizer).__name__ != kind:
+        raise TrajectoryError(
+            f"{trajectory.path} was written with {kind} and this run has {type(optimizer).__name__}; use the same."
+        )
+    then, now = trajectory.header["groups"], describe_groups(zo.subspace, optimizer)
+    if [group["names"] for group in then] != [group["names"] for group in now]:
+        raise TrajectoryError(
+            f"{trajectory.path} was written with other parameter groups than this run's; use the same."
+        )
+    for before, after in zip(then, now, strict=True):
+        for name, value in before["options"].items():
+            if after["options"].get(name) != value:
+                raise TrajectoryError(
+                    f"{trajectory.path} was written with {name}={value!r} and this run has "
+                    f"{name}={after['options'].get(name)!r}; use the same."
+                )
+
+
+def _new_folder(output_dir: Path) -> Path:
+    """An empty trajectory folder; what an earlier run left, if it took a step, is kept beside it."""
+    folder = output_dir / FOLDER
+    if folder.is_dir():
+        previous = output_dir / f"{FOLDER}.previous"
+        if _has_steps(folder):
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(folder, previous)
+        else:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _has_steps(folder: Path) -> bool:
+    try:
+        header = read_trajectory(folder, until=0).header
+        return bool(read_trajectory(folder, until=header["first_step"] + 1).records)
+    except TrajectoryError:
+        return (folder / FILE).exists()  # not one of ours to throw away
+
+
+def _save_adapter_config(model: Any, folder: Path) -> None:
+    configs = getattr(model, "peft_config", None)
+    active = getattr(model, "active_adapter", None)
+    if isinstance(configs, dict) and active in configs:
+        configs[active].save_pretrained(folder)
