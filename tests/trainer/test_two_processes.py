@@ -17,6 +17,7 @@ import torch
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.trainer.runs import logged, trained, with_lora
+from zo_hf.trajectory import replay
 
 ROOT = Path(__file__).parents[2]
 SUBSPACES = {"low_rank": {}, "full": {"learning_rate": 1e-4}, "adapter": {}}
@@ -116,3 +117,9 @@ def test_two_processes_resume_with_the_same_bits(results: Path, subspace: str) -
     for rank in (0, 1):
         result = torch.load(results / f"{subspace}-{rank}.pt")
         assert_same_bits(result["resumed"], result["weights"])
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES)
+def test_the_trajectory_of_two_processes_is_one_and_replays_on_one(results: Path, subspace: str) -> None:
+    replayed = replay(model_of(subspace), results / subspace)
+    assert_same_bits(weights_of(replayed), torch.load(results / f"{subspace}-0.pt")["weights"])
