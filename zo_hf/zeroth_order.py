@@ -206,7 +206,9 @@ class ZerothOrder:
 
     def finish(self) -> None:
         """Fold the coordinates into the weights and take every trace of the engine out of the model."""
-        self.subspace.fold(self.step, self._pending_decay)
+        untouched = self.step == 0 and isinstance(self.subspace, LowRank) and self.subspace.at_origin
+        if not untouched:  # adding zeros would turn a weight of -0.0 into 0.0
+            self.subspace.fold(self.step, self._pending_decay)
         self._pending_decay = {}
         self.subspace.clear_gradient()
         self.subspace.detach()

@@ -172,11 +172,10 @@ class LowRank(Subspace):
         self._at_origin, self._clean_is_stale = False, True
 
     def fold(self, step: int, decay: Mapping[str, float]) -> None:
-        if not self._at_origin:  # else there is nothing to add, and adding it would turn a weight of -0.0 into 0.0
-            with torch.no_grad():
-                for site in self.sites:
-                    self._fold_into(site.parameter.data, site, step, decay.get(site.name, 1.0))
-                    self.coordinates[site.name].zero_()
+        with torch.no_grad():
+            for site in self.sites:
+                self._fold_into(site.parameter.data, site, step, decay.get(site.name, 1.0))
+                self.coordinates[site.name].zero_()
         self.draw_bases(step)
         self._at_origin, self._clean_is_stale = True, True
 
