@@ -7,6 +7,7 @@ and what a checkpoint holds.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
+from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
@@ -51,6 +53,7 @@ class ZOTrainerMixin(_TrainerLike):
 
     zo: ZerothOrder | None = None
     optimizer: Any
+    _sharding: Sharding | None = None
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -87,6 +90,11 @@ class ZOTrainerMixin(_TrainerLike):
                     f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
                     "zo_subspace='low_rank'."
                 )
+        if self._sharding is not None and self.optimizer is not None:
+            raise ValueError(
+                "optimizers=... holds the model's parameters, which FSDP replaces by shards; use optim=... or "
+                "optimizer_cls_and_kwargs=..., which get the coordinates."
+            )
 
     # The engine's life: it is made with the optimizer and gone when `train` returns.
 
@@ -105,7 +113,9 @@ class ZOTrainerMixin(_TrainerLike):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
-        if self.accelerator.num_processes > 1:
+        if self._sharding is not None:
+            self._sharding.shard(self.model, adapter=_subspace_name(self.model, self.args) == "adapter")
+        elif self.accelerator.num_processes > 1:
             _take_from_first_process(self.model)
         args = self.args
         users = self.optimizer
@@ -123,6 +133,9 @@ class ZOTrainerMixin(_TrainerLike):
             batched=args.zo_batched_probes,
             seed=args.seed,
         )
+        if self._sharding is not None:
+            zo.evaluator.agree = self._sharding.agree
+            zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s forward passes a step",
             subspace.name,
@@ -241,16 +254,25 @@ class ZOTrainerMixin(_TrainerLike):
     # What surrounds the step.
 
     def create_accelerator_and_postprocess(self) -> None:
-        """No gradient is scaled, so float16 needs no scaler; what shards gradients is refused."""
+        """No gradient is scaled, so float16 needs no scaler; DeepSpeed is refused, and FSDP shards weights alone."""
+        fsdp = fsdp_settings(self.args)
         super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "DeepSpeed and FSDP shard gradients, of which there are none; launch with a plain multi-GPU config."
+                "DeepSpeed shards gradients, of which there are none; launch with FSDP2 or without shards."
             )
+        self._sharding = Sharding(fsdp, self.accelerator) if fsdp and self.accelerator.num_processes > 1 else None
+        self.is_fsdp_enabled = False
         self.accelerator.scaler = None
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._sharding is None:  # a model to be sharded may not fit on a device
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Autocast and compilation, but no DistributedDataParallel and none of its gradient buckets."""
+        if self._sharding is not None and model is self.model:  # an evaluation before any training comes here first
+            self._sharding.shard(model, adapter=_subspace_name(model, self.args) == "adapter")
         if training and model is self.model:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         return super()._wrap_model(model, training, dataloader)
@@ -283,12 +305,17 @@ class ZOTrainerMixin(_TrainerLike):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
+        if self._sharding is not None and state_dict is None:
+            if _is_peft(self.model):  # saves nothing but the adapter, which every process holds whole
+                state_dict = {name: t for name, t in self.model.state_dict().items() if not is_sharded(t)}
+            else:
+                state_dict = gathered_state_dict(self.model)
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is not None and self.args.should_save:
-            self._checkpoints.save(self.zo, Path(output_dir))
+        if self.zo is not None and (self.args.should_save or self._sharding is not None):
+            self._checkpoints.save(self.zo, Path(output_dir), write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is not None and self.zo is not None and not checkpoint.load(self.zo, Path(folder)):
@@ -314,9 +341,7 @@ class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
 
 
 def _make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | None) -> Subspace:
-    name = args.zo_subspace
-    if name == "auto":
-        name = "adapter" if _is_peft(model) else "low_rank"
+    name = _subspace_name(model, args)
     common = {
         "target_modules": args.zo_target_modules,
         "exclude_modules": args.zo_exclude_modules,
@@ -326,6 +351,12 @@ def _make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] |
     if SUBSPACES[name] is LowRank:
         return LowRank(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
     return SUBSPACES[name](model, **common)
+
+
+def _subspace_name(model: nn.Module, args: ZOConfig) -> str:
+    if args.zo_subspace == "auto":
+        return "adapter" if _is_peft(model) else "low_rank"
+    return args.zo_subspace
 
 
 def _check_model(model: nn.Module, args: ZOConfig) -> None:
@@ -340,7 +371,7 @@ def _check_model(model: nn.Module, args: ZOConfig) -> None:
             "the model is quantised and its weights cannot move yet; attach an adapter with peft.get_peft_model."
         )
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
-    if offloaded:
+    if offloaded and not weights_arrive_later():
         raise ValueError(
             f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
             "in memory."

@@ -40,11 +40,15 @@ class ProbeEvaluator:
     Attributes:
         batched: the choice made; None until "auto" has decided.
         forward_passes: evaluations of the loss so far.
+        agree: turns this process's answer into that of all, where all must make the same forward passes.
+        recover: called after a forward that raised.
     """
 
     def __init__(self, batched: bool | str = "auto") -> None:
         self.batched = None if batched == "auto" else bool(batched)
         self.forward_passes = 0
+        self.agree: Callable[[bool], bool] = lambda mine: mine
+        self.recover: Callable[[], None] = lambda: None
 
     def losses(
         self,
@@ -87,12 +91,16 @@ class ProbeEvaluator:
             actual = batched()
             self.forward_passes += probes
         except (RuntimeError, ValueError) as error:  # NotBatchable, out of memory, or a shape that the model fixes
+            self.recover()
+            self.agree(False)
             self._choose(False, str(error).split("\n")[0])
             return expected
         difference = (_spread(actual) - _spread(expected)).abs().max().item()
         allowed = _ROUNDING.get(expected.dtype, 3e-2) * max(1.0, expected.abs().max().item())
-        if not difference <= allowed + 0.02 * _spread(expected).abs().max().item():
-            self._choose(False, f"in one batch the losses differ by {difference:.2g}")
+        close = difference <= allowed + 0.02 * _spread(expected).abs().max().item()
+        if not self.agree(close):
+            where = "on another process" if close else f"by {difference:.2g}"
+            self._choose(False, f"in one batch the losses differ {where}")
             return expected
         self._choose(True, f"in one batch the losses agree to {difference:.2g}")
         return actual
