@@ -6,6 +6,7 @@ no weight divides evenly.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from tests.trainer.runs import At, SaveAt, logged, make_trainer, with_lora
 from tests.trainer.test_refusals import refused
 from zo_hf import ZOTrainer
 from zo_hf.sharding import gathered_state_dict, is_sharded, local_part
+from zo_hf.subspaces import LowRank
 
 OPTIONS = {"max_steps": 20, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 6}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -45,6 +47,8 @@ RUNS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "mixtral": (tiny_mixtral, {}),
     "adapter": (tiny_opt, {}),
 }
+WHOLE = [name for name in RUNS if name != "adapter"]
+RUNS_OF_TWO = ("opt", "llama in bfloat16", "adapter")
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
@@ -76,10 +80,10 @@ def main() -> None:
     folder, rank, processes = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if processes == 3:
         as_on_gpus()
-    for name in RUNS:
+    for name in RUNS_OF_TWO if processes == 2 else RUNS:
         notes = Mine()
         options: dict[str, Any] = {"more": {"callbacks": [notes, SaveAt(9)]}}
-        if name == "gpt2" and processes == 2:  # asked for in the arguments
+        if "bfloat16" in name and processes == 2:  # asked for in the arguments
             for variable in FSDP:
                 del os.environ[variable]
             options |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}
@@ -89,10 +93,9 @@ def main() -> None:
         os.environ.update(FSDP)
         result |= {"coordinates": torch.stack(notes.results), "weights": gathered_state_dict(trainer.model)}
         result |= {key: logged(trainer, key) for key in ("loss", "zo/forward_passes")}
-        sharded = [p for p in trainer.model.parameters() if is_sharded(p)]
-        result["held"] = sum(local_part(p)[0].numel() for p in sharded)
-        result["in all"] = sum(p.numel() for p in sharded)
-        result["whole"] = [n for n, p in trainer.model.named_parameters() if not is_sharded(p)]
+        held = {key: (local_part(p)[0], is_sharded(p)) for key, p in trainer.model.named_parameters()}
+        result["shapes"] = {key: part.shape for key, (part, sharded) in held.items() if sharded}
+        result["whole"] = [key for key, (_, sharded) in held.items() if not sharded]
         result["trained eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(str(folder / name / "final"))
         if name in ("opt", "adapter"):  # killed after step 9, between two folds, and resumed
@@ -103,26 +106,59 @@ def main() -> None:
             # The model is sharded by now; its checkpoint is loaded into the shards.
             again.train(resume_from_checkpoint=str(folder / name / "checkpoint-9"))
             result["resumed again"] = gathered_state_dict(again.model)
+        if name != "adapter":
+            whole = model_of(name)
+            trainer.model.load_state_dict(whole.state_dict())
+            result |= {"folded": folded(trainer.model), "folded whole": folded(whole)}
         torch.save(result, folder / f"{name}-{rank}.pt")
+
+
+def folded(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights after a fold of coordinates that depend on nothing else."""
+    subspace = LowRank(model, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for coordinate in subspace.coordinates.values():
+            coordinate.copy_(torch.randn(coordinate.shape, generator=generator) * 1e-3)
+    subspace.fold(5, dict.fromkeys(subspace.coordinates, 0.99))
+    return gathered_state_dict(model)
 
 
 def as_on_gpus() -> None:
     """accelerate takes a run on CPUs for one without FSDP, whatever its settings; have it as on GPUs."""
-    from accelerate import DistributedType, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
 
-    state = AcceleratorState(cpu=True)
+    state = Accelerator(cpu=True).state
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["two", "three"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """The folder with every process's results, and their number; from one launch."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launch("from tests.trainer.test_sharded import main\n\nmain()\n", folder, request.param, **FSDP)
-    return folder, request.param
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder with the results of so many processes, from one launch for all tests."""
+
+    @functools.cache
+    def folder_of(processes: int) -> Path:
+        folder = tmp_path_factory.mktemp("sharded")
+        launch("from tests.trainer.test_sharded import main\n\nmain()\n", folder, processes, **FSDP)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture
+def results(case: tuple[int, str], launched: Callable[[int], Path]) -> tuple[Path, int]:
+    """The folder with every process's results, and their number."""
+    return launched(case[0]), case[0]
+
+
+def runs(*names: str) -> pytest.MarkDecorator:
+    """The test, with the runs of these names that two and three processes make."""
+    two = [pytest.param((2, name), id=f"two {name}") for name in RUNS_OF_TWO if name in names]
+    three = [pytest.param((3, name), id=f"three {name}", marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("case", two + three)
 
 
 def of_all(results: tuple[Path, int], name: str) -> list[dict[str, Any]]:
@@ -130,10 +166,11 @@ def of_all(results: tuple[Path, int], name: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@runs(*RUNS)
 def test_sharded_processes_equal_one_with_the_same_micro_batches(
-    tmp_path: Path, results: tuple[Path, int], name: str
+    tmp_path: Path, results: tuple[Path, int], case: tuple[int, str]
 ) -> None:
+    name = case[1]
     first = of_all(results, name)[0]
     one = trainer_of(tmp_path, name, 0, 1, accumulate=results[1])
     before = weights_of(one.model)
@@ -147,36 +184,52 @@ def test_sharded_processes_equal_one_with_the_same_micro_batches(
     for key, tensor in after.items():
         assert first["weights"][key].dtype == tensor.dtype
         if half:  # a coordinate in its last place decides the rounding of a weight now and then
-            assert (first["weights"][key] != tensor).float().mean() < 0.01, key
+            assert (first["weights"][key] != tensor).float().mean() < 0.03, key
         torch.testing.assert_close(first["weights"][key], tensor, rtol=0, atol=1e-2 if half else 2e-6)
     assert first["trained eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@runs(*RUNS)
 def test_every_process_has_the_same_coordinates_and_its_own_share_of_the_weights(
-    results: tuple[Path, int], name: str
+    results: tuple[Path, int], case: tuple[int, str]
 ) -> None:
+    name = case[1]
     processes = of_all(results, name)
     first = processes[0]
     for other in processes[1:]:
         assert torch.equal(other["coordinates"], first["coordinates"])
         assert other["loss"] == first["loss"] and other["zo/forward_passes"] == first["zo/forward_passes"]
     assert len(first["coordinates"]) == 20 and first["coordinates"].any()
-    assert sum(process["held"] for process in processes) == first["in all"]
-    # Uneven shards differ by at most a row of each weight.
-    assert max(process["held"] for process in processes) < first["in all"] / len(processes) * 1.1
+    for key in first["shapes"]:
+        parts = first["weights"][key].chunk(len(processes))  # of four experts over three processes: two, two and none
+        rows = [len(part) for part in parts] + [0] * (len(processes) - len(parts))
+        assert [process["shapes"][key][0] for process in processes] == rows, key
     assert bool(first["whole"]) == (name == "adapter") and all("lora_" in key for key in first["whole"])
 
 
-@pytest.mark.parametrize("name", ["opt", "adapter"])
-def test_a_sharded_run_resumes_with_the_same_bits(results: tuple[Path, int], name: str) -> None:
+@runs(*WHOLE)
+def test_a_fold_gives_shards_the_bits_of_whole_weights(results: tuple[Path, int], case: tuple[int, str]) -> None:
+    name = case[1]
+    first = of_all(results, name)[0]
+    before = weights_of(model_of(name))
+    assert all(not torch.equal(first["folded"][key], tensor) for key, tensor in before.items() if tensor.numel() > 99)
+    if name == "mixtral":  # products of one or two rows are summed in another order
+        torch.testing.assert_close(first["folded"], first["folded whole"], rtol=0, atol=1e-8)
+    else:
+        assert_same_bits(first["folded"], first["folded whole"])
+
+
+@runs("opt", "adapter")
+def test_a_sharded_run_resumes_with_the_same_bits(results: tuple[Path, int], case: tuple[int, str]) -> None:
+    name = case[1]
     first = of_all(results, name)[0]
     assert_same_bits(first["resumed"], first["weights"])
     assert_same_bits(first["resumed again"], first["weights"])
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "adapter"])
-def test_what_a_sharded_run_saves_loads_whole(results: tuple[Path, int], name: str) -> None:
+@runs(*WHOLE)
+def test_what_a_sharded_run_saves_loads_whole(results: tuple[Path, int], case: tuple[int, str]) -> None:
+    name = case[1]
     first, folder = of_all(results, name)[0], results[0] / name
     loaded = AutoModelForCausalLM.from_pretrained(folder / "final", dtype="auto")
     assert type(loaded) is type(model_of(name))
@@ -185,6 +238,7 @@ def test_what_a_sharded_run_saves_loads_whole(results: tuple[Path, int], name: s
     assert any(not torch.equal(halfway[key], tensor) for key, tensor in first["weights"].items())
 
 
+@runs("adapter")
 def test_a_sharded_run_saves_its_adapter(results: tuple[Path, int]) -> None:
     from peft import PeftModel
 
