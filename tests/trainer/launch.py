@@ -31,7 +31,7 @@ def launch(script: str, folder: Path, processes: int, **environment: str) -> Non
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

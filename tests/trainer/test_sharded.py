@@ -6,7 +6,6 @@ no weight divides evenly.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from zo_hf.subspaces import LowRank
 
 OPTIONS = {"max_steps": 20, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 6}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FSDP |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 ROWS = 12  # of a step's batch, over all processes
 
 # The tiny OPT and GPT-2 tie their head to the embedding, the others do not; GPT-2 stores weights (in, out).
@@ -57,11 +57,12 @@ def model_of(name: str, seed: int = 0) -> nn.Module:
     return with_lora(model) if name == "adapter" else model
 
 
-def trainer_of(folder: Path, name: str, seed: int, processes: int, accumulate: int = 1, **options: Any) -> ZOTrainer:
+def trainer_of(folder: Path, model: nn.Module, processes: int = 1, accumulate: int = 1, **options: Any) -> ZOTrainer:
+    """A trainer whose steps see the same rows, however many processes or micro-batches share them."""
     more = {"train_dataset": TinyTask(5 * ROWS), "eval_dataset": TinyTask(12)} | options.pop("more", {})
     rows = {"per_device_train_batch_size": ROWS // processes // accumulate, "per_device_eval_batch_size": 2}
     rows |= {"gradient_accumulation_steps": accumulate}
-    return make_trainer(folder, model_of(name, seed), more=more, **OPTIONS | rows | options)
+    return make_trainer(folder, model, more=more, **OPTIONS | rows | options)
 
 
 class Mine(At):
@@ -87,7 +88,8 @@ def main() -> None:
             for variable in FSDP:
                 del os.environ[variable]
             options |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}
-        trainer = notes.trainer = trainer_of(folder / name, name, rank, processes, **options)
+        model = first_process_only(name) if name == "gpt2" else model_of(name, rank)
+        trainer = notes.trainer = trainer_of(folder / name, model, processes, **options)
         result: dict[str, Any] = {"eval_loss": trainer.evaluate()["eval_loss"]}
         trainer.train()
         os.environ.update(FSDP)
@@ -100,17 +102,42 @@ def main() -> None:
         trainer.save_model(str(folder / name / "final"))
         if name in ("opt", "adapter"):  # killed after step 9, between two folds, and resumed
             seed = rank if name == "adapter" else rank + 5  # a checkpoint of an adapter does not hold the base
-            again = trainer_of(folder / name, name, seed, processes)
+            again = trainer_of(folder / name, model_of(name, seed), processes)
             again.train(resume_from_checkpoint=str(folder / name / "checkpoint-9"))
             result["resumed"] = gathered_state_dict(again.model)
             # The model is sharded by now; its checkpoint is loaded into the shards.
             again.train(resume_from_checkpoint=str(folder / name / "checkpoint-9"))
             result["resumed again"] = gathered_state_dict(again.model)
+        if name == "opt":
+            options = {"max_steps": 3, "more": {}}
+            short = trainer_of(folder / "short", model_of(name), processes, zo_batched_probes=False, **options)
+            short.train()
+            model = model_of(name)
+            model.model.decoder.layers[1].register_forward_pre_hook(refuse_more_rows_than(ROWS // processes))
+            tried = trainer_of(folder / "short", model, processes, **options)
+            tried.train()
+            result["one after another"], result["tried"] = logged(short, "loss"), logged(tried, "loss")
         if name != "adapter":
             whole = model_of(name)
             trainer.model.load_state_dict(whole.state_dict())
             result |= {"folded": folded(trainer.model), "folded whole": folded(whole)}
         torch.save(result, folder / f"{name}-{rank}.pt")
+
+
+def first_process_only(name: str) -> nn.Module:
+    """A model whose weights the first process alone has in memory, as under fsdp_cpu_ram_efficient_loading."""
+    model = model_of(name)
+    if os.environ["RANK"] != "0":
+        model.to("meta").tie_weights()
+    return model
+
+
+def refuse_more_rows_than(rows: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        if len(args[0]) > rows:
+            raise RuntimeError("more rows than this layer takes")
+
+    return hook
 
 
 def folded(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -139,11 +166,13 @@ def as_on_gpus() -> None:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The folder with the results of so many processes, from one launch for all tests."""
 
-    @functools.cache
+    folders: dict[int, Path] = {}
+
     def folder_of(processes: int) -> Path:
-        folder = tmp_path_factory.mktemp("sharded")
-        launch("from tests.trainer.test_sharded import main\n\nmain()\n", folder, processes, **FSDP)
-        return folder
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp("sharded")
+            launch("from tests.trainer.test_sharded import main\n\nmain()\n", folders[processes], processes, **FSDP)
+        return folders[processes]
 
     return folder_of
 
@@ -172,7 +201,7 @@ def test_sharded_processes_equal_one_with_the_same_micro_batches(
 ) -> None:
     name = case[1]
     first = of_all(results, name)[0]
-    one = trainer_of(tmp_path, name, 0, 1, accumulate=results[1])
+    one = trainer_of(tmp_path, model_of(name), accumulate=results[1])
     before = weights_of(one.model)
     assert first["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-3)
     one.train()
@@ -248,6 +277,14 @@ def test_a_sharded_run_saves_its_adapter(results: tuple[Path, int]) -> None:
     assert adapter and all(torch.equal(loaded[key], tensor) for key, tensor in adapter.items())
 
 
+@runs("opt")
+def test_a_batch_that_fails_midway_leaves_a_sharded_model_usable(
+    results: tuple[Path, int], case: tuple[int, str]
+) -> None:
+    for process in of_all(results, case[1]):
+        assert len(process["tried"]) == 3 and process["tried"] == process["one after another"]
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "FSDP1": ("fsdp_version: 2", {"fsdp_config": {"version": 1}}),
     "full": ("zo_subspace", {"zo_subspace": "full"}),
@@ -262,7 +299,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     argument, options = REFUSED[name]
-    for variable in (*FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING"):  # accelerate and transformers set some of them
+    for variable in FSDP:  # accelerate and transformers set some of them
         monkeypatch.setenv(variable, os.environ.get(variable, ""))
     refused(argument, lambda: make_trainer(tmp_path, fsdp=True, **options))
 
