@@ -69,10 +69,16 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
     return whole.to("cpu" if os.environ.get("LOCAL_RANK", "0") == "0" else "meta")
 
 
-def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model with its shards gathered; see `gather`."""
+def gathered_state_dict(model: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """The state dict of a model with its shards gathered; see `gather`.
+
+    Args:
+        frozen: whether the weights that do not train are in it.
+    """
     reshard(model)
-    return {name: gather(local_part(t)[0], t) for name, t in model.state_dict(keep_vars=True).items()}
+    state = model.state_dict(keep_vars=True)
+    wanted = {name: t for name, t in state.items() if frozen or t.requires_grad or not is_sharded(t)}
+    return {name: gather(local_part(t)[0], t) for name, t in wanted.items()}
 
 
 def reshard(model: nn.Module) -> None:
@@ -158,7 +164,9 @@ class Sharding:
     def recover(self, model: Any) -> None:
         """Make the model usable after an exception in its forward."""
         if not hasattr(model, "reset_iter_state"):
-            raise RuntimeError("a forward of a sharded model failed, which this torch cannot recover from.")
+            raise RuntimeError(
+                "a batch of all probes failed, which this torch cannot undo; set zo_batched_probes=False."
+            )
         model.reset_iter_state()
 
     def _recipe(self, device: torch.device) -> Any:

@@ -27,7 +27,7 @@ from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
-from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded, weights_arrive_later
+from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
@@ -306,10 +306,7 @@ class ZOTrainerMixin(_TrainerLike):
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
         if self._sharding is not None and state_dict is None:
-            if _is_peft(self.model):  # saves nothing but the adapter, which every process holds whole
-                state_dict = {name: t for name, t in self.model.state_dict().items() if not is_sharded(t)}
-            else:
-                state_dict = gathered_state_dict(self.model)
+            state_dict = gathered_state_dict(self.model, frozen=not _is_peft(self.model))
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -116,6 +116,7 @@ def main() -> None:
             model.model.decoder.layers[1].register_forward_pre_hook(refuse_more_rows_than(ROWS // processes))
             tried = trainer_of(folder / "short", model, processes, **options)
             tried.train()
+            refusals(folder, processes)
             result["one after another"], result["tried"] = logged(short, "loss"), logged(tried, "loss")
         if name != "adapter":
             whole = model_of(name)
@@ -130,6 +131,16 @@ def first_process_only(name: str) -> nn.Module:
     if os.environ["RANK"] != "0":
         model.to("meta").tie_weights()
     return model
+
+
+def refusals(folder: Path, processes: int) -> None:
+    """What only shows once several processes run."""
+    model = model_of("opt")
+    more = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-3), None)}
+    refused("optimizers", lambda: trainer_of(folder, model, processes, more=more))
+    mixed = model_of("opt")
+    mixed.model.decoder.final_layer_norm.to(torch.bfloat16)
+    refused("dtype", lambda: trainer_of(folder, mixed, processes).train())
 
 
 def refuse_more_rows_than(rows: int) -> Callable[..., None]:
@@ -185,9 +196,9 @@ def results(case: tuple[int, str], launched: Callable[[int], Path]) -> tuple[Pat
 
 def runs(*names: str) -> pytest.MarkDecorator:
     """The test, with the runs of these names that two and three processes make."""
-    two = [pytest.param((2, name), id=f"two {name}") for name in RUNS_OF_TWO if name in names]
-    three = [pytest.param((3, name), id=f"three {name}", marks=pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("case", two + three)
+    cases = [(2, name) for name in RUNS_OF_TWO if name in names] + [(3, name) for name in names]
+    marked = [pytest.param(case, id=f"{case[0]} {case[1]}", marks=pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked)
 
 
 def of_all(results: tuple[Path, int], name: str) -> list[dict[str, Any]]:
