@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zo_hf.sharding import local_part, part_of, reshard
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.zeroth_order import ZerothOrder
@@ -92,15 +93,26 @@ class CheckpointWriter:
         self._last_base: tuple[int, Path] | None = None
 
     def save(
-        self, zo: ZerothOrder, folder: Path, trajectory: int | None = None, learning_rates: list[float] | None = None
+        self,
+        zo: ZerothOrder,
+        folder: Path,
+        trajectory: int | None = None,
+        learning_rates: list[float] | None = None,
+        write: bool = True,
     ) -> None:
         """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
 
         Args:
             trajectory: the CRC that the chain of the run's log has at this step.
             learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
+            write: False on the processes that are only needed for their shards of the weights.
         """
         subspace = zo.subspace
+        base: dict[str, Tensor] = {}
+        if learning_rates is None and isinstance(subspace, LowRank) and not subspace.at_origin:
+            base = subspace.base_state()
+        if not write:
+            return
         state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
@@ -109,7 +121,7 @@ class CheckpointWriter:
             state["at_origin"] = subspace.at_origin
             if not subspace.at_origin:
                 save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
-                self._save_base(subspace, folder / BASE_FILE)
+                self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
         elif isinstance(subspace, Adapter):
             # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
@@ -120,18 +132,18 @@ class CheckpointWriter:
         if self._last_base is not None and self._last_base[1].parent == before:
             self._last_base = (self._last_base[0], after / self._last_base[1].name)
 
-    def _save_base(self, subspace: LowRank, path: Path) -> None:
+    def _save_base(self, drawn_at: int, base: dict[str, Tensor], path: Path) -> None:
         if self._last_base is not None:
-            drawn_at, previous = self._last_base
-            if drawn_at == subspace.drawn_at and previous.exists():
+            last_drawn_at, previous = self._last_base
+            if last_drawn_at == drawn_at and previous.exists():
                 try:
                     os.link(previous, path)
                 except OSError:  # a file system without hard links
                     shutil.copyfile(previous, path)
                 self._last_base = (drawn_at, path)  # the previous folder may be rotated away before the next
                 return
-        save_file(_detached(subspace.base_state()), path)
-        self._last_base = (subspace.drawn_at, path)
+        save_file(_detached(base), path)
+        self._last_base = (drawn_at, path)
 
 
 def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
@@ -197,11 +209,12 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     state = read_state(folder)
     check_settings(zo, state, folder)
     subspace = zo.subspace
+    reshard(zo.model)
     with torch.no_grad():
         if (folder / COORDINATES_FILE).exists():
             _copy(load_file(folder / COORDINATES_FILE), dict(subspace.coordinates))
         if (folder / BASE_FILE).exists() and isinstance(subspace, LowRank):
-            _copy(load_file(folder / BASE_FILE), subspace.base_state())
+            _copy(load_file(folder / BASE_FILE), {site.name: site.parameter for site in subspace.sites})
     if isinstance(subspace, LowRank):
         subspace.draw_bases(state["drawn_at"])
         subspace.coordinates_changed()
@@ -261,4 +274,4 @@ def _detached(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        local_part(tensor)[0].copy_(part_of(source[name], tensor))

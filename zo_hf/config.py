@@ -199,10 +199,6 @@ class ZOConfig(Seq2SeqTrainingArguments):
             )
         if self.deepspeed:
             raise ValueError("deepspeed partitions gradients, of which there are none; leave it out.")
-        if self.fsdp:
-            raise ValueError(
-                "fsdp is not supported yet; leave it out: forward-only training needs no sharded gradients."
-            )
         for name in _CHECKPOINTING:
             if getattr(self, name):
                 raise ValueError(f"{name} saves memory in a backward pass, of which there is none; leave it out.")

@@ -19,7 +19,9 @@ from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from zo_hf.checksum import tensor_checksum
 from zo_hf.probes.probe import Probe
@@ -132,6 +134,10 @@ class Ranks:
         self.count(tensor)
         return torch.stack(parts)
 
+    def agree(self, vote: Tensor) -> bool:
+        """Whether every rank says yes; vote: (), bool."""
+        return bool(self.gather(vote).all())
+
     def take_from_first(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the first rank's."""
         if self.grid.world_size == 1:
@@ -227,6 +233,22 @@ def naming_lost_ranks() -> Iterator[None]:
             "another process of this run has stopped or does not answer; see what it said last, and start again with "
             "resume_from_checkpoint=True, on any number of processes that keeps the batch size."
         ) from error
+
+
+def share_batches(dataloader: DataLoader, grid: Grid) -> None:
+    """Give the ranks of a row of the grid the same batches, where accelerate gave each rank its own.
+
+    Raises:
+        ValueError: the data was shared out in a way that cannot be changed.
+    """
+    for shard in (dataloader.batch_sampler, dataloader.dataset):
+        if isinstance(shard, (BatchSamplerShard, IterableDatasetShard)) and shard.num_processes == grid.world_size:
+            shard.num_processes, shard.process_index = grid.data, grid.data_index
+            return
+    raise ValueError(
+        "zo_parallel: ranks cannot be given the same batches of this train_dataset; use zo_parallel='data', or a dataset "
+        "with a length (of a streamed one, dispatch_batches=False in accelerator_config)."
+    )
 
 
 def _signed(bits: int) -> int:

@@ -7,13 +7,13 @@ and what a checkpoint holds.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,16 +22,17 @@ from transformers.optimization import Adafactor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import is_peft_available
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
-from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks
+from zo_hf.distributed import Ranks, make_grid, naming_lost_ranks, share_batches
+from zo_hf.model_setup import base_model, check_model, is_peft, make_subspace, retarget, subspace_name
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
-from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
-from zo_hf.subspaces.sites import find_sites
+from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded
+from zo_hf.subspaces import Full
 from zo_hf.trajectory import recorder
+from zo_hf.trajectory.header import weights_hash
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class ZOTrainerMixin(_TrainerLike):
     _ranks = Ranks()
     _batches_compared = False
     _staging: checkpoint.Staging | None = None
+    _sharding: Sharding | None = None
+    _base_hash: str | None = None  # of the sharded model that the first training begins at
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -68,14 +71,14 @@ class ZOTrainerMixin(_TrainerLike):
                 f"args is a {type(args).__name__}; ZOTrainer needs a zo_hf.ZOConfig, which takes the same."
             )
         if model is not None:
-            _check_model(model, args)
+            check_model(model, args)
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._checkpoints = checkpoint.CheckpointWriter()
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
         super().__init__(model, args, *more, **kwargs)
         if model is None:
-            _check_model(self.model, args)  # what model_init made
+            check_model(self.model, args)  # what model_init made
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch`, or show it one GPU "
@@ -103,6 +106,11 @@ class ZOTrainerMixin(_TrainerLike):
                     f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
                     "zo_subspace='low_rank'."
                 )
+        if self._sharding is not None and self.optimizer is not None:
+            raise ValueError(
+                "optimizers=... holds the model's parameters, which FSDP replaces by shards; use optim=... or "
+                "optimizer_cls_and_kwargs=..., which get the coordinates."
+            )
 
     # The engine's life: it is made with the optimizer and gone when `train` returns.
 
@@ -122,14 +130,17 @@ class ZOTrainerMixin(_TrainerLike):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
-        # What DistributedDataParallel would do: each process may have initialised an adapter or a new head of its own.
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if tensor.is_floating_point():
-                self._ranks.take_from_first(tensor)
+        if self._sharding is not None:
+            self._shard(self.model)
+        else:
+            # What DistributedDataParallel would do: each process may have initialised an adapter or a head of its own.
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                if tensor.is_floating_point():
+                    self._ranks.take_from_first(tensor)
         args = self.args
         users = self.optimizer
         among = None if users is None else [p for group in users.param_groups for p in group["params"]]
-        subspace = _make_subspace(self.model, args, among)
+        subspace = make_subspace(self.model, args, among)
         if isinstance(subspace, Full) and users is not None:
             raise ValueError("optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out.")
         self.zo = zo = ZerothOrder(
@@ -143,6 +154,8 @@ class ZOTrainerMixin(_TrainerLike):
             seed=args.seed,
             ranks=self._ranks,
         )
+        if self._sharding is not None:
+            zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s forward passes a step",
             subspace.name,
@@ -151,7 +164,7 @@ class ZOTrainerMixin(_TrainerLike):
             2 * args.zo_num_directions,
         )
         if users is not None:
-            self._users_groups = _retarget(users, subspace)
+            self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
         return zo.prepare(self.optimizer)
@@ -214,7 +227,9 @@ class ZOTrainerMixin(_TrainerLike):
         assert self.zo is not None
         if self._recorder is None and self.args.should_save:
             # Not before: only now is everything in place that the first step starts from.
-            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), *self._where_to_record()))
+            output_dir, required = self._where_to_record()
+            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), output_dir, required, self._base_hash))
+            self._base_hash = None
         if model.training:
             model.eval()
         inputs = self._prepare_inputs(inputs)
@@ -235,7 +250,7 @@ class ZOTrainerMixin(_TrainerLike):
             # compute_loss may take labels out of the dict it is given.
             return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
 
-        unwrapped = _base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        unwrapped = base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         own_loss = (
             type(self).compute_loss in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
             and self.label_smoother is None
@@ -278,7 +293,7 @@ class ZOTrainerMixin(_TrainerLike):
         """Trainer's, with the same batches for ranks that share them."""
         dataloader = super().get_train_dataloader()
         if self._ranks.grid.directions > 1:
-            _share_batches(dataloader, self._ranks.grid)
+            share_batches(dataloader, self._ranks.grid)
         return dataloader
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -300,23 +315,41 @@ class ZOTrainerMixin(_TrainerLike):
             self._batches_compared = True
         every = self.args.zo_check_steps
         if every and self.zo.step % every == 0:
-            weights = dict(self.model.named_parameters())
+            weights = {name: p for name, p in self.model.named_parameters() if not is_sharded(p)}
             turn = self.zo.step // every
             self._ranks.check_replicas(self.zo.subspace.coordinates, weights, turn, self.zo.step)
 
     # What surrounds the step.
 
     def create_accelerator_and_postprocess(self) -> None:
-        """No gradient is scaled, so float16 needs no scaler; what shards gradients is refused."""
+        """No gradient is scaled, so float16 needs no scaler; DeepSpeed is refused, and FSDP shards weights alone."""
+        fsdp = fsdp_settings(self.args)
         super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "DeepSpeed and FSDP shard gradients, of which there are none; launch with a plain multi-GPU config."
+                "DeepSpeed shards gradients, of which there are none; launch with FSDP2 or without shards."
             )
+        self._sharding = Sharding(fsdp, self.accelerator) if fsdp and self.accelerator.num_processes > 1 else None
+        self.is_fsdp_enabled = False
         self.accelerator.scaler = None
+
+    def _shard(self, model: nn.Module) -> None:
+        assert self._sharding is not None
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        is_adapter = subspace_name(model, self.args) == "adapter"
+        if self.args.should_save and not any(is_sharded(p) for p in model.parameters()):
+            # The trajectory says which model it begins at, and this is the last time that one process has all of it.
+            self._base_hash = weights_hash(model, trainable if is_adapter else ())
+        self._sharding.shard(model, adapter=is_adapter)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._sharding is None:  # a model to be sharded may not fit on a device
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Autocast and compilation, but no DistributedDataParallel and none of its gradient buckets."""
+        if self._sharding is not None and model is self.model:  # an evaluation before any training comes here first
+            self._shard(model)
         if training and model is self.model:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         return super()._wrap_model(model, training, dataloader)
@@ -380,12 +413,14 @@ class ZOTrainerMixin(_TrainerLike):
             return
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
+        if self._sharding is not None and state_dict is None:
+            state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.save_only_trajectory:
             super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is None or not self.args.should_save:
+        if self.zo is None or not (self.args.should_save or self._sharding is not None):
             return
         crc = None if self._recorder is None else self._recorder.sync()
         rates = None
@@ -393,7 +428,7 @@ class ZOTrainerMixin(_TrainerLike):
             self._recorder.copy_into(Path(output_dir))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._checkpoints.save(self.zo, Path(output_dir), crc, rates)
+        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, write=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A checkpoint without tensors is replayed once there is an engine.
@@ -436,77 +471,3 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with backward replaced by forward passes; see `ZOTrainerMixin`."""
-
-
-def _make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | None) -> Subspace:
-    name = args.zo_subspace
-    if name == "auto":
-        name = "adapter" if _is_peft(model) else "low_rank"
-    common = {
-        "target_modules": args.zo_target_modules,
-        "exclude_modules": args.zo_exclude_modules,
-        "among": among,
-        "seed": args.seed,
-    }
-    if SUBSPACES[name] is LowRank:
-        return LowRank(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
-    return SUBSPACES[name](model, **common)
-
-
-def _check_model(model: nn.Module, args: ZOConfig) -> None:
-    """Refuse, before anything is loaded or moved, what training would only find out later."""
-    if args.zo_subspace == "adapter" and not _is_peft(model):
-        raise ValueError(
-            f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
-            "peft.get_peft_model, or use zo_subspace='low_rank'."
-        )
-    if isinstance(model, PreTrainedModel) and getattr(model, "is_quantized", False):
-        raise ValueError(
-            "the model is quantised and its weights cannot move yet; attach an adapter with peft.get_peft_model."
-        )
-    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
-            "in memory."
-        )
-    if args.zo_target_modules is not None or args.zo_exclude_modules is not None:
-        find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
-
-
-def _share_batches(dataloader: DataLoader, grid: Grid) -> None:
-    """Give the ranks of a row of the grid the same batches, where accelerate gave each rank its own.
-
-    Raises:
-        ValueError: the data was shared out in a way that cannot be changed.
-    """
-    for shard in (dataloader.batch_sampler, dataloader.dataset):
-        if isinstance(shard, (BatchSamplerShard, IterableDatasetShard)) and shard.num_processes == grid.world_size:
-            shard.num_processes, shard.process_index = grid.data, grid.data_index
-            return
-    raise ValueError(
-        "zo_parallel: ranks cannot be given the same batches of this train_dataset; use zo_parallel='data', or a dataset "
-        "with a length (of a streamed one, dispatch_batches=False in accelerator_config)."
-    )
-
-
-def _is_peft(model: nn.Module) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT one."""
-    return model.get_base_model() if _is_peft(model) else model  # type: ignore[operator]
-
-
-def _retarget(optimizer: torch.optim.Optimizer, subspace: Subspace) -> list[list[nn.Parameter]]:
-    """Point an optimizer that was built for the model's parameters at their coordinates; returns the old groups."""
-    coordinate_of = {id(site.parameter): subspace.coordinates[site.name] for site in subspace.sites}
-    before = [group["params"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["params"] = [coordinate_of[id(p)] for p in group["params"] if id(p) in coordinate_of]
-    return before

@@ -113,6 +113,7 @@ class ZerothOrder:
         self.normalisation = ScalarNormalisation() if normalize else None
         self.evaluator = ProbeEvaluator(batched)
         self.ranks = ranks if ranks is not None else Ranks()
+        self.evaluator.agree = self.ranks.agree
         self.step = 0
         self.skipped_steps = 0
         self._optimizer: Optimizer | None = None
@@ -151,13 +152,7 @@ class ZerothOrder:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
         probes = self.estimator.probes()
         own = [probes[i] for i in self.ranks.grid.own(probes)]
-        undecided = self.evaluator.batched is None
         losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution) * weight
-        if undecided:
-            # Each rank has seen other rows. One that cannot share a forward pass speaks for all, so that a checkpoint
-            # holds the choice of every rank.
-            chosen = self.ranks.gather(torch.tensor(self.evaluator.batched, device=losses.device))
-            self.evaluator.batched = bool(chosen.all())
         self._losses = losses if self._losses is None else self._losses + losses
         return losses
 

@@ -13,10 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(script: Path, world_size: int, *arguments: object) -> list[subprocess.Popen]:
+def start(script: Path, world_size: int, *arguments: object, **environment: str) -> list[subprocess.Popen]:
     """Start `world_size` processes of a Python script; each writes what it says to a file beside the script.
 
-    The script finds its rank in RANK, as under torchrun.
+    The script finds its rank in RANK, as under torchrun, and `environment` beside it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def start(script: Path, world_size: int, *arguments: object) -> list[subprocess.
                 subprocess.Popen(
                     [sys.executable, "-u", str(script), *map(str, arguments)],
                     cwd=ROOT,
-                    env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
@@ -55,8 +55,8 @@ def log_of(script: Path, rank: int) -> Path:
     return script.with_name(f"{script.stem}-{rank}.log")
 
 
-def run(script: Path, world_size: int, *arguments: object, seconds: float = 240) -> None:
+def run(script: Path, world_size: int, *arguments: object, seconds: float = 240, **environment: str) -> None:
     """Start the processes, wait for all, and fail with what they said unless all ended well."""
-    codes = finish(start(script, world_size, *arguments), seconds)
+    codes = finish(start(script, world_size, *arguments, **environment), seconds)
     said = "\n".join(log_of(script, rank).read_text()[-3000:] for rank in range(world_size))
     assert codes == [0] * world_size, f"exit codes {codes}\n{said}"

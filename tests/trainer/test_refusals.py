@@ -44,7 +44,6 @@ WRONG_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("optim", {"optim": "schedule_free_adamw"}),
     ("optim", {"optim": "schedule_free_radam"}),
     ("deepspeed", {"deepspeed": {"zero_optimization": {"stage": 2}}}),
-    ("fsdp", {"fsdp": "full_shard"}),
     ("zo_subspace", {"zo_subspace": "lowrank"}),
     ("zo_estimator", {"zo_estimator": "three_point"}),
     ("zo_direction", {"zo_direction": "uniform"}),

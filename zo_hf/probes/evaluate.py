@@ -40,11 +40,16 @@ class ProbeEvaluator:
     Attributes:
         batched: the choice made; None until "auto" has decided.
         forward_passes: evaluations of the loss so far.
+        agree: turns this process's answer into that of all, who must make the same forward passes and whose choice one
+            checkpoint holds; takes it as a tensor on the device of the losses.
+        recover: called after a forward that raised.
     """
 
     def __init__(self, batched: bool | str = "auto") -> None:
         self.batched = None if batched == "auto" else bool(batched)
         self.forward_passes = 0
+        self.agree: Callable[[Tensor], bool] = bool
+        self.recover: Callable[[], None] = lambda: None
 
     def losses(
         self,
@@ -87,12 +92,16 @@ class ProbeEvaluator:
             actual = batched()
             self.forward_passes += probes
         except (RuntimeError, ValueError) as error:  # NotBatchable, out of memory, or a shape that the model fixes
+            self.recover()
+            self.agree(torch.tensor(False, device=expected.device))
             self._choose(False, str(error).split("\n")[0])
             return expected
         difference = (_spread(actual) - _spread(expected)).abs().max().item()
         allowed = _ROUNDING.get(expected.dtype, 3e-2) * max(1.0, expected.abs().max().item())
-        if not difference <= allowed + 0.02 * _spread(expected).abs().max().item():
-            self._choose(False, f"in one batch the losses differ by {difference:.2g}")
+        close = difference <= allowed + 0.02 * _spread(expected).abs().max().item()
+        if not self.agree(torch.tensor(close, device=expected.device)):
+            where = "on another process" if close else f"by {difference:.2g}"
+            self._choose(False, f"in one batch the losses differ {where}")
             return expected
         self._choose(True, f"in one batch the losses agree to {difference:.2g}")
         return actual

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import (
     LOSS_MAPPING,
@@ -96,6 +96,10 @@ def loss_kind(model: PreTrainedModel) -> Callable | None:
     return kind if kind in known else None
 
 
+def _is_on_several_devices(model: nn.Module) -> bool:
+    return len({parameter.device for parameter in model.parameters()}) > 1
+
+
 def only_labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs, with which a causal model computes logits only at positions that predict a label.
 
@@ -111,6 +115,7 @@ def only_labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> d
         or not takes_kwargs
         or "logits_to_keep" in inputs
         or inputs["labels"].ndim != 2
+        or _is_on_several_devices(model)  # the positions would be on another device than what they index
     ):
         return inputs
     shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
+from zo_hf.sharding import gather, is_sharded, local_part, reshard
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
@@ -61,9 +62,9 @@ class LowRank(Subspace):
         for site in self.sites:
             p = site.parameter
             shape = p.shape
-            if p.ndim >= 2 and site.as_matrix(p).shape[1] > rank:
+            if p.ndim >= 2 and site.matrix_shape[1] > rank:
                 self.factored[site.name] = site
-                shape = torch.Size((site.as_matrix(p).shape[0], rank))
+                shape = torch.Size((site.matrix_shape[0], rank))
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=p.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._materialised = Materialised(self.coordinates)
@@ -77,7 +78,7 @@ class LowRank(Subspace):
         self.drawn_at = step
         by_device: dict[torch.device, dict[str, torch.Size]] = {}
         for name, site in self.factored.items():
-            shape = torch.Size((site.as_matrix(site.parameter).shape[1], self.rank))
+            shape = torch.Size((site.matrix_shape[1], self.rank))
             by_device.setdefault(site.parameter.device, {})[name] = shape
         stream = Stream(self.seed, step, purpose=Purpose.BASIS)
         for device, shapes in by_device.items():
@@ -111,7 +112,9 @@ class LowRank(Subspace):
             return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
-            return {attribute: self._moved_parameter(site, group) for attribute, site in holders.items()}
+            return {
+                name: self._moved_parameter(site, module._parameters[name], group) for name, site in holders.items()
+            }
 
         return run_groups(module, parameters, max(1, len(self.probes)), self.rows_per_probe, args, kwargs)
 
@@ -151,13 +154,15 @@ class LowRank(Subspace):
         correction = thin.to(output.dtype) @ self.basis(weight.name).t().to(output.dtype)
         return output.add_(correction) if correction.shape == output.shape else output + correction
 
-    def _moved_parameter(self, site: Site, group: int) -> Tensor:
+    def _moved_parameter(self, site: Site, parameter: Tensor | None, group: int) -> Tensor:
+        """parameter: what the module holds now, which is whole even if `site.parameter` is a shard."""
+        assert parameter is not None
         coordinate = self._materialised.at_point(site.name)[group]
-        value = site.parameter.detach().to(coordinate.dtype)
+        value = parameter.detach().to(coordinate.dtype)
         if site.name not in self.factored:
             return value + coordinate
         moved = torch.addmm(site.as_matrix(value), coordinate, self.basis(site.name).t().to(coordinate.dtype))
-        return (moved.t() if site.transposed else moved).reshape(value.shape).to(site.parameter.dtype)
+        return (moved.t() if site.transposed else moved).reshape(value.shape).to(parameter.dtype)
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         self._materialised.write_gradient(coefficients, stream_of, distribution)
@@ -172,23 +177,30 @@ class LowRank(Subspace):
         self._at_origin, self._clean_is_stale = False, True
 
     def fold(self, step: int, decay: Mapping[str, float]) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for site in self.sites:
-                self._fold_into(site.parameter.data, site, step, decay.get(site.name, 1.0))
+                part, first = local_part(site.parameter)
+                self._fold_into(part, first, site, step, decay.get(site.name, 1.0))
                 self.coordinates[site.name].zero_()
         self.draw_bases(step)
         self._at_origin, self._clean_is_stale = True, True
 
     def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+        reshard(self.model)
         sites = {id(site.parameter): site for site in self.sites}
-        copies: dict[int, Tensor] = {}
+        folded: dict[int, Tensor] = {}
         state = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            site = sites.get(id(tensor))
-            if site is not None and id(tensor) not in copies:
-                copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-                self._fold_into(copies[id(tensor)], site, step, (decay or {}).get(site.name, 1.0))
-            state[name] = copies.get(id(tensor), tensor.detach())
+            if id(tensor) not in folded:
+                part, first = local_part(tensor)
+                site = sites.get(id(tensor))
+                if site is not None:
+                    # The processes exchange shards where these are.
+                    part = part.to(part.device if is_sharded(tensor) else "cpu", copy=True)
+                    self._fold_into(part, first, site, step, (decay or {}).get(site.name, 1.0))
+                folded[id(tensor)] = gather(part, tensor)
+            state[name] = folded[id(tensor)]
         return state
 
     def set_origin(self) -> None:
@@ -196,8 +208,9 @@ class LowRank(Subspace):
         self._at_origin = True
 
     def base_state(self) -> dict[str, Tensor]:
-        """The weights as of the last fold, by site name."""
-        return {site.name: site.parameter.detach() for site in self.sites}
+        """The weights as of the last fold, by site name; to be called by every process, see `gather`."""
+        reshard(self.model)
+        return {site.name: gather(local_part(site.parameter)[0], site.parameter) for site in self.sites}
 
     @property
     def at_origin(self) -> bool:
@@ -205,10 +218,11 @@ class LowRank(Subspace):
         return self._at_origin
 
     @torch.no_grad()
-    def _fold_into(self, target: Tensor, site: Site, step: int, decay: float) -> None:
+    def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
         """target ← decay · target + the coordinates' part, a tile of rows at a time.
 
-        target: the parameter, or a copy of it on any device, contiguous.
+        target: the parameter, or a copy of it on any device, contiguous; or some of its first dimension's slices.
+        first: index in the parameter of target's first element.
         """
         coordinate = self.coordinates[site.name].detach()
         if site.name in self.factored:
@@ -219,14 +233,15 @@ class LowRank(Subspace):
         else:
             left, right = coordinate.reshape(-1, 1), coordinate.new_ones(1, 1)
             storage = target.view(-1, 1)
+        left = left[first // storage.shape[1] :]
         stream = Stream(self.seed, step, purpose=Purpose.ROUNDING)
         rows_per_tile = max(1, TILE // storage.shape[1])
         for start in range(0, storage.shape[0], rows_per_tile):
             rows = storage[start : start + rows_per_tile]
-            update = (left[start : start + rows_per_tile] @ right.t()).to(target.device)
+            update = (left[start : start + len(rows)] @ right.t()).to(target.device)
             if target.dtype in HALF:
-                first = start * storage.shape[1]
-                uniform = draw_uniform(stream, site.name, first, first + rows.numel(), target.device)
+                element = first + start * storage.shape[1]
+                uniform = draw_uniform(stream, site.name, element, element + rows.numel(), target.device)
                 value = rows.float().mul_(decay).add_(update)
                 rows.copy_(stochastic_round(value, target.dtype, uniform.view(rows.shape)))
             else:

@@ -33,6 +33,11 @@ class Site:
         """Whether the weight is stored (in, out), as GPT-2's Conv1D does."""
         return any(isinstance(module, Conv1D) for module, _ in self.uses)
 
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """Of the whole parameter `as_matrix`, also where this process holds only a part of it."""
+        return self.as_matrix(torch.empty(self.parameter.shape, device="meta")).shape
+
     def as_matrix(self, tensor: Tensor) -> Tensor:
         """A view of `tensor`, shaped like the parameter, as a matrix (out, in).
 

@@ -66,16 +66,22 @@ class Subspace:
     def attach(self) -> None:
         """Enter the forward of every module that holds a moving parameter."""
         for module in self._holders:
-            previous = module.__dict__.get("forward")
+            # accelerate's hook moves the inputs to a dispatched module's device, then calls what it keeps here.
+            key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+            previous = module.__dict__.get(key)
             # A partial, not a closure: a deep copy of the model then gets entries that belong to the copy.
-            module.__dict__["forward"] = functools.partial(_entered_forward, self, module, previous)
+            module.__dict__[key] = functools.partial(_entered_forward, self, module, previous)
 
     def detach(self) -> None:
         """Leave every forward as it was before `attach`."""
         for module in self._holders:
-            entry = module.__dict__.pop("forward", None)
-            if isinstance(entry, functools.partial) and entry.args[2] is not None:
-                module.__dict__["forward"] = entry.args[2]
+            for key in ("_old_forward", "forward"):
+                entry = module.__dict__.get(key)
+                if isinstance(entry, functools.partial) and entry.func is _entered_forward:
+                    if entry.args[2] is None:
+                        del module.__dict__[key]
+                    else:
+                        module.__dict__[key] = entry.args[2]
 
     @contextmanager
     def at(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from math import isfinite
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 import zo_hf
 from zo_hf import checkpoint
 from zo_hf.checksum import tensor_checksum
+from zo_hf.model_setup import base_model
 from zo_hf.optimizers import SeededSGD
 from zo_hf.subspaces import Adapter, Subspace
 from zo_hf.trajectory.log import TrajectoryError
@@ -37,11 +38,14 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 _NO_OPTIONS = ("params", "lr", "initial_lr")
 
 
-def build_header(zo: ZerothOrder, optimizer: Optimizer, from_base: bool = True) -> dict[str, Any]:
+def build_header(
+    zo: ZerothOrder, optimizer: Optimizer, from_base: bool = True, base_hash: str | None = None
+) -> dict[str, Any]:
     """The header of a run that is about to take its next step.
 
     Args:
         from_base: whether the model is, at this moment, the base that a replay will start from.
+        base_hash: its `weights_hash`, if that is known; else it is computed.
     """
     subspace = zo.subspace
     groups = describe_groups(subspace, optimizer)
@@ -58,7 +62,7 @@ def build_header(zo: ZerothOrder, optimizer: Optimizer, from_base: bool = True) 
         "patterns": {"target": _listed(subspace.target_modules), "exclude": _listed(subspace.exclude_modules)},
         "optimizer": {"kind": kind, "replayable": replayable},
         "groups": groups if plain else [group | {"options": _as_text(group["options"])} for group in groups],
-        "base": describe_base(zo.model, subspace, with_weights=from_base),
+        "base": describe_base(zo.model, subspace, with_weights=from_base, known_hash=base_hash),
         "start": tensors_hash(subspace.coordinates) if from_base and is_adapter else None,
     }
 
@@ -81,15 +85,16 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_base(model: nn.Module, subspace: Subspace, with_weights: bool) -> dict[str, Any]:
+def describe_base(
+    model: nn.Module, subspace: Subspace, with_weights: bool, known_hash: str | None = None
+) -> dict[str, Any]:
     """Where a model came from, and which it is, bit for bit.
 
     Args:
         with_weights: include the hash of its weights, which takes a pass over them.
+        known_hash: that hash, if it is known already.
     """
-    unwrapped: Any = model
-    if hasattr(model, "get_base_model"):  # a PEFT model's inner one
-        unwrapped = cast(Any, model).get_base_model()
+    unwrapped: Any = base_model(model)
     config = getattr(unwrapped, "config", None)
     first = next(iter(subspace.sites)).parameter
     leave_out = subspace.coordinates.values() if isinstance(subspace, Adapter) else ()
@@ -99,7 +104,7 @@ def describe_base(model: nn.Module, subspace: Subspace, with_weights: bool) -> d
         "class": type(unwrapped).__name__,
         "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
         "device": first.device.type,
-        "weights": weights_hash(model, leave_out) if with_weights else None,
+        "weights": known_hash or weights_hash(model, leave_out) if with_weights else None,
     }
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from zo_hf import checkpoint
+from zo_hf.sharding import is_sharded
 from zo_hf.subspaces import Adapter
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
@@ -92,17 +93,21 @@ class Recorder:
             self._writer = None
 
 
-def begin(zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, required: bool = False) -> Recorder:
+def begin(
+    zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, required: bool = False, base_hash: str | None = None
+) -> Recorder:
     """Start the log of a run whose model, at this moment, is the base.
 
     Args:
         output_dir: the run's folder.
         required: refuse a run that cannot be replayed, because its checkpoints will depend on it.
+        base_hash: `weights_hash` of the base, where this process holds only a part of it.
 
     Raises:
         ValueError: the log is required and the optimizer is not one that a replay can rebuild.
     """
-    header = build_header(zo, optimizer)
+    whole = not any(is_sharded(parameter) for parameter in zo.model.parameters())
+    header = build_header(zo, optimizer, from_base=whole or base_hash is not None, base_hash=base_hash)
     if required and not header["optimizer"]["replayable"]:
         raise ValueError(
             f"save_only_trajectory=True cannot replay {header['optimizer']['kind']}; use optim='sgd' or 'adamw_torch', "

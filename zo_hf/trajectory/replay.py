@@ -125,7 +125,7 @@ def check_replayable(trajectory: Trajectory) -> None:
         TrajectoryError: it is one; the message says which.
     """
     header = trajectory.header
-    if header["first_step"] != 0:
+    if header["first_step"] != 0 or header["base"].get("weights") is None:
         raise TrajectoryError(
             f"{trajectory.path} begins at step {header['first_step']} and not at a base model; use the checkpoint that "
             "the run was resumed from."

@@ -1,0 +1,82 @@
+"""What a Trainer's model and arguments become: the subspace, the optimizer's parameters, and what is refused at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from zo_hf.config import ZOConfig
+from zo_hf.sharding import weights_arrive_later
+from zo_hf.subspaces import SUBSPACES, LowRank, Subspace
+from zo_hf.subspaces.sites import find_sites
+
+
+def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | None) -> Subspace:
+    """The subspace that the options ask for.
+
+    Args:
+        among: only these parameters may move, e.g. those an optimizer was built for; None means all.
+    """
+    name = subspace_name(model, args)
+    common = {
+        "target_modules": args.zo_target_modules,
+        "exclude_modules": args.zo_exclude_modules,
+        "among": among,
+        "seed": args.seed,
+    }
+    if SUBSPACES[name] is LowRank:
+        return LowRank(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
+    return SUBSPACES[name](model, **common)
+
+
+def subspace_name(model: nn.Module, args: ZOConfig) -> str:
+    """`zo_subspace`, or what "auto" stands for with this model."""
+    if args.zo_subspace == "auto":
+        return "adapter" if is_peft(model) else "low_rank"
+    return args.zo_subspace
+
+
+def check_model(model: nn.Module, args: ZOConfig) -> None:
+    """Refuse, before anything is loaded or moved, what training would only find out later."""
+    if args.zo_subspace == "adapter" and not is_peft(model):
+        raise ValueError(
+            f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
+            "peft.get_peft_model, or use zo_subspace='low_rank'."
+        )
+    if isinstance(model, PreTrainedModel) and getattr(model, "is_quantized", False):
+        raise ValueError(
+            "the model is quantised and its weights cannot move yet; attach an adapter with peft.get_peft_model."
+        )
+    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
+    if offloaded and not weights_arrive_later():
+        raise ValueError(
+            f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
+            "in memory."
+        )
+    if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
+        find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped it."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT one."""
+    return model.getbase_model() if is_peft(model) else model  # type: ignore[operator]
+
+
+def retarget(optimizer: torch.optim.Optimizer, subspace: Subspace) -> list[list[nn.Parameter]]:
+    """Point an optimizer that was built for the model's parameters at their coordinates; returns the old groups."""
+    coordinate_of = {id(site.parameter): subspace.coordinates[site.name] for site in subspace.sites}
+    before = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [coordinate_of[id(p)] for p in group["params"] if id(p) in coordinate_of]
+    return before
