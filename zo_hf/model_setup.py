@@ -70,7 +70,7 @@ def is_peft(model: nn.Module) -> bool:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT one."""
-    return model.getbase_model() if is_peft(model) else model  # type: ignore[operator]
+    return model.get_base_model() if is_peft(model) else model  # type: ignore[operator]
 
 
 def retarget(optimizer: torch.optim.Optimizer, subspace: Subspace) -> list[list[nn.Parameter]]:
