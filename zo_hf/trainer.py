@@ -383,6 +383,8 @@ class ZOTrainerMixin(_TrainerLike):
             self._ranks.wait()  # every rank has written its part
             self._publish_checkpoint(self._staging)
             self._ranks.wait()
+            if self.args.local_process_index == 0 and self._staging.folder.exists():
+                self._staging.publish()  # another machine's disk, with the random states of its processes
         finally:
             self._staging = None
 
