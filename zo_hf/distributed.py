@@ -151,7 +151,8 @@ class Ranks:
     def wait(self) -> None:
         """Go on when every rank has come here."""
         if self.grid.world_size > 1:
-            dist.barrier()
+            # NCCL would otherwise guess which GPU is this process's.
+            dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
     def count(self, tensor: Tensor) -> None:
         """Add a tensor that was sent to `bytes_sent`."""
