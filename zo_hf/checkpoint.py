@@ -45,7 +45,7 @@ COORDINATES_FILE = "zo_coordinates.safetensors"
 BASE_FILE = "zo_base.safetensors"
 
 
-STAGING = "unfinished-checkpoint"
+STAGING = "_unfinished-checkpoint"  # begins with _, which Trainer does not upload
 
 
 class Staging:
@@ -68,17 +68,17 @@ class Staging:
 
     def publish(self) -> None:
         """Move the checkpoint to its place; only what is safely on the disk goes there."""
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                _flush(path)
+        for path in (*self.folder.rglob("*"), self.folder):
+            _flush(path)
         clear(self.final)
         os.replace(self.folder, self.final)
-        self.folder.parent.rmdir()
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(self.run_folder)
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        _flush(self.run_folder)
 
 
 def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -227,7 +227,10 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
 def read_state(folder: Path) -> dict[str, Any]:
     """The engine's numbers in a checkpoint; none where it has none."""
     path = folder / STATE_FILE
-    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; resume from another checkpoint.") from error
     return state
 
 

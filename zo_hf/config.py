@@ -182,7 +182,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         if self.zo_check_steps < 0:
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
         if self.zo_num_directions < 1:
-            raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1.")
+            raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1, which is a good start.")
         if self.save_only_trajectory:
             for option, reason in (
                 ("save_only_model", "keeps what it leaves out"),

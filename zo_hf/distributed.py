@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from zo_hf.checksum import tensor_checksum
@@ -143,7 +144,7 @@ class Ranks:
         if self.grid.world_size == 1:
             return
         held = tensor.detach().contiguous()
-        dist.broadcast(held, 0)
+        dist.broadcast(held.view(-1).view(torch.uint8), 0)  # as bytes: not every backend knows every dtype
         self.count(held)
         if held.data_ptr() != tensor.data_ptr():
             tensor.data.copy_(held)
@@ -178,14 +179,13 @@ class Ranks:
         """
         if self.grid.world_size == 1:
             return
-        tensors = dict(coordinates)
+        tensors = {f"the coordinates of {name}": tensor for name, tensor in coordinates.items()}
         tensors |= {
             name: tensor for i, (name, tensor) in enumerate(weights.items()) if i % ROTATION == turn % ROTATION
         }
         sums = torch.tensor([_signed(tensor_checksum(tensor)) for tensor in tensors.values()])
         device = next(iter(coordinates.values())).device
-        digest = int.from_bytes(blake2b(sums.numpy().tobytes(), digest_size=8).digest(), "little", signed=True)
-        if len(set(self.gather(torch.tensor(digest, device=device)).tolist())) == 1:
+        if len(set(self.gather(_digest(sums).to(device)).tolist())) == 1:
             return
         everyones = self.gather(sums.to(device)).cpu()  # (world_size, tensors)
         first = int((everyones != everyones[0]).any(0).nonzero()[0])
@@ -198,18 +198,20 @@ class Ranks:
             "on one rank alone."
         )
 
-    def check_shared_batch(self, inputs: Mapping[str, object]) -> None:
+    def check_shared_batch(self, inputs: object, device: torch.device) -> None:
         """Make sure that the ranks which should share a batch do.
+
+        Args:
+            inputs: tensors in dicts, lists and tuples.
+            device: where the ranks can talk.
 
         Raises:
             ReplicasDiffer: they were handed different ones.
         """
         if self.grid.directions == 1:
             return
-        tensors = [tensor for tensor in inputs.values() if isinstance(tensor, Tensor)]
-        total = _signed(sum(tensor_checksum(tensor) for tensor in tensors) % 2**64)
-        device = tensors[0].device if tensors else torch.device("cpu")
-        everyones = self.gather(torch.tensor(total, device=device)).view(self.grid.data, self.grid.directions)
+        sums = [_signed(tensor_checksum(leaf)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        everyones = self.gather(_digest(torch.tensor(sums)).to(device)).view(self.grid.data, self.grid.directions)
         if not bool((everyones == everyones[:, :1]).all()):
             raise ReplicasDiffer(
                 "zo_parallel: ranks that evaluate different directions were handed different batches; make the training "
@@ -248,8 +250,13 @@ def share_batches(dataloader: DataLoader, grid: Grid) -> None:
             return
     raise ValueError(
         "zo_parallel: ranks cannot be given the same batches of this train_dataset; use zo_parallel='data', or a dataset "
-        "with a length (of a streamed one, dispatch_batches=False in accelerator_config)."
+        "with a length and Trainer's usual sampler (of a streamed one, dispatch_batches=False in accelerator_config)."
     )
+
+
+def _digest(sums: Tensor) -> Tensor:
+    """64 bits that stand for a list of numbers; sums: (n,), int64 on the CPU."""
+    return torch.tensor(int.from_bytes(blake2b(sums.numpy().tobytes(), digest_size=8).digest(), "little", signed=True))
 
 
 def _signed(bits: int) -> int:

@@ -107,7 +107,12 @@ class Sharding:
     Args:
         plugin: accelerate's plugin, from `fsdp_settings`.
         accelerator: the run's accelerator.
+
+    Attributes:
+        base_hash: `weights_hash` of the model as it was sharded, until its weights change.
     """
+
+    base_hash: str | None = None
 
     def __init__(self, plugin: Any, accelerator: Accelerator) -> None:
         self._plugin, self._accelerator = plugin, accelerator
@@ -152,9 +157,21 @@ class Sharding:
         if self._plugin.reshard_after_forward:
             # FSDP keeps the root's weights gathered for a backward pass that never comes.
             model.set_reshard_after_forward(True)  # type: ignore[operator]
-        model.register_load_state_dict_pre_hook(_take_parts)
+        model.register_load_state_dict_pre_hook(self._take_parts)
+        # transformers then keeps generating on every process until the last one is done: each forward gathers weights.
+        model._is_fsdp_managed_module = True  # type: ignore[assignment]
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
+
+    def _take_parts(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Lets `load_state_dict` take a state dict of whole tensors: each process keeps its own parts of them."""
+        self.base_hash = None
+        reshard(module)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            given = state_dict.get(prefix + name)
+            if given is not None and is_sharded(tensor) and not is_sharded(given):
+                part = part_of(given, tensor).to(device=tensor.device, dtype=tensor.dtype, copy=True)
+                state_dict[prefix + name] = _sharded(part, tensor)
 
     def recover(self, model: Any) -> None:
         """Make the model usable after an exception in its forward."""
@@ -268,16 +285,6 @@ def _take_from_first_process(model: nn.Module, device: torch.device) -> None:
         sent = tensor.detach().to(device).contiguous()
         dist.broadcast(sent, src=0)
         tensor.data.copy_(sent)
-
-
-def _take_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets `load_state_dict` take a state dict of whole tensors: each process keeps its own parts of them."""
-    reshard(module)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        given = state_dict.get(prefix + name)
-        if given is not None and is_sharded(tensor) and not is_sharded(given):
-            part = part_of(given, tensor).to(device=tensor.device, dtype=tensor.dtype, copy=True)
-            state_dict[prefix + name] = _sharded(part, tensor)
 
 
 def _prepare(accelerator: Accelerator, *objects: Any, **_: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
-from zo_hf.distributed import Ranks, make_grid, naming_lost_ranks, share_batches
+from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
 from zo_hf.model_setup import base_model, check_model, is_peft, make_subspace, retarget, subspace_name
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
@@ -59,9 +59,9 @@ class ZOTrainerMixin(_TrainerLike):
     optimizer: Any
     _ranks = Ranks()
     _batches_compared = False
+    _checkpoints: checkpoint.CheckpointWriter
     _staging: checkpoint.Staging | None = None
     _sharding: Sharding | None = None
-    _base_hash: str | None = None  # of the sharded model that the first training begins at
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -73,7 +73,6 @@ class ZOTrainerMixin(_TrainerLike):
         if model is not None:
             check_model(model, args)
         self._users_groups: list[list[nn.Parameter]] | None = None
-        self._checkpoints = checkpoint.CheckpointWriter()
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
         super().__init__(model, args, *more, **kwargs)
@@ -88,14 +87,7 @@ class ZOTrainerMixin(_TrainerLike):
         if processes > 1 and self.args.world_size == 1:
             raise ValueError(
                 f"{processes} processes were launched and each would train alone; pass use_cpu=True if they are meant to "
-                "run on CPUs together."
-            )
-        grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions)
-        self._ranks = Ranks(grid)
-        if grid.directions > 1 and not args.average_tokens_across_devices:
-            raise ValueError(
-                f"zo_parallel={args.zo_parallel!r} needs average_tokens_across_devices=True: ranks that share a batch "
-                "must weigh its tokens alike."
+                "run on CPUs together, or unset WORLD_SIZE if there is one only."
             )
         for argument, value in (
             ("optimizers", self.optimizer),
@@ -130,6 +122,8 @@ class ZOTrainerMixin(_TrainerLike):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
+        self._checkpoints = checkpoint.CheckpointWriter()
+        self._batches_compared = False
         if self._sharding is not None:
             self._shard(self.model)
         else:
@@ -198,6 +192,8 @@ class ZOTrainerMixin(_TrainerLike):
             self._recorder = None
         if zo is None:
             return
+        if self._sharding is not None:
+            self._sharding.base_hash = None
         optimizer = self._torch_optimizer()
         if self._users_groups is None:
             self.optimizer = None
@@ -228,8 +224,8 @@ class ZOTrainerMixin(_TrainerLike):
         if self._recorder is None and self.args.should_save:
             # Not before: only now is everything in place that the first step starts from.
             output_dir, required = self._where_to_record()
-            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), output_dir, required, self._base_hash))
-            self._base_hash = None
+            base_hash = None if self._sharding is None else self._sharding.base_hash
+            self._record_to(recorder.begin(self.zo, self._torch_optimizer(), output_dir, required, base_hash))
         if model.training:
             model.eval()
         inputs = self._prepare_inputs(inputs)
@@ -311,7 +307,7 @@ class ZOTrainerMixin(_TrainerLike):
     def _check_ranks(self, inputs: dict[str, Any]) -> None:
         assert self.zo is not None
         if not self._batches_compared:
-            self._ranks.check_shared_batch(inputs)
+            self._ranks.check_shared_batch(inputs, self.args.device)
             self._batches_compared = True
         every = self.args.zo_check_steps
         if every and self.zo.step % every == 0:
@@ -329,6 +325,7 @@ class ZOTrainerMixin(_TrainerLike):
             raise ValueError(
                 "DeepSpeed shards gradients, of which there are none; launch with FSDP2 or without shards."
             )
+        self._ranks = Ranks(_grid(self.args))
         self._sharding = Sharding(fsdp, self.accelerator) if fsdp and self.accelerator.num_processes > 1 else None
         self.is_fsdp_enabled = False
         self.accelerator.scaler = None
@@ -339,7 +336,7 @@ class ZOTrainerMixin(_TrainerLike):
         is_adapter = subspace_name(model, self.args) == "adapter"
         if self.args.should_save and not any(is_sharded(p) for p in model.parameters()):
             # The trajectory says which model it begins at, and this is the last time that one process has all of it.
-            self._base_hash = weights_hash(model, trainable if is_adapter else ())
+            self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
         self._sharding.shard(model, adapter=is_adapter)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -377,14 +374,17 @@ class ZOTrainerMixin(_TrainerLike):
         )
         if self.args.should_save:
             self._staging.clear()
+        best = self._staging.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if (
+            self.state.best_global_step and best.exists()
+        ):  # where Trainer, which is sent elsewhere below, would find it
+            self.state.best_model_checkpoint = str(best)
         self._ranks.wait()
         try:
             super()._save_checkpoint(model, trial)
             self._ranks.wait()  # every rank has written its part
             self._publish_checkpoint(self._staging)
             self._ranks.wait()
-            if self.args.local_process_index == 0 and self._staging.folder.exists():
-                self._staging.publish()  # another machine's disk, with the random states of its processes
         finally:
             self._staging = None
 
@@ -412,6 +412,8 @@ class ZOTrainerMixin(_TrainerLike):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._staging is not None and self.args.save_only_trajectory:
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            return
+        if not self.args.should_save and self._sharding is None:
             return
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
@@ -473,3 +475,13 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with backward replaced by forward passes; see `ZOTrainerMixin`."""
+
+
+def _grid(args: ZOConfig) -> Grid:
+    grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions)
+    if grid.directions > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            f"zo_parallel={args.zo_parallel!r} needs average_tokens_across_devices=True: ranks that share a batch must "
+            "weigh its tokens alike."
+        )
+    return grid

@@ -35,8 +35,7 @@ def corrupt(name):
 weight = "model.decoder.layers.1.fc1.weight"  # frozen in this run
 coordinate = "model.decoder.layers.0.self_attn.k_proj.weight"
 for where, name in {"weight": weight, "coordinate": coordinate}.items():
-    options = {"zo_check_steps": 2, "max_steps": 40, "zo_target_modules": [".*layers.0.*"], "zo_fold_steps": 0}
-    options["zo_target_modules"] = ".*layers[.]0[.].*"
+    options = {"zo_check_steps": 2, "max_steps": 40, "zo_target_modules": ".*layers[.]0[.].*", "zo_fold_steps": 0}
     at = At({5}, corrupt(name))
     trainer = make_trainer(folder / where, seeded(tiny_opt), more={"callbacks": [at]}, **options)
     try:

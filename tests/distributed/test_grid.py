@@ -74,8 +74,29 @@ def test_the_message_names_the_step_the_rank_and_the_first_tensor() -> None:
     weights = {"w0": torch.ones(4), "w1": torch.ones(4)}
     sums = torch.tensor([_signed(tensor_checksum(t)) for t in (coordinates["a"], coordinates["b"] * 2, weights["w0"])])
     ranks = Table(Grid(data=3), [torch.tensor(1), None], [sums, None])
-    with pytest.raises(ReplicasDiffer, match=r"step 70 rank 1 of 3 .* first in b;"):
+    with pytest.raises(ReplicasDiffer, match=r"step 70 rank 1 of 3 .* first in the coordinates of b;"):
         ranks.check_replicas(coordinates, weights, turn=0, step=70)
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_every_check_reads_every_coordinate(turn: int) -> None:
+    """Coordinates go by the names of the weights that they move."""
+
+    class Other(Ranks):
+        sent: list[torch.Tensor]
+
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            self.sent.append(tensor)
+            return torch.stack([tensor, tensor])
+
+    read = []
+    for value in (0.0, 1.0):
+        ranks = Other(Grid(data=2))
+        ranks.sent = []
+        named = {f"w{i}": torch.zeros(2) for i in range(3)}
+        ranks.check_replicas(named | {f"w{turn}": torch.full((2,), value)}, named, turn, step=0)
+        read.append(ranks.sent[0])
+    assert read[0] != read[1]
 
 
 def test_one_process_alone_sends_nothing() -> None:
@@ -83,6 +104,6 @@ def test_one_process_alone_sends_nothing() -> None:
     assert torch.equal(ranks.gather(torch.ones(2)), torch.ones(1, 2))
     ranks.take_from_first(torch.ones(2))
     ranks.check_replicas({"a": torch.ones(1)}, {}, 0, 0)
-    ranks.check_shared_batch({"x": torch.ones(1)})
+    ranks.check_shared_batch({"x": torch.ones(1)}, torch.device("cpu"))
     ranks.wait()
     assert ranks.bytes_sent == 0

@@ -31,6 +31,7 @@ from tests.distributed.launch import run
 from tests.trainer.runs import At, SaveAt, logged, make_trainer, with_lora
 from tests.trainer.test_refusals import refused
 from zo_hf import ZOTrainer
+from zo_hf.probes.probe import NotBatchable
 from zo_hf.sharding import gathered_state_dict, is_sharded, local_part
 from zo_hf.subspaces import LowRank
 from zo_hf.trajectory import replay
@@ -147,7 +148,7 @@ def refusals(folder: Path, processes: int) -> None:
 def refuse_more_rows_than(rows: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
         if len(args[0]) > rows:
-            raise RuntimeError("more rows than this layer takes")
+            raise NotBatchable("more rows than this layer takes")
 
     return hook
 
@@ -307,6 +308,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "XLA": ("fsdp_config", {"fsdp_config": {"xla": True}}),
     "auto_find_batch_size": ("auto_find_batch_size", {"auto_find_batch_size": True}),
     "torch_compile": ("torch_compile", {"torch_compile": True}),
+    "save_only_trajectory": ("save_only_trajectory", {"save_only_trajectory": True}),
 }
 
 

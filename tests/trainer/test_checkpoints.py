@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from tests.conftest import CAUSAL_MODELS, TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
 from tests.trainer.runs import At, SaveAt, logged, make_trainer, trained, with_lora
 from zo_hf import ZOTrainer
-from zo_hf.checkpoint import BASE_FILE, COORDINATES_FILE, STATE_FILE
+from zo_hf.checkpoint import BASE_FILE, COORDINATES_FILE, STAGING, STATE_FILE
 from zo_hf.trainer import ZOTrainerMixin
 from zo_hf.trajectory import replay
 
@@ -209,6 +209,47 @@ def test_an_earlier_runs_checkpoint_of_the_same_step_leaves_nothing_behind(tmp_p
         tmp_path / "b", build(), max_steps=7, zo_fold_steps=4, resume=str(tmp_path / "checkpoint-4"), **options
     )
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_second_training_writes_its_own_base_weights(tmp_path: Path) -> None:
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "zo_fold_steps": 50}
+    trainer = make_trainer(tmp_path, build(), **options)
+    trainer.train()
+    trainer.train()
+    resumed = trained(tmp_path, build(), resume=str(tmp_path / "checkpoint-3"), **options)
+    assert_same_bits(weights_of(resumed.model), weights_of(trainer.model))
+
+
+def test_a_checkpoint_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    left = tmp_path / STAGING / "checkpoint-1" / "junk"
+    left.parent.mkdir(parents=True)
+    left.write_text("of a run that was killed")
+    seen: list[Any] = []
+
+    class Watched(ZOTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            seen.append((Path(output_dir).parent.name, [folder.name for folder in tmp_path.glob("checkpoint-*")]))
+
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, build(), Watched, **options)
+    assert seen == [(STAGING, []), (STAGING, ["checkpoint-1"])]
+    assert not (tmp_path / STAGING).exists() and not list(tmp_path.rglob("junk"))
+
+
+def test_the_best_checkpoint_is_known_under_its_own_name_and_kept(tmp_path: Path) -> None:
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"save_total_limit": 2, "metric_for_best_model": "eval_loss"}
+    trainer = trained(tmp_path / "a", build(), **options | {"max_steps": 3})
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and Path(best).parent == tmp_path / "a" and Path(best).is_dir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    moved = trained(tmp_path / "b", build(), resume=True, **options)
+    best = moved.state.best_model_checkpoint
+    assert best is not None and Path(best).parent == tmp_path / "b" and Path(best).is_dir()
+    last = sorted((tmp_path / "b").glob("checkpoint-*"))[-1]
+    assert json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"] == best
 
 
 # What does not fit.

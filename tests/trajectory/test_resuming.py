@@ -129,7 +129,7 @@ def test_a_new_run_keeps_the_log_of_the_one_before(tmp_path: Path) -> None:
     trained(tmp_path, build(), **OPTIONS)
     first = log_of(tmp_path)
     trained(tmp_path, build(), **OPTIONS | {"seed": 7})
-    assert log_of(tmp_path) != first == (tmp_path / "trajectory.previous" / "steps.zolog").read_bytes()
+    assert log_of(tmp_path) != first == (tmp_path / "_trajectory.previous" / "steps.zolog").read_bytes()
     make_trainer(tmp_path, build(), **OPTIONS)
     assert read_trajectory(tmp_path).header["settings"]["seed"] == 7
 
@@ -255,7 +255,7 @@ def test_a_restart_with_a_smaller_batch_begins_a_new_log(tmp_path: Path) -> None
 
     trainer = trained(tmp_path / "run", build(), Tight, auto_find_batch_size=True, **OPTIONS)
     assert_same_bits(weights_of(replay(build(), tmp_path / "run")), weights_of(trainer.model))
-    assert not (tmp_path / "run" / "trajectory.previous").exists()
+    assert not (tmp_path / "run" / "_trajectory.previous").exists()
 
 
 def test_the_best_model_is_loaded_and_the_log_is_of_the_whole_run(tmp_path: Path) -> None:

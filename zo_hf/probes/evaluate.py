@@ -42,14 +42,14 @@ class ProbeEvaluator:
         forward_passes: evaluations of the loss so far.
         agree: turns this process's answer into that of all, who must make the same forward passes and whose choice one
             checkpoint holds; takes it as a tensor on the device of the losses.
-        recover: called after a forward that raised.
+        recover: where a forward is made by all processes together, makes the model usable after one that raised.
     """
 
     def __init__(self, batched: bool | str = "auto") -> None:
         self.batched = None if batched == "auto" else bool(batched)
         self.forward_passes = 0
         self.agree: Callable[[Tensor], bool] = bool
-        self.recover: Callable[[], None] = lambda: None
+        self.recover: Callable[[], None] | None = None
 
     def losses(
         self,
@@ -81,18 +81,30 @@ class ProbeEvaluator:
         self.forward_passes += len(probes)
         with torch.no_grad():
             if self.batched is None:
-                values = self._decide(sequential, batched, len(probes))
+                values = self._decide(closure, sequential, batched, len(probes))
             else:
                 values = batched() if self.batched else sequential()
         return values.float() if values.device.type == "mps" else values.double()
 
-    def _decide(self, sequential: Callable[[], Tensor], batched: Callable[[], Tensor], probes: int) -> Tensor:
+    def _decide(
+        self,
+        closure: Callable[[], Tensor],
+        sequential: Callable[[], Tensor],
+        batched: Callable[[], Tensor],
+        probes: int,
+    ) -> Tensor:
         expected = sequential()
+        if not isinstance(closure, BatchableLoss):
+            self._choose(False, "the loss is not the model's own")
+            return expected
         try:
             actual = batched()
             self.forward_passes += probes
         except (RuntimeError, ValueError) as error:  # NotBatchable, out of memory, or a shape that the model fixes
-            self.recover()
+            if self.recover is not None:
+                if not isinstance(error, NotBatchable):
+                    raise  # the others may be in the middle of the same forward, and wait for this process
+                self.recover()
             self.agree(torch.tensor(False, device=expected.device))
             self._choose(False, str(error).split("\n")[0])
             return expected

@@ -62,7 +62,7 @@ def build_header(
         "patterns": {"target": _listed(subspace.target_modules), "exclude": _listed(subspace.exclude_modules)},
         "optimizer": {"kind": kind, "replayable": replayable},
         "groups": groups if plain else [group | {"options": _as_text(group["options"])} for group in groups],
-        "base": describe_base(zo.model, subspace, with_weights=from_base, known_hash=base_hash),
+        "base": describe_base(zo.model, subspace, with_weights=from_base, base_hash=base_hash),
         "start": tensors_hash(subspace.coordinates) if from_base and is_adapter else None,
     }
 
@@ -86,13 +86,13 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_base(
-    model: nn.Module, subspace: Subspace, with_weights: bool, known_hash: str | None = None
+    model: nn.Module, subspace: Subspace, with_weights: bool, base_hash: str | None = None
 ) -> dict[str, Any]:
     """Where a model came from, and which it is, bit for bit.
 
     Args:
         with_weights: include the hash of its weights, which takes a pass over them.
-        known_hash: that hash, if it is known already.
+        base_hash: that hash, if it is known already.
     """
     unwrapped: Any = base_model(model)
     config = getattr(unwrapped, "config", None)
@@ -104,7 +104,7 @@ def describe_base(
         "class": type(unwrapped).__name__,
         "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
         "device": first.device.type,
-        "weights": known_hash or weights_hash(model, leave_out) if with_weights else None,
+        "weights": (base_hash or weights_hash(model, leave_out)) if with_weights else None,
     }
 
 

@@ -3,7 +3,7 @@
     OUTPUT_DIR/trajectory/steps.zolog            the log, see `log.py`
     OUTPUT_DIR/trajectory/start.safetensors      an adapter's starting coordinates, which PEFT draws at random
     OUTPUT_DIR/trajectory/adapter_config.json    how to build that adapter
-    OUTPUT_DIR/trajectory.previous/              the log of the run that used this folder before
+    OUTPUT_DIR/_trajectory.previous/             the log of the run that used this folder before
 
 A checkpoint's zo_state.json holds the CRC that the log's chain has at its step, so a log of another run is not taken for
 this one's. With `save_only_trajectory` a checkpoint holds a copy of the trajectory folder in place of all tensors.
@@ -74,7 +74,8 @@ class Recorder:
         target = checkpoint_folder / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         for file in self._writer.path.parent.iterdir():
-            shutil.copyfile(file, target / file.name)
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -149,7 +150,7 @@ def resume(
         if source.resolve() != folder.resolve():
             folder = _new_folder(output_dir)
             for file in source.iterdir():
-                if file.name != FILE:
+                if file.name != FILE and file.is_file():
                     shutil.copyfile(file, folder / file.name)
         writer = Writer.resume(trajectory, zo.step, folder / FILE)
     except OSError as error:
@@ -246,7 +247,7 @@ def _new_folder(output_dir: Path) -> Path:
     """An empty trajectory folder; what an earlier run left, if it took a step, is kept beside it."""
     folder = output_dir / FOLDER
     if folder.is_dir():
-        previous = output_dir / f"{FOLDER}.previous"
+        previous = output_dir / f"_{FOLDER}.previous"
         if _has_steps(folder):
             shutil.rmtree(previous, ignore_errors=True)
             os.replace(folder, previous)
