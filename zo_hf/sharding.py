@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,15 +82,22 @@ def gathered_state_dict(model: nn.Module, frozen: bool = True) -> dict[str, Tens
     return {name: gather(local_part(t)[0], t) for name, t in wanted.items()}
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether FSDP2 holds the model's weights; right after a forward its parameters may all be gathered, and plain."""
+    return next(_sharded_modules(model), None) is not None
+
+
 def reshard(model: nn.Module) -> None:
     """Free the gathered weights that FSDP has kept since a forward: what is written next are the shards."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    from torch.distributed.fsdp import FSDPModule
+    for module in _sharded_modules(model):
+        module.reshard()
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        yield from (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _sharded(part: Tensor, like: Any) -> Any:
@@ -130,9 +138,9 @@ class Sharding:
             adapter: whether the trainable parameters are an adapter's, which stay whole.
         """
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+        from torch.distributed.fsdp import register_fsdp_forward_method
 
-        if isinstance(model, FSDPModule):
+        if is_sharded_model(model):
             reshard(model)
             return
         trainable = [p for p in model.parameters() if p.requires_grad]

@@ -29,7 +29,7 @@ from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_b
 from zo_hf.model_setup import base_model, check_model, is_peft, make_subspace, retarget, subspace_name
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
-from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded
+from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded, is_sharded_model
 from zo_hf.subspaces import Full
 from zo_hf.trajectory import recorder
 from zo_hf.trajectory.header import weights_hash
@@ -334,7 +334,7 @@ class ZOTrainerMixin(_TrainerLike):
         assert self._sharding is not None
         trainable = [p for p in model.parameters() if p.requires_grad]
         is_adapter = subspace_name(model, self.args) == "adapter"
-        if self.args.should_save and not any(is_sharded(p) for p in model.parameters()):
+        if self.args.should_save and not is_sharded_model(model):
             # The trajectory says which model it begins at, and this is the last time that one process has all of it.
             self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
         self._sharding.shard(model, adapter=is_adapter)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from zo_hf import checkpoint
-from zo_hf.sharding import is_sharded
+from zo_hf.sharding import is_sharded_model
 from zo_hf.subspaces import Adapter
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
@@ -107,7 +107,7 @@ def begin(
     Raises:
         ValueError: the log is required and the optimizer is not one that a replay can rebuild.
     """
-    whole = not any(is_sharded(parameter) for parameter in zo.model.parameters())
+    whole = not is_sharded_model(zo.model)
     header = build_header(zo, optimizer, from_base=whole or base_hash is not None, base_hash=base_hash)
     if required and not header["optimizer"]["replayable"]:
         raise ValueError(
