@@ -430,12 +430,12 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
         process = start_killed_run(folder, resume)
         lines = []
         in_a_checkpoint, target = kills % 2 == 1, chance.randint(1, 7)
-        before = set(folder.glob("checkpoint-*/*")) if folder.exists() else set()
+        before = set(folder.glob(f"{STAGING}/*/*"))
         killed = False
         if kills < 10:
             if in_a_checkpoint:
                 while process.poll() is None:
-                    if set(folder.glob("checkpoint-*/*")) - before:
+                    if set(folder.glob(f"{STAGING}/*/*")) - before:
                         time.sleep(chance.uniform(0, 0.03))
                         break
                     time.sleep(0.001)
@@ -451,7 +451,8 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == (-signal.SIGKILL if killed else 0), "".join(lines) + output
         kills += killed
-        halves += sum(not (f / "trainer_state.json").exists() for f in folder.glob("checkpoint-*"))
+        halves += killed and (folder / STAGING).exists()
+        assert all((each / "trainer_state.json").exists() for each in folder.glob("checkpoint-*"))
     assert kills == 10
     assert halves > 0, "no kill fell into the writing of a checkpoint"
     assert_same_bits(torch.load(folder / "final.pt"), torch.load(whole / "final.pt"))
