@@ -79,6 +79,12 @@ def test_a_pattern_that_leaves_nothing_is_refused_before_any_work(tmp_path: Path
     refused(next(iter(options)), lambda: make_trainer(tmp_path, **options))
 
 
+def test_a_model_that_was_sharded_at_its_loading_is_refused(tmp_path: Path) -> None:
+    model = seeded(tiny_opt)
+    model.lm_head.weight.placements = ()  # what tells a DTensor
+    refused("tp_plan", lambda: make_trainer(tmp_path, model))
+
+
 def test_checkpointed_activations_are_refused_under_the_name_this_transformers_has(tmp_path: Path) -> None:
     fields = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
