@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from zo_hf.config import ZOConfig
-from zo_hf.sharding import is_sharded, is_sharded_model, weights_arrive_later
+from zo_hf.sharding import refuse_sharded_at_loading, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, LowRank, Subspace
 from zo_hf.subspaces.sites import find_sites
 
@@ -55,11 +55,7 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
             f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
             "in memory."
         )
-    if any(is_sharded(p) for p in model.parameters()) and not is_sharded_model(model):
-        raise ValueError(
-            "the model was sharded when it was loaded; load it without tp_plan and distributed_config, and shard it with "
-            "FSDP2 if it does not fit on one device."
-        )
+    refuse_sharded_at_loading(model)
     if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
         find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
 

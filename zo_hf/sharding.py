@@ -259,12 +259,21 @@ def fsdp_settings(args: Any) -> Any:
     return plugin
 
 
-def _check_shardable(model: nn.Module, moving: list[nn.Parameter]) -> None:
-    if any(is_sharded(p) for p in model.parameters()):
+def refuse_sharded_at_loading(model: nn.Module) -> None:
+    """Refuse a model that something other than FSDP2 has sharded.
+
+    Raises:
+        ValueError: it is one; the message says how to load it.
+    """
+    if any(is_sharded(p) for p in model.parameters()) and not is_sharded_model(model):
         raise ValueError(
-            "the model was sharded when it was loaded, and FSDP would shard it again; load it without tp_plan and "
-            "distributed_config."
+            "the model was sharded when it was loaded; load it without tp_plan and distributed_config, and shard it with "
+            "FSDP2 if it does not fit on one device."
         )
+
+
+def _check_shardable(model: nn.Module, moving: list[nn.Parameter]) -> None:
+    refuse_sharded_at_loading(model)
     dtypes = {p.dtype for p in moving if p.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(

@@ -273,7 +273,7 @@ class ZOTrainerMixin(_TrainerLike):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
         assert self.zo is not None
-        return self.zo.subspace.clip_gradient(float("inf")) if grad_norm is None else grad_norm
+        return self.zo.subspace.gradient_norm() if grad_norm is None else grad_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is 2q forwards."""

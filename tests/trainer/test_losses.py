@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
-from tests.trainer.runs import (
-    Recorder,
-    logged,
-    make_trainer,
-    trained,
-    with_coordinates,
-    with_lora,
-)
+from tests.trainer.runs import Recorder, logged, make_trainer, trained, with_coordinates, with_lora
 from zo_hf import ZOTrainer
 
 # Losses.

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.conftest import LENGTH, TinyTask, assert_same_bits, seeded, tiny_llama, tiny_opt, weights_of
-from tests.trainer.runs import (
-    At,
-    Recorder,
-    logged,
-    make_trainer,
-    trained,
-    with_coordinates,
-    with_lora,
-)
+from tests.trainer.runs import At, Recorder, logged, make_trainer, trained, with_coordinates, with_lora
 from zo_hf import ZerothOrder, ZOTrainer
 from zo_hf.subspaces import LowRank
 
