@@ -35,12 +35,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.sharding import local_part, part_of, reshard
 from zo_hf.subspaces.adapter import Adapter
+from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "zo_state.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 COORDINATES_FILE = "zo_coordinates.safetensors"
 BASE_FILE = "zo_base.safetensors"
 
@@ -109,14 +111,14 @@ class CheckpointWriter:
         """
         subspace = zo.subspace
         base: dict[str, Tensor] = {}
-        if learning_rates is None and isinstance(subspace, LowRank) and not subspace.at_origin:
+        if learning_rates is None and isinstance(subspace, Folded) and not subspace.at_origin:
             base = subspace.base_state()
         if not write:
             return
         state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
-        elif isinstance(subspace, LowRank):
+        elif isinstance(subspace, Folded):
             state["drawn_at"] = subspace.drawn_at
             state["at_origin"] = subspace.at_origin
             if not subspace.at_origin:
@@ -213,9 +215,9 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     with torch.no_grad():
         if (folder / COORDINATES_FILE).exists():
             _copy(load_file(folder / COORDINATES_FILE), dict(subspace.coordinates))
-        if (folder / BASE_FILE).exists() and isinstance(subspace, LowRank):
-            _copy(load_file(folder / BASE_FILE), {site.name: site.parameter for site in subspace.sites})
-    if isinstance(subspace, LowRank):
+        if (folder / BASE_FILE).exists() and isinstance(subspace, Folded):
+            _copy(load_file(folder / BASE_FILE), subspace.base_tensors())
+    if isinstance(subspace, Folded):
         subspace.draw_bases(state["drawn_at"])
         subspace.coordinates_changed()
         if state["at_origin"]:
@@ -237,6 +239,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def is_only_trajectory(folder: Path) -> bool:
     """Whether a checkpoint holds a log in place of tensors."""
     return "learning_rates" in read_state(folder)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a checkpoint's model is an adapter in PEFT's format."""
+    return (folder / ADAPTER_CONFIG_NAME).exists()
 
 
 def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None:
@@ -265,6 +272,7 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,
         "zo_direction": zo.distribution.name,
+        "zo_max_projected_grad": zo.max_projected_grad,
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,

@@ -78,17 +78,22 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_subspace: str = field(
         default="auto",
         metadata={
-            "help": "Which tensors move: low_rank (float32 factors of every matrix, every 1-D parameter), full (all "
-            "weights, MeZO's algorithm), adapter (the trainable weights of a PEFT model), or auto: adapter for a PEFT "
-            "model, else low_rank."
+            "help": "Which tensors move: low_rank (float32 factors of every matrix, every 1-D parameter), core (r x r "
+            "numbers of every matrix, SubZero), full (all weights, MeZO's algorithm), adapter (the trainable weights of a "
+            "PEFT model), norms (parameters of one dimension), scales (those of quantised layers, QZO), or auto: adapter "
+            "for a PEFT model, else low_rank."
         },
     )
-    zo_rank: int = field(default=4, metadata={"help": "Rank r of the low-rank factors."})
-    zo_fold_steps: int = field(
-        default=50,
+    zo_rank: None | int = field(  # noqa: RUF036
+        default=None, metadata={"help": "Rank r of the low-rank factors, or of the core. Default: 4; 32 for the core."}
+    )
+    zo_fold_steps: None | int = field(  # noqa: RUF036
+        default=None,
         metadata={
-            "help": "Steps after which the low-rank factors are added to the weights and a new V is drawn; 0 never "
-            "folds. A checkpoint is smallest when save_steps is a multiple of it."
+            "help": "Steps after which the low-rank factors, or the core, are added to the weights and new bases are "
+            "drawn; 0 never does. Default: 50, but 0 for a quantised model, whose training then ends with a LoRA adapter; "
+            "a number there writes 8-bit and 4-bit weights anew, rounded stochastically. A checkpoint is smallest when "
+            "save_steps is a multiple of it."
         },
     )
     zo_eps: None | str | float = field(  # noqa: RUF036
@@ -103,6 +108,10 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_num_directions: int = field(
         default=1, metadata={"help": "Directions per step (q); a step costs 2q forward passes."}
+    )
+    zo_max_projected_grad: None | float = field(  # noqa: RUF036
+        default=None,
+        metadata={"help": "Largest magnitude of c; what is beyond is clipped, 0 clips nothing. Default: 0."},
     )
     zo_normalize: bool = field(
         default=False,
@@ -173,9 +182,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
-        if self.zo_rank < 1:
+        if self.zo_rank is not None and self.zo_rank < 1:
             raise ValueError(f"zo_rank={self.zo_rank} must be at least 1; 4 is a good start.")
-        if self.zo_fold_steps < 0:
+        if self.zo_max_projected_grad is not None and not self.zo_max_projected_grad >= 0:
+            raise ValueError(
+                f"zo_max_projected_grad={self.zo_max_projected_grad} must not be negative; use 0 to clip nothing."
+            )
+        if self.zo_fold_steps is not None and self.zo_fold_steps < 0:
             raise ValueError(f"zo_fold_steps={self.zo_fold_steps} must not be negative; use 0 to never fold.")
         if self.zo_eps != "auto" and not 0 < float(self.zo_eps or 0) < float("inf"):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")

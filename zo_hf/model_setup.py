@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from zo_hf.config import ZOConfig
-from zo_hf.sharding import refuse_sharded_at_loading, weights_arrive_later
-from zo_hf.subspaces import SUBSPACES, LowRank, Subspace
+from zo_hf.quantization import is_quantized, quantized_layers
+from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
+from zo_hf.subspaces import SUBSPACES, LowRank, Norms, Scales, Subspace
+from zo_hf.subspaces.lora import check_peft
 from zo_hf.subspaces.sites import find_sites
 
 
@@ -26,9 +27,10 @@ def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | 
         "among": among,
         "seed": args.seed,
     }
-    if SUBSPACES[name] is LowRank:
-        return LowRank(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
-    return SUBSPACES[name](model, **common)
+    kind = SUBSPACES[name]
+    if issubclass(kind, LowRank) and kind is not Norms:
+        return kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
+    return kind(model, **common)
 
 
 def subspace_name(model: nn.Module, args: ZOConfig) -> str:
@@ -45,10 +47,10 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
             f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
             "peft.get_peft_model, or use zo_subspace='low_rank'."
         )
-    if isinstance(model, PreTrainedModel) and getattr(model, "is_quantized", False):
-        raise ValueError(
-            "the model is quantised and its weights cannot move yet; attach an adapter with peft.get_peft_model."
-        )
+    if is_quantized(model):
+        _check_quantized(model, args)
+    elif args.zo_subspace == Scales.name:
+        Scales.check(quantized_layers(model), model)
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
     if offloaded and not weights_arrive_later():
         raise ValueError(
@@ -58,6 +60,35 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
     refuse_sharded_at_loading(model)
     if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
         find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse to train what can only be evaluated."""
+    if is_peft(model) and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the adapter has nothing to train; load it with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+
+
+def _check_quantized(model: nn.Module, args: ZOConfig) -> None:
+    if args.zo_subspace == "full":
+        raise ValueError(
+            "zo_subspace='full' moves every weight by less than what a quantised one can hold; use zo_subspace='low_rank', "
+            "whose factors stay apart from it."
+        )
+    if args.torch_compile:
+        raise ValueError("torch_compile=True cannot compile the layers of a quantised model; leave it out.")
+    if fsdp_settings(args):
+        raise ValueError("fsdp=... cannot shard a quantised model; load it with a device_map, or not quantised.")
+    kinds = sorted({parameter.device.type for parameter in model.parameters()} - {"meta"})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the quantised model lies on {' and '.join(kinds)}; load it with a device_map that keeps it on GPUs, or all of "
+            "it on the CPU."
+        )
+    kind = SUBSPACES[subspace_name(model, args)]
+    if issubclass(kind, LowRank) and kind is not Norms and not args.zo_fold_steps:
+        check_peft()
 
 
 def is_peft(model: nn.Module) -> bool:

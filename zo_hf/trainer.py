@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -19,31 +18,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.optimization import Adafactor
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
-from zo_hf.model_setup import base_model, check_model, is_peft, make_subspace, retarget, subspace_name
+from zo_hf.model_setup import base_model, check_model, check_trainable, make_subspace, retarget, subspace_name
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
-from zo_hf.sharding import Sharding, fsdp_settings, gathered_state_dict, is_sharded, is_sharded_model
-from zo_hf.subspaces import Full
+from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
+from zo_hf.sharding import Sharding, fsdp_settings, is_sharded, is_sharded_model
+from zo_hf.subspaces import Folded, Full
+from zo_hf.trainer_checkpoints import CheckpointsMixin
 from zo_hf.trajectory import recorder
 from zo_hf.trajectory.header import weights_hash
 from zo_hf.zeroth_order import Estimate, ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _TrainerLike = Any  # the mixin calls what Trainer has, and is no Trainer itself
-else:
-    _TrainerLike = object
 
-
-class ZOTrainerMixin(_TrainerLike):
+class ZOTrainerMixin(CheckpointsMixin):
     """Makes a Trainer subclass forward-only: `class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer)`.
 
     Takes what the Trainer takes; `args` must be a `ZOConfig`.
@@ -59,9 +53,6 @@ class ZOTrainerMixin(_TrainerLike):
     optimizer: Any
     _ranks = Ranks()
     _batches_compared = False
-    _checkpoints: checkpoint.CheckpointWriter
-    _staging: checkpoint.Staging | None = None
-    _sharding: Sharding | None = None
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -75,9 +66,11 @@ class ZOTrainerMixin(_TrainerLike):
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
-        super().__init__(model, args, *more, **kwargs)
+        with training_allowed():
+            super().__init__(model, args, *more, **kwargs)
         if model is None:
             check_model(self.model, args)  # what model_init made
+        quantized_layers(self.model)  # readies them, so that an evaluation before any training is the same as after
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process; start with `accelerate launch`, or show it one GPU "
@@ -112,6 +105,8 @@ class ZOTrainerMixin(_TrainerLike):
         Args:
             resume_from_checkpoint: a folder, or True for the last one in `output_dir` that was written to its end.
         """
+        if self.model_init is None:
+            check_trainable(self.model)
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
             with naming_lost_ranks():
@@ -121,16 +116,15 @@ class ZOTrainerMixin(_TrainerLike):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
-        self._finish_zeroth_order()  # a restart by auto_find_batch_size comes here with the last attempt's
+        self._finish_last_attempt()
         self._checkpoints = checkpoint.CheckpointWriter()
         self._batches_compared = False
         if self._sharding is not None:
             self._shard(self.model)
         else:
             # What DistributedDataParallel would do: each process may have initialised an adapter or a head of its own.
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                if tensor.is_floating_point():
-                    self._ranks.take_from_first(tensor)
+            for tensor in (*stored_tensors(self.model).values(), *self.model.buffers()):
+                self._ranks.take_from_first(tensor)
         args = self.args
         users = self.optimizer
         among = None if users is None else [p for group in users.param_groups for p in group["params"]]
@@ -143,6 +137,7 @@ class ZOTrainerMixin(_TrainerLike):
             eps=None if args.zo_eps == "auto" else float(args.zo_eps),
             num_directions=args.zo_num_directions,
             direction=args.zo_direction,
+            max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
             seed=args.seed,
@@ -181,8 +176,19 @@ class ZOTrainerMixin(_TrainerLike):
         return kind(groups, **kwargs)
 
     def _finish_zeroth_order(self) -> None:
-        if self.zo is not None:
-            self.zo.finish()
+        if self.zo is None:
+            return
+        learnt = self.zo.finish()
+        if learnt is not self.model:
+            self.model = self.model_wrapped = learnt
+        self._forget_engine()
+
+    def _finish_last_attempt(self) -> None:
+        """A restart by auto_find_batch_size comes with an engine that has taken its steps; go on from where they led."""
+        if self._becoming_adapter() is None:
+            self._finish_zeroth_order()
+        elif self.zo is not None:  # an adapter that was begun cannot be gone on with as factors: begin again
+            self.zo.subspace.detach()
             self._forget_engine()
 
     def _forget_engine(self) -> None:
@@ -311,7 +317,7 @@ class ZOTrainerMixin(_TrainerLike):
             self._batches_compared = True
         every = self.args.zo_check_steps
         if every and self.zo.step % every == 0:
-            weights = {name: p for name, p in self.model.named_parameters() if not is_sharded(p)}
+            weights = {name: t for name, t in stored_tensors(self.model).items() if not is_sharded(t)}
             turn = self.zo.step // every
             self._ranks.check_replicas(self.zo.subspace.coordinates, weights, turn, self.zo.step)
 
@@ -358,115 +364,14 @@ class ZOTrainerMixin(_TrainerLike):
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:
+                logs["zo/fold_error"] = self.zo.subspace.fold_error
             if self.args.world_size > 1:
                 self._ranks.bytes_sent += 4  # Trainer averages the float32 loss that it is about to log
                 logs["zo/bytes_communicated"] = self._ranks.bytes_sent
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
         super().log(logs, *args, **kwargs)
-
-    # Checkpoints.
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, in a folder of its own that takes its place among the checkpoints when all of it is on the disk."""
-        self._staging = checkpoint.Staging(
-            Path(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        )
-        if self.args.should_save:
-            self._staging.clear()
-        best = self._staging.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if (
-            self.state.best_global_step and best.exists()
-        ):  # where Trainer, which is sent elsewhere below, would find it
-            self.state.best_model_checkpoint = str(best)
-        self._ranks.wait()
-        try:
-            super()._save_checkpoint(model, trial)
-            self._ranks.wait()  # every rank has written its part
-            self._publish_checkpoint(self._staging)
-            self._ranks.wait()
-        finally:
-            self._staging = None
-
-    def _publish_checkpoint(self, staging: checkpoint.Staging) -> None:
-        if self.state.best_model_checkpoint == str(staging.folder):
-            self.state.best_model_checkpoint = str(staging.final)
-        if self.args.should_save:
-            self.state.save_to_json(str(staging.folder / TRAINER_STATE_NAME))
-            staging.publish()
-            self._checkpoints.moved(staging.folder, staging.final)
-            # Trainer has just looked for old checkpoints beside the new one, in the staging folder.
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(staging.run_folder), limit, best, use_mtime=True)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(staging.final))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else `_publish_checkpoint` pushes what is then complete
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return folder if self._staging is None else str(self._staging.folder.parent)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._staging is not None and self.args.save_only_trajectory:
-            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
-            return
-        if not self.args.should_save and self._sharding is None:
-            return
-        if self.zo is not None and state_dict is None:
-            state_dict = self.zo.folded_state_dict()
-        if self._sharding is not None and state_dict is None:
-            state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
-        super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.args.save_only_trajectory:
-            super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is None or not (self.args.should_save or self._sharding is not None):
-            return
-        crc = None if self._recorder is None else self._recorder.sync()
-        rates = None
-        if self.args.save_only_trajectory and self._recorder is not None:
-            self._recorder.copy_into(Path(output_dir))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, write=self.args.should_save)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # A checkpoint without tensors is replayed once there is an engine.
-        if not checkpoint.is_only_trajectory(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or self.zo is None:
-            super()._load_optimizer_and_scheduler(folder)
-            return
-        path = Path(folder)
-        if checkpoint.is_only_trajectory(path):
-            recorder.restore(self.zo, self._torch_optimizer(), path)
-            self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, weights_only=True))
-        elif checkpoint.load(self.zo, path):
-            super()._load_optimizer_and_scheduler(folder)
-        else:
-            # An optimizer's state that is there belongs to other parameters than the coordinates.
-            logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
-            return
-        if self.args.should_save:
-            output_dir, required = self._where_to_record()
-            self._record_to(recorder.resume(self.zo, self._torch_optimizer(), output_dir, path, required))
-
-    def _where_to_record(self) -> tuple[Path, bool]:
-        """The run's folder, and whether its checkpoints depend on the log."""
-        return Path(self._get_output_dir(getattr(self, "_trial", None))), self.args.save_only_trajectory
-
-    def _load_best_model(self) -> None:
-        # The engine's coordinates belong to the last step's weights, which are about to be replaced.
-        if self.zo is not None:
-            self.zo.subspace.detach()
-            self._forget_engine()
-        super()._load_best_model()
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

@@ -17,8 +17,7 @@ from zo_hf.distributed import Ranks
 from zo_hf.estimators import TwoPoint
 from zo_hf.optimizers import ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
-from zo_hf.subspaces import SUBSPACES, Subspace
-from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces import SUBSPACES, Folded, Subspace
 from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class ZerothOrder:
         for batch in data:
             estimate = zo.estimate(lambda: loss_function(model(batch)))
             optimizer.step()
-        zo.finish()
+        model = zo.finish()
 
     Args:
         model: any module; it stays in the mode (train or eval) it is in.
@@ -74,6 +73,7 @@ class ZerothOrder:
         eps: distance ε of a probe; None takes the subspace's own (1e-3 for weights, 1e-2 for an adapter).
         num_directions: q, directions per step.
         direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
         batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
         seed: what every random number depends on.
@@ -96,6 +96,7 @@ class ZerothOrder:
         eps: float | None = None,
         num_directions: int = 1,
         direction: str = "gaussian",
+        max_projected_grad: float | None = None,
         normalize: bool = False,
         batched: bool | str = "auto",
         seed: int = 0,
@@ -110,6 +111,8 @@ class ZerothOrder:
         self.model, self.subspace, self.seed = model, subspace, seed
         self.estimator = TwoPoint(subspace.default_eps if eps is None else eps, num_directions)
         self.distribution = DISTRIBUTIONS[direction]
+        clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
+        self.max_projected_grad = clip
         self.normalisation = ScalarNormalisation() if normalize else None
         self.evaluator = ProbeEvaluator(batched)
         self.ranks = ranks if ranks is not None else Ranks()
@@ -181,7 +184,7 @@ class ZerothOrder:
         """Leave the gradient that projected gradients stand for to `optimizer.step()`: training and replay end here.
 
         Args:
-            gradients: c of every direction.
+            gradients: c of every direction, neither clipped nor normalised.
             skipped: leave the optimizer nothing instead.
         """
         self._applied = tuple(gradients), skipped
@@ -190,6 +193,8 @@ class ZerothOrder:
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
+        if self.max_projected_grad:
+            gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
         coefficients = [c / self.estimator.num_directions for c in gradients]
@@ -199,14 +204,20 @@ class ZerothOrder:
         """Forget the micro-batches probed since the last step."""
         self._losses = None
 
-    def finish(self) -> None:
-        """Fold the coordinates into the weights and take every trace of the engine out of the model."""
-        untouched = self.step == 0 and isinstance(self.subspace, LowRank) and self.subspace.at_origin
-        if not untouched:  # adding zeros would turn a weight of -0.0 into 0.0
-            self.subspace.fold(self.step, self._pending_decay)
+    def finish(self) -> nn.Module:
+        """Fold the coordinates into the weights and take every trace of the engine out of the model.
+
+        Returns:
+            The model that was learnt: the model itself, or, where factors over a quantised model are never folded, the
+            model inside a PEFT model that has them as a LoRA adapter.
+        """
+        subspace, decay = self.subspace, self._pending_decay
         self._pending_decay = {}
-        self.subspace.clear_gradient()
-        self.subspace.detach()
+        if self.step == 0 and isinstance(subspace, Folded) and subspace.at_origin:
+            subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
+            subspace.detach()
+            return self.model
+        return subspace.finish(self.step, decay)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
         """A state dict of the model as `finish` would leave it now, or None where the model is that already."""
@@ -255,7 +266,7 @@ class ZerothOrder:
         self._report_step()
         self.step += 1
         self.subspace.coordinates_changed()
-        if isinstance(self.subspace, LowRank):
+        if isinstance(self.subspace, Folded):
             self._remember_decay(self.subspace)
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
@@ -270,7 +281,7 @@ class ZerothOrder:
             rates = tuple(float(group["lr"]) for group in self._optimizer.param_groups)
             self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor))
 
-    def _remember_decay(self, subspace: LowRank) -> None:
+    def _remember_decay(self, subspace: Folded) -> None:
         """The optimizer decays B; the weights under it are owed the same factor, which the next fold applies."""
         assert self._optimizer is not None
         names = {id(p): name for name, p in subspace.coordinates.items()}

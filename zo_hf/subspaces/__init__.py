@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from zo_hf.subspaces.adapter import Adapter
+from zo_hf.subspaces.core import Core
+from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.full import Full
 from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces.norms import Norms
+from zo_hf.subspaces.scales import Scales
 from zo_hf.subspaces.subspace import Subspace
 
-SUBSPACES: dict[str, type[Subspace]] = {kind.name: kind for kind in (LowRank, Full, Adapter)}
+SUBSPACES: dict[str, type[Subspace]] = {kind.name: kind for kind in (LowRank, Full, Adapter, Core, Norms, Scales)}
 
-__all__ = ["SUBSPACES", "Adapter", "Full", "LowRank", "Subspace"]
+__all__ = ["SUBSPACES", "Adapter", "Core", "Folded", "Full", "LowRank", "Norms", "Scales", "Subspace"]

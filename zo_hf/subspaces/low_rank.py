@@ -9,6 +9,9 @@ After LOZO (Chen et al., arXiv 2410.07698), with the low-rank term inside the fo
 
 An entry of U · Vᵀ / √r has unit variance, so ε and the learning rate mean what they mean for a dense direction.
 A probe costs two thin products beside x · Wᵀ: no pass over W, whatever format W is stored in.
+
+The same B and V are a LoRA adapter, and over a quantised model that never folds that is what they become at the end;
+then only linear layers move, but for the output layer, as with PEFT's "all-linear".
 """
 
 from __future__ import annotations
@@ -20,24 +23,24 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
-from zo_hf.sharding import gather, is_sharded, local_part, reshard
-from zo_hf.subspaces.materialised import Materialised
+from zo_hf.directions import GAUSSIAN, NoiseLayout, Purpose, Stream
+from zo_hf.subspaces.folded import Folded
+from zo_hf.subspaces.lora import check_expressible, is_expressible, with_adapter
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
-from zo_hf.subspaces.subspace import StreamOf, Subspace, first_input, require_equal_parts
+from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
 
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
-class LowRank(Subspace):
+class LowRank(Folded):
     """See the formula above.
 
     Args:
         model: the model whose parameters move.
-        rank: r.
-        fold_steps: steps between folds (ν); 0 never folds.
+        rank: r. Default: `default_rank`.
+        fold_steps: steps between folds (ν); 0 never folds. Default: 50, but 0 for a quantised model.
         target_modules: which parameters move, see `find_sites`.
         exclude_modules: which do not.
         among: only these parameters may move, e.g. those an optimizer was built for.
@@ -45,37 +48,65 @@ class LowRank(Subspace):
     """
 
     name = "low_rank"
+    default_rank = 4
+    moves_quantized = True
 
     def __init__(
         self,
         model: nn.Module,
-        rank: int = 4,
-        fold_steps: int = 50,
+        rank: int | None = None,
+        fold_steps: int | None = None,
         target_modules: Pattern = None,
         exclude_modules: Pattern = None,
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, target_modules, exclude_modules, among, seed)
-        self.rank, self.fold_steps = rank, fold_steps
+        self.rank = rank = self.default_rank if rank is None else rank
+        super().__init__(model, fold_steps, target_modules, exclude_modules, among, seed)
         self.factored: dict[str, Site] = {}
         for site in self.sites:
-            p = site.parameter
-            shape = p.shape
-            if p.ndim >= 2 and site.matrix_shape[1] > rank:
+            p, shape = site.parameter, site.shape
+            if len(shape) >= 2 and self._is_factored(site.matrix_shape):
                 self.factored[site.name] = site
-                shape = torch.Size((site.matrix_shape[0], rank))
+                shape = self._coordinate_shape(site.matrix_shape)
+            elif site.layer is not None:
+                raise ValueError(f"zo_rank={rank} is no less than the width of {site.name}; choose a smaller one.")
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=p.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
-        self._materialised = Materialised(self.coordinates)
-        self._at_origin = True
-        self._clean_is_stale = True
         self._bases: dict[str, Tensor] = {}
-        self.draw_bases(0)
+        self._begin()
+
+    def _is_factored(self, shape: torch.Size) -> bool:
+        return shape[1] > self.rank
+
+    def _coordinate_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((shape[0], self.rank))
+
+    @property
+    def becomes_adapter(self) -> bool:
+        """Whether the factors are a LoRA adapter at the end, instead of being folded into the weights."""
+        return self.fold_steps == 0 and any(site.layer is not None for site in self.sites)
+
+    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
+        sites = super()._find_sites(among)
+        quantized = {site.name: site.layer for site in sites if site.layer is not None}
+        if not quantized:
+            return sites
+        if self.fold_steps == 0:
+            if self.target_modules is not None:
+                check_expressible(self.model, sites)
+            return [site for site in sites if is_expressible(self.model, site)]
+        for name, layer in quantized.items():
+            if not layer.can_requantise:
+                raise ValueError(
+                    f"zo_fold_steps={self.fold_steps} would write {name}, which is in {layer.format}; use "
+                    "zo_fold_steps=0, which leaves a LoRA adapter."
+                )
+        return sites
 
     def draw_bases(self, step: int) -> None:
         """Draw V / √r for every matrix, (n, r), keyed by the step at which it begins to be used."""
-        self.drawn_at = step
+        super().draw_bases(step)
         by_device: dict[torch.device, dict[str, torch.Size]] = {}
         for name, site in self.factored.items():
             shape = torch.Size((site.matrix_shape[1], self.rank))
@@ -86,25 +117,37 @@ class LowRank(Subspace):
             flat = layout.draw(stream, GAUSSIAN).mul_(self.rank**-0.5)
             for name, view in layout.views(flat).items():
                 # The forward multiplies by V in the weight's dtype; the fold must add the same V.
-                dtype = self.factored[name].parameter.dtype
+                dtype = self._dtype_of(self.factored[name])
                 basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
                 # Columns one after another in memory: on a CPU x · V is then about five times faster.
                 self._bases[name] = basis.t().contiguous().t()
+
+    def _dtype_of(self, site: Site) -> torch.dtype:
+        """What a weight is multiplied in."""
+        if site.layer is None:
+            return site.parameter.dtype
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     def basis(self, name: str) -> Tensor:
         """V / √r of one matrix, (n, r)."""
         return self._bases[name]
 
-    def moved(self, module: nn.Module) -> bool:
-        return bool(self.probes) or not self._at_origin
+    def _left(self, name: str) -> Tensor:
+        """What stands to the left of Vᵀ, (m, r)."""
+        return self.coordinates[name].detach()
+
+    def _left_at_point(self, name: str) -> Tensor:
+        """The same at every probe, (probes, m, r)."""
+        return self._materialised.at_point(name)
 
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         if not self.probes and self._clean_is_stale:
-            self._materialised.set_point((), _no_stream, GAUSSIAN)
+            self._materialised.set_point((), no_stream, GAUSSIAN)
             self._clean_is_stale = False
         holders = self._holders[module]
         weight = holders.get("weight")
-        if type(module).forward in _LINEAR and (weight is None or weight.name in self.factored):
+        is_linear = type(module).forward in _LINEAR or module in self.quantized
+        if is_linear and (weight is None or weight.name in self.factored):
             return self._correct_linear(
                 original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
             )
@@ -129,7 +172,7 @@ class LowRank(Subspace):
         right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
         if weight is not None:
             left.append(x.reshape(rows, -1).to(output.dtype) @ self.basis(weight.name).to(output.dtype))
-            right.append(self._materialised.at_point(weight.name))
+            right.append(self._left_at_point(weight.name))
         if bias is not None:
             left.append(output.new_ones(rows, 1))
             right.append(self._materialised.at_point(bias.name).unsqueeze(-1))
@@ -145,7 +188,7 @@ class LowRank(Subspace):
 
         output: (..., n)
         """
-        factors = self._materialised.at_point(weight.name)
+        factors = self._left_at_point(weight.name)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
@@ -157,65 +200,26 @@ class LowRank(Subspace):
     def _moved_parameter(self, site: Site, parameter: Tensor | None, group: int) -> Tensor:
         """parameter: what the module holds now, which is whole even if `site.parameter` is a shard."""
         assert parameter is not None
-        coordinate = self._materialised.at_point(site.name)[group]
-        value = parameter.detach().to(coordinate.dtype)
+        value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
-            return value + coordinate
-        moved = torch.addmm(site.as_matrix(value), coordinate, self.basis(site.name).t().to(coordinate.dtype))
+            return value + self._materialised.at_point(site.name)[group]
+        left = self._left_at_point(site.name)[group]
+        moved = torch.addmm(site.as_matrix(value), left, self.basis(site.name).t().to(left.dtype))
         return (moved.t() if site.transposed else moved).reshape(value.shape).to(parameter.dtype)
 
-    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
-        self._materialised.write_gradient(coefficients, stream_of, distribution)
+    def finish(self, step: int, decay: Mapping[str, float]) -> nn.Module:
+        if not self.becomes_adapter:
+            return super().finish(step, decay)
+        self.clear_gradient()
+        self.detach()
+        return with_adapter(self.model, self.adapter_weights(), self.rank)
 
-    def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
-        self._materialised.set_point(self.probes, stream_of, distribution)
-
-    def _leave_point(self) -> None:
-        self._clean_is_stale = True
-
-    def coordinates_changed(self) -> None:
-        self._at_origin, self._clean_is_stale = False, True
-
-    def fold(self, step: int, decay: Mapping[str, float]) -> None:
-        reshard(self.model)
-        with torch.no_grad():
-            for site in self.sites:
-                part, first = local_part(site.parameter)
-                self._fold_into(part, first, site, step, decay.get(site.name, 1.0))
-                self.coordinates[site.name].zero_()
-        self.draw_bases(step)
-        self._at_origin, self._clean_is_stale = True, True
-
-    def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-        reshard(self.model)
-        sites = {id(site.parameter): site for site in self.sites}
-        folded: dict[int, Tensor] = {}
-        state = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if id(tensor) not in folded:
-                part, first = local_part(tensor)
-                site = sites.get(id(tensor))
-                if site is not None:
-                    # The processes exchange shards where these are.
-                    part = part.to(part.device if is_sharded(tensor) else "cpu", copy=True)
-                    self._fold_into(part, first, site, step, (decay or {}).get(site.name, 1.0))
-                folded[id(tensor)] = gather(part, tensor)
-            state[name] = folded[id(tensor)]
-        return state
-
-    def set_origin(self) -> None:
-        """Say that every coordinate is zero, so that the model's own weights are the current model."""
-        self._at_origin = True
-
-    def base_state(self) -> dict[str, Tensor]:
-        """The weights as of the last fold, by site name; to be called by every process, see `gather`."""
-        reshard(self.model)
-        return {site.name: gather(local_part(site.parameter)[0], site.parameter) for site in self.sites}
-
-    @property
-    def at_origin(self) -> bool:
-        """Whether every coordinate is zero, so that the model's own weights are the current model."""
-        return self._at_origin
+    def adapter_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """LoRA's A = Vᵀ/√r, (r, n), and B, (m, r), of every layer, by its name; copies."""
+        return {
+            name.removesuffix(".weight"): (self.basis(name).t().contiguous(), self._left(name).clone())
+            for name in self.factored
+        }
 
     @torch.no_grad()
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
@@ -226,7 +230,7 @@ class LowRank(Subspace):
         """
         coordinate = self.coordinates[site.name].detach()
         if site.name in self.factored:
-            left, right = coordinate, self.basis(site.name).to(coordinate.dtype)
+            left, right = self._left(site.name), self.basis(site.name).to(coordinate.dtype)
             if site.transposed:
                 left, right = right, left
             storage = site.as_matrix(target).t() if site.transposed else site.as_matrix(target)
@@ -247,6 +251,6 @@ class LowRank(Subspace):
             else:
                 rows.mul_(decay).add_(update)
 
-
-def _no_stream(direction: int) -> Stream:
-    raise AssertionError("the current point needs no direction")
+    def _rows(self, site: Site, start: int, stop: int) -> Tensor:
+        left = self._left(site.name)[start:stop]
+        return left @ self.basis(site.name).t().to(left.dtype)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from zo_hf.quantization import QuantizedLayer
 
 Pattern = str | Sequence[str] | None
 
@@ -22,11 +24,18 @@ class Site:
         name: its first name in `model.named_parameters()`; tied weights have one site.
         parameter: the parameter itself.
         uses: every (module, attribute) that holds it.
+        layer: what reads and writes it where it is quantised, and `parameter` only its codes.
     """
 
     name: str
     parameter: nn.Parameter
     uses: tuple[tuple[nn.Module, str], ...]
+    layer: QuantizedLayer | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, also where it is quantised and its codes have another shape."""
+        return self.parameter.shape if self.layer is None else self.layer.shape
 
     @property
     def transposed(self) -> bool:
@@ -36,7 +45,7 @@ class Site:
     @property
     def matrix_shape(self) -> torch.Size:
         """Of the whole parameter `as_matrix`, also where this process holds only a part of it."""
-        return self.as_matrix(torch.empty(self.parameter.shape, device="meta")).shape
+        return self.as_matrix(torch.empty(self.shape, device="meta")).shape
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
         """A view of `tensor`, shaped like the parameter, as a matrix (out, in).
@@ -51,7 +60,11 @@ class Site:
 
 
 def find_sites(
-    model: nn.Module, target: Pattern = None, exclude: Pattern = None, among: Iterable[Tensor] | None = None
+    model: nn.Module,
+    target: Pattern = None,
+    exclude: Pattern = None,
+    among: Iterable[Tensor] | None = None,
+    quantized: Mapping[nn.Module, QuantizedLayer] | None = None,
 ) -> list[Site]:
     """The trainable floating-point parameters of `model` that the patterns select, in the model's order.
 
@@ -60,6 +73,7 @@ def find_sites(
             must be the end of it (PEFT's convention); None selects everything.
         exclude: the same, for what is left out.
         among: only these parameters, e.g. those an optimizer was built for; None means all.
+        quantized: quantised layers whose weights may move too, though to torch they are not trainable.
 
     Raises:
         ValueError: nothing is selected, or a selected parameter cannot be perturbed inside its module's forward.
@@ -67,9 +81,14 @@ def find_sites(
     allowed = None if among is None else {id(parameter) for parameter in among}
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
+    layers: dict[int, QuantizedLayer] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
-            if parameter is None or not parameter.requires_grad or not parameter.is_floating_point():
+            if parameter is None:
+                continue
+            if attribute == "weight" and quantized is not None and module in quantized:
+                layers[id(parameter)] = quantized[module]
+            elif not parameter.requires_grad or not parameter.is_floating_point():
                 continue
             if allowed is not None and id(parameter) not in allowed:
                 continue
@@ -77,7 +96,7 @@ def find_sites(
             first.setdefault(id(parameter), (name, parameter))
             uses.setdefault(id(parameter), []).append((module, attribute))
     sites = [
-        Site(name, parameter, tuple(uses[key]))
+        Site(name, parameter, tuple(uses[key]), layers.get(key))
         for key, (name, parameter) in first.items()
         if (target is None or _matches(name, target)) and (exclude is None or not _matches(name, exclude))
     ]
@@ -92,7 +111,7 @@ def find_sites(
 
 def is_decayed(site: Site) -> bool:
     """Whether weight decay applies: to matrices, and to nothing in a normalisation layer, whatever its name is."""
-    return site.parameter.ndim >= 2 and not any(_is_normalisation(module) for module, _ in site.uses)
+    return len(site.shape) >= 2 and not any(_is_normalisation(module) for module, _ in site.uses)
 
 
 def _is_normalisation(module: nn.Module) -> bool:
@@ -122,7 +141,7 @@ def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
                 reason = "torch's fused recurrent layers read it from a flattened buffer"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
                 reason = "an embedding with max_norm writes its weight in its forward"
-            elif not site.parameter.is_contiguous():
+            elif site.layer is None and not site.parameter.is_contiguous():
                 reason = "its memory is not contiguous; call .contiguous() on it first"
             elif site.parameter.is_meta:
                 reason = "it is offloaded to the meta device; load the model without offloading"

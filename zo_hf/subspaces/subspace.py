@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zo_hf.directions import Distribution, Stream
 from zo_hf.probes.probe import NotBatchable, Probe
+from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
 
 StreamOf = Callable[[int], Stream]
@@ -35,6 +36,10 @@ class Subspace:
     name: str
     #: ε and what it multiplies are MeZO's: 1e-3 for weights, 1e-2 for LoRA.
     default_eps = 1e-3
+    #: Largest magnitude of c; 0 does not clip.
+    default_max_projected_grad = 0.0
+    #: Whether the weights of quantised layers are among what moves.
+    moves_quantized = False
 
     def __init__(
         self,
@@ -47,7 +52,8 @@ class Subspace:
         self.model = model
         self.seed = seed
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
-        self.sites = find_sites(model, target_modules, exclude_modules, among)
+        self.quantized = quantized_layers(model)
+        self.sites = self._find_sites(among)
         self.coordinates: dict[str, nn.Parameter] = {}
         self.probes: Sequence[Probe] = ()
         self.rows_per_probe = 0
@@ -58,14 +64,23 @@ class Subspace:
             for module, attribute in site.uses:
                 self._holders.setdefault(module, {})[attribute] = site
 
+    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
+        """Which tensors move; a subclass may leave out what it cannot."""
+        movable = {}
+        if self.moves_quantized:
+            names = {module: name for name, module in self.model.named_modules()}
+            # What PEFT has wrapped stays as it is, quantised or not.
+            movable = {m: layer for m, layer in self.quantized.items() if not names[m].endswith("base_layer")}
+        return find_sites(self.model, self.target_modules, self.exclude_modules, among, movable)
+
     @property
     def dimension(self) -> int:
         """Number of coordinates."""
         return sum(coordinate.numel() for coordinate in self.coordinates.values())
 
     def attach(self) -> None:
-        """Enter the forward of every module that holds a moving parameter."""
-        for module in self._holders:
+        """Enter the forward of every module that holds a moving parameter, or whose own forward is too rough to probe."""
+        for module in self._entered():
             # accelerate's hook moves the inputs to a dispatched module's device, then calls what it keeps here.
             key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
             previous = module.__dict__.get(key)
@@ -74,7 +89,7 @@ class Subspace:
 
     def detach(self) -> None:
         """Leave every forward as it was before `attach`."""
-        for module in self._holders:
+        for module in self._entered():
             for key in ("_old_forward", "forward"):
                 entry = module.__dict__.get(key)
                 if isinstance(entry, functools.partial) and entry.func is _entered_forward:
@@ -82,6 +97,10 @@ class Subspace:
                         del module.__dict__[key]
                     else:
                         module.__dict__[key] = entry.args[2]
+
+    def _entered(self) -> list[nn.Module]:
+        rough = [m for m, layer in self.quantized.items() if layer.rounds_activations and m not in self._holders]
+        return [*self._holders, *rough]
 
     @contextmanager
     def at(
@@ -160,6 +179,13 @@ class Subspace:
             decay: factor by which each weight shrinks first, by name; 1 where it is missing.
         """
 
+    def finish(self, step: int, decay: Mapping[str, float]) -> nn.Module:
+        """Leave the model, and return one that is what was learnt: the model itself, or it with an adapter."""
+        self.fold(step, decay)
+        self.clear_gradient()
+        self.detach()
+        return self.model
+
     def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor] | None:
         """A state dict of the model as `fold` would leave it, or None where the model is that already."""
         return None
@@ -169,6 +195,11 @@ class Subspace:
 
     def _leave_point(self) -> None:
         """Drop what `_enter_point` prepared."""
+
+
+def no_stream(direction: int) -> Stream:
+    """For the current point itself, which needs no direction."""
+    raise AssertionError("the current point needs no direction")
 
 
 def first_input(args: Sequence, kwargs: Mapping) -> Tensor:
@@ -191,7 +222,10 @@ def _entered_forward(
     subspace: Subspace, module: nn.Module, previous: Callable | None, *args: Any, **kwargs: Any
 ) -> Any:
     original = previous if previous is not None else functools.partial(type(module).forward, module)
-    if not subspace.moved(module):
+    layer = subspace.quantized.get(module)
+    if layer is not None and layer.rounds_activations and subspace.probes:
+        original = layer.forward
+    if module not in subspace._holders or not subspace.moved(module):
         return original(*args, **kwargs)
     if subspace.probes:
         subspace.visited.add(module)

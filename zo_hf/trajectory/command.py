@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         verify(args.log, model, args.until)
         print(f"{args.model} is the model that the log begins at")
         return
-    replay(model, args.log, args.until, progress=True)
+    model = replay(model, args.log, args.until, progress=True)
     model.save_pretrained(args.output)
     _save_tokenizer(args.model, args.revision, args.output)
     print(f"took {len(trajectory.records)} steps again and saved the model in {args.output}")
@@ -93,7 +93,11 @@ def load_base(name: str, trajectory: Trajectory, revision: str | None = None) ->
     if revision is None and not Path(name).exists() and name == base.get("name"):
         revision = base.get("revision")
     model: Any = kind
-    model = model.from_pretrained(name, dtype=dtype, **({} if revision is None else {"revision": revision}))
+    more: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if base.get("quantization") is not None:
+        on_cuda = base.get("device") == "cuda" and torch.cuda.is_available()
+        more |= {"quantization_config": base["quantization"], "device_map": "cuda" if on_cuda else "cpu"}
+    model = model.from_pretrained(name, dtype=dtype, **more)
     if base.get("device") == "cuda" and torch.cuda.is_available():  # where the bits are the run's
         model.to("cuda")
     if trajectory.header.get("start") is None:

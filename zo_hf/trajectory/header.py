@@ -14,6 +14,7 @@ start            hash of the starting coordinates saved beside the log; only for
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping
 from math import isfinite
 from typing import Any
@@ -27,6 +28,7 @@ from zo_hf import checkpoint
 from zo_hf.checksum import tensor_checksum
 from zo_hf.model_setup import base_model
 from zo_hf.optimizers import SeededSGD
+from zo_hf.quantization import stored_tensors
 from zo_hf.subspaces import Adapter, Subspace
 from zo_hf.trajectory.log import TrajectoryError
 from zo_hf.zeroth_order import ZerothOrder
@@ -104,8 +106,19 @@ def describe_base(
         "class": type(unwrapped).__name__,
         "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
         "device": first.device.type,
+        "quantization": _quantization(config),
         "weights": (base_hash or weights_hash(model, leave_out)) if with_weights else None,
     }
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """How the base was quantised when it was loaded, if it was, after a way through JSON."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    described = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    plain: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    return plain
 
 
 def weights_hash(model: nn.Module, leave_out: Collection[Tensor] = ()) -> str:
@@ -114,13 +127,8 @@ def weights_hash(model: nn.Module, leave_out: Collection[Tensor] = ()) -> str:
     Args:
         leave_out: tensors that are not part of it.
     """
-    seen = {id(tensor) for tensor in leave_out}
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors_hash(tensors)
+    left_out = {id(tensor) for tensor in leave_out}
+    return tensors_hash({name: t for name, t in stored_tensors(model).items() if id(t) not in left_out})
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

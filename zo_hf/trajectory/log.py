@@ -50,6 +50,7 @@ _SETTINGS = (
     "zo_eps",
     "zo_num_directions",
     "zo_direction",
+    "zo_max_projected_grad",
     "zo_normalize",
     "seed",
     "coordinates",

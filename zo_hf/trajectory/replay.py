@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from zo_hf.subspaces import SUBSPACES, Adapter, Full, LowRank, Subspace
+from zo_hf.subspaces import SUBSPACES, Adapter, Full, LowRank, Norms, Subspace
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
 from zo_hf.zeroth_order import ZerothOrder
@@ -22,8 +22,6 @@ from zo_hf.zeroth_order import ZerothOrder
 logger = logging.getLogger(__name__)
 
 START_FILE = "start.safetensors"
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def verify(path: str | Path, model: nn.Module | None = None, until: int | None = None) -> Trajectory:
@@ -46,7 +44,7 @@ def verify(path: str | Path, model: nn.Module | None = None, until: int | None =
     return trajectory
 
 
-def replay(model: Model, path: str | Path, until: int | None = None, progress: bool = False) -> Model:
+def replay(model: nn.Module, path: str | Path, until: int | None = None, progress: bool = False) -> Any:
     """Take a run's optimizer steps again: the base model becomes the trained one, bit for bit.
 
     The bits are the same on the same kind of device and with the same versions of torch; elsewhere the last place of a
@@ -59,7 +57,7 @@ def replay(model: Model, path: str | Path, until: int | None = None, progress: b
         progress: show a bar.
 
     Returns:
-        `model`.
+        `model`, or the PEFT model around it that a run over a quantised model without folds ends with.
 
     Raises:
         TrajectoryError: the log is damaged, cannot be replayed, or begins at another model. Nothing was changed then.
@@ -71,7 +69,7 @@ def replay(model: Model, path: str | Path, until: int | None = None, progress: b
     device, then = next(iter(parameters.values())).device.type, trajectory.header["base"].get("device")
     if device != then:
         logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
-    frozen = [p for p in parameters.values() if not p.requires_grad]
+    frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:  # what moved in the run moves now
         parameter.requires_grad_(True)
     try:
@@ -79,11 +77,11 @@ def replay(model: Model, path: str | Path, until: int | None = None, progress: b
         try:
             take_steps(zo, optimizer, trajectory, progress)
         finally:
-            zo.finish()
+            learnt = zo.finish()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return model
+    return learnt
 
 
 def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, progress: bool = False) -> None:
@@ -172,9 +170,9 @@ def _rebuild(
     if kind is None:
         raise TrajectoryError(f"{trajectory.path} moves an unknown subspace {settings['zo_subspace']!r}.")
     subspace: Subspace
-    if kind is LowRank:
+    if issubclass(kind, LowRank) and kind is not Norms:
         rank, fold_steps = settings["zo_rank"], settings["zo_fold_steps"]
-        subspace = LowRank(model, rank, fold_steps, among=parameters, seed=settings["seed"])
+        subspace = kind(model, rank, fold_steps, among=parameters, seed=settings["seed"])
     else:
         subspace = kind(model, among=parameters, seed=settings["seed"])
     zo = ZerothOrder(
@@ -183,6 +181,7 @@ def _rebuild(
         eps=settings["zo_eps"],
         num_directions=settings["zo_num_directions"],
         direction=settings["zo_direction"],
+        max_projected_grad=settings["zo_max_projected_grad"],
         normalize=settings["zo_normalize"],
         seed=settings["seed"],
     )

@@ -1,0 +1,46 @@
+"""bitsandbytes' Linear8bitLt: LLM.int8() (Dettmers et al., arXiv 2208.07339).
+
+    Ŵ = CB · SCB / 127        CB (m, n) int8, SCB (m,) float32, the largest magnitude of each row
+
+Its first forward moves CB and SCB from the weight to `module.state`, and shares CB with `weight.data`. SCB is neither a
+parameter nor a buffer, yet it is in the state dict. "Outliers" are columns of the input, decided at every forward; the
+weights have none of their own.
+
+Its forward rounds the input to integers too. For a perturbation of 1e-3 that rounding is larger than the difference of
+the losses (docs/quantized.md has figures), so probes multiply by the decoded weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zo_hf.quantization.rowwise import LARGEST, RowwiseInt8
+
+
+class BitsAndBytesInt8(RowwiseInt8):
+    """See above; `module` is a `bitsandbytes.nn.Linear8bitLt` whose weight has been quantised."""
+
+    rounds_activations = True
+    format = "int8 of bitsandbytes"
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        if module.weight.CB is not None:  # what its first forward would do
+            module.init_8bit_state()
+            module.weight.data = module.state.CB
+
+    def storage(self) -> dict[str, Tensor]:
+        return {"weight": self.module.state.CB, "SCB": self.module.state.SCB}
+
+    def codes(self, storage: dict[str, Tensor]) -> Tensor:
+        return storage["weight"]
+
+    def units(self, storage: dict[str, Tensor]) -> Tensor:
+        return storage["SCB"] / LARGEST
+
+    def set_units(self, storage: dict[str, Tensor], start: int, units: Tensor) -> Tensor:
+        stored = storage["SCB"][start : start + len(units)]
+        stored.copy_(units * LARGEST)
+        return stored / LARGEST

@@ -1,0 +1,77 @@
+"""Eight-bit integers with one scale a row: what the int8 formats of bitsandbytes and torchao have in common.
+
+    Ŵ[i, j] = codes[i, j] · unit[i]        codes in -127 .. 127, unit > 0
+
+A row that has outgrown its scale gets a larger one, with room for the next folds: every change of the scale rounds the
+whole row anew, where otherwise only what moved is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zo_hf.quantization.layer import QuantizedLayer, squares
+
+LARGEST = 127
+HEADROOM = 1.0 + 1.0 / 32
+
+
+class RowwiseInt8(QuantizedLayer):
+    """A subclass says where codes and units are."""
+
+    can_requantise = True
+
+    def codes(self, storage: dict[str, Tensor]) -> Tensor:
+        """(m, n), int8"""
+        raise NotImplementedError
+
+    def units(self, storage: dict[str, Tensor]) -> Tensor:
+        """(m,), float32: the value of one code of every row."""
+        raise NotImplementedError
+
+    def set_units(self, storage: dict[str, Tensor], start: int, units: Tensor) -> Tensor:
+        """Write the units of the rows from `start` on, (rows,), none of them smaller; returns them as stored."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor) -> Tensor:
+        storage = self.storage()
+        output = x.new_empty(*x.shape[:-1], self.shape[0])
+        for start, stop in self.tiles():
+            output[..., start:stop] = torch.nn.functional.linear(x, self.dequantise(storage, start, stop).to(x.dtype))
+        return output
+
+    def dequantise(self, storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
+        return self.codes(storage)[start:stop].float().mul_(self.units(storage)[start:stop, None])
+
+    def requantise(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+        units = self.units(storage)[start:stop]
+        needed = rows.abs().amax(1) / LARGEST
+        outgrown = needed > units * (1 + 1e-6)  # the row's own largest element comes back with a rounding error
+        if outgrown.any():
+            units = self.set_units(storage, start, torch.where(outgrown, needed * HEADROOM, units))
+        exact = rows / units.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        # A value that is on a code must stay there, whatever the division's last bit.
+        nearest = exact.round()
+        exact = torch.where((exact - nearest).abs() < 1e-5, nearest, exact)
+        low = exact.floor()
+        codes = low + (exact - low > (uniform.float() + 0.5) * 2.0**-16)
+        self.codes(storage)[start:stop] = codes.clamp_(-LARGEST, LARGEST).to(torch.int8)
+
+    @property
+    def scale_shape(self) -> torch.Size:
+        return self.shape[:1]
+
+    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
+        output, factors = original(x), log_scales.exp()[:, None].to(x.dtype)
+        if self.bias is None:
+            return output.mul_(factors)
+        bias = self.bias.to(output.dtype)
+        return output.sub_(bias).mul_(factors).add_(bias)
+
+    def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
+        units = self.units(storage)
+        exact = units * log_scales.to(units.device).exp()
+        return squares(self.set_units(storage, 0, exact), exact)

@@ -1,0 +1,104 @@
+"""Low-rank factors as a LoRA adapter in PEFT's format: A = Vᵀ/√r, B = B, lora_alpha = r."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from zo_hf.subspaces.sites import Site
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    AdapterWeights = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def is_expressible(model: nn.Module, site: Site) -> bool:
+    """Whether the site is the weight of linear layers other than the output layer, which PEFT's "all-linear" means."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return all(
+        attribute == "weight" and module is not output and (site.layer is not None or isinstance(module, nn.Linear))
+        for module, attribute in site.uses
+    )
+
+
+def check_expressible(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse sites that a LoRA adapter of linear layers cannot hold.
+
+    Raises:
+        ValueError: the message names the first.
+    """
+    for site in sites:
+        if not is_expressible(model, site):
+            raise ValueError(
+                f"zo_target_modules selects {site.name}, which a LoRA adapter of linear layers cannot hold; leave it out, "
+                "or fold with zo_fold_steps=50."
+            )
+
+
+def check_peft() -> None:
+    """Refuse to begin what only PEFT can finish.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    if not is_peft_available():
+        raise ValueError("zo_fold_steps=0 over a quantised model leaves a LoRA adapter: pip install peft, or fold.")
+
+
+def lora_config(model: nn.Module, weights: AdapterWeights, rank: int) -> LoraConfig:
+    """PEFT's description of the adapter."""
+    from peft import LoraConfig
+
+    config: Any = getattr(model, "config", None)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(weights),
+        inference_mode=True,
+        base_model_name_or_path=getattr(config, "_name_or_path", None) or None,
+    )
+
+
+def save_adapter(folder: Path, model: nn.Module, weights: AdapterWeights, rank: int) -> None:
+    """Write the adapter as PEFT would."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lora_config(model, weights, rank).save_pretrained(str(folder))
+    save_file(_state(weights), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def with_adapter(model: nn.Module, weights: AdapterWeights, rank: int) -> nn.Module:
+    """The model inside a PEFT model that has the adapter; like all of PEFT's, it wraps the model's layers in place."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = lora_config(model, weights, rank)
+    config.inference_mode = False
+    with torch.random.fork_rng():  # PEFT draws an A that is then replaced
+        wrapped = get_peft_model(model, config)
+    set_peft_model_state_dict(wrapped, _state(weights))
+    return wrapped.eval()
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model inside a PEFT model that has the adapter saved in a folder."""
+    from peft import PeftModel
+
+    wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    return wrapped
+
+
+def _state(weights: AdapterWeights) -> dict[str, Tensor]:
+    state = {}
+    for name, (a, b) in weights.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = a.float().contiguous()
+        state[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    return state

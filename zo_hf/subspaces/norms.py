@@ -1,0 +1,50 @@
+"""The small parameters alone: weights of normalisation layers, and biases of any layer.
+
+    θ(ξ) = θ + ξ        ξ: float32, of the parameter's own shape
+
+In a quantised model they are what is not quantised, but for the embeddings and the output layer, which are far larger.
+Tuning them alone is known from LN tuning (arXiv 2312.11420) and BitFit (arXiv 2106.10199).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces.sites import Pattern, Site
+
+
+class Norms(LowRank):
+    """Low-rank coordinates without the matrices. Nothing is written into the weights before the end.
+
+    Args:
+        model: the model whose parameters move.
+        target_modules: which parameters of one dimension move, see `find_sites`.
+        exclude_modules: which do not.
+        among: only these parameters may move, e.g. those an optimizer was built for.
+        seed: the run's seed.
+    """
+
+    name = "norms"
+    moves_quantized = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Pattern = None,
+        exclude_modules: Pattern = None,
+        among: Iterable[Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, 1, 0, target_modules, exclude_modules, among, seed)
+
+    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
+        sites = [site for site in super()._find_sites(among) if len(site.shape) < 2]
+        if not sites:
+            raise ValueError(
+                f"zo_subspace='norms' finds no trainable parameter of one dimension in {type(self.model).__name__}; use "
+                "zo_subspace='low_rank'."
+            )
+        return sites

@@ -1,0 +1,98 @@
+"""Quantisation scales as coordinates: QZO (Shang et al., arXiv 2505.13430), with logarithms, so that scales stay positive.
+
+    Ŵ(ξ) = decode(codes, scales · exp(ξ))        ξ: float32, of the scales' shape, zero at first
+
+The codes never change. At the end the scales are written in the model's own format. QZO clips the projected gradient,
+c ← max(-C, min(c, C)): `zo_max_projected_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.directions import GAUSSIAN, Purpose, Stream
+from zo_hf.quantization import QuantizedLayer
+from zo_hf.subspaces.folded import Folded
+from zo_hf.subspaces.rounding import draw_uniform
+from zo_hf.subspaces.sites import Pattern, Site
+from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
+
+
+class Scales(Folded):
+    """See the formula above.
+
+    Args:
+        model: a model with quantised layers.
+        target_modules: whose scales move, see `find_sites`; the layers' weights are what is named.
+        exclude_modules: whose do not.
+        among: only the scales of these parameters may move.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: the model has no quantised layers, or scales of a format that cannot be written.
+    """
+
+    name = "scales"
+    moves_quantized = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: Pattern = None,
+        exclude_modules: Pattern = None,
+        among: Iterable[Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, 0, target_modules, exclude_modules, among, seed)
+        for site in self.sites:
+            assert site.layer is not None
+            zeros = torch.zeros(site.layer.scale_shape, device=site.parameter.device)
+            self.coordinates[site.name] = nn.Parameter(zeros)
+        self._begin()
+
+    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
+        self.check(self.quantized, self.model)
+        sites = [site for site in super()._find_sites(among) if site.layer is not None]
+        fixed = [site for site in sites if not site.layer.can_requantise]  # type: ignore[union-attr]
+        if fixed or not sites:
+            where = f"{fixed[0].name} is in {fixed[0].layer.format}" if fixed else "no quantised layer is selected"  # type: ignore[union-attr]
+            raise ValueError(f"zo_subspace='scales' cannot be used: {where}; use zo_subspace='low_rank'.")
+        return sites
+
+    @staticmethod
+    def check(layers: Mapping[nn.Module, QuantizedLayer], model: nn.Module) -> None:
+        """Refuse a model without quantised layers.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if not layers:
+            raise ValueError(
+                f"zo_subspace='scales' moves the scales of quantised layers, and {type(model).__name__} has none; load it "
+                "with a quantization_config, or use zo_subspace='low_rank'."
+            )
+
+    def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        if not self.probes and self._clean_is_stale:
+            self._materialised.set_point((), no_stream, GAUSSIAN)
+            self._clean_is_stale = False
+        site, x = self._holders[module]["weight"], first_input(args, kwargs)
+        assert site.layer is not None
+        groups = max(1, len(self.probes))
+        require_equal_parts(x, groups)
+        output = site.layer.scaled_forward(
+            original, x.reshape(groups, -1, x.shape[-1]), self._materialised.at_point(site.name)
+        )
+        return output.view(*x.shape[:-1], -1)
+
+    def _fold_quantized(self, storage: dict[str, Tensor], site: Site, step: int, decay: float) -> tuple[float, float]:
+        assert site.layer is not None
+        log_scales = self.coordinates[site.name].detach()
+        stream = Stream(self.seed, step, purpose=Purpose.ROUNDING)
+        device = next(iter(storage.values())).device
+        uniform = draw_uniform(stream, site.name, 0, log_scales.numel(), device)
+        return site.layer.scale(storage, log_scales, uniform)
