@@ -64,6 +64,10 @@ class QuantizedLayer:
         """The module's state dict has these under its own name, where its weight consists of `storage`."""
         return storage
 
+    def saved_name(self, part: str) -> str:
+        """What a part of the weight is called in a saved file, after the module's own name."""
+        return part
+
     def rows_per_tile(self) -> int:
         """Rows that `dequantise` and `requantise` take at a time; a multiple of what shares a scale."""
         return max(1, TILE // self.shape[1])

@@ -102,7 +102,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
             k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set
         }
         if module in layers:
-            own = {name: tensor for name, tensor in own.items() if name != "weight"} | layers[module].storage()
+            layer = layers[module]
+            own = {name: tensor for name, tensor in own.items() if name != "weight"}
+            own |= {layer.saved_name(part): tensor for part, tensor in layer.storage().items()}
         for name, tensor in own.items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -20,6 +20,9 @@ class TorchAOInt8(RowwiseInt8):
         weight = self.module.weight
         return {"weight.qdata": weight.qdata, "weight.scale": weight.scale}
 
+    def saved_name(self, part: str) -> str:
+        return part.replace("weight.", "_weight_")
+
     def codes(self, storage: dict[str, Tensor]) -> Tensor:
         return storage["weight.qdata"]
 
