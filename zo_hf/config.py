@@ -111,7 +111,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_max_projected_grad: None | float = field(  # noqa: RUF036
         default=None,
-        metadata={"help": "Largest magnitude of c; what is beyond is clipped, 0 clips nothing. Default: 0."},
+        metadata={
+            "help": "Largest magnitude of c; what is beyond is clipped, 0 clips nothing. Default: 0; 100 for scales."
+        },
     )
     zo_normalize: bool = field(
         default=False,

@@ -37,6 +37,7 @@ class Scales(Folded):
     """
 
     name = "scales"
+    default_max_projected_grad = 100.0
     moves_quantized = True
 
     def __init__(
