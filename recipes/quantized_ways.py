@@ -27,7 +27,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-
 from transformers.trainer_callback import PrinterCallback
 
 from zo_hf import ZOConfig, ZOTrainer
@@ -46,7 +45,7 @@ FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
 }
 # A middle learning rate, and the options of ZOConfig.
 WAYS: dict[str, tuple[float, dict[str, Any]]] = {
-    "adapter": (1e-3, {"zo_subspace": "adapter"}),
+    "adapter": (1e-4, {"zo_subspace": "adapter"}),
     "factors": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 0}),
     "fold": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 100, "zo_exclude_modules": r".*(embed|norm|head).*"}),
     "scales": (3e-3, {"zo_subspace": "scales"}),

@@ -2,15 +2,19 @@
 
     zo-hf bench                                                     OPT-125M's shape on one CPU thread
     zo-hf bench --shape opt-1.3b --dtype bfloat16 --rows 16 --length 64 --device cuda
+    zo-hf bench --quantization int8                                 the same over an 8-bit model of bitsandbytes
 
 Weights are random: the cost depends on shapes alone. Every variant is timed in turn, round after round, and the table
 holds medians: process CPU time on a CPU, elapsed time on a GPU. A bare forward takes the rows of both probes of a step,
 with logits at the last position, as the steps do. Peak memory is measured in a process of its own for each variant; on a CPU it is the process's, the libraries included.
+Over a quantised model `forward-exact` is the forward whose inputs are not rounded, which probes need; `low_rank` never
+folds, and `adapter` is a LoRA of rank 8 on all linear layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import statistics
@@ -20,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM
 
 from zo_hf.memory import PeakMemory
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss
+from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces import Full
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -46,10 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows in a batch (%(default)s)")
     parser.add_argument("--length", type=int, default=48, help="tokens in a row (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    parser.add_argument("--quantization", choices=("int8", "nf4"), help="of the linear layers, by bitsandbytes (none)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds; each times every variant once (%(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(all)")
+    names = [*VARIANTS, *(name for name in QUANTIZED_VARIANTS if name not in VARIANTS)]
+    parser.add_argument("--variants", nargs="+", choices=names, help="(all that apply)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON, and a plot beside it")
 
 
@@ -59,7 +66,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--rounds and --rows must be at least 1, and --length at least 2.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} is not here; use --device cpu.")
-    args.variants = ["forward", *(name for name in args.variants if name != "forward")]
+    known = variants(args)
+    wrong = [name for name in args.variants or () if name not in known]
+    if wrong:
+        raise ValueError(f"--variants {wrong[0]} does not apply here; choose among {', '.join(known)}.")
+    args.variants = ["forward", *(name for name in args.variants or known if name != "forward")]
     seconds = measure_time(args)
     memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}
     forward_time, forward_memory = seconds["forward"], memory["forward"]
@@ -83,7 +94,7 @@ def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
     torch.set_num_threads(args.threads)
     model, batch = build(args)
     clock = time.process_time if args.device == "cpu" else _cuda_clock
-    steps = {name: VARIANTS[name](model, batch) for name in args.variants}
+    steps = {name: variants(args)[name](model, batch) for name in args.variants}
     seconds: dict[str, list[float]] = {name: [] for name in args.variants}
     for round_ in tqdm(range(args.rounds + 1), "time", disable=None):
         for name in args.variants:
@@ -112,7 +123,8 @@ def measure_memory(args: argparse.Namespace, name: str) -> float:
 def _memory_child(args: argparse.Namespace, name: str, send: Any) -> None:
     torch.set_num_threads(args.threads)
     model, batch = build(args)
-    step = VARIANTS[name](model, batch)
+    step = variants(args)[name](model, batch)
+    del model
     with PeakMemory() as peak:
         step()
         step()
@@ -125,10 +137,32 @@ def build(args: argparse.Namespace) -> tuple[OPTForCausalLM, dict[str, Tensor]]:
     torch.manual_seed(0)
     with torch.device(args.device):
         model = OPTForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        if args.quantization is not None:
+            quantize(model, args.quantization)
         ids = torch.randint(5, config.vocab_size, (args.rows, args.length))
         labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Replace the linear layers by bitsandbytes' own, but for the output layer, as transformers does."""
+    import bitsandbytes
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, nn.Linear) or name == "lm_head":
+                continue
+            sizes, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+            if kind == "int8":
+                new = bitsandbytes.nn.Linear8bitLt(*sizes, has_bias, has_fp16_weights=False, threshold=6.0)
+                new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False)
+            else:
+                new = bitsandbytes.nn.Linear4bit(*sizes, has_bias, quant_type=kind)
+                new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, quant_type=kind, module=new)
+            new.bias = layer.bias
+            setattr(parent, name, new.to(layer.weight.device).eval())
+    quantized_layers(model)
 
 
 Batch = dict[str, Tensor]
@@ -147,10 +181,30 @@ def forward(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def zeroth_order(subspace: str, direction: str) -> Variant:
+def forward_exact(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """The bare forward pass with the product that probes take in quantised layers."""
+    layers, bare = quantized_layers(model), forward(model, batch)
+
+    def step() -> None:
+        for module, layer in layers.items():
+            module.__dict__["forward"] = layer.forward
+        bare()
+        for module in layers:
+            del module.__dict__["forward"]
+
+    return step
+
+
+def zeroth_order(subspace: str, direction: str, adapter: bool = False) -> Variant:
     """A whole step of the engine: probes, estimate, update."""
 
     def variant(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+        inner = model
+        if adapter:  # PEFT wraps the layers in place, and the other variants want theirs
+            from peft import LoraConfig, get_peft_model
+
+            inner = copy.deepcopy(model)
+            model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
         zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, batched=True)
         groups = zo.coordinates()
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
@@ -162,7 +216,7 @@ def zeroth_order(subspace: str, direction: str) -> Variant:
 
         def step() -> None:
             zo.subspace.attach()  # all variants share one model
-            zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss))
+            zo.estimate(ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss))
             optimizer.step()
             zo.subspace.detach()
 
@@ -211,6 +265,19 @@ VARIANTS: dict[str, Variant] = {
     "textbook-mezo": textbook,
 }
 
+QUANTIZED_VARIANTS: dict[str, Variant] = {
+    "forward": forward,
+    "forward-exact": forward_exact,
+    "low_rank": zeroth_order("low_rank", "gaussian"),
+    "scales": zeroth_order("scales", "gaussian"),
+    "adapter": zeroth_order("adapter", "gaussian", adapter=True),
+}
+
+
+def variants(args: argparse.Namespace) -> dict[str, Variant]:
+    """Those that apply to the model that is asked for."""
+    return VARIANTS if args.quantization is None else QUANTIZED_VARIANTS
+
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures as text."""
@@ -225,7 +292,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the figures and how they were taken to `args.output`, and a bar chart beside it."""
-    setup = {name: getattr(args, name) for name in ("shape", "rows", "length", "dtype", "device", "threads", "rounds")}
+    names = ("shape", "rows", "length", "dtype", "device", "quantization", "threads", "rounds")
+    setup = {name: getattr(args, name) for name in names}
     where = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
     args.output.write_text(json.dumps({"setup": {**setup, "hardware": where}, "rows": rows}, indent=1) + "\n")
     import matplotlib
@@ -234,19 +302,20 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
-    names = [row["variant"] for row in rows]
+    labels = [row["variant"] for row in rows]
     for axis, key, title in zip(
         axes,
         ("times_forward", "peak_over_forward"),
         ("time / bare forward", "peak memory / bare forward"),
         strict=True,
     ):
-        bars = axis.barh(names, [row[key] for row in rows])
+        bars = axis.barh(labels, [row[key] for row in rows])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.set_xlabel(title)
         axis.margins(x=0.15)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{args.shape}, {args.rows} x {args.length} tokens, {args.dtype}, {where}")
+    weights = args.dtype if args.quantization is None else f"{args.quantization} and {args.dtype}"
+    figure.suptitle(f"{args.shape}, {args.rows} x {args.length} tokens, {weights}, {where}")
     figure.tight_layout()
     figure.savefig(args.output.with_suffix(".png"), dpi=120)
 
