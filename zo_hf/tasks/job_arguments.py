@@ -1,8 +1,12 @@
 """What the fine-tuning job is told: its options, and the recipe's defaults for the trainer's."""
 
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import yaml
 from transformers import HfArgumentParser
 
 from zo_hf.config import ZOConfig
@@ -47,6 +51,17 @@ class JobArguments:
         default="float32",
         metadata={"help": "of the weights", "choices": ["float32", "bfloat16", "float16", "auto"]},
     )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "quantise the model's linear layers to int8 (bitsandbytes)"}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "quantise them to nf4 (bitsandbytes)"})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "quantise the scales of nf4 too"})
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter of PEFT's, the base stays as it is"})
+    lora_r: int = field(default=8, metadata={"help": "its rank"})
+    lora_alpha: int = field(default=16, metadata={"help": "its scale, times its rank"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "endings of the names of the layers that get it"}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": f"a dataset on the hub ({HUB_DATASET}; without a hub, Rotten Tomatoes sentences)"},
@@ -86,6 +101,12 @@ class JobArguments:
         for name in ("num_train_examples", "num_eval_examples", "num_progress_examples", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("--load_in_8bit and --load_in_4bit are two formats: give one of them.")
+        if self.use_bnb_nested_quant and not self.load_in_4bit:
+            raise ValueError("--use_bnb_nested_quant quantises the scales of 4-bit layers: give --load_in_4bit too.")
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r {self.lora_r} must be at least 1.")
         if self.train_file and self.dataset_name:
             raise ValueError("--train_file and --dataset_name name two sources of sentences: give one of them.")
         if self.validation_file and not self.train_file:
@@ -97,9 +118,20 @@ class _ReadableHelp(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse_arguments(
-    argv: list[str] | None, prog: str | None, description: str | None
+    argv: list[str] | None, prog: str | None, description: str | None, config: Path | None = None
 ) -> tuple[JobArguments, ZOConfig]:
-    """Parse a command line into the job's and the trainer's options; the recipe's values are the defaults."""
+    """Parse a command line into the job's and the trainer's options; the recipe's values are the defaults.
+
+    Args:
+        config: a YAML file with other defaults, unless the command line names one with --config.
+
+    Raises:
+        ValueError: that file cannot be read, or names an option that there is not.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    before = ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", type=Path, default=config)
+    named, rest = before.parse_known_args(argv)
     parser = HfArgumentParser(
         [JobArguments, ZOConfig],
         prog=prog,
@@ -107,6 +139,28 @@ def parse_arguments(
         description=description,
         formatter_class=_ReadableHelp,
     )
+    parser.add_argument("--config", help="a YAML file of these options; the command line wins", default=config)
     parser.set_defaults(**RECIPE)
-    job, config = parser.parse_args_into_dataclasses(args=argv)
-    return job, config
+    if named.config is not None:
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**read_options(named.config, known))
+    job, arguments, _ = parser.parse_args_into_dataclasses(args=rest)
+    return job, arguments
+
+
+def read_options(path: Path, known: set[str]) -> dict[str, Any]:
+    """The options of a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, or names an option that is not in `known`.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {str(error).splitlines()[0]}.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path} must hold lines of `option: value`.")
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--config {path} has an option {name!r} that there is not: see --help.")
+    return options

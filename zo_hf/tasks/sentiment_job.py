@@ -13,7 +13,7 @@ the trained model with its tokenizer and prompt.json (see `zo-hf predict`), metr
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.config import ZOConfig
 from zo_hf.memory import PeakMemory
-from zo_hf.subspaces.sites import find_sites
+from zo_hf.model_setup import check_model, make_subspace
 from zo_hf.tasks.assets import AssetError
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
 from zo_hf.tasks.data import LabelledSentences
@@ -46,10 +46,21 @@ from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, 
 from zo_hf.trainer import ZOTrainer
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    """Run the job as a command; `argv` is the command line without the program's name."""
+def main(
+    argv: list[str] | None = None,
+    prog: str | None = None,
+    config_file: Path | None = None,
+    description: str | None = None,
+) -> None:
+    """Run the job as a command.
+
+    Args:
+        argv: the command line without the program's name.
+        config_file: a YAML file with this command's defaults.
+        description: the head of its help; default: this module's.
+    """
     try:
-        job, config = parse_arguments(argv, prog, description=__doc__)
+        job, config = parse_arguments(argv, prog, description or __doc__, config_file)
         task = prepare(job, config)
     except (AssetError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -61,7 +72,7 @@ class Task:
     """Everything that is evaluated and trained.
 
     Attributes:
-        model_name: for people; the model itself is `model`.
+        model_name: for people; the model itself is `model`, inside a PEFT model where an adapter trains.
         label_ids: the token that stands for label 0, 1, ...
         loss: "label_words" or "vocabulary", see `JobArguments`.
         max_length: tokens of prompt, sentence and label, at most.
@@ -69,7 +80,7 @@ class Task:
     """
 
     model_name: str
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     sentences: LabelledSentences
     prompt: Prompt
@@ -101,10 +112,10 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     prompt = Prompt(job.template, tuple(job.verbalizers))
     with config.main_process_first(desc="fetching the model and the sentences"):
         sentences = load_sentences(job, sources, config.seed)
-        tokenizer, model = load_model(model_path(sources), job)
+        tokenizer, model = load_model(model_path(sources), job, config)
     label_ids = label_token_ids(tokenizer, prompt)
-    find_sites(model, config.zo_target_modules, config.zo_exclude_modules)  # says now what training would say later
-    model.to(config.device)
+    check_model(model, config)  # says now what training would say later
+    make_subspace(model, config, None)
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
@@ -129,7 +140,7 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
-    after = evaluate(task, batch_size)
+    after = evaluate(replace(task, model=trainer.model), batch_size)
     say(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
     say(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
     say(f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference")
@@ -168,21 +179,50 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
     return metrics
 
 
-def load_model(path: str, job: JobArguments) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Load the tokenizer and the model.
+def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Load the tokenizer and the model, quantised and with an adapter where the job says so, on the job's device.
 
     Raises:
         OSError: there is no such model, or the hub did not give it.
     """
+    more: dict[str, Any] = {}
+    if job.load_in_8bit or job.load_in_4bit:
+        more = {"device_map": {"": config.device}, "quantization_config": quantization(job)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=job.offline)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=job.dtype, local_files_only=job.offline)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=job.dtype, local_files_only=job.offline, **more)
     except OSError as error:
         raise OSError(
             f"--model_name_or_path {path} could not be loaded: name the folder of a model, "
             f"or use the embedded one with --offline alone. ({str(error).splitlines()[0]})"
         ) from error
-    return tokenizer, model
+    if not more:
+        model.to(config.device)
+    if job.use_peft:
+        from peft import LoraConfig, get_peft_model
+
+        targets = job.lora_target_modules
+        torch.manual_seed(config.seed)  # PEFT draws the adapter from torch's own generator
+        lora = LoraConfig(
+            r=job.lora_r,
+            lora_alpha=job.lora_alpha,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    return tokenizer, model.eval()
+
+
+def quantization(job: JobArguments) -> BitsAndBytesConfig:
+    """How transformers is to quantise the model."""
+    if job.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=job.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=None if job.dtype == "auto" else job.dtype,
+    )
 
 
 def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
