@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from zo_hf.model_setup import base_model
 from zo_hf.optimizers import SeededSGD
-from zo_hf.planner.assumptions import OPTIMIZER_COPIES, Assumptions
-from zo_hf.planner.model import size_in_bytes, tensors
-from zo_hf.planner.trace import MemoryTrace, equal_layers_once
+from zo_hf.planner.assumptions import Assumptions
+from zo_hf.planner.model import layers, tensors
+from zo_hf.planner.trace import MemoryTrace
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.subspaces import Full, LowRank, Subspace
 from zo_hf.zeroth_order import ZerothOrder
@@ -31,17 +31,17 @@ CHECKPOINTING = (
 
 @dataclass(frozen=True)
 class Usage:
-    """What a way takes beside the weights.
+    """What a step takes beside the weights.
 
     Args:
         moves: number of coordinates, or of weights that a backward pass trains.
-        state: bytes that stay from step to step: coordinates, directions, gradients, the optimizer's own.
-        working: bytes more at the peak of a step: activations, logits, scratch.
+        state: bytes that stay from step to step, but for the optimizer's own: coordinates, directions, gradients.
+        phases: peak bytes in each phase of a step, the state included.
     """
 
     moves: int
     state: int
-    working: int
+    phases: tuple[int, ...]
 
 
 def inference(model: Any, given: Assumptions) -> Usage:
@@ -49,51 +49,53 @@ def inference(model: Any, given: Assumptions) -> Usage:
     last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     with torch.no_grad(), MemoryTrace(tensors(model)) as trace:
         model(**_batch(given), use_cache=True, **last)
-    return Usage(moves=0, state=0, working=trace.peak)
+    return Usage(0, 0, (trace.peak,))
 
 
 def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -> Usage:
-    """Steps of the engine; what the first leaves behind is there in the second.
+    """Two steps of the engine: what the first leaves behind is there in the second.
 
     Args:
         model: a transformers model, or PEFT's wrapper of one.
         make: makes the subspace.
     """
     inner: Any = base_model(model)
-    with MemoryTrace(tensors(model)) as trace, equal_layers_once(inner):
+    with MemoryTrace(tensors(model)) as trace:
         subspace = make()
         zo = ZerothOrder(
             model, subspace, num_directions=given.num_directions, direction=given.direction, batched=given.batched
         )
         try:
+            trace.end_phase()
             loss = ModelLoss(model, inner, _labelled(inner, given), lambda inputs: model(**inputs).loss)
             for _ in range(2):
                 zo.probe(loss)
                 zo.discard()
+                trace.end_phase()
                 zo.apply([1.0] * given.num_directions, skipped=False)
                 if isinstance(subspace, Full):
                     SeededSGD(subspace.coordinates.values(), subspace).step()
+                trace.end_phase()
             del loss
             state = trace.live
             if isinstance(subspace, LowRank):
                 subspace.draw_bases(1)
+                trace.end_phase()
         finally:
             subspace.detach()
-        kept, scratch = (0, 0) if isinstance(subspace, Full) else _optimizer(subspace.dimension, given.optimizer)
-        peak = max(trace.peak, state + scratch)
         moves = subspace.dimension
         subspace.clear_gradient()
-    return Usage(moves, state + kept, peak - state)
+    return Usage(moves, state, tuple(trace.phases))
 
 
 def backward(model: nn.Module, given: Assumptions, checkpointing: bool) -> Usage:
-    """A step of the stock Trainer with `bf16=True` or `fp16=True` and AdamW: every position's logits, activations saved.
+    """A step of the stock Trainer with `bf16=True` or `fp16=True`: every position's logits, activations saved.
 
     Args:
         model: has trainable parameters in float32.
         checkpointing: save only the inputs of the layers, and compute the rest again in the backward.
     """
-    inner = base_model(model)
+    inner: Any = base_model(model)
     if checkpointing:
         # The state of random generators, saved per layer, is no tensor of the model's device.
         getattr(inner, f"{CHECKPOINTING}_enable")({"use_reentrant": False, "preserve_rng_state": False})
@@ -101,20 +103,27 @@ def backward(model: nn.Module, given: Assumptions, checkpointing: bool) -> Usage
     trainable = [p for p in model.parameters() if p.requires_grad]
     inputs = _batch(given)
     with MemoryTrace(tensors(model)) as trace, _AttentionWithoutDropout():
+
+        def enter_last_layer(_: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.requires_grad and not trace.phases:
+                # Before its backward ends, memory grows with the layers' activations; after it, with their gradients.
+                hidden.register_hook(lambda gradient: trace.end_phase())
+
+        hook = layers(inner)[-1].register_forward_pre_hook(enter_last_layer, with_kwargs=True)
         with torch.autocast("cpu", getattr(torch, given.dtype)):
             loss = model(**inputs, labels=inputs["input_ids"]).loss
+        hook.remove()
         loss.backward()
         del loss
-        gradients = trace.live
+        trace.end_phase()
+        state = trace.live
     model.eval()
     if checkpointing:
         getattr(inner, f"{CHECKPOINTING}_disable")()
     for parameter in trainable:
         parameter.grad = None
-    moves = sum(p.numel() for p in trainable)
-    kept, scratch = _optimizer(moves, "adamw")
-    peak = max(trace.peak, gradients + scratch)
-    return Usage(moves, gradients + kept, peak - gradients)
+    return Usage(sum(p.numel() for p in trainable), state, tuple(trace.phases))
 
 
 class _AttentionWithoutDropout(TorchFunctionMode):
@@ -125,12 +134,6 @@ class _AttentionWithoutDropout(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention and "dropout_p" in kwargs:
             kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
-
-
-def _optimizer(moves: int, name: str) -> tuple[int, int]:
-    """Bytes of an optimizer's state, and of the scratch in its step, for float32 numbers."""
-    copies = OPTIMIZER_COPIES[name]
-    return 4 * moves * copies, 4 * moves if name == "adamw" else 0
 
 
 def _batch(given: Assumptions) -> dict[str, Tensor]:
@@ -151,6 +154,3 @@ def _labelled(model: Any, given: Assumptions) -> dict[str, Tensor]:
 
 def _keeps_logits(model: Any) -> bool:
     return loss_kind(model) is not None and "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-__all__ = ["Usage", "backward", "inference", "size_in_bytes", "zeroth_order"]

@@ -70,6 +70,22 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTr
     return model.eval()
 
 
+def layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's stack of layers."""
+    count = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def shortened(config: PretrainedConfig, count: int) -> PretrainedConfig:
+    """The same model with its first `count` layers only."""
+    short = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # a word for every layer
+            setattr(short, name, value[:count])
+    short.num_hidden_layers = count
+    return short
+
+
 def fill(model: nn.Module) -> None:
     """Replace everything on the meta device by tensors of the device that a model runs on; tied ones stay tied.
 

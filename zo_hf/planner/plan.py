@@ -10,7 +10,7 @@ from transformers.utils import is_peft_available
 
 from zo_hf.planner.assumptions import Assumptions
 from zo_hf.planner.model import check_config
-from zo_hf.planner.size import GB, parse_size
+from zo_hf.planner.size import parse_size
 from zo_hf.planner.ways import WAYS, Footprint, Way, footprints
 
 
@@ -103,25 +103,20 @@ def plan(
         raise ValueError(
             f"sequence_length={given.sequence_length} is more than the model's {longest} positions; use at most that."
         )
-    found = footprints(config, given, tuple(ways))
+    found = footprints(config, given, ways)
     rows = tuple(_row(way, found[way], given, available) for way in ways)
     return Plan(config.model_type, available, given, rows, tuple(notes))
 
 
 def _row(way: Way, footprint: Footprint, given: Assumptions, available: int) -> Row:
-    usage = footprint.usage
-    total = footprint.weights + usage.state + usage.working + given.overhead
-    base = given.dtype if way.base == "half" else way.base
+    total = footprint.weights + footprint.state + footprint.working + given.overhead
     return Row(
         way,
-        base,
-        usage.moves,
+        given.dtype if way.base == "half" else way.base,
+        footprint.moves,
         footprint.weights,
-        usage.state,
-        usage.working,
+        footprint.state,
+        footprint.working,
         given.overhead,
         available - total,
     )
-
-
-__all__ = ["GB", "Plan", "Row", "plan"]

@@ -10,7 +10,7 @@ Embeddings, norms, biases and the head stay in the model's dtype.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 NF4_BLOCK = 64
 DOUBLE_BLOCK = 256
-BASES = ("int8", "nf4", "nf4 double")
 
 
 def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers whose weights bitsandbytes quantises, by name: all linear ones but the head."""
+    """The layers whose weights bitsandbytes quantises, by name: all linear ones but the head.
+
+    To be asked for before an adapter, which stays in float32, adds linear layers of its own.
+    """
     head = model.get_output_embeddings()
     return {
         name: module
@@ -34,10 +36,10 @@ def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def saved_bytes(model: PreTrainedModel, base: str) -> int:
-    """Bytes by which the quantised weights are smaller than the model's own."""
+def saved_bytes(layers: Iterable[nn.Module], base: str) -> int:
+    """Bytes by which the layers' quantised weights are smaller than the weights themselves."""
     saved = 0
-    for layer in quantised_layers(model).values():
+    for layer in layers:
         weight: Any = layer.weight
         saved += weight.numel() * weight.element_size() - weight_bytes(weight.numel(), features_out(layer), base)
     return saved
@@ -65,15 +67,15 @@ def scale_count(layer: nn.Module, base: str) -> int:
 
 
 @contextmanager
-def computed_in(model: PreTrainedModel, base: str | None) -> Iterator[None]:
-    """Inside, the forward of every quantised layer takes the scratch space of its format; None changes nothing."""
-    layers = quantised_layers(model) if base is not None else {}
-    for layer in layers.values():
+def computed_in(layers: Iterable[nn.Module], base: str) -> Iterator[None]:
+    """Inside, the layers' forward takes the scratch space of their format."""
+    layers = list(layers)
+    for layer in layers:
         layer.__dict__["forward"] = functools.partial(_int8 if base == "int8" else _nf4, layer)
     try:
         yield
     finally:
-        for layer in layers.values():
+        for layer in layers:
             del layer.__dict__["forward"]
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from zo_hf.directions import DISTRIBUTIONS, Distribution, NoiseLayout, Stream
-from zo_hf.planner.quantised import features_out, quantised_layers, scale_count
+from zo_hf.planner.quantised import features_out, scale_count
 from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
 from zo_hf.subspaces.full import TILE
 from zo_hf.subspaces.materialised import Materialised
@@ -121,11 +120,10 @@ class TracedScales(Subspace):
 
     name = "scales"
 
-    def __init__(self, model: PreTrainedModel, base: str) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], base: str) -> None:
         self.model, self.base = model, base
         self.probes, self.rows_per_probe, self.clip_factor = (), 0, 1.0
         self.sites, self.visited = [], set()
-        layers = quantised_layers(model)
         self.coordinates = {name: nn.Parameter(torch.zeros(scale_count(m, base))) for name, m in layers.items()}
         self._holders = {module: {} for module in layers.values()}
         self._names = {module: name for name, module in layers.items()}

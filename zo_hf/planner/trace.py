@@ -7,14 +7,13 @@ whatever its architecture. It works on real tensors as well.
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,15 +30,22 @@ class MemoryTrace(TorchDispatchMode):
 
     Attributes:
         live: bytes of what was made inside and is still alive.
-        peak: the largest `live` so far.
+        peak: the largest `live` since the last `end_phase`.
+        phases: the peaks of the phases that have ended.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.phases: list[int] = []
         self._storages: dict[int, weakref.ref] = {}
         for tensor in known:
             self._follow(tensor, counts=False)
+
+    def end_phase(self) -> None:
+        """Note the peak, and measure the next one from here."""
+        self.phases.append(self.peak)
+        self.peak = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -80,44 +86,3 @@ def without_values() -> Iterator[None]:
         distribution.decode(torch.zeros(1, 2, dtype=torch.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-
-
-@contextmanager
-def equal_layers_once(model: nn.Module) -> Iterator[None]:
-    """Inside, of a stack of equal layers only the first computes; the others hand back new tensors like its own.
-
-    Without autograd and a key-value cache an equal layer at the same place in a forward pass takes and gives back the
-    same memory, so the peak is that of the whole model, in the time of one layer.
-    """
-    entered = []
-    for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        first_output: dict[Any, Any] = {}
-        for layer in stack:
-            if "forward" not in layer.__dict__:
-                layer.__dict__["forward"] = functools.partial(_once, layer, first_output)
-                entered.append(layer)
-    try:
-        yield
-    finally:
-        for layer in entered:
-            del layer.__dict__["forward"]
-
-
-def _once(layer: nn.Module, first_output: dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    parameters = tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
-    key = (type(layer), parameters, tuple((t.shape, t.dtype) for t in tensors))
-    if key not in first_output:
-        output = type(layer).forward(layer, *args, **kwargs)
-        first_output[key] = _map(output, lambda t: (t.shape, t.dtype))
-        return output
-    return _map(first_output[key], lambda like: torch.empty(like[0], dtype=like[1]))
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A tensor, or a tuple of them, with `function` applied; what it makes of a tensor is mapped back in the same way."""
-    if isinstance(value, Tensor) or (isinstance(value, tuple) and value and isinstance(value[0], torch.Size)):
-        return function(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_map(part, function) for part in value)
-    return value

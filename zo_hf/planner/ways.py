@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import is_peft_available
 
-from zo_hf.planner.assumptions import Assumptions
+from zo_hf.planner.assumptions import OPTIMIZER_COPIES, Assumptions
 from zo_hf.planner.measure import Usage, backward, inference, zeroth_order
-from zo_hf.planner.model import build, fill, size_in_bytes, tensors
-from zo_hf.planner.quantised import computed_in, saved_bytes
+from zo_hf.planner.model import build, fill, shortened, size_in_bytes, tensors
+from zo_hf.planner.quantised import computed_in, quantised_layers, saved_bytes
 from zo_hf.planner.subspaces import TracedAdapter, TracedFull, TracedLowRank, TracedScales
 from zo_hf.planner.trace import without_values
 
@@ -40,6 +42,11 @@ class Way:
     def uses_adapter(self) -> bool:
         """Whether PEFT wraps the model."""
         return self.kind in ("adapter", "LoRA", "QLoRA")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the linear layers' weights are."""
+        return self.base not in (HALF, FLOAT32)
 
     @property
     def needs_backward(self) -> bool:
@@ -68,45 +75,104 @@ class Footprint:
     """Bytes of one way.
 
     Args:
+        moves: number of coordinates, or of trained weights.
         weights: the model's parameters and buffers, an adapter's included.
-        usage: everything else.
+        state: what stays from step to step beside them, the optimizer's included.
+        working: what the peak of a step has beyond that.
     """
 
+    moves: int
     weights: int
-    usage: Usage
+    state: int
+    working: int
 
 
-def footprints(config: PretrainedConfig, given: Assumptions, ways: tuple[Way, ...]) -> dict[Way, Footprint]:
+# Layers of the two models that a deeper one is extrapolated from.
+FEW, MORE = 2, 3
+
+
+def footprints(config: PretrainedConfig, given: Assumptions, ways: Sequence[Way]) -> dict[Way, Footprint]:
     """What each way takes.
 
+    With equal layers the peak of each phase of a step is linear in their number, so a deep model is traced twice, cut
+    to a few layers. Weights are always counted on the whole model.
+
     Raises:
-        ValueError: the model's forward depends on values, so that it cannot be traced.
+        ValueError: the model's forward depends on values, so that it cannot be traced, or an adapter does not fit it.
     """
-    found: dict[Way, Footprint] = {}
-    usages: dict[Any, Usage] = {}
-    # One model at a time, shared by the ways with the same weights and wrapper.
-    for in_float32, wrapped in itertools.product((False, True), repeat=2):
-        todo = [way for way in ways if (way.base == FLOAT32, way.uses_adapter) == (in_float32, wrapped)]
-        if not todo:
-            continue
-        base = build(config, torch.float32 if in_float32 else getattr(torch, given.dtype), given.attention)
-        model = _with_adapter(base, given) if wrapped else base
+    depth = config.num_hidden_layers
+    depths = (FEW, MORE) if depth > MORE and _has_equal_layers(config, given) else (depth,)
+    traced = [_trace(config if count == depth else shortened(config, count), given, ways) for count in depths]
+    found = {}
+    for in_float32, wrapped, group in _groups(ways):
+        model, linear = _build(config, given, in_float32, wrapped)
         size = size_in_bytes(tensors(model))
-        with without_values():
-            fill(model)
-            for way in todo:
-                quantised = None if way.base in (HALF, FLOAT32) else way.base
-                # Double quantisation changes the weights alone.
-                key = (way.kind, NF4 if quantised == NF4_DOUBLE else way.base, way.checkpointing)
-                if key not in usages:
-                    with computed_in(base, quantised):
-                        usages[key] = _usage(model, way, given)
-                smaller = saved_bytes(base, quantised) if quantised else 0
-                found[way] = Footprint(size - smaller, usages[key])
+        for way in group:
+            usages = [usage[_key(way)] for usage in traced]
+            usage = usages[0] if len(usages) == 1 else _extrapolated(usages[0], usages[1], depth)
+            weights = size - (saved_bytes(linear.values(), way.base) if way.is_quantised else 0)
+            found[way] = _footprint(way, weights, usage, given)
     return found
 
 
-def _usage(model: Any, way: Way, given: Assumptions) -> Usage:
+def _trace(config: PretrainedConfig, given: Assumptions, ways: Sequence[Way]) -> dict[Any, Usage]:
+    usages: dict[Any, Usage] = {}
+    for in_float32, wrapped, group in _groups(ways):
+        model, linear = _build(config, given, in_float32, wrapped)
+        with without_values():
+            fill(model)
+            for way in group:
+                if _key(way) not in usages:
+                    with computed_in(linear.values(), way.base) if way.is_quantised else nullcontext():
+                        usages[_key(way)] = _usage(model, linear, way, given)
+    return usages
+
+
+def _groups(ways: Sequence[Way]) -> Iterator[tuple[bool, bool, list[Way]]]:
+    """Ways that share a model: whether it is in float32, whether an adapter is in it, and the ways."""
+    for in_float32, wrapped in itertools.product((False, True), repeat=2):
+        group = [way for way in ways if (way.base == FLOAT32, way.uses_adapter) == (in_float32, wrapped)]
+        if group:
+            yield in_float32, wrapped, group
+
+
+def _build(config: PretrainedConfig, given: Assumptions, in_float32: bool, wrapped: bool) -> tuple[Any, dict]:
+    """The model, with its adapter if it has one, and the layers that may be quantised."""
+    model = build(config, torch.float32 if in_float32 else getattr(torch, given.dtype), given.attention)
+    linear = quantised_layers(model)
+    return _with_adapter(model, given) if wrapped else model, linear
+
+
+def _key(way: Way) -> tuple:
+    """Ways with the same key take the same beside the weights: double quantisation changes only these."""
+    return way.kind, NF4 if way.base == NF4_DOUBLE else way.base, way.checkpointing
+
+
+def _has_equal_layers(config: PretrainedConfig, given: Assumptions) -> bool:
+    few, more, whole = (
+        sum(p.numel() for p in build(c, torch.float32, given.attention).parameters())
+        for c in (shortened(config, FEW), shortened(config, MORE), config)
+    )
+    return (whole - few) * (MORE - FEW) == (more - few) * (config.num_hidden_layers - FEW)
+
+
+def _extrapolated(few: Usage, more: Usage, depth: int) -> Usage:
+    def at_depth(a: int, b: int) -> int:
+        return a + (b - a) * (depth - FEW) // (MORE - FEW)
+
+    phases = tuple(at_depth(a, b) for a, b in zip(few.phases, more.phases, strict=True))
+    return Usage(at_depth(few.moves, more.moves), at_depth(few.state, more.state), phases)
+
+
+def _footprint(way: Way, weights: int, usage: Usage, given: Assumptions) -> Footprint:
+    optimizer = "adamw" if way.needs_backward else given.optimizer
+    if way.kind in ("inference", "full"):  # the seeded SGD of `full` keeps nothing
+        optimizer = "sgd"
+    kept = 4 * usage.moves * OPTIMIZER_COPIES[optimizer]
+    return Footprint(usage.moves, weights, usage.state + kept, max(usage.phases) - usage.state)
+
+
+def _usage(model: Any, linear: dict[str, nn.Module], way: Way, given: Assumptions) -> Usage:
     if way.kind == "inference":
         return inference(model, given)
     if way.needs_backward:
@@ -115,7 +181,7 @@ def _usage(model: Any, way: Way, given: Assumptions) -> Usage:
         "low_rank": lambda: TracedLowRank(model, given.rank),
         "norms": lambda: TracedLowRank(model, given.rank, only_vectors=True),
         "full": lambda: TracedFull(model),
-        "scales": lambda: TracedScales(model, way.base),
+        "scales": lambda: TracedScales(model, linear, way.base),
         "adapter": lambda: TracedAdapter(model),
     }
     return zeroth_order(model, makers[way.kind], given)
