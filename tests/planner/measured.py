@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ def peak_of_allocations(steps: Callable[[], None]) -> int:
 
     Kernels' own scratch space is in it, which a trace of operations does not see.
     """
-    # Tables that are cached for the process, and torch's own first-call buffers, are no part of a step.
+    gc.collect()  # what an earlier measurement left behind must not be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         steps()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

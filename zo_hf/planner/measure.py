@@ -16,9 +16,10 @@ from zo_hf.model_setup import base_model
 from zo_hf.optimizers import SeededSGD
 from zo_hf.planner.assumptions import Assumptions
 from zo_hf.planner.model import layers, tensors
+from zo_hf.planner.subspaces import TracedLowRank
 from zo_hf.planner.trace import MemoryTrace
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
-from zo_hf.subspaces import Full, LowRank, Subspace
+from zo_hf.subspaces import Full, Subspace
 from zo_hf.zeroth_order import ZerothOrder
 
 # Newer versions of transformers call it by the first name and warn of the second.
@@ -78,7 +79,8 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
                 trace.end_phase()
             del loss
             state = trace.live
-            if isinstance(subspace, LowRank):
+            if isinstance(subspace, TracedLowRank):
+                subspace.fold_largest_tile()
                 subspace.draw_bases(1)
                 trace.end_phase()
         finally:

@@ -63,6 +63,14 @@ class TracedLowRank(LowRank):
             basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
             self._bases[name] = basis.t().contiguous().t()
 
+    def fold_largest_tile(self) -> None:
+        """What a fold allocates: it goes through the weights tile by tile, the largest weight's tiles being the largest."""
+        site = max(self.sites, key=lambda site: site.parameter.numel())
+        weight = site.parameter.detach()
+        rows = max(1, TILE // (weight.numel() // len(weight)))
+        with torch.no_grad():
+            self._fold_into(weight[:rows], 0, site, 0, 1.0)
+
 
 class TracedAdapter(Adapter):
     """An adapter's own weights."""
@@ -75,6 +83,10 @@ class TracedAdapter(Adapter):
 class TracedFull(Full):
     """All weights. Of the tiles of a weight the first is the largest, and none outlives the next: it stands for all."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._largest_update = 0
+
     def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
         return _drawn(stop - start, site.parameter.dtype)
 
@@ -83,8 +95,7 @@ class TracedFull(Full):
         rows = max(1, TILE // weight.parameter.shape[1])
         base = weight.parameter.detach()[:rows]
         noise = self._noise(weight, 0, 0, base.numel()).view(base.shape)
-        for _ in self.probes[:2]:
-            _moved = noise.to(x.dtype) if x.dtype in HALF else torch.add(base, noise)
+        _moved = noise.to(x.dtype) if x.dtype in HALF else torch.add(base, noise)
         return output
 
     def _lookup(self, weight: Site, output: Tensor, ids: Tensor) -> Tensor:
@@ -98,10 +109,12 @@ class TracedFull(Full):
         return output
 
     def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:
-        tile = parameter.detach().view(-1)[:TILE].float()
-        noise = _drawn(tile.numel(), parameter.dtype).float()
-        if parameter.dtype in HALF:  # stochastic rounding: the bits, and float32 beside them
-            _scratch = [_drawn(tile.numel(), torch.float32), torch.empty_like(tile), torch.empty_like(noise)]
+        count = min(parameter.numel(), TILE)
+        if count > self._largest_update:
+            self._largest_update = count
+            tile = nn.Parameter(parameter.detach().view(-1)[:count])
+            self.site_of[id(tile)] = self.site_of[id(parameter)]
+            super().apply_pending(tile, learning_rate, decay)
 
 
 def _drawn(count: int, dtype: torch.dtype) -> Tensor:
