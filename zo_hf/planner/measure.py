@@ -144,13 +144,17 @@ def _batch(given: Assumptions) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if given.padded else {"input_ids": ids}
 
 
-def _labelled(model: Any, given: Assumptions) -> dict[str, Tensor]:
+def _labelled(model: Any, given: Assumptions) -> dict[str, Any]:
     """The batch with labels, and with the positions that `ModelLoss` would find to carry one."""
-    inputs = _batch(given)
+    inputs: dict[str, Any] = _batch(given)
     inputs["labels"] = torch.zeros_like(inputs["input_ids"])
-    if given.labels is not None and given.labels <= given.sequence_length // 2 and _keeps_logits(model):
+    if not _keeps_logits(model):
+        return inputs
+    if given.labels is not None and given.labels <= given.sequence_length // 2:
         inputs["logits_to_keep"] = torch.zeros(given.labels, dtype=torch.int64)
         inputs["shift_labels"] = torch.zeros(given.batch_size, given.labels, dtype=torch.int64)
+    else:
+        inputs["logits_to_keep"] = 0  # all; said here, because labels without values cannot be looked through
     return inputs
 
 
