@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given as over
 from hypothesis import strategies as st
-from transformers import AutoConfig, BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, BertConfig, LlamaConfig, MixtralConfig, T5Config, ViTConfig
 
 from zo_hf.planner import Assumptions, parse_size, plan
 from zo_hf.planner.model import load_config
@@ -196,6 +196,16 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(tmp_path: Path) -> No
         plan(TINY, "24GB", Assumptions(sequence_length=4096))
     with pytest.raises(ValueError, match=r"lora_targets=.*cannot be adapted"):
         plan(TINY, "24GB", Assumptions(lora_targets=("nothing",)), [Way("adapter", "half")])
+    experts = MixtralConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    with pytest.raises(ValueError, match=r"model='mixtral' cannot be planned: .*; take a dense model"):
+        plan(experts, "24GB", SMALL_BATCH)
     with pytest.raises(ValueError, match="gpu_memory="):
         plan(TINY, "24")
 

@@ -124,7 +124,14 @@ def _trace(config: PretrainedConfig, given: Assumptions, ways: Sequence[Way]) ->
             for way in group:
                 if _key(way) not in usages:
                     with computed_in(linear.values(), way.base) if way.is_quantised else nullcontext():
-                        usages[_key(way)] = _usage(model, linear, way, given)
+                        try:
+                            usages[_key(way)] = _usage(model, linear, way, given)
+                        except RuntimeError as error:  # routing to experts, for one, looks at values
+                            reason = str(error).split("\n")[0].rstrip(".")
+                            raise ValueError(
+                                f"model={config.model_type!r} cannot be planned: a step of {way.kind} does not run on "
+                                f"tensors without values ({reason}); take a dense model such as Llama, OPT or GPT-2."
+                            ) from None
     return usages
 
 
