@@ -57,6 +57,9 @@ COMMANDS = {
     "replay": Command(
         "turn a base model and a run's log into the fine-tuned model", has_arguments("zo_hf.trajectory.command")
     ),
+    "plan": Command(
+        "say what fits on a GPU: the memory of every way to train a model", has_arguments("zo_hf.planner.command")
+    ),
     "bench": Command("measure speed and memory beside inference", has_arguments("zo_hf.bench")),
 }
 

@@ -1,0 +1,109 @@
+"""Linear layers as bitsandbytes would hold and compute them: what their weights and their scratch space take.
+
+int8:  a byte for every weight and a float32 for every output row; inputs are quantised, products are int32.
+nf4:   half a byte for every weight and a float32 for every 64 of them (double quantised: a byte, and a float32 for every
+       256 of those); the whole weight is dequantised for its product.
+
+Embeddings, norms, biases and the head stay in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+NF4_BLOCK = 64
+DOUBLE_BLOCK = 256
+
+
+def quantised_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers whose weights bitsandbytes quantises, by name: all linear ones but the head.
+
+    To be asked for before an adapter, which stays in float32, adds linear layers of its own.
+    """
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def saved_bytes(layers: Iterable[nn.Module], base: str) -> int:
+    """Bytes by which the layers' quantised weights are smaller than the weights themselves."""
+    saved = 0
+    for layer in layers:
+        weight: Any = layer.weight
+        saved += weight.numel() * weight.element_size() - weight_bytes(weight.numel(), features_out(layer), base)
+    return saved
+
+
+def weight_bytes(count: int, rows: int, base: str) -> int:
+    """Bytes of a quantised weight of `count` elements and `rows` output rows, with its scales."""
+    if base == "int8":
+        return count + 4 * rows
+    blocks = -(-count // NF4_BLOCK)
+    scales = 4 * blocks if base == "nf4" else blocks + 4 * -(-blocks // DOUBLE_BLOCK) + 4 * DOUBLE_BLOCK
+    return -(-count // 2) + scales
+
+
+def features_out(layer: nn.Module) -> int:
+    """Output features of a linear layer."""
+    weight: Any = layer.weight
+    return weight.shape[1] if isinstance(layer, Conv1D) else weight.shape[0]
+
+
+def scale_count(layer: nn.Module, base: str) -> int:
+    """Number of a layer's scales: one for every output row in int8, for every block in nf4."""
+    weight: Any = layer.weight
+    return features_out(layer) if base == "int8" else -(-weight.numel() // NF4_BLOCK)
+
+
+@contextmanager
+def computed_in(layers: Iterable[nn.Module], base: str) -> Iterator[None]:
+    """Inside, the layers' forward takes the scratch space of their format."""
+    layers = list(layers)
+    for layer in layers:
+        layer.__dict__["forward"] = functools.partial(_int8 if base == "int8" else _nf4, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def _int8(layer: nn.Module, x: Tensor) -> Tensor:
+    """The steps of bitsandbytes' MatMul8bitLt, each with what it allocates."""
+    half = x.to(torch.float16)
+    codes = half.to(torch.int8)
+    products = torch.empty(*x.shape[:-1], features_out(layer), dtype=torch.int32)
+    del half, codes
+    output = products.to(torch.float16)
+    del products
+    return output.to(x.dtype)
+
+
+def _nf4(layer: nn.Module, x: Tensor) -> Tensor:
+    return _ProductWithDequantised.apply(x, layer)
+
+
+class _ProductWithDequantised(torch.autograd.Function):
+    """x · Wᵀ, where W is dequantised whole in the forward, and again in the backward; neither keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        weight = torch.empty_like(layer.weight)
+        return x @ (weight if isinstance(layer, Conv1D) else weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight = torch.empty_like(ctx.layer.weight)
+        return gradients[0] @ (weight.t() if isinstance(ctx.layer, Conv1D) else weight), None
