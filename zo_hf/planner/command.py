@@ -13,7 +13,7 @@ format of the weights underneath:
     way                   base           moves  weights   state  working    total   fits
     inference             bfloat16           -    16.06    0.00     1.03    18.09   yes    5.91 left
     low_rank              bfloat16        6.8M    16.06    0.17     0.98    18.20   yes    5.80 left
-    low_rank              nf4             6.8M     6.03    0.17     0.98     8.17   yes   15.83 left
+    low_rank              nf4             5.5M     6.03    0.14     0.98     8.14   yes   15.86 left
     full                  bfloat16        8.0B    16.06    0.00     0.98    18.04   yes    5.96 left
     adapter               bfloat16        3.4M    16.07    0.06     0.98    18.12   yes    5.88 left
     adapter               nf4             3.4M     6.04    0.06     0.98     8.08   yes   15.92 left

@@ -79,7 +79,7 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
                 trace.end_phase()
             del loss
             state = trace.live
-            if isinstance(subspace, TracedLowRank):
+            if isinstance(subspace, TracedLowRank) and subspace.fold_steps:
                 subspace.fold_largest_tile()
                 subspace.draw_bases(1)
                 trace.end_phase()

@@ -1,6 +1,7 @@
 """Linear layers as bitsandbytes would hold and compute them: what their weights and their scratch space take.
 
-int8:  a byte for every weight and a float32 for every output row; inputs are quantised, products are int32.
+int8:  a byte for every weight and a float32 for every output row; inputs are quantised, products are int32. Probes take
+       the exact product instead: some rows of the weight at a time are float32, then in the inputs' dtype.
 nf4:   half a byte for every weight and a float32 for every 64 of them (double quantised: a byte, and a float32 for every
        256 of those); the whole weight is dequantised for its product.
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from zo_hf.quantization.layer import TILE
 
 NF4_BLOCK = 64
 DOUBLE_BLOCK = 256
@@ -67,11 +70,12 @@ def scale_count(layer: nn.Module, base: str) -> int:
 
 
 @contextmanager
-def computed_in(layers: Iterable[nn.Module], base: str) -> Iterator[None]:
+def computed_in(layers: Iterable[nn.Module], base: str, at_probes: bool) -> Iterator[None]:
     """Inside, the layers' forward takes the scratch space of their format."""
     layers = list(layers)
+    int8 = _int8_exact if at_probes else _int8
     for layer in layers:
-        layer.__dict__["forward"] = functools.partial(_int8 if base == "int8" else _nf4, layer)
+        layer.__dict__["forward"] = functools.partial(int8 if base == "int8" else _nf4, layer)
     try:
         yield
     finally:
@@ -88,6 +92,15 @@ def _int8(layer: nn.Module, x: Tensor) -> Tensor:
     output = products.to(torch.float16)
     del products
     return output.to(x.dtype)
+
+
+def _int8_exact(layer: nn.Module, x: Tensor) -> Tensor:
+    """The steps of zo_hf's own product, for one tile of rows: no other needs more."""
+    output = torch.empty(*x.shape[:-1], features_out(layer), dtype=x.dtype)
+    rows = min(max(1, TILE // x.shape[-1]), features_out(layer))
+    decoded = torch.empty(rows, x.shape[-1])
+    _product = x @ decoded.to(x.dtype).t()
+    return output
 
 
 def _nf4(layer: nn.Module, x: Tensor) -> Tensor:

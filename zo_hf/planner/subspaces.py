@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from zo_hf.directions import DISTRIBUTIONS, Distribution, NoiseLayout, Stream
 from zo_hf.planner.quantised import features_out, scale_count
+from zo_hf.quantization.layer import TILE as QUANTIZED_TILE
 from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
+from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.full import TILE
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.shadow import HALF
 from zo_hf.subspaces.sites import Site
 from zo_hf.subspaces.subspace import StreamOf
+
+# Float32 tensors of a tile's size that a requantising fold has at once: rows, update, random bits, codes and their like.
+REQUANTISING_COPIES = 8
 
 
 class TracedLayout(NoiseLayout):
@@ -43,16 +48,30 @@ def trace_layouts(materialised: Materialised) -> None:
 
 
 class TracedLowRank(LowRank):
-    """Low-rank coordinates; with `only_vectors`, those of 1-D parameters alone."""
+    """Low-rank coordinates.
 
-    def __init__(self, model: nn.Module, rank: int, only_vectors: bool = False) -> None:
-        names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1]
-        if only_vectors and not names:
-            raise ValueError(f"{type(model).__name__} has no 1-D parameter for norms to move.")
-        super().__init__(model, rank, target_modules=names if only_vectors else None)
+    Args:
+        model: its quantised layers are plain here, see `computed_in`.
+        rank: r.
+        target_modules: the only parameters that move; None means all.
+        folds: whether the factors are ever added to the weights.
+        requantises: whether these are quantised then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int,
+        target_modules: list[str] | None = None,
+        folds: bool = True,
+        requantises: bool = False,
+    ) -> None:
+        self._requantises = requantises
+        super().__init__(model, rank, DEFAULT_FOLD_STEPS if folds else 0, target_modules=target_modules)
         trace_layouts(self._materialised)
 
     def draw_bases(self, step: int) -> None:
+        self.drawn_at = step
         if not self.factored:
             return
         shapes = {n: torch.Size((site.matrix_shape[1], self.rank)) for n, site in self.factored.items()}
@@ -66,6 +85,9 @@ class TracedLowRank(LowRank):
     def fold_largest_tile(self) -> None:
         """What a fold allocates: it goes through the weights tile by tile, the largest weight's tiles being the largest."""
         site = max(self.sites, key=lambda site: site.parameter.numel())
+        if self._requantises:
+            elements = min(QUANTIZED_TILE, site.parameter.numel())
+            _at_once = [torch.empty(elements) for _ in range(REQUANTISING_COPIES)]
         weight = site.parameter.detach()
         rows = max(1, TILE // (weight.numel() // len(weight)))
         with torch.no_grad():
@@ -136,7 +158,7 @@ class TracedScales(Subspace):
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], base: str) -> None:
         self.model, self.base = model, base
         self.probes, self.rows_per_probe, self.clip_factor = (), 0, 1.0
-        self.sites, self.visited = [], set()
+        self.sites, self.visited, self.quantized = [], set(), {}
         self.coordinates = {name: nn.Parameter(torch.zeros(scale_count(m, base))) for name, m in layers.items()}
         self._holders = {module: {} for module in layers.values()}
         self._names = {module: name for name, module in layers.items()}

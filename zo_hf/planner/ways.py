@@ -57,6 +57,7 @@ class Way:
 WAYS = (
     *(Way("inference", base) for base in (HALF, INT8, NF4)),
     *(Way("low_rank", base) for base in (FLOAT32, HALF, INT8, NF4, NF4_DOUBLE)),
+    Way("low_rank, folding", INT8),
     *(Way("full", base) for base in (FLOAT32, HALF)),
     *(Way("norms", base) for base in (HALF, NF4)),
     *(Way("scales", base) for base in (INT8, NF4)),
@@ -123,7 +124,11 @@ def _trace(config: PretrainedConfig, given: Assumptions, ways: Sequence[Way]) ->
             fill(model)
             for way in group:
                 if _key(way) not in usages:
-                    with computed_in(linear.values(), way.base) if way.is_quantised else nullcontext():
+                    with (
+                        computed_in(linear.values(), way.base, way.kind != "inference")
+                        if way.is_quantised
+                        else nullcontext()
+                    ):
                         try:
                             usages[_key(way)] = _usage(model, linear, way, given)
                         except RuntimeError as error:  # routing to experts, for one, looks at values
@@ -185,13 +190,27 @@ def _usage(model: Any, linear: dict[str, nn.Module], way: Way, given: Assumption
     if way.needs_backward:
         return backward(model, given, way.checkpointing)
     makers: dict[str, Callable] = {
-        "low_rank": lambda: TracedLowRank(model, given.rank),
-        "norms": lambda: TracedLowRank(model, given.rank, only_vectors=True),
+        "low_rank": lambda: _low_rank(model, linear, way, given.rank),
+        "low_rank, folding": lambda: TracedLowRank(model, given.rank, requantises=True),
+        "norms": lambda: TracedLowRank(model, 1, _vectors(model), folds=False),
         "full": lambda: TracedFull(model),
         "scales": lambda: TracedScales(model, linear, way.base),
         "adapter": lambda: TracedAdapter(model),
     }
     return zeroth_order(model, makers[way.kind], given)
+
+
+def _low_rank(model: Any, linear: dict[str, nn.Module], way: Way, rank: int) -> TracedLowRank:
+    if not way.is_quantised:
+        return TracedLowRank(model, rank)
+    return TracedLowRank(model, rank, [f"{name}.weight" for name in linear], folds=False)
+
+
+def _vectors(model: Any) -> list[str]:
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no parameter of one dimension for norms to move.")
+    return names
 
 
 def _with_adapter(model: Any, given: Assumptions) -> Any:
