@@ -1,0 +1,74 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["zo-hf[demo,quantization]"]
+# ///
+"""How much of a projected gradient is rounding, where an 8-bit model's own forward makes the probes.
+
+    python recipes/int8_probe_noise.py                    # SmolLM2-135M, embedded; needs no hub
+    python recipes/int8_probe_noise.py --model MODEL
+
+bitsandbytes' int8 layers round their inputs to integers too. Along the same directions, this takes the projected gradient
+once with that forward and once with the exact product that zo_hf's probes take, for several distances, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from zo_hf import ZerothOrder
+from zo_hf.probes.model_loss import ModelLoss
+from zo_hf.quantization import quantized_layers
+from zo_hf.quantization.bitsandbytes_int8 import BitsAndBytesInt8
+from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.experiments import encoded_reviews
+from zo_hf.tasks.prompts import LabelWordCollator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a causal model, a folder or a name; default: the embedded SmolLM2-135M")
+    parser.add_argument("--directions", type=int, default=12, help="(%(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="sentences in the batch (%(default)s)")
+    parser.add_argument("--distances", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2], help="(%(default)s)")
+    parser.add_argument("--output", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an input
+
+    path = args.model or str(default_model())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="auto", dtype=torch.float32
+    ).eval()
+    sentences, _ = encoded_reviews(tokenizer, args.rows, args.rows, 0, words=range(8, 13))
+    batch = LabelWordCollator(tokenizer, model)(list(sentences))
+    lines = ["| ε | c, root mean square | error of the rounded c | correlation |", "|---:|---:|---:|---:|"]
+    for eps in tqdm(args.distances, unit="distance"):
+        exact = projected_gradients(model, batch, eps, args.directions)
+        with mock.patch.object(BitsAndBytesInt8, "rounds_activations", False):  # so that its own forward stays
+            rounded = projected_gradients(model, batch, eps, args.directions)
+        error = (rounded - exact).square().mean().sqrt()
+        correlation = torch.corrcoef(torch.stack((exact, rounded)))[0, 1]
+        lines.append(f"| {eps:g} | {exact.square().mean().sqrt():.1f} | {error:.1f} | {correlation:.2f} |")
+    print("\n".join(lines))
+    if args.output is not None:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def projected_gradients(model: torch.nn.Module, batch: dict, eps: float, directions: int) -> torch.Tensor:
+    """c along the first directions of seed 0, one after another: float64, (directions,)."""
+    assert quantized_layers(model), "the model has no quantised layers"
+    zo = ZerothOrder(model, "low_rank", eps=eps, num_directions=directions, batched=False, seed=0)
+    estimate = zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss))
+    zo.finish()
+    return torch.tensor(estimate.projected_gradients, dtype=torch.float64)
+
+
+if __name__ == "__main__":
+    main()
