@@ -59,7 +59,7 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         )
     refuse_sharded_at_loading(model)
     if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
-        find_sites(model, args.zo_target_modules, args.zo_exclude_modules)
+        find_sites(model, args.zo_target_modules, args.zo_exclude_modules, quantized=quantized_layers(model))
 
 
 def check_trainable(model: nn.Module) -> None:
