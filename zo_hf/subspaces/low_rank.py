@@ -24,7 +24,7 @@ from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Strea
 from zo_hf.sharding import gather, is_sharded, local_part, reshard
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
-from zo_hf.subspaces.shadow import HALF, run_groups
+from zo_hf.subspaces.shadow import HALF, held, run_groups
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import StreamOf, Subspace, first_input, require_equal_parts
 
@@ -113,7 +113,7 @@ class LowRank(Subspace):
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {
-                name: self._moved_parameter(site, module._parameters[name], group) for name, site in holders.items()
+                name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()
             }
 
         return run_groups(module, parameters, max(1, len(self.probes)), self.rows_per_probe, args, kwargs)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zo_hf.subspaces.owners import Owners
+
 Pattern = str | Sequence[str] | None
 
 
@@ -21,7 +23,7 @@ class Site:
     Args:
         name: its first name in `model.named_parameters()`; tied weights have one site.
         parameter: the parameter itself.
-        uses: every (module, attribute) that holds it.
+        uses: every module whose forward reads it, with its name there; dotted where a child module holds it.
     """
 
     name: str
@@ -65,6 +67,7 @@ def find_sites(
         ValueError: nothing is selected, or a selected parameter cannot be perturbed inside its module's forward.
     """
     allowed = None if among is None else {id(parameter) for parameter in among}
+    owners = Owners(model)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     for module_name, module in model.named_modules():
@@ -75,7 +78,7 @@ def find_sites(
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
             first.setdefault(id(parameter), (name, parameter))
-            uses.setdefault(id(parameter), []).append((module, attribute))
+            uses.setdefault(id(parameter), []).extend(owners.of(module, attribute))
     sites = [
         Site(name, parameter, tuple(uses[key]))
         for key, (name, parameter) in first.items()
