@@ -10,6 +10,7 @@ from transformers.utils import is_peft_available
 from zo_hf.config import ZOConfig
 from zo_hf.sharding import refuse_sharded_at_loading, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, LowRank, Subspace
+from zo_hf.subspaces.peft_methods import refuse_what_needs_gradients
 from zo_hf.subspaces.sites import find_sites
 
 
@@ -45,6 +46,8 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
             f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
             "peft.get_peft_model, or use zo_subspace='low_rank'."
         )
+    if subspace_name(model, args) == "adapter":
+        refuse_what_needs_gradients(model)
     if isinstance(model, PreTrainedModel) and getattr(model, "is_quantized", False):
         raise ValueError(
             "the model is quantised and its weights cannot move yet; attach an adapter with peft.get_peft_model."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zo_hf.directions import Distribution
 from zo_hf.subspaces.materialised import Materialised
+from zo_hf.subspaces.peft_methods import family, of_active_adapter, refuse_what_needs_gradients
 from zo_hf.subspaces.shadow import run_groups
 from zo_hf.subspaces.sites import Pattern, coordinate_dtype
 from zo_hf.subspaces.subspace import StreamOf, Subspace
@@ -24,7 +25,6 @@ class Adapter(Subspace):
     """
 
     name = "adapter"
-    default_eps = 1e-2
 
     def __init__(
         self,
@@ -34,7 +34,10 @@ class Adapter(Subspace):
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_what_needs_gradients(model)
+        among = of_active_adapter(model) if among is None else among
         super().__init__(model, target_modules, exclude_modules, among, seed)
+        self.default_eps, self.default_learning_rate = family(model).eps, family(model).learning_rate
         for site in self.sites:
             site.parameter.data = site.parameter.data.to(coordinate_dtype(site.parameter))
             self.coordinates[site.name] = site.parameter

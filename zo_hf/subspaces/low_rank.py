@@ -112,9 +112,7 @@ class LowRank(Subspace):
             return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
-            return {
-                name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()
-            }
+            return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}
 
         return run_groups(module, parameters, max(1, len(self.probes)), self.rows_per_probe, args, kwargs)
 

@@ -1,7 +1,8 @@
 """Running a module with other tensors in place of its parameters, without touching the module.
 
 A shadow is a module of the same class that shares everything with the original except its table of parameters, and, where
-child modules hold some of them, shadows in place of these. The original is never modified, so an exception or an interrupt in the middle of a forward leaves nothing to restore.
+child modules hold some of them, shadows in place of these. The original is never modified, so an exception or an interrupt in the
+middle of a forward leaves nothing to restore.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from zo_hf.probes.probe import NotBatchable
 
@@ -119,6 +121,8 @@ def run_groups(
         raise NotBatchable(f"{type(module).__name__} has both parameters and child modules with parameters")
     if not inputs:
         raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")
+    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        raise NotBatchable(f"{type(module).__name__} writes keys and values into a cache of the whole batch")
     # A tensor with one row is shared by the whole batch; the first that has more carries the batch.
     total = next((t.shape[0] for t in inputs if t.shape[0] != 1), 1)
     shared = total == 1
@@ -129,6 +133,11 @@ def run_groups(
     def part(tensor: Tensor, group: int) -> Tensor:
         carries_batch = not shared and tensor.ndim > 0 and tensor.shape[0] == total
         return tensor[group * size : (group + 1) * size] if carries_batch else tensor
+
+    def own(value: Any, group: int) -> Any:
+        # A list may have an entry for every row, such as the names of their adapters.
+        by_row = isinstance(value, list) and len(value) == total and not any(isinstance(v, Tensor) for v in value)
+        return value[group * size : (group + 1) * size] if by_row and not shared else value
 
     def repeated(tensor: Tensor) -> Tensor:
         # Position embeddings are looked up once and broadcast over the batch: repeat them for this group's rows.
@@ -142,7 +151,9 @@ def run_groups(
         def pick(tensor: Tensor, group: int = group) -> Tensor:
             return part(tensor, group)
 
-        output = run_with(module, parameters(group), _map(args, pick), _map(kwargs, pick))
+        own_args = tuple(_map(own(value, group), pick) for value in args)
+        own_kwargs = {name: _map(own(value, group), pick) for name, value in kwargs.items()}
+        output = run_with(module, parameters(group), own_args, own_kwargs)
         outputs.append(_map(output, repeated))
     return _concatenate(outputs)
 

@@ -34,8 +34,9 @@ class Subspace:
 
     #: The name used in options.
     name: str
-    #: ε and what it multiplies are MeZO's: 1e-3 for weights, 1e-2 for LoRA.
+    #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
     default_eps = 1e-3
+    default_learning_rate = 1e-5
 
     def __init__(
         self,
