@@ -445,8 +445,9 @@ class ZOTrainerMixin(_TrainerLike):
         self._checkpoints.save(self.zo, Path(output_dir), crc, rates, write=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint)
         # A checkpoint without tensors is replayed once there is an engine.
-        if not checkpoint.is_only_trajectory(Path(resume_from_checkpoint)):
+        if not checkpoint.is_only_trajectory(path) and not checkpoint.load_adapter(model or self.model, path):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
@@ -476,7 +477,9 @@ class ZOTrainerMixin(_TrainerLike):
         if self.zo is not None:
             self.zo.subspace.detach()
             self._forget_engine()
-        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is None or not checkpoint.load_adapter(self.model, Path(best)):
+            super()._load_best_model()
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

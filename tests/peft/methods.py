@@ -37,7 +37,7 @@ class Method:
     float64: bool = True
     batchable: bool = True
     inputs: Callable[[int], dict[str, Tensor]] = field(default=lambda rows: {})
-    lr: float = 0.02
+    lr: float = 0.06
 
     def model(self, dtype: torch.dtype = torch.float32, moved: float = 0.0) -> nn.Module:
         """The wrapped model, which depends on nothing but these arguments, in evaluation mode.
@@ -114,13 +114,15 @@ METHODS = {
     "lora with tokens": Method(_lora(trainable_token_indices=[*range(5, 60)])),
     "lora from principal components": Method(_lora(init_lora_weights="pissa")),
     "dora": Method(_lora(use_dora=True), differentiable=False),
-    "dora on embeddings": Method(_lora(use_dora=True, target_modules=["embed_tokens", "q_proj"]), differentiable=False),
+    "dora on embeddings": Method(
+        _lora(use_dora=True, target_modules=["embed_tokens", "q_proj"]), differentiable=False
+    ),
     "qalora": Method(_lora(use_qalora=True, qalora_group_size=4)),
     "adamss": Method(_at_attention("AdamssConfig", r=8)),
     "adaption prompt": Method(_ADAPTION, float64=False, batchable=False),
     "beft": Method(_at_attention("BeftConfig", target_modules=["v_proj"])),
     "boft": Method(_at_attention("BOFTConfig", boft_block_size=4)),
-    "c3a": Method(_at_attention("C3AConfig", block_size=8), float64=False),
+    "c3a": Method(_at_attention("C3AConfig", block_size=8), float64=False, lr=0.6),
     "cartridge": Method(_prompt("CartridgeConfig", num_frozen_tokens=1)),
     "deft": Method(_at_attention("DeftConfig", r=2)),
     "delora": Method(_at_attention("DeloraConfig", r=2)),

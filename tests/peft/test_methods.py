@@ -14,7 +14,6 @@ from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, tokens_in_front
 from zo_hf.zeroth_order import ZerothOrder
 
-
 # Why probes cannot share a forward pass: the attention caches, PEFT repeats one prompt, or adds to the loss.
 METHODS_WITHOUT_BATCHES = r"cache of the whole batch$|^PEFT makes one prompt|^the loss is not the model's own$"
 

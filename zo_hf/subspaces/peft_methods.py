@@ -10,7 +10,7 @@ MeZO (arXiv 2305.17333) has a distance ε and a learning rate for each family of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
@@ -39,6 +39,7 @@ PROMPT = Family(1e-1, 1e-2)
 # By PEFT's names; every other method is like LoRA.
 _WEIGHTS = ("BEFT", "LN_TUNING", "SHIRA", "TRAINABLE_TOKENS")
 _PROMPT = ("ADAPTION_PROMPT", "CARTRIDGE", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
+_WEIGHTS_IN_LAYERS = ("ADAPTION_PROMPT", "LN_TUNING")
 # These prepend keys and values, so that the logits are as many as the tokens.
 _KEYS_AND_VALUES = ("CARTRIDGE", "PREFIX_TUNING")
 _ADD_TO_THE_LOSS = ("SHADOW",)
@@ -68,6 +69,11 @@ def refuse_what_needs_gradients(model: nn.Module) -> None:
         raise ValueError(f"{reason}, of which there are none; use another method of PEFT, such as LoRA.")
 
 
+def is_weight_of_the_model(model: nn.Module, name: str) -> bool:
+    """Whether a parameter that moves is one of a layer of the model, or of PEFT's copy of one."""
+    return _method(model) in _WEIGHTS_IN_LAYERS or "modules_to_save" in name.split(".")
+
+
 def adds_to_the_loss(model: nn.Module) -> bool:
     """Whether the loss that PEFT returns is not that of its logits alone."""
     return _method(model) in _ADD_TO_THE_LOSS
@@ -79,6 +85,13 @@ def tokens_in_front(model: nn.Module) -> int:
     if config is None or not config.is_prompt_learning or _method(model) in _KEYS_AND_VALUES:
         return 0
     return int(config.num_virtual_tokens)
+
+
+def computes_its_prompt(model: nn.Module) -> bool:
+    """Whether a network makes the prompt: PEFT saves the prompt without the network, and cannot go on from that."""
+    config: Any = _config(model)
+    method = _method(model)
+    return method == "P_TUNING" or (method == "PREFIX_TUNING" and config.prefix_projection)
 
 
 def of_active_adapter(model: nn.Module) -> list[Tensor] | None:

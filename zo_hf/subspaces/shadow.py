@@ -54,6 +54,12 @@ def run_with(module: nn.Module, parameters: Mapping[str, Tensor | None], args: S
     return _map(output, lambda t: t.to(half) if t.dtype == torch.float32 else t) if upcast else output
 
 
+def run_upcast(function: Callable, dtype: torch.dtype, args: Sequence, kwargs: Mapping) -> Any:
+    """`function(args, kwargs)` in float32, inside of a model that computes in `dtype`."""
+    output = function(_map(args, _to_float), _map(kwargs, _to_float))
+    return _map(output, lambda t: t.to(dtype) if t.dtype == torch.float32 else t)
+
+
 def _shadow(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
     """A module that shares everything with `module` but these parameters; a child that holds one has a shadow too."""
     shadow = object.__new__(type(module))

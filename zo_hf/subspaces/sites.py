@@ -114,6 +114,10 @@ def _matches(name: str, pattern: str | Sequence[str]) -> bool:
 def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
     wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
     adapters_of_parameters = {m for wrapper in wrappers for m in (*wrapper.lora_A.values(), *wrapper.lora_B.values())}
+    attentions: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.MultiheadAttention)
+    ]
+    adapters_of_attention = {m for layer in attentions for m in layer.modules()}
     for site in sites:
         for module, _ in site.uses:
             reason = None
@@ -121,6 +125,8 @@ def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
                 reason = "torch's MultiheadAttention reads it outside of any module's forward"
             elif module in adapters_of_parameters:
                 reason = "PEFT adds this LoRA to a parameter, e.g. of experts, outside of any module's forward"
+            elif module in adapters_of_attention:
+                reason = "PEFT writes it into the attention's weights"
             elif isinstance(module, nn.RNNBase):
                 reason = "torch's fused recurrent layers read it from a flattened buffer"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
