@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -37,6 +37,7 @@ from zo_hf.sharding import local_part, part_of, reshard
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
+from zo_hf.subspaces.peft_methods import computes_its_prompt
 from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,21 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
         if state["at_origin"]:
             subspace.set_origin()
     zo.load_state_dict(state["engine"])
+    return True
+
+
+def load_adapter(model: nn.Module, folder: Path) -> bool:
+    """Put an adapter's coordinates into its model, where PEFT's own file does not hold all of them.
+
+    Returns False, and changes nothing, where they all come from PEFT's file.
+    """
+    path = folder / COORDINATES_FILE
+    if not computes_its_prompt(model) or not path.exists():
+        return False
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load_file(path).items():
+            named[name].copy_(tensor)
     return True
 
 

@@ -48,12 +48,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
         ValueError: an option cannot work forward-only; the message names it and what to use instead.
     """
 
-    learning_rate: float = field(
-        default=1e-5,
+    learning_rate: float | None = field(
+        default=None,
         metadata={
             "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
-            "learning_rate x c x z. The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of "
-            "large models and 5e-5 to 1e-4 for LoRA."
+            "learning_rate x c x z. Default: 1e-5 for weights, 1e-4 for LoRA and the like, 1e-2 for prefixes and "
+            "prompts. The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "
+            "5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes."
         },
     )
     lr_scheduler_type: str = field(
@@ -98,7 +99,10 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_eps: None | str | float = field(  # noqa: RUF036
         default="auto",
-        metadata={"help": "Distance of a probe along the direction; auto is 1e-3 for weights and 1e-2 for adapters."},
+        metadata={
+            "help": "Distance of a probe along the direction; auto is MeZO's: 1e-3 for weights (low_rank, full, and PEFT's "
+            "LN tuning and the like), 1e-2 for LoRA, DoRA, IA3 and other adapters, 1e-1 for prefixes and prompts."
+        },
     )
     zo_estimator: str = field(
         default="two_point", metadata={"help": "How losses become projected gradients: two_point."}

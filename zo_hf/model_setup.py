@@ -11,6 +11,7 @@ from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, LowRank, Norms, Scales, Subspace
 from zo_hf.subspaces.lora import check_peft
+from zo_hf.subspaces.peft_methods import refuse_what_needs_gradients
 from zo_hf.subspaces.sites import find_sites
 
 
@@ -47,6 +48,8 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
             f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
             "peft.get_peft_model, or use zo_subspace='low_rank'."
         )
+    if subspace_name(model, args) == "adapter":
+        refuse_what_needs_gradients(model)
     if is_quantized(model):
         _check_quantized(model, args)
     elif args.zo_subspace == Scales.name:

@@ -29,6 +29,7 @@ from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
 from zo_hf.sharding import Sharding, fsdp_settings, is_sharded, is_sharded_model
 from zo_hf.subspaces import Folded, Full
+from zo_hf.subspaces.peft_methods import adds_to_the_loss, tokens_in_front
 from zo_hf.trainer_checkpoints import CheckpointsMixin
 from zo_hf.trajectory import recorder
 from zo_hf.trajectory.header import weights_hash
@@ -53,6 +54,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     optimizer: Any
     _ranks = Ranks()
     _batches_compared = False
+    _learning_rate_is_automatic = False
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -131,6 +133,9 @@ class ZOTrainerMixin(CheckpointsMixin):
         subspace = make_subspace(self.model, args, among)
         if isinstance(subspace, Full) and users is not None:
             raise ValueError("optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out.")
+        if args.learning_rate is None:
+            # Until training ends: the same arguments may be for a model of another kind next time.
+            args.learning_rate, self._learning_rate_is_automatic = subspace.default_learning_rate, True
         self.zo = zo = ZerothOrder(
             self.model,
             subspace,
@@ -146,10 +151,11 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self._sharding is not None:
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
-            "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s forward passes a step",
+            "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
             subspace.name,
             f"{subspace.dimension:,}",
             zo.estimator.eps,
+            f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
             2 * args.zo_num_directions,
         )
         if users is not None:
@@ -193,6 +199,8 @@ class ZOTrainerMixin(CheckpointsMixin):
 
     def _forget_engine(self) -> None:
         zo, self.zo = self.zo, None
+        if self._learning_rate_is_automatic:
+            self.args.learning_rate, self._learning_rate_is_automatic = None, False
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
@@ -260,12 +268,14 @@ class ZOTrainerMixin(CheckpointsMixin):
             and "labels" in inputs
             and isinstance(unwrapped, PreTrainedModel)
             and loss_kind(unwrapped) is not None
+            and not adds_to_the_loss(self.model)
         )
         if not own_loss:
             return lambda: sequential(inputs)
         scaled = self.model_accepts_loss_kwargs and num_items is not None
         factor = self._ranks.grid.data if scaled and self.args.average_tokens_across_devices else 1
-        return ModelLoss(model, unwrapped, inputs, sequential, num_items if scaled else None, factor)
+        in_front = tokens_in_front(self.model)
+        return ModelLoss(model, unwrapped, inputs, sequential, num_items if scaled else None, factor, in_front)
 
     def _loss_is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Whether a micro-batch's loss is already divided by the whole step's items, as in Trainer.training_step."""

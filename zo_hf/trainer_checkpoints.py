@@ -16,7 +16,7 @@ from zo_hf.model_setup import is_peft
 from zo_hf.quantization import is_quantized, load_weights
 from zo_hf.sharding import Sharding, gathered_state_dict
 from zo_hf.subspaces import LowRank
-from zo_hf.subspaces.lora import load_adapter, save_adapter
+from zo_hf.subspaces.lora import save_adapter, with_saved_adapter
 from zo_hf.trajectory import recorder
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -124,7 +124,7 @@ class CheckpointsMixin(_TrainerLike):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A checkpoint without tensors is replayed once there is an engine, and one that holds only an adapter is read then.
         folder = Path(resume_from_checkpoint)
-        if checkpoint.is_only_trajectory(folder):
+        if checkpoint.is_only_trajectory(folder) or checkpoint.load_adapter(model or self.model, folder):
             return
         if not is_quantized(model or self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -160,8 +160,9 @@ class CheckpointsMixin(_TrainerLike):
             self._forget_engine()
         best = Path(str(self.state.best_model_checkpoint))
         if not is_quantized(self.model):
-            super()._load_best_model()
+            if not checkpoint.load_adapter(self.model, best):
+                super()._load_best_model()
         elif checkpoint.holds_adapter(best):
-            self.model = self.model_wrapped = load_adapter(self.model, best)
+            self.model = self.model_wrapped = with_saved_adapter(self.model, best)
         else:
             load_weights(self.model, best)

@@ -17,6 +17,8 @@ from transformers.loss.loss_utils import (
     ForTokenClassification,
 )
 
+from zo_hf.probes.probe import NotBatchable
+
 IGNORED = -100
 
 # Classes whose name does not tell transformers which loss is theirs, so that it falls back to the causal one.
@@ -33,6 +35,7 @@ class ModelLoss:
         sequential: the loss as the caller computes it for one probe; the batched one must agree with it.
         num_items_in_batch: what the loss is divided by instead of this batch's own count, see Trainer.
         factor: multiplies the batched loss (what `sequential` does beyond the model's own loss).
+        in_front: how many more positions the logits have than the input, before its own.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class ModelLoss:
         sequential: Callable[[dict[str, Any]], Tensor],
         num_items_in_batch: Tensor | int | None = None,
         factor: float = 1.0,
+        in_front: int = 0,
     ) -> None:
         self._forward, self._model, self._sequential, self._factor = forward, model, sequential, factor
-        self._num_items = num_items_in_batch
-        self._inputs = only_labelled_logits(model, inputs)
+        self._num_items, self._in_front = num_items_in_batch, in_front
+        self._inputs = only_labelled_logits(model, inputs, in_front)
         self.rows = len(inputs["labels"])
 
     def __call__(self) -> Tensor:
@@ -55,6 +59,8 @@ class ModelLoss:
 
     def batched(self, copies: int) -> Tensor:
         """The losses of `copies` probes, (copies,), from one forward pass over the batch repeated that many times."""
+        if self._in_front:
+            raise NotBatchable("PEFT makes one prompt for all rows of a batch")
         inputs = {k: v for k, v in self._inputs.items() if k not in ("labels", "shift_labels")}
         logits = self._forward(**{k: self._repeat(v, copies) for k, v in inputs.items()})["logits"]
         return torch.stack([self._loss(part) for part in logits.chunk(copies)]) * self._factor
@@ -100,11 +106,11 @@ def _is_on_several_devices(model: nn.Module) -> bool:
     return len({parameter.device for parameter in model.parameters()}) > 1
 
 
-def only_labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def only_labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], in_front: int = 0) -> dict[str, Any]:
     """The inputs, with which a causal model computes logits only at positions that predict a label.
 
     The positions are those that any row of the batch needs, so that they are one slice for all rows. Left as they are
-    where the model cannot, or where most positions carry a label.
+    where the model cannot, or where most positions carry a label. `in_front` is as in `ModelLoss`.
     """
     inputs = dict(inputs)
     accepted = inspect.signature(model.forward).parameters
@@ -121,6 +127,6 @@ def only_labelled_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> d
     shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
     positions = (shifted != IGNORED).any(0).nonzero().flatten()
     if 0 < len(positions) <= shifted.shape[1] // 2:
-        inputs["logits_to_keep"] = positions
+        inputs["logits_to_keep"] = positions + in_front
         inputs["shift_labels"] = shifted[:, positions].contiguous()
     return inputs

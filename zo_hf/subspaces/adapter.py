@@ -6,14 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import Distribution
 from zo_hf.subspaces.materialised import Materialised
-from zo_hf.subspaces.shadow import run_groups
-from zo_hf.subspaces.sites import Pattern, coordinate_dtype
+from zo_hf.subspaces.peft_methods import (
+    family,
+    is_weight_of_the_model,
+    of_active_adapter,
+    refuse_what_needs_gradients,
+)
+from zo_hf.subspaces.shadow import HALF, run_groups, run_upcast
+from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import StreamOf, Subspace
 
 
@@ -21,10 +29,10 @@ class Adapter(Subspace):
     """Moves every trainable parameter itself; meant for models in which these are few.
 
     Half-precision adapter weights become float32, as PEFT itself makes them by default, so that small updates survive.
+    Where they are layers of the model (a new head, norms), these compute in float32 and are as before after training.
     """
 
     name = "adapter"
-    default_eps = 1e-2
 
     def __init__(
         self,
@@ -34,16 +42,47 @@ class Adapter(Subspace):
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_what_needs_gradients(model)
+        among = of_active_adapter(model) if among is None else among
         super().__init__(model, target_modules, exclude_modules, among, seed)
+        self.default_eps, self.default_learning_rate = family(model).eps, family(model).learning_rate
+        self._narrow: dict[nn.Module, torch.dtype] = {}
         for site in self.sites:
+            dtype = site.parameter.dtype
+            if dtype in HALF and is_weight_of_the_model(model, site.name):
+                self._keep_narrow(site, dtype)
             site.parameter.data = site.parameter.data.to(coordinate_dtype(site.parameter))
             self.coordinates[site.name] = site.parameter
         self._materialised = Materialised(self.coordinates)
 
+    def _keep_narrow(self, site: Site, dtype: torch.dtype) -> None:
+        """PEFT's own layers take inputs of any dtype; a layer of the model has to be told."""
+        for module, _ in site.uses:
+            if next(module.children(), None) is not None:
+                raise ValueError(
+                    f"{site.name} is {dtype} in a layer that holds others, and small updates of it would be lost; load "
+                    "the model in float32."
+                )
+            self._narrow[module] = dtype
+
+    def detach(self) -> None:
+        super().detach()
+        for site in self.sites:
+            for module, _ in site.uses:
+                if module in self._narrow:
+                    site.parameter.data = site.parameter.data.to(self._narrow[module])
+
     def moved(self, module: nn.Module) -> bool:
-        return bool(self.probes)
+        return bool(self.probes) or module in self._narrow
 
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        if module in self._narrow:
+            return run_upcast(partial(self._forward, module, original), self._narrow[module], args, kwargs)
+        return self._forward(module, original, args, kwargs)
+
+    def _forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        if not self.probes:
+            return original(*args, **kwargs)
         holders = self._holders[module]
 
         def parameters(group: int) -> dict:

@@ -88,7 +88,7 @@ def with_adapter(model: nn.Module, weights: AdapterWeights, rank: int) -> nn.Mod
     return wrapped.eval()
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model inside a PEFT model that has the adapter saved in a folder."""
     from peft import PeftModel
 

@@ -27,7 +27,7 @@ from zo_hf.directions import GAUSSIAN, NoiseLayout, Purpose, Stream
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.lora import check_expressible, is_expressible, with_adapter
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
-from zo_hf.subspaces.shadow import HALF, run_groups
+from zo_hf.subspaces.shadow import HALF, held, run_groups
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
 
@@ -155,9 +155,7 @@ class LowRank(Folded):
             return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
-            return {
-                name: self._moved_parameter(site, module._parameters[name], group) for name, site in holders.items()
-            }
+            return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}
 
         return run_groups(module, parameters, max(1, len(self.probes)), self.rows_per_probe, args, kwargs)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.quantization import QuantizedLayer
+from zo_hf.subspaces.owners import Owners
 
 Pattern = str | Sequence[str] | None
 
@@ -23,7 +24,7 @@ class Site:
     Args:
         name: its first name in `model.named_parameters()`; tied weights have one site.
         parameter: the parameter itself.
-        uses: every (module, attribute) that holds it.
+        uses: every module whose forward reads it, with its name there; dotted where a child module holds it.
         layer: what reads and writes it where it is quantised, and `parameter` only its codes.
     """
 
@@ -79,6 +80,7 @@ def find_sites(
         ValueError: nothing is selected, or a selected parameter cannot be perturbed inside its module's forward.
     """
     allowed = None if among is None else {id(parameter) for parameter in among}
+    owners = Owners(model)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
@@ -94,7 +96,7 @@ def find_sites(
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
             first.setdefault(id(parameter), (name, parameter))
-            uses.setdefault(id(parameter), []).append((module, attribute))
+            uses.setdefault(id(parameter), []).extend(owners.of(module, attribute))
     sites = [
         Site(name, parameter, tuple(uses[key]), layers.get(key))
         for key, (name, parameter) in first.items()
@@ -130,6 +132,10 @@ def _matches(name: str, pattern: str | Sequence[str]) -> bool:
 def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
     wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
     adapters_of_parameters = {m for wrapper in wrappers for m in (*wrapper.lora_A.values(), *wrapper.lora_B.values())}
+    attentions: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.MultiheadAttention)
+    ]
+    adapters_of_attention = {m for layer in attentions for m in layer.modules()}
     for site in sites:
         for module, _ in site.uses:
             reason = None
@@ -137,6 +143,8 @@ def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
                 reason = "torch's MultiheadAttention reads it outside of any module's forward"
             elif module in adapters_of_parameters:
                 reason = "PEFT adds this LoRA to a parameter, e.g. of experts, outside of any module's forward"
+            elif module in adapters_of_attention:
+                reason = "PEFT writes it into the attention's weights"
             elif isinstance(module, nn.RNNBase):
                 reason = "torch's fused recurrent layers read it from a flattened buffer"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:

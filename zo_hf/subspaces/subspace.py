@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zo_hf.directions import Distribution, Stream
 from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.quantization import quantized_layers
+from zo_hf.subspaces.shadow import Entry
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
 
 StreamOf = Callable[[int], Stream]
@@ -34,8 +35,9 @@ class Subspace:
 
     #: The name used in options.
     name: str
-    #: ε and what it multiplies are MeZO's: 1e-3 for weights, 1e-2 for LoRA.
+    #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
     default_eps = 1e-3
+    default_learning_rate = 1e-5
     #: Largest magnitude of c; 0 does not clip.
     default_max_projected_grad = 0.0
     #: Whether the weights of quantised layers are among what moves.
@@ -85,14 +87,14 @@ class Subspace:
             key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
             previous = module.__dict__.get(key)
             # A partial, not a closure: a deep copy of the model then gets entries that belong to the copy.
-            module.__dict__[key] = functools.partial(_entered_forward, self, module, previous)
+            module.__dict__[key] = Entry(_entered_forward, self, module, previous)
 
     def detach(self) -> None:
         """Leave every forward as it was before `attach`."""
         for module in self._entered():
             for key in ("_old_forward", "forward"):
                 entry = module.__dict__.get(key)
-                if isinstance(entry, functools.partial) and entry.func is _entered_forward:
+                if isinstance(entry, Entry):
                     if entry.args[2] is None:
                         del module.__dict__[key]
                     else:

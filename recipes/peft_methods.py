@@ -1,0 +1,223 @@
+"""Train PEFT's methods on the same sentences with forward passes only, and say what each ends at.
+
+    python recipes/peft_methods.py                                     # SmolLM2-135M, embedded; needs no hub
+    python recipes/peft_methods.py --model MODEL --output out/peft     # another causal model, a folder or a name
+
+Every method first takes a few steps with each of several learning rates, multiples of its family's default. The one with
+the lowest loss then trains from the start. Losses are the cross entropy of the label word over the whole vocabulary, on
+held-out sentences. OUTPUT gets runs.jsonl, from which a run that was interrupted continues, table.md and losses.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+)
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.subspaces.peft_methods import family
+from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.data import embedded_reviews
+from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, encode_example, label_token_ids
+
+CAUSAL = TaskType.CAUSAL_LM
+ATTENTION = ["q_proj", "v_proj"]
+METHODS = {
+    "LoRA": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
+    "LN tuning": lambda: LNTuningConfig(
+        target_modules=["input_layernorm", "post_attention_layernorm"], task_type=CAUSAL
+    ),
+    "prefix tuning": lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type=CAUSAL),
+    "prompt tuning": lambda: PromptTuningConfig(num_virtual_tokens=5, task_type=CAUSAL),
+    "IA3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type=CAUSAL
+    ),
+    "DoRA": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, use_dora=True, task_type=CAUSAL),
+    "VeRA": lambda: VeraConfig(r=64, target_modules=["q_proj"], task_type=CAUSAL),
+    "p-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=64, task_type=CAUSAL),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a causal model with Llama's layers; default: the embedded SmolLM2-135M")
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help="which to train")
+    add("--steps", type=int, default=300, help="steps of the full run (%(default)s)")
+    add("--trial-steps", type=int, default=40, help="steps with each learning rate (%(default)s)")
+    add("--factors", type=float, nargs="+", default=[0.3, 1, 3, 10], help="of the default learning rate (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sentences a step (%(default)s)")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("out/peft_methods"), help="folder for results (%(default)s)")
+    return parser.parse_args()
+
+
+class Bench:
+    """The model, the sentences, and what has been run so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.path = args.model or str(default_model())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        sentences = embedded_reviews(512, 128, args.seed, words=range(8, 11))
+        label_ids = label_token_ids(self.tokenizer, PROMPT_A)
+        self.train, self.held_out = (
+            Dataset.from_list(
+                [encode_example(self.tokenizer, PROMPT_A, row["text"], label_ids[row["label"]], 40) for row in rows]
+            )
+            for rows in (sentences.train, sentences.held_out)
+        )
+        args.output.mkdir(parents=True, exist_ok=True)
+        self.log = args.output / "runs.jsonl"
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.done = {self._key(run): run for run in map(json.loads, lines)}
+
+    def run(self, method: str, factor: float, steps: int) -> dict[str, Any]:
+        """Train with `factor` times the method's default learning rate, or look up the run that did."""
+        asked = {"model": self.path, "method": method, "factor": factor, "steps": steps, "seed": self.args.seed}
+        asked["batch_size"] = self.args.batch_size
+        if self._key(asked) not in self.done:
+            run = asked | self._train(method, factor, steps)
+            with self.log.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            self.done[self._key(run)] = run
+        return self.done[self._key(asked)]
+
+    def _key(self, run: dict[str, Any]) -> tuple:
+        return tuple(run[name] for name in ("model", "method", "factor", "steps", "seed", "batch_size"))
+
+    def _train(self, method: str, factor: float, steps: int) -> dict[str, Any]:
+        torch.manual_seed(self.args.seed)
+        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        model = get_peft_model(base, METHODS[method]())
+        rate = factor * family(model).learning_rate
+        config = ZOConfig(
+            output_dir=str(self.args.output / "trainer"),
+            learning_rate=rate,
+            max_steps=steps,
+            per_device_train_batch_size=self.args.batch_size,
+            per_device_eval_batch_size=64,
+            seed=self.args.seed,
+            save_strategy="no",
+            logging_steps=10,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        collator = LabelWordCollator(self.tokenizer, base)
+        data = {"train_dataset": self.train, "eval_dataset": self.held_out, "data_collator": collator}
+        stop = _StopWhenLost()
+        trainer = ZOTrainer(model, config, **data, callbacks=[stop])
+        before = trainer.evaluate()["eval_loss"]
+        stop.limit = 2 * before
+        started = time.perf_counter()
+        trainer.train()
+        curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "learning_rate": rate,
+            "eps": 0.0 if stop.eps is None else stop.eps,
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "before": before,
+            "after": trainer.evaluate()["eval_loss"],
+            "seconds": time.perf_counter() - started,
+            "losses": curve,
+        }
+
+
+class _StopWhenLost(TrainerCallback):
+    """Ends a run whose loss has left for good; also notes the distance of its probes."""
+
+    limit = math.inf
+    eps: float | None = None
+
+    def on_train_begin(self, args: ZOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.eps = family(model).eps if args.zo_eps == "auto" else float(args.zo_eps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        control.should_training_stop |= not logs.get("loss", 0.0) < self.limit
+
+
+def write_table(runs: list[dict[str, Any]], folder: Path) -> str:
+    """A row for each method's full run."""
+    lines = [
+        "| method | weights that move | ε | learning rate | loss before | after |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {run['method']} | {run['parameters']:,} | {run['eps']:g} | {run['learning_rate']:g} "
+        f"| {run['before']:.3f} | {run['after']:.3f} |"
+        for run in runs
+    ]
+    table = "\n".join(lines) + "\n"
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Training loss against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for run in runs:
+        steps, losses = zip(*run["losses"], strict=True)
+        axes.plot(steps, losses, label=f"{run['method']}, {run['learning_rate']:g}")
+    axes.set_xlabel("steps of two forward passes")
+    axes.set_ylabel("training loss, mean of ten steps")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    bench = Bench(args)
+    runs: list[dict[str, Any]] = []
+    with tqdm(total=len(args.methods) * (len(args.factors) + 1), unit="run") as bar:
+        for method in args.methods:
+            trials = []
+            for factor in args.factors:
+                bar.set_description(f"{method}, learning rate x {factor:g}")
+                trials.append(bench.run(method, factor, args.trial_steps))
+                bar.update()
+            best = min(trials, key=lambda run: run["after"] if math.isfinite(run["after"]) else math.inf)
+            bar.set_description(f"{method}, {args.steps} steps")
+            runs.append(bench.run(method, best["factor"], args.steps))
+            bar.update()
+            write_table(runs, args.output)
+    print(write_table(runs, args.output))
+    try:
+        plot(runs, args.output / "losses.png")
+    except ImportError:
+        print("no plot: install matplotlib for losses.png")
+
+
+if __name__ == "__main__":
+    main()
