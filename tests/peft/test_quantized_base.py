@@ -15,6 +15,7 @@ from tests.conftest import causal_batch, seeded, tiny_llama
 from tests.peft.test_methods import own_loss
 from tests.subspaces.helpers import direction, sgd
 from tests.trainer.runs import make_trainer
+from zo_hf.quantization import quantized_layers
 from zo_hf.zeroth_order import ZerothOrder
 
 pytest.importorskip("bitsandbytes")
@@ -63,8 +64,10 @@ def test_probes_and_steps_leave_the_codes(form: str, adapter: str, tmp_path: Pat
     """And a probe's loss is that of another model in which the adapter's weights are written."""
     model, written = (quantized(tmp_path / "base", form, adapter) for _ in range(2))
     batch = causal_batch()
-    with torch.no_grad():
-        model(**batch), written(**batch)  # the first forward of an int8 layer moves its codes to another place
+    for module, layer in quantized_layers(written).items():
+        if layer.rounds_activations:  # probes take the exact product
+            module.__dict__["forward"] = layer.forward
+    quantized_layers(model)  # which moves int8 codes to where they stay
     codes = codes_of(model)
     assert any(t.dtype in (torch.int8, torch.uint8) for t in codes.values())
     zo = ZerothOrder(model, "adapter", eps=1e-2, num_directions=2, batched=False)
@@ -88,9 +91,10 @@ def test_probes_and_steps_leave_the_codes(form: str, adapter: str, tmp_path: Pat
         assert torch.equal(after[name], tensor), name
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
-def test_batched_probes_give_the_losses_of_sequential_ones(adapter: str, tmp_path: Path) -> None:
-    model = quantized(tmp_path / "base", "nf4", adapter)
+@pytest.mark.parametrize(("form", "adapter"), [("nf4", "lora"), ("nf4", "dora"), ("nf4", "ia3"), ("int8", "lora")])
+def test_batched_probes_give_the_losses_of_sequential_ones(form: str, adapter: str, tmp_path: Path) -> None:
+    """In int8 too: which columns of its inputs bitsandbytes takes for outliers depends on the other rows, but not here."""
+    model = quantized(tmp_path / "base", form, adapter)
     loss = own_loss(model, causal_batch())
     zo = ZerothOrder(model, "adapter", num_directions=2, eps=0.05)
     losses = []
@@ -101,21 +105,10 @@ def test_batched_probes_give_the_losses_of_sequential_ones(adapter: str, tmp_pat
     assert torch.allclose(losses[0], losses[1], rtol=0, atol=1e-5)
 
 
-def test_int8_layers_that_see_all_rows_at_once_are_noticed(tmp_path: Path) -> None:
-    """A column of activations with an outlier in any row is multiplied in another precision, for all rows."""
-    model = quantized(tmp_path / "base", "int8", "lora")
-    loss = own_loss(model, causal_batch())
-    zo = ZerothOrder(model, "adapter", num_directions=2, eps=0.05, batched=False)
-    expected = zo.probe(loss)
-    zo.discard()
-    zo.evaluator.batched = None
-    assert torch.allclose(zo.probe(loss), expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_trainer_trains_it_and_peft_loads_it(form: str, tmp_path: Path) -> None:
     model = quantized(tmp_path / "base", form, "lora", moved=0.0)
-    options = {"zo_normalize": True, "zo_num_directions": 4, "learning_rate": 0.02, "max_steps": 30}
+    options = {"zo_normalize": True, "zo_num_directions": 4, "learning_rate": 0.02, "max_steps": 60}
     trainer = make_trainer(tmp_path / "out", model, **options)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
