@@ -11,7 +11,6 @@ held-out sentences. OUTPUT gets runs.jsonl, from which a run that was interrupte
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -37,13 +35,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.data import embedded_reviews
-from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, encode_example, label_token_ids
+from zo_hf.tasks.experiments import FinishedRuns, encoded_reviews
+from zo_hf.tasks.prompts import LabelWordCollator
 
 CAUSAL = TaskType.CAUSAL_LM
 ATTENTION = ["q_proj", "v_proj"]
 METHODS = {
     "LoRA": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
+    "LoRA, B alone": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
     "LN tuning": lambda: LNTuningConfig(
         target_modules=["input_layernorm", "post_attention_layernorm"], task_type=CAUSAL
     ),
@@ -57,6 +56,10 @@ METHODS = {
     "p-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=64, task_type=CAUSAL),
 }
 
+# Options of ZOConfig beside the learning rate.
+OPTIONS: dict[str, dict[str, Any]] = {"LoRA, B alone": {"zo_exclude_modules": ["lora_A.default"]}}
+ASKED = ("model", "method", "factor", "steps", "seed", "batch_size")
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +70,13 @@ def arguments() -> argparse.Namespace:
     add("--trial-steps", type=int, default=40, help="steps with each learning rate (%(default)s)")
     add("--factors", type=float, nargs="+", default=[0.3, 1, 3, 10], help="of the default learning rate (%(default)s)")
     add("--batch-size", type=int, default=8, help="sentences a step (%(default)s)")
-    add("--seed", type=int, default=0)
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="each trains with the rate that the first chose (%(default)s)",
+    )
     add("--output", type=Path, default=Path("out/peft_methods"), help="folder for results (%(default)s)")
     return parser.parse_args()
 
@@ -117,16 +126,17 @@ class Bench:
             max_steps=steps,
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=64,
-            seed=self.args.seed,
+            seed=seed,
             save_strategy="no",
             logging_steps=10,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             remove_unused_columns=False,
+            **OPTIONS.get(method, {}),
         )
         collator = LabelWordCollator(self.tokenizer, base)
-        data = {"train_dataset": self.train, "eval_dataset": self.held_out, "data_collator": collator}
+        data = {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
         stop = _StopWhenLost()
         trainer = ZOTrainer(model, config, **data, callbacks=[stop])
         before = trainer.evaluate()["eval_loss"]
@@ -160,14 +170,14 @@ class _StopWhenLost(TrainerCallback):
 
 
 def write_table(runs: list[dict[str, Any]], folder: Path) -> str:
-    """A row for each method's full run."""
+    """A row for each full run."""
     lines = [
         "| method | weights that move | ε | learning rate | loss before | after |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {run['method']} | {run['parameters']:,} | {run['eps']:g} | {run['learning_rate']:g} "
-        f"| {run['before']:.3f} | {run['after']:.3f} |"
+        f"| {run['seed']} | {run['before']:.3f} | {run['after']:.3f} |"
         for run in runs
     ]
     table = "\n".join(lines) + "\n"
@@ -183,7 +193,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for run in runs:
+    for run in (run for run in runs if run["seed"] == runs[0]["seed"]):
         steps, losses = zip(*run["losses"], strict=True)
         axes.plot(steps, losses, label=f"{run['method']}, {run['learning_rate']:g}")
     axes.set_xlabel("steps of two forward passes")
@@ -200,17 +210,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     bench = Bench(args)
     runs: list[dict[str, Any]] = []
-    with tqdm(total=len(args.methods) * (len(args.factors) + 1), unit="run") as bar:
+    with tqdm(total=len(args.methods) * (len(args.factors) + len(args.seeds)), unit="run") as bar:
         for method in args.methods:
             trials = []
             for factor in args.factors:
                 bar.set_description(f"{method}, learning rate x {factor:g}")
-                trials.append(bench.run(method, factor, args.trial_steps))
+                trials.append(bench.run(method, factor, args.seeds[0], args.trial_steps))
                 bar.update()
             best = min(trials, key=lambda run: run["after"] if math.isfinite(run["after"]) else math.inf)
-            bar.set_description(f"{method}, {args.steps} steps")
-            runs.append(bench.run(method, best["factor"], args.steps))
-            bar.update()
+            for seed in args.seeds:
+                bar.set_description(f"{method}, seed {seed}, {args.steps} steps")
+                runs.append(bench.run(method, best["factor"], seed, args.steps))
+                bar.update()
             write_table(runs, args.output)
     print(write_table(runs, args.output))
     try:
