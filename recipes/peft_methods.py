@@ -88,35 +88,21 @@ class Bench:
         self.args = args
         self.path = args.model or str(default_model())
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        sentences = embedded_reviews(512, 128, args.seed, words=range(8, 11))
-        label_ids = label_token_ids(self.tokenizer, PROMPT_A)
-        self.train, self.held_out = (
-            Dataset.from_list(
-                [encode_example(self.tokenizer, PROMPT_A, row["text"], label_ids[row["label"]], 40) for row in rows]
-            )
-            for rows in (sentences.train, sentences.held_out)
-        )
-        args.output.mkdir(parents=True, exist_ok=True)
-        self.log = args.output / "runs.jsonl"
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        self.done = {self._key(run): run for run in map(json.loads, lines)}
+        self.finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
 
-    def run(self, method: str, factor: float, steps: int) -> dict[str, Any]:
+    def run(self, method: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
         """Train with `factor` times the method's default learning rate, or look up the run that did."""
-        asked = {"model": self.path, "method": method, "factor": factor, "steps": steps, "seed": self.args.seed}
-        asked["batch_size"] = self.args.batch_size
-        if self._key(asked) not in self.done:
-            run = asked | self._train(method, factor, steps)
-            with self.log.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-            self.done[self._key(run)] = run
-        return self.done[self._key(asked)]
+        values = (self.path, method, factor, steps, seed, self.args.batch_size)
+        asked = dict(zip(ASKED, values, strict=True))
+        found = self.finished.find(asked)
+        if found is None:
+            found = asked | self._train(method, factor, seed, steps)
+            self.finished.add(found)
+        return found
 
-    def _key(self, run: dict[str, Any]) -> tuple:
-        return tuple(run[name] for name in ("model", "method", "factor", "steps", "seed", "batch_size"))
-
-    def _train(self, method: str, factor: float, steps: int) -> dict[str, Any]:
-        torch.manual_seed(self.args.seed)
+    def _train(self, method: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
+        train, held_out = encoded_reviews(self.tokenizer, 512, 128, seed, words=range(8, 11))
+        torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         model = get_peft_model(base, METHODS[method]())
         rate = factor * family(model).learning_rate
@@ -172,8 +158,8 @@ class _StopWhenLost(TrainerCallback):
 def write_table(runs: list[dict[str, Any]], folder: Path) -> str:
     """A row for each full run."""
     lines = [
-        "| method | weights that move | ε | learning rate | loss before | after |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| method | weights that move | ε | learning rate | seed | loss before | after |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {run['method']} | {run['parameters']:,} | {run['eps']:g} | {run['learning_rate']:g} "
