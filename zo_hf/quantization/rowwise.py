@@ -65,7 +65,9 @@ class RowwiseInt8(QuantizedLayer):
         return self.shape[:1]
 
     def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
-        output, factors = original(x), log_scales.exp()[:, None].to(x.dtype)
+        # Never in half precision, where exp(ξ) of a small ξ is 1.
+        factors = log_scales.to(torch.promote_types(x.dtype, torch.float32)).exp()[:, None]
+        output = original(x)
         if self.bias is None:
             return output.mul_(factors)
         bias = self.bias.to(output.dtype)
