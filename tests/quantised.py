@@ -19,6 +19,11 @@ FORMATS = ["int8", "nf4", "nf4 nested", "fp4", *(["torchao"] if HAS_TORCHAO else
 
 def quantised_linear(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
     """A linear layer of one of `FORMATS`. weight: (m, n)"""
+    with torch.random.fork_rng():  # what a new layer draws for itself is replaced
+        return _quantised_linear(weight, bias, kind)
+
+
+def _quantised_linear(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
     import bitsandbytes as bnb
 
     (m, n), with_bias = weight.shape, bias is not None
@@ -80,7 +85,7 @@ def dequantised(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     for name, module in list(model.named_modules()):
         layer = quantized_layers(module).get(module)
         if layer is not None:
-            linear = nn.Linear(layer.shape[1], layer.shape[0], bias=layer.bias is not None)
+            linear = nn.utils.skip_init(nn.Linear, layer.shape[1], layer.shape[0], bias=layer.bias is not None)
             linear.weight.data = decoded(layer).to(dtype)
             if layer.bias is not None:
                 linear.bias.data = layer.bias.detach().clone().to(dtype)

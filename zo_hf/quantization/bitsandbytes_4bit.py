@@ -89,14 +89,14 @@ class BitsAndBytes4Bit(QuantizedLayer):
         outputs = []
         for part, own in zip(x, log_scales, strict=True):
             state = copy.copy(self._state)
-            state.absmax, state.nested, state.state2, state.offset = scales * own.exp(), False, None, None
+            state.absmax, state.nested, state.state2, state.offset = (scales * own.exp()).float(), False, None, None
             outputs.append(self._product(part, state))
         output = torch.stack(outputs)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
         absmax = storage["weight.absmax"]
-        exact = self._scales(storage, 0, self.shape.numel()) * log_scales.to(absmax.device).exp()
+        exact = (self._scales(storage, 0, self.shape.numel()) * log_scales.to(absmax.device).exp()).float()
         if self._state.nested:
             centred, largest = exact - self._state.offset.to(exact.device), storage["weight.nested_absmax"]
             padded = torch.nn.functional.pad(centred.abs(), (0, -len(centred) % _NESTED_BLOCK))

@@ -48,9 +48,11 @@ class Scales(Folded):
         seed: int = 0,
     ) -> None:
         super().__init__(model, 0, target_modules, exclude_modules, among, seed)
+        is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+        dtype = torch.float64 if is_double else torch.float32
         for site in self.sites:
             assert site.layer is not None
-            zeros = torch.zeros(site.layer.scale_shape, device=site.parameter.device)
+            zeros = torch.zeros(site.layer.scale_shape, dtype=dtype, device=site.parameter.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._begin()
 
