@@ -34,6 +34,8 @@ class BitsAndBytes4Bit(QuantizedLayer):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         module.support_avx512bf16_for_cpu = False
+        if self.bias is not None and module.compute_type_is_set:  # what its first forward would do
+            self.bias.data = self.bias.data.to(module.compute_dtype)
         state = self._state
         if getattr(state, "packing_format_for_cpu", False):  # set by bitsandbytes when it packs
             _unpack(module)
