@@ -86,7 +86,9 @@ class BitsAndBytes4Bit(QuantizedLayer):
     def scale_shape(self) -> torch.Size:
         return self._state.absmax.shape
 
-    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
+    def scaled_forward(
+        self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor, exact: bool
+    ) -> Tensor:
         scales = self._scales(self.storage(), 0, self.shape.numel())
         outputs = []
         for part, own in zip(x, log_scales, strict=True):

@@ -97,13 +97,16 @@ class QuantizedLayer:
         """Of the layer's own scales."""
         raise NotImplementedError(self.format)
 
-    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
+    def scaled_forward(
+        self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor, exact: bool
+    ) -> Tensor:
         """The layer's output with every scale multiplied by exp(log_scale), for groups of rows with scales of their own.
 
         Args:
             original: the layer's output as it is.
             x: (groups, rows, n); the result is (groups, rows, m).
             log_scales: (groups, *scale_shape), float32.
+            exact: whether scales that differ by 1e-3 must differ in the output, on average, in half precision too.
         """
         raise NotImplementedError(self.format)
 

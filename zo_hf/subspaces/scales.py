@@ -87,7 +87,10 @@ class Scales(Folded):
         groups = max(1, len(self.probes))
         require_equal_parts(x, groups)
         output = site.layer.scaled_forward(
-            original, x.reshape(groups, -1, x.shape[-1]), self._materialised.at_point(site.name)
+            original,
+            x.reshape(groups, -1, x.shape[-1]),
+            self._materialised.at_point(site.name),
+            exact=bool(self.probes),
         )
         return output.view(*x.shape[:-1], -1)
 
