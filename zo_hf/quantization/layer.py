@@ -39,6 +39,9 @@ class QuantizedLayer:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.shape = torch.Size((module.out_features, module.in_features))
+        # For a weight that is no parameter: its device, and something that is the same as long as this object is there.
+        device = next((b.device for b in module._buffers.values() if b is not None), None)
+        self.stand_in = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     @property
     def bias(self) -> nn.Parameter | None:
