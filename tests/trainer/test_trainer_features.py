@@ -263,10 +263,11 @@ def test_an_iterable_dataset_is_read_again_until_max_steps(tmp_path: Path) -> No
 # The Hub.
 
 
-def test_checkpoints_are_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Nothing leaves the machine; returns what is uploaded: repository, message, folder in it, names of files."""
     from huggingface_hub import HfApi
 
-    uploads = []
+    uploads: list[tuple] = []
 
     def create_repo(self: HfApi, repo_id: str, **kwargs: Any) -> Any:
         return SimpleNamespace(repo_id=f"someone/{repo_id}")
@@ -280,6 +281,11 @@ def test_checkpoints_are_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+def test_checkpoints_are_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = fake_hub(monkeypatch)
     options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 2}
     trainer = trained(tmp_path / "tiny", **options)
     trainer.push_to_hub(commit_message="End of training")
