@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes.functional
@@ -78,7 +79,7 @@ def test_tiles_are_parts_of_the_whole(kind: str, shape: tuple[int, int], monkeyp
         monkeypatch.setattr(f"zo_hf.quantization.{module}.TILE", 130)
     tiles = list(layer.tiles())
     assert tiles[0][0] == 0 and tiles[-1][1] == shape[0]
-    assert all(before[1] == after[0] for before, after in zip(tiles, tiles[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(tiles))
     assert torch.equal(torch.cat([layer.dequantise(layer.storage(), *tile) for tile in tiles]), whole)
     change = normal(*shape, seed=3, size=0.01)
     in_tiles, _ = written(layer, whole + change)

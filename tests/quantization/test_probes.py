@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt
 from tests.quantised import FORMATS, count_calls, dequantised, parts_of, quantise
+from tests.subspaces.helpers import direction
 from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.quantization import QuantizedLayer, quantized_layers, stored_tensors
 from zo_hf.quantization.rowwise import RowwiseInt8
@@ -90,22 +91,20 @@ def test_probes_see_the_model_that_the_codes_stand_for(kind: str, way: str) -> N
 
 
 def scaled_by_hand(zo: ZerothOrder, plain: nn.Module) -> list[float]:
-    named, clean = dict(plain.named_parameters()), {}
+    """c of every direction, from the plain weights times exp(±ε·z)."""
+    weights = {site.name: plain.get_submodule(site.name.removesuffix(".weight")).weight for site in zo.subspace.sites}
+    clean, eps = copies(weights), zo.estimator.eps
     found = []
     for index in range(4):
+        z = direction(zo.subspace, index=index)
         losses = []
         for sign in (1, -1):
-            for site in zo.subspace.sites:
-                weight = clean.setdefault(site.name, named[site.name].detach().clone())
-                block = zo.subspace.coordinates[site.name]
-                with zo.subspace.at((next(p for p in zo.estimator.probes() if p.direction == index),), zo._stream, zo.distribution):
-                    z = zo.subspace._materialised.at_point(site.name)[0] / zo.estimator.eps
-                factor = (sign * zo.estimator.eps * z.flatten()).exp()
-                assert factor.numel() == block.numel()
-                named[site.name].data = (weight.view(len(factor), -1) * factor[:, None]).view(weight.shape)
+            for name, weight in weights.items():
+                factors = (sign * eps * z[name]).exp().view(-1, 1)
+                weight.data = (clean[name].view(len(factors), -1) * factors).view(weight.shape)
             with torch.no_grad():
                 losses.append(loss_of(plain)().double().item())
-        found.append((losses[0] - losses[1]) / (2 * zo.estimator.eps))
+        found.append((losses[0] - losses[1]) / (2 * eps))
     return found
 
 

@@ -129,7 +129,11 @@ def test_a_fold_keeps_the_function_and_is_what_a_checkpoint_holds(build, dtype: 
     for name, change in expected.items():
         site = space.factored[name]
         moved = site.as_matrix(site.parameter).double() - site.as_matrix(before[name]).double()
-        tolerance = 1e-6 if dtype == torch.float32 else 2**-7 * float(site.parameter.detach().abs().max()) + 2**-8 * float(change.abs().max())
+        tolerance = (
+            1e-6
+            if dtype == torch.float32
+            else 2**-7 * float(site.parameter.detach().abs().max()) + 2**-8 * float(change.abs().max())
+        )
         assert (moved - change).abs().max() <= tolerance, name
     assert not any(c.any() for c in space.coordinates.values())
 

@@ -50,6 +50,8 @@ def test_targets_select_among_them() -> None:
 
 
 def test_a_model_without_any_is_refused_in_one_sentence() -> None:
-    message = r"^zo_subspace='norms' finds no trainable parameter of one dimension in \w+; use zo_subspace='low_rank'\.$"
+    message = (
+        r"^zo_subspace='norms' finds no trainable parameter of one dimension in \w+; use zo_subspace='low_rank'\.$"
+    )
     with pytest.raises(ValueError, match=message):
         Norms(seeded(tiny_llama), exclude_modules=r".*norm.*")

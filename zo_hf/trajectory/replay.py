@@ -147,7 +147,9 @@ def _parameters(model: nn.Module, trajectory: Trajectory) -> dict[str, nn.Parame
     """The parameters that moved, by name; without the weights of layers that have none, e.g. GPTQ's."""
     known = dict(model.named_parameters(remove_duplicate=False))
     layers, modules = quantized_layers(model), dict(model.named_modules())
-    names = [name for name in _names(trajectory) if modules.get(name.removesuffix(".weight")) not in layers or name in known]
+    names = [
+        name for name in _names(trajectory) if modules.get(name.removesuffix(".weight")) not in layers or name in known
+    ]
     for name in names:
         if name not in known:
             raise TrajectoryError(
