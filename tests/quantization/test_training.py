@@ -153,6 +153,14 @@ def test_a_checkpoint_of_factors_is_an_adapter_and_small(tmp_path: Path, base: P
     assert not names & {"model.safetensors", BASE_FILE}
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4 nested"])
+def test_a_checkpoint_of_scales_holds_the_codes_once(tmp_path: Path, base: Path, kind: str) -> None:
+    run(tmp_path, "scales", base, kind, save_strategy="steps", save_steps=2, max_steps=2)
+    with safe_open(tmp_path / "checkpoint-2" / BASE_FILE, "pt") as file:
+        names = set(file.keys())
+    assert names and not {name for name in names if name.endswith("proj.weight")}
+
+
 def test_checkpoints_of_factors_are_pushed_as_adapters(tmp_path: Path, base: Path, monkeypatch: Any) -> None:
     uploads = fake_hub(monkeypatch)
     options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 2}
@@ -167,8 +175,10 @@ def test_checkpoints_of_factors_are_pushed_as_adapters(tmp_path: Path, base: Pat
 # The command.
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["int8", "nf4 nested"])
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [(way, kind) for way in WAYS for kind in KINDS if kind == KINDS[-1] or way in ("factors", "folds")],
+)
 def test_the_command_replays_onto_a_quantised_base(tmp_path: Path, base: Path, way: str, kind: str) -> None:
     trainer = run(tmp_path / "out", way, base, kind, max_steps=4)
     expected = trainer.evaluate()["eval_loss"]

@@ -29,8 +29,10 @@ class QuantizedLayer:
         rounds_activations: whether its own forward rounds its input too, to integers. Probes that differ by 1e-3 would
             mostly see that rounding, so they take `linear` instead.
         can_requantise: whether new weights can be written.
+        code_parts: the parts of `storage` that are codes of the weight, and no scales.
     """
 
+    code_parts: tuple[str, ...] = ("weight",)
     rounds_activations = False
     can_requantise = False
     #: What it is called in messages.

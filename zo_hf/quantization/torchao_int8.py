@@ -16,6 +16,7 @@ class TorchAOInt8(RowwiseInt8):
 
     format = "int8 of torchao"
     smallest = -128
+    code_parts = ("weight.qdata",)
 
     def storage(self) -> dict[str, Tensor]:
         weight = self.module.weight

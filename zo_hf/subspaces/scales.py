@@ -94,6 +94,16 @@ class Scales(Folded):
         )
         return output.view(*x.shape[:-1], -1)
 
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Without the codes, which never change."""
+        codes = {
+            site.name.removesuffix("weight") + part
+            for site in self.sites
+            if site.layer is not None
+            for part in site.layer.code_parts
+        }
+        return {name: tensor for name, tensor in super().base_tensors().items() if name not in codes}
+
     def _fold_quantized(self, storage: dict[str, Tensor], site: Site, step: int, decay: float) -> tuple[float, float]:
         assert site.layer is not None
         log_scales = self.coordinates[site.name].detach()
