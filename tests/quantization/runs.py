@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -28,7 +29,14 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Which end as a PEFT model.
 ADAPTERS = ("adapter", "factors")
-CASES = [(way, kind) for way in WAYS for kind in KINDS]
+# By default every way in 8 and in 4 bits, and another 8-bit format where its weights are written.
+QUICK = [(way, kind) for way in WAYS for kind in ("int8", "nf4 nested")] + [
+    ("folds", "torchao"),
+    ("scales", "torchao"),
+]
+CASES = [
+    pytest.param(way, kind, marks=[] if (way, kind) in QUICK else pytest.mark.slow) for way in WAYS for kind in KINDS
+]
 
 
 def write_base(folder: Path, build: Callable[..., nn.Module] = tiny_llama, **options: Any) -> Path:
