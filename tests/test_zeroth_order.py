@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, seeded, weights_of
-from tests.subspaces.helpers import EVERY_SUBSPACE, direction
+from tests.quantised import dequantised
+from tests.subspaces.helpers import EVERY_SUBSPACE, UNQUANTISED, direction, with_scales
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.distributed import Grid, Ranks
 from zo_hf.optimizers import ScalarNormalisation, SeededSGD
@@ -34,16 +35,24 @@ class Mixed(nn.Module):
         self.embed = nn.Embedding(6, 8)
         self.conv = nn.Conv2d(1, 2, 3)
         self.norm = nn.LayerNorm(8)
-        self.out = nn.Linear(8, 1)
+        self.out = nn.Linear(8, 4)
 
     def forward(self, tokens: Tensor, pictures: Tensor) -> Tensor:
         x = self.embed(tokens) + self.conv(pictures).flatten(1)
-        return self.out(self.norm(x)).squeeze(-1)
+        return self.out(self.norm(x))
 
 
-def mixed_task(seed: int = 0) -> tuple[Mixed, Callable[[], Tensor]]:
-    """A regression whose targets come from another model of the same kind."""
-    model, teacher = seeded(Mixed, seed=seed), seeded(Mixed, seed=seed + 1)
+def mixed_task(subspace: str = "low_rank", seed: int = 0) -> tuple[Mixed, Callable[[], Tensor]]:
+    """A regression whose targets come from another model of the same kind, which the subspace can reach."""
+    model, teacher = with_scales(subspace, seeded(Mixed, seed=seed)), seeded(Mixed, seed=seed + 1)
+    generator = torch.Generator().manual_seed(7)
+    if subspace == "norms":
+        teacher = copy.deepcopy(model)
+        for parameter in (p for p in teacher.parameters() if p.ndim < 2):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator))
+    if subspace == "scales":
+        teacher = dequantised(model)
+        teacher.out.weight.data.mul_(torch.randn(4, 1, generator=generator).exp())
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 6, (32,), generator=generator)
     pictures = torch.randn(32, 1, 4, 4, generator=generator)
@@ -55,7 +64,7 @@ def mixed_task(seed: int = 0) -> tuple[Mixed, Callable[[], Tensor]]:
 def engine(
     model: nn.Module, subspace: str, lr: float, optimizer: str = "sgd", weight_decay: float = 0.0, **kwargs
 ) -> tuple[ZerothOrder, torch.optim.Optimizer]:
-    options = {"rank": 2, "fold_steps": 8} if subspace == "low_rank" else {}
+    options = {"rank": 2, "fold_steps": 8} if subspace in ("low_rank", "core") else {}
     seed = kwargs.pop("seed", 0)
     zo = ZerothOrder(model, SUBSPACES[subspace](model, seed=seed, **options), seed=seed, **kwargs)
     groups = zo.coordinates(weight_decay)
@@ -70,7 +79,7 @@ def engine(
 @EVERY_SUBSPACE
 @pytest.mark.parametrize("direction_name", DISTRIBUTIONS)
 def test_a_regression_on_every_kind_of_layer_converges(subspace: str, direction_name: str) -> None:
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     before = loss().item()
     zo, optimizer = engine(model, subspace, 3e-2, num_directions=2, direction=direction_name)
     for _ in range(150):
@@ -84,7 +93,7 @@ def test_a_regression_on_every_kind_of_layer_converges(subspace: str, direction_
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_torch_optimizers_learn_from_the_estimate(subspace: str, optimizer: str) -> None:
     """Plain SGD, momentum and AdamW work on `.grad` as they are, across folds of the coordinates."""
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     before = loss().item()
     zo, stepper = engine(model, subspace, 3e-2, optimizer, num_directions=2)
     for _ in range(150):
@@ -95,11 +104,13 @@ def test_torch_optimizers_learn_from_the_estimate(subspace: str, optimizer: str)
     assert loss().item() < 0.25 * before
 
 
-@EVERY_SUBSPACE
+@pytest.mark.parametrize("subspace", UNQUANTISED)  # in scales, which are factors, it is none
 def test_a_quadratic_reaches_its_minimum(subspace: str) -> None:
     """Central differences are exact on a quadratic, so that it converges geometrically, to rounding."""
     model = seeded(lambda: nn.Linear(6, 3), torch.float64)
     best = seeded(lambda: nn.Linear(6, 3), torch.float64, seed=1)
+    if subspace == "norms":
+        best.weight = model.weight
     x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = best(x).detach()
     zo, optimizer = engine(model, subspace, 0.2, num_directions=4)
@@ -115,7 +126,7 @@ def test_a_quadratic_reaches_its_minimum(subspace: str) -> None:
 
 
 def run(subspace: str, steps: int, **kwargs) -> tuple[dict[str, Tensor], list[float]]:
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     zo, optimizer = engine(model, subspace, 1e-2, "momentum", **kwargs)
     losses = []
     for _ in range(steps):
@@ -159,7 +170,7 @@ def test_state_dict_round_trip_continues_bit_exactly(subspace: str) -> None:
             optimizer.step()
 
     kwargs = {"normalize": True, "weight_decay": 0.1, "num_directions": 2, "optimizer": "adamw"}
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     zo, optimizer = engine(model, subspace, 1e-2, **kwargs)
     steps(zo, optimizer, loss, 27)
     weights, state, optimizer_state = copy.deepcopy((weights_of(model), zo.state_dict(), optimizer.state_dict()))
@@ -168,8 +179,9 @@ def test_state_dict_round_trip_continues_bit_exactly(subspace: str) -> None:
     steps(zo, optimizer, loss, 30)
     zo.finish()
 
-    resumed, resumed_loss = mixed_task(seed=0)
-    resumed.load_state_dict(weights)
+    resumed, resumed_loss = mixed_task(subspace)
+    for name, tensor in resumed.state_dict().items():  # live, where bitsandbytes would refuse to load
+        tensor.copy_(weights[name])
     zo2, optimizer2 = engine(resumed, subspace, 1e-2, **kwargs)
     with torch.no_grad():
         for name, coordinate in zo2.subspace.coordinates.items():
@@ -203,7 +215,7 @@ def test_state_is_plain_numbers() -> None:
 @pytest.mark.parametrize("directions", [1, 3])
 def test_the_estimate_reports_the_losses_at_the_probes(subspace: str, directions: int) -> None:
     """Their mean, and (ℓ₊ - ℓ₋)/2ε of each direction, + first."""
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     seen: list[float] = []
 
     def closure() -> Tensor:
@@ -222,7 +234,7 @@ def test_the_estimate_reports_the_losses_at_the_probes(subspace: str, directions
 @EVERY_SUBSPACE
 def test_directions_of_a_step_are_averaged(subspace: str) -> None:
     """One SGD step moves the coordinates by -η/q · Σ cᵢ·zᵢ."""
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     zo, optimizer = engine(model, subspace, 1e-2, num_directions=5)
     before = {name: c.detach().clone() for name, c in zo.subspace.coordinates.items()}
     estimate = zo.estimate(loss)
@@ -236,7 +248,7 @@ def test_directions_of_a_step_are_averaged(subspace: str) -> None:
 @EVERY_SUBSPACE
 def test_micro_batches_add_up_to_the_step(subspace: str) -> None:
     """Two halves with weight ½ give the estimate of the whole: probes are at the same points for each."""
-    model = seeded(lambda: nn.Linear(5, 4), torch.float64)
+    model = with_scales(subspace, seeded(lambda: nn.Sequential(nn.Linear(5, 4)), torch.float64))
     x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     zo, _ = engine(model, subspace, 0.0, num_directions=2)
     whole = zo.estimate(lambda: model(x).sin().mean())
@@ -291,7 +303,7 @@ def test_normalised_steps_do_not_depend_on_the_scale_of_the_loss(subspace: str) 
     """A loss in other units gives the same run; without normalisation it would not."""
     weights = []
     for scale in (1.0, 1024.0):
-        model, loss = mixed_task()
+        model, loss = mixed_task(subspace)
         zo, optimizer = engine(model, subspace, 1e-3, normalize=True, num_directions=2)
         for _ in range(10):
             zo.estimate(lambda loss=loss, scale=scale: loss() * scale)
@@ -300,7 +312,7 @@ def test_normalised_steps_do_not_depend_on_the_scale_of_the_loss(subspace: str) 
         weights.append(weights_of(model))
     for name, value in weights[0].items():
         assert torch.allclose(weights[1][name], value, atol=1e-6), name
-    start = weights_of(mixed_task()[0])
+    start = weights_of(mixed_task(subspace)[0])
     assert any((weights[0][name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
@@ -316,7 +328,7 @@ def test_a_non_finite_loss_moves_nothing(subspace: str, optimizer: str, bad: flo
 
     The step is counted, and the next one goes on with directions of its own.
     """
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     zo, stepper = engine(
         model, subspace, 1e-2, optimizer, weight_decay=0.1, num_directions=2, normalize=True, batched=False
     )
@@ -349,7 +361,7 @@ def test_a_non_finite_loss_moves_nothing(subspace: str, optimizer: str, bad: flo
 @EVERY_SUBSPACE
 def test_a_difference_that_overflows_is_skipped(subspace: str) -> None:
     """Finite losses whose c is not."""
-    model, _ = mixed_task()
+    model, _ = mixed_task(subspace)
     zo, _ = engine(model, subspace, 1e-2, batched=False)
     values = iter([1e308, -1e308])
     assert not zo.estimate(lambda: torch.tensor(next(values), dtype=torch.float64)).is_finite
@@ -370,14 +382,15 @@ def test_unknown_names_say_what_there_is() -> None:
 
 @EVERY_SUBSPACE
 def test_eps_defaults_to_the_subspaces_own(subspace: str) -> None:
-    assert ZerothOrder(nn.Linear(8, 8), subspace).estimator.eps == SUBSPACES[subspace].default_eps
-    assert ZerothOrder(nn.Linear(8, 8), subspace, eps=0.5).estimator.eps == 0.5
+    for given, expected in ((None, SUBSPACES[subspace].default_eps), (0.5, 0.5)):
+        model = with_scales(subspace, nn.Sequential(nn.Linear(8, 8)))
+        assert ZerothOrder(model, subspace, eps=given).estimator.eps == expected
 
 
 @EVERY_SUBSPACE
 def test_training_mode_is_left_alone(subspace: str) -> None:
     """The engine does not decide about dropout: that is the caller's."""
-    model, loss = mixed_task()
+    model, loss = mixed_task(subspace)
     for training in (True, False):
         model.train(training)
         zo, optimizer = engine(model, subspace, 1e-2)

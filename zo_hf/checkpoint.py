@@ -3,7 +3,7 @@
     model.safetensors              the model of that step, coordinates folded in: loads with `from_pretrained`
     zo_state.json                  the engine's numbers, and the settings they belong to
     zo_coordinates.safetensors     the coordinates
-    zo_base.safetensors            the weights as of the last fold; only where the coordinates are not zero
+    zo_base.safetensors            the weights as of the last fold; only where the coordinates are not zero, and are folded
 
 At a step that folds, the coordinates are zero and the model itself is the base: nothing large is written twice. Several
 checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
@@ -112,7 +112,9 @@ class CheckpointWriter:
         """
         subspace = zo.subspace
         base: dict[str, Tensor] = {}
-        if learning_rates is None and isinstance(subspace, Folded) and not subspace.at_origin:
+        # What becomes an adapter never writes its base, and nothing else does.
+        keeps_base = isinstance(subspace, LowRank) and subspace.becomes_adapter
+        if learning_rates is None and isinstance(subspace, Folded) and not subspace.at_origin and not keeps_base:
             base = subspace.base_state()
         if not write:
             return
@@ -124,7 +126,8 @@ class CheckpointWriter:
             state["at_origin"] = subspace.at_origin
             if not subspace.at_origin:
                 save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
-                self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
+                if base:
+                    self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
         elif isinstance(subspace, Adapter):
             # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)

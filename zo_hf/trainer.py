@@ -125,7 +125,8 @@ class ZOTrainerMixin(CheckpointsMixin):
             self._shard(self.model)
         else:
             # What DistributedDataParallel would do: each process may have initialised an adapter or a head of its own.
-            for tensor in (*stored_tensors(self.model).values(), *self.model.buffers()):
+            held = (*stored_tensors(self.model).values(), *self.model.buffers())
+            for tensor in {id(tensor): tensor for tensor in held}.values():
                 self._ranks.take_from_first(tensor)
         args = self.args
         users = self.optimizer

@@ -13,18 +13,26 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from tests.conftest import CAUSAL_MODELS, causal_batch, tiny_bert
+from tests.quantised import decoded, dequantised, quantise
 from zo_hf.directions import GAUSSIAN, Distribution, Purpose, Stream, draw_slice
 from zo_hf.optimizers import SeededSGD
-from zo_hf.subspaces import SUBSPACES, Full, LowRank, Subspace
+from zo_hf.subspaces import SUBSPACES, Core, Folded, Full, LowRank, Scales, Subspace
 from zo_hf.zeroth_order import ZerothOrder
 
 EVERY_SUBSPACE = pytest.mark.parametrize("subspace", list(SUBSPACES))
+# What moves the weights of any model; scales are those of quantised layers and of nothing else.
+UNQUANTISED = [name for name in SUBSPACES if name != "scales"]
 MODELS = {**CAUSAL_MODELS, "bert": tiny_bert}
 EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
 def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-linear", rank: int = 2) -> nn.Module:
-    """The model as the subspace expects it: for "adapter" wrapped by PEFT with LoRA, B away from zero."""
+    """The model as the subspace expects it.
+
+    For "adapter" it is wrapped by PEFT with LoRA, B away from zero; for "scales" its linear layers are quantised.
+    """
+    if subspace == "scales":
+        return quantise(model, only=None if targets == "all-linear" else targets)
     if subspace != "adapter":
         return model
     if targets == "all-linear" and hasattr(model.config, "num_local_experts"):
@@ -39,6 +47,11 @@ def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-li
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def with_scales(subspace: str, model: nn.Module) -> nn.Module:
+    """Any module, its linear layers quantised if it is their scales that move."""
+    return quantise(model) if subspace == "scales" else model
 
 
 def sgd(zo: ZerothOrder, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -97,8 +110,25 @@ def direction(
     }
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The model itself, or, where layers are quantised, a copy with the weights that these stand for."""
+    return dequantised(model, next(p.dtype for p in model.parameters() if p.is_floating_point()))
+
+
+def move_off_the_origin(subspace: Subspace, size: float = 0.02) -> None:
+    """Coordinates that are apart from the weights as they are in the middle of a run, not at zero."""
+    if isinstance(subspace, Folded):
+        generator = torch.Generator().manual_seed(5)
+        for coordinate in subspace.coordinates.values():
+            coordinate.data.normal_(std=size, generator=generator)
+        subspace.coordinates_changed()
+
+
 def parameters_at(subspace: Subspace, xi: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """θ(ξ) by parameter name, differentiable; for coordinates that are the parameters themselves, ξ."""
+    if isinstance(subspace, Scales):
+        layers = {site.name: site.layer for site in subspace.sites}
+        return {name: decoded(layers[name]).to(c.dtype) * c.exp()[:, None] for name, c in xi.items()}
     if not isinstance(subspace, LowRank):
         return dict(xi)
     named = dict(subspace.model.named_parameters())
@@ -109,22 +139,47 @@ def parameters_at(subspace: Subspace, xi: Mapping[str, Tensor]) -> dict[str, Ten
         if name not in subspace.factored:
             moved[name] = weight + coordinate
             continue
-        change = coordinate @ basis(subspace, name).t()
+        change = left(subspace, name, coordinate) @ basis(subspace, name).t()
         moved[name] = weight + (change.t() if name in conv1d else change.view(weight.shape))
     return moved
 
 
 def basis(subspace: LowRank, name: str, drawn_at: int = 0) -> Tensor:
-    """V / √r of a matrix, drawn here and not taken from the subspace."""
-    n = subspace.basis(name).shape[0]
+    """V / √r of a matrix, or the orthonormal V of a core, drawn here and not taken from the subspace."""
+    n, dtype = subspace.basis(name).shape[0], subspace.coordinates[name].dtype
+    if isinstance(subspace, Core):
+        return _orthonormal(subspace, name, n, drawn_at).to(dtype)
+    return _normal(subspace, name, n, drawn_at).to(dtype) / subspace.rank**0.5
+
+
+def left(subspace: LowRank, name: str, coordinate: Tensor, drawn_at: int = 0) -> Tensor:
+    """What stands to the left of Vᵀ: the coordinate itself, or √(mn)/r · U · S for a core S."""
+    if not isinstance(subspace, Core):
+        return coordinate
+    m, n = subspace.factored[name].matrix_shape
+    u = _orthonormal(subspace, f"{name}/left", m, drawn_at).to(coordinate.dtype)
+    return (m * n) ** 0.5 / subspace.rank * u @ coordinate
+
+
+def _normal(subspace: LowRank, name: str, rows: int, drawn_at: int) -> Tensor:
     stream = Stream(subspace.seed, drawn_at, purpose=Purpose.BASIS)
-    v = draw_slice(stream, name, 0, n * subspace.rank, GAUSSIAN).view(n, subspace.rank) / subspace.rank**0.5
-    return v.to(subspace.coordinates[name].dtype)
+    return draw_slice(stream, name, 0, rows * subspace.rank, GAUSSIAN).view(rows, subspace.rank)
+
+
+def _orthonormal(subspace: LowRank, name: str, rows: int, drawn_at: int) -> Tensor:
+    """By Gram and Schmidt, which leaves the diagonal of R positive."""
+    columns: list[Tensor] = []
+    for column in _normal(subspace, name, rows, drawn_at).double().unbind(1):
+        for other in columns * 2:  # twice is enough
+            column = column - (column @ other) * other
+        columns.append(column / column.norm())
+    return torch.stack(columns, 1)
 
 
 def gradient_in_coordinates(subspace: Subspace, loss: Callable[[dict[str, Tensor]], Tensor]) -> dict[str, Tensor]:
     """Autograd's ∂L/∂ξ of `loss(parameters)` at the current coordinates."""
-    xi = {name: c.detach().clone().requires_grad_() for name, c in subspace.coordinates.items()}
+    dtype = next(p.dtype for p in subspace.model.parameters() if p.is_floating_point())
+    xi = {name: c.detach().to(dtype).clone().requires_grad_() for name, c in subspace.coordinates.items()}
     gradients = torch.autograd.grad(loss(parameters_at(subspace, xi)), list(xi.values()), allow_unused=True)
     return {
         name: torch.zeros_like(c) if gradient is None else gradient

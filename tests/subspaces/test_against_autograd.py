@@ -15,30 +15,24 @@ from tests.conftest import causal_batch, seeded, tiny_llama, tiny_opt
 from tests.subspaces.helpers import (
     EVERY_SUBSPACE,
     MODELS,
+    UNQUANTISED,
     batch_for,
     direction,
     exact_loss,
     float64_throughout,
     gradient_in_coordinates,
+    move_off_the_origin,
+    plain,
     prepared,
 )
 from zo_hf.directions import DISTRIBUTIONS
-from zo_hf.subspaces import SUBSPACES, LowRank
+from zo_hf.subspaces import SUBSPACES
 from zo_hf.zeroth_order import ZerothOrder
 
 # The fused experts need aligned half-precision weights; the plain ones compute the same.
 BUILDS = {**MODELS, "llama tied": partial(tiny_llama, tie_word_embeddings=True)}
 BUILDS["opt untied"] = partial(tiny_opt, tie_word_embeddings=False)
 BUILDS["mixtral"] = partial(MODELS["mixtral"], experts_implementation="eager")
-
-
-def moved_off_the_origin(zo: ZerothOrder) -> None:
-    """Low-rank coordinates as they are in the middle of a run, not at zero."""
-    if isinstance(zo.subspace, LowRank):
-        generator = torch.Generator().manual_seed(5)
-        for coordinate in zo.subspace.coordinates.values():
-            coordinate.data.normal_(std=0.02, generator=generator)
-        zo.subspace.coordinates_changed()
 
 
 @EVERY_SUBSPACE
@@ -53,12 +47,13 @@ def test_projected_gradient_is_the_directional_derivative(
         model = prepared(subspace, seeded(build, torch.float64, initializer_range=0.2))
         batch = batch_for(model)
         zo = ZerothOrder(model, subspace, eps=1e-6, num_directions=3, direction=distribution, batched=False, seed=17)
-        moved_off_the_origin(zo)
+        move_off_the_origin(zo.subspace)
         estimate = zo.estimate(lambda: exact_loss(model, batch))
         zo.subspace.detach()
+        reference = plain(model) if subspace == "scales" else model
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            return exact_loss(lambda **inputs: functional_call(model, parameters, kwargs=inputs), batch)
+            return exact_loss(lambda **inputs: functional_call(reference, parameters, kwargs=inputs), batch)
 
         gradient = gradient_in_coordinates(zo.subspace, loss)
     norm = sum(g.square().sum() for g in gradient.values()) ** 0.5
@@ -76,7 +71,7 @@ class SmallNet(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(3, 2)
         self.norm = nn.LayerNorm(2, elementwise_affine=False)
-        self.out = nn.Linear(2, 1)
+        self.out = nn.Linear(2, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.out(self.norm(self.embed(ids)).tanh())
@@ -85,40 +80,42 @@ class SmallNet(nn.Module):
 def small_net(subspace: str) -> tuple[nn.Module, object]:
     model = prepared(subspace, seeded(SmallNet, torch.float64), ["out"])
     ids = torch.tensor([0, 1, 2, 2, 1, 0])
-    target = torch.linspace(-2, 3, 6, dtype=torch.float64).view(6, 1)
+    target = torch.linspace(-2, 3, 18, dtype=torch.float64).view(6, 3)
     return model, lambda call: (call(ids) - target).square().mean()
 
 
 def one_attention_layer(subspace: str) -> tuple[nn.Module, object]:
-    """Of a transformer only the queries of a layer move."""
+    """Of a transformer only the queries of a layer move, their bias included."""
     size = {"hidden_size": 4, "ffn_dim": 4, "num_hidden_layers": 1, "word_embed_proj_dim": 4}
     model = seeded(tiny_opt, torch.float64, num_attention_heads=1, init_std=0.5, **size)
     model.requires_grad_(False)
-    model.model.decoder.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    model.model.decoder.layers[0].self_attn.q_proj.requires_grad_(True)
     model = prepared(subspace, model, ["q_proj"], rank=1)
     batch = causal_batch(2, 5)
     return model, lambda call: exact_loss(call, batch)
 
 
-@EVERY_SUBSPACE
-@pytest.mark.parametrize(
-    ("case", "distribution"), [*((small_net, name) for name in DISTRIBUTIONS), (one_attention_layer, "gaussian")]
-)
+MEANS = [(name, small_net, distribution) for name in SUBSPACES for distribution in DISTRIBUTIONS]
+MEANS += [(name, one_attention_layer, "gaussian") for name in ("low_rank", "full", "adapter")]
+
+
+@pytest.mark.parametrize(("subspace", "case", "distribution"), MEANS)
 def test_mean_estimate_is_the_gradient(subspace: str, distribution: str, case) -> None:
     """Over at least 100·d directions the mean of c·z has cosine ≥ 0.99 with ∇L, and is unbiased in every coordinate.
 
     The second by Student's statistic of each coordinate: none beyond five, their mean square about one.
     """
     model, loss_of = case(subspace)
-    kwargs = {"rank": 1} if subspace == "low_rank" else {}
+    kwargs = {"rank": 1} if subspace in ("low_rank", "core") else {}
     space = SUBSPACES[subspace](model, seed=3, **kwargs)
     count = 100 * max(space.dimension, 12)  # of few coordinates more, for a cosine varies more among them
     zo = ZerothOrder(model, space, eps=1e-5, num_directions=count, direction=distribution, batched=False, seed=3)
     estimate = zo.estimate(lambda: loss_of(model))
     space.detach()
+    reference = plain(model) if subspace == "scales" else model
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return loss_of(lambda *args, **kwargs: functional_call(model, parameters, args, kwargs))
+        return loss_of(lambda *args, **kwargs: functional_call(reference, parameters, args, kwargs))
 
     gradient = _flat(gradient_in_coordinates(space, loss))
     z = torch.stack([_flat(direction(space, index=i, distribution=DISTRIBUTIONS[distribution])) for i in range(count)])
@@ -183,14 +180,14 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-@EVERY_SUBSPACE
+@pytest.mark.parametrize("subspace", UNQUANTISED)
 def test_every_kind_of_parameter_is_probed(subspace: str) -> None:
     """The projected gradient along a direction that moves one tensor alone, for each tensor in turn.
 
     "adapter" moves every trainable tensor, so that here it needs no PEFT.
     """
     ids = torch.randint(0, 7, (5, 8), generator=torch.Generator().manual_seed(0))
-    names = [name for name, _ in EveryKindOfParameter().named_parameters()]
+    names = [name for name, p in EveryKindOfParameter().named_parameters() if subspace != "norms" or p.ndim < 2]
     for name in names:
         model = seeded(EveryKindOfParameter, torch.float64)
         zo = ZerothOrder(

@@ -20,11 +20,10 @@ from tests.conftest import (
     tiny_opt,
     tiny_t5,
 )
-from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, MODELS, batch_for, prepared
+from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, MODELS, batch_for, move_off_the_origin, prepared
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.probes import NotBatchable
 from zo_hf.probes.model_loss import ModelLoss, only_labelled_logits
-from zo_hf.subspaces import LowRank
 from zo_hf.zeroth_order import ZerothOrder
 
 
@@ -36,10 +35,7 @@ def own_loss(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> ModelLoss:
 def both(model: nn.Module, subspace: str, loss, directions: int, **kwargs) -> tuple[Tensor, Tensor]:
     """Losses at the probes, one after another and in one batch, away from the origin."""
     zo = ZerothOrder(model, subspace, num_directions=directions, **kwargs)
-    if isinstance(zo.subspace, LowRank):
-        for coordinate in zo.subspace.coordinates.values():
-            coordinate.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-        zo.subspace.coordinates_changed()
+    move_off_the_origin(zo.subspace)
     losses = []
     for batched in (False, True):
         zo.evaluator.batched = batched
@@ -56,7 +52,8 @@ def test_batched_probes_give_the_losses_of_sequential_ones(subspace: str, build,
     model = prepared(subspace, seeded(build))
     sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), directions, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
-    assert (sequential[::2] - sequential[1::2]).abs().min() > 1e-4
+    # Of a tiny BERT the norms and biases, or the scales, move the loss by little.
+    assert (sequential[::2] - sequential[1::2]).abs().min() > (1e-5 if subspace in ("norms", "scales") else 1e-4)
 
 
 @EVERY_SUBSPACE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_mixtral, weights_of
-from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, batch_for, prepared, sgd
+from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, batch_for, prepared, sgd, with_scales
 from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -102,7 +102,7 @@ def test_nothing_is_left_in_the_model_after_finish(subspace: str, build) -> None
 @EVERY_SUBSPACE
 def test_a_forward_that_was_there_before_is_called_and_put_back(subspace: str) -> None:
     """accelerate replaces the forward of instances too; its wrapper must go on working."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
+    model = with_scales(subspace, seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))))
     norm = model[1]
     calls = []
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import seeded
-from tests.subspaces.helpers import EVERY_SUBSPACE, sgd
+from tests.subspaces.helpers import EVERY_SUBSPACE, UNQUANTISED, sgd, with_scales
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.subspaces import SUBSPACES
 from zo_hf.zeroth_order import ZerothOrder
@@ -18,20 +20,20 @@ LR = 1e-3
 class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(12, 9, bias=False)
-        self.second = nn.Linear(9, 7, bias=False)
+        self.first = nn.Linear(12, 9)
+        self.second = nn.Linear(9, 7)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x).tanh())
 
 
 def seen_weights(model: TwoLayers) -> list[Tensor]:
-    """The matrices as the layers apply them at this moment, by feeding them unit vectors."""
+    """What the layers apply at this moment, by feeding them unit vectors, and zeros for the bias alone."""
     with torch.no_grad():
-        return [layer(torch.eye(layer.in_features, dtype=torch.float64)).t() for layer in (model.first, model.second)]
+        return [layer(torch.eye(layer.in_features + 1, dtype=torch.float64)[:, 1:]).t() for layer in model.children()]
 
 
-@EVERY_SUBSPACE
+@pytest.mark.parametrize("subspace", UNQUANTISED)  # scales move by factors
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("directions", [1, 3])
 def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str, directions: int) -> None:
@@ -40,7 +42,7 @@ def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str
     Measured at the layers' outputs alone, without a word about how directions are made.
     """
     model = seeded(TwoLayers, torch.float64)
-    kwargs = {"fold_steps": 3, "rank": 2} if subspace == "low_rank" else {}
+    kwargs = {"fold_steps": 3, "rank": 2} if subspace in ("low_rank", "core") else {}
     zo = ZerothOrder(
         model, SUBSPACES[subspace](model, seed=2, **kwargs), num_directions=directions, direction=distribution
     )
@@ -59,6 +61,7 @@ def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str
         estimate = zo.estimate(closure)
         assert all(torch.equal(a, b) for a, b in zip(seen_weights(model), before, strict=True))
         optimizer.step()
+        moves: list[list[Tensor]] = [[] for _ in range(directions)]
         for layer, (old, new) in enumerate(zip(before, seen_weights(model), strict=True)):
             z = [
                 (p[layer] - m[layer]) / (2 * zo.estimator.eps) for p, m in zip(probed[::2], probed[1::2], strict=True)
@@ -67,8 +70,9 @@ def test_the_update_moves_along_what_was_probed(subspace: str, distribution: str
             assert all(torch.allclose(m, old, atol=1e-12) for m in middle)
             change = sum(c * zi for c, zi in zip(estimate.projected_gradients, z, strict=True)) * -LR / directions
             assert torch.allclose(new - old, change, rtol=1e-8, atol=1e-12)
-            if layer == 0:
-                seen_directions.extend(zi.flatten() for zi in z)
+            for move, zi in zip(moves, z, strict=True):
+                move.append(zi.flatten())
+        seen_directions.extend(torch.cat(move) for move in moves)
     independent = torch.corrcoef(torch.stack(seen_directions)) - torch.eye(len(seen_directions), dtype=torch.float64)
     assert independent.abs().max() < 0.9  # no direction was used twice
 
@@ -84,7 +88,8 @@ class Called(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.way == "keyword":
-            return self.linear(input=self.embed(input=ids))
+            *_, name = inspect.signature(type(self.linear).forward).parameters  # bitsandbytes calls it x
+            return self.linear(**{name: self.embed(input=ids)})
         if self.way == "one dimension":
             return torch.stack([self.linear(self.embed(i)) for i in ids.flatten()]).view(*ids.shape, 6)
         if self.way == "transposed":
@@ -100,7 +105,7 @@ def test_a_probe_does_not_depend_on_how_a_layer_is_called(subspace: str, way: st
     ids = torch.randint(0, 9, (3, 4), generator=torch.Generator().manual_seed(0))
     found = []
     for called in ("plainly", way):
-        model = seeded(lambda called=called: Called(called), torch.float64)
+        model = with_scales(subspace, seeded(lambda called=called: Called(called), torch.float64))
         zo = ZerothOrder(model, subspace, num_directions=3, eps=0.1)
         found.append(zo.estimate(lambda model=model: model(ids).sin().sum()).projected_gradients)
     assert found[1] == pytest.approx(found[0], rel=1e-9)

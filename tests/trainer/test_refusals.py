@@ -130,12 +130,6 @@ class Recurs(PreTrainedModel):
         return {"loss": self.recurrence(self.embed(input_ids))[0].sum()}
 
 
-def a_quantised_model() -> nn.Module:
-    model = seeded(tiny_opt)
-    model.is_quantized = True
-    return model
-
-
 def sgd_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-3)
 
@@ -176,7 +170,18 @@ WRONG_RUNS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         ),
     ),
     "weights on the meta device": ("device_map", lambda folder: make_trainer(folder, a_meta_model())),
-    "quantised weights": ("quantised", lambda folder: make_trainer(folder, a_quantised_model())),
+    "scales of a model that has none": (
+        "zo_subspace='scales'",
+        lambda folder: make_trainer(folder, zo_subspace="scales"),
+    ),
+    "norms of a model that has none": (
+        "zo_subspace='norms'",
+        lambda folder: trains(make_trainer(folder, zo_subspace="norms", zo_exclude_modules=r".*bias|.*norm.*")),
+    ),
+    "an adapter that only evaluates": (
+        "is_trainable=True",
+        lambda folder: trains(make_trainer(folder, with_lora(seeded(tiny_opt), inference_mode=True))),
+    ),
     "no target": (
         "zo_target_modules",
         lambda folder: trains(make_trainer(folder, zo_target_modules=["no_such_module"])),

@@ -34,6 +34,8 @@ class BitsAndBytes4Bit(QuantizedLayer):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         module.support_avx512bf16_for_cpu = False
+        if self.bias is not None and module.compute_type_is_set:  # what its first forward would do
+            self.bias.data = self.bias.data.to(module.compute_dtype)
         state = self._state
         if getattr(state, "packing_format_for_cpu", False):  # set by bitsandbytes when it packs
             _unpack(module)
@@ -84,19 +86,21 @@ class BitsAndBytes4Bit(QuantizedLayer):
     def scale_shape(self) -> torch.Size:
         return self._state.absmax.shape
 
-    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
+    def scaled_forward(
+        self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor, exact: bool
+    ) -> Tensor:
         scales = self._scales(self.storage(), 0, self.shape.numel())
         outputs = []
         for part, own in zip(x, log_scales, strict=True):
             state = copy.copy(self._state)
-            state.absmax, state.nested, state.state2, state.offset = scales * own.exp(), False, None, None
+            state.absmax, state.nested, state.state2, state.offset = (scales * own.exp()).float(), False, None, None
             outputs.append(self._product(part, state))
         output = torch.stack(outputs)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
         absmax = storage["weight.absmax"]
-        exact = self._scales(storage, 0, self.shape.numel()) * log_scales.to(absmax.device).exp()
+        exact = (self._scales(storage, 0, self.shape.numel()) * log_scales.to(absmax.device).exp()).float()
         if self._state.nested:
             centred, largest = exact - self._state.offset.to(exact.device), storage["weight.nested_absmax"]
             padded = torch.nn.functional.pad(centred.abs(), (0, -len(centred) % _NESTED_BLOCK))

@@ -29,8 +29,10 @@ class QuantizedLayer:
         rounds_activations: whether its own forward rounds its input too, to integers. Probes that differ by 1e-3 would
             mostly see that rounding, so they take `linear` instead.
         can_requantise: whether new weights can be written.
+        code_parts: the parts of `storage` that are codes of the weight, and no scales.
     """
 
+    code_parts: tuple[str, ...] = ("weight",)
     rounds_activations = False
     can_requantise = False
     #: What it is called in messages.
@@ -39,6 +41,9 @@ class QuantizedLayer:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.shape = torch.Size((module.out_features, module.in_features))
+        # For a weight that is no parameter: its device, and something that is the same as long as this object is there.
+        device = next((b.device for b in module._buffers.values() if b is not None), None)
+        self.stand_in = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -97,13 +102,16 @@ class QuantizedLayer:
         """Of the layer's own scales."""
         raise NotImplementedError(self.format)
 
-    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
+    def scaled_forward(
+        self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor, exact: bool
+    ) -> Tensor:
         """The layer's output with every scale multiplied by exp(log_scale), for groups of rows with scales of their own.
 
         Args:
             original: the layer's output as it is.
             x: (groups, rows, n); the result is (groups, rows, m).
             log_scales: (groups, *scale_shape), float32.
+            exact: whether scales that differ by 1e-3 must differ in the output, on average, in half precision too.
         """
         raise NotImplementedError(self.format)
 

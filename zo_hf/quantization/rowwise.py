@@ -1,6 +1,6 @@
 """Eight-bit integers with one scale a row: what the int8 formats of bitsandbytes and torchao have in common.
 
-    Ŵ[i, j] = codes[i, j] · unit[i]        codes in -127 .. 127, unit > 0
+    Ŵ[i, j] = codes[i, j] · unit[i]        codes in smallest .. 127, unit > 0
 
 A row that has outgrown its scale gets a larger one, with room for the next folds: every change of the scale rounds the
 whole row anew, where otherwise only what moved is rounded.
@@ -20,9 +20,14 @@ HEADROOM = 1.0 + 1.0 / 32
 
 
 class RowwiseInt8(QuantizedLayer):
-    """A subclass says where codes and units are."""
+    """A subclass says where codes and units are.
+
+    Attributes:
+        smallest: the lowest code in use.
+    """
 
     can_requantise = True
+    smallest = -LARGEST
 
     def codes(self, storage: dict[str, Tensor]) -> Tensor:
         """(m, n), int8"""
@@ -48,7 +53,7 @@ class RowwiseInt8(QuantizedLayer):
 
     def requantise(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         units = self.units(storage)[start:stop]
-        needed = rows.abs().amax(1) / LARGEST
+        needed = torch.maximum(rows.amax(1) / LARGEST, rows.amin(1) / self.smallest)
         outgrown = needed > units * (1 + 1e-6)  # the row's own largest element comes back with a rounding error
         if outgrown.any():
             units = self.set_units(storage, start, torch.where(outgrown, needed * HEADROOM, units))
@@ -58,18 +63,35 @@ class RowwiseInt8(QuantizedLayer):
         exact = torch.where((exact - nearest).abs() < 1e-5, nearest, exact)
         low = exact.floor()
         codes = low + (exact - low > (uniform.float() + 0.5) * 2.0**-16)
-        self.codes(storage)[start:stop] = codes.clamp_(-LARGEST, LARGEST).to(torch.int8)
+        self.codes(storage)[start:stop] = codes.clamp_(self.smallest, LARGEST).to(torch.int8)
 
     @property
     def scale_shape(self) -> torch.Size:
         return self.shape[:1]
 
-    def scaled_forward(self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor) -> Tensor:
-        output, factors = original(x), log_scales.exp()[:, None].to(x.dtype)
-        if self.bias is None:
-            return output.mul_(factors)
-        bias = self.bias.to(output.dtype)
-        return output.sub_(bias).mul_(factors).add_(bias)
+    def scaled_forward(
+        self, original: Callable[[Tensor], Tensor], x: Tensor, log_scales: Tensor, exact: bool
+    ) -> Tensor:
+        # Never in half precision, where exp(ξ) of a small ξ is 1.
+        factors = log_scales.to(torch.promote_types(x.dtype, torch.float32)).exp()[:, :, None]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        is_rounded = torch.finfo(x.dtype).bits < 32 or torch.is_autocast_enabled(x.device.type)
+        if exact and is_rounded:  # a rounded output times 1.001 would round to itself: scale what is not rounded yet
+            output = self._scaled_product(x, factors)
+            return output if bias is None else output.add_(bias)
+        output = original(x)
+        if bias is None:
+            return output.mul_(factors.mT)
+        return output.sub_(bias).mul_(factors.mT).add_(bias)
+
+    def _scaled_product(self, x: Tensor, factors: Tensor) -> Tensor:
+        """x: (groups, rows, n), factors: (groups, m, 1) -> (groups, rows, m)"""
+        storage, output = self.storage(), x.new_empty(*x.shape[:-1], self.shape[0])
+        for start, stop in self.tiles():
+            rows = self.dequantise(storage, start, stop)
+            for part, inputs, own in zip(output, x, factors[:, start:stop], strict=True):
+                part[:, start:stop] = torch.nn.functional.linear(inputs, (rows * own).to(x.dtype))
+        return output
 
     def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
         units = self.units(storage)

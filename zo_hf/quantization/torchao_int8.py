@@ -15,6 +15,8 @@ class TorchAOInt8(RowwiseInt8):
     """See above; the weight has one scale a row and no zero point."""
 
     format = "int8 of torchao"
+    smallest = -128
+    code_parts = ("weight.qdata",)
 
     def storage(self) -> dict[str, Tensor]:
         weight = self.module.weight

@@ -49,9 +49,11 @@ class Scales(Folded):
         seed: int = 0,
     ) -> None:
         super().__init__(model, 0, target_modules, exclude_modules, among, seed)
+        is_double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+        dtype = torch.float64 if is_double else torch.float32
         for site in self.sites:
             assert site.layer is not None
-            zeros = torch.zeros(site.layer.scale_shape, device=site.parameter.device)
+            zeros = torch.zeros(site.layer.scale_shape, dtype=dtype, device=site.parameter.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._begin()
 
@@ -86,9 +88,22 @@ class Scales(Folded):
         groups = max(1, len(self.probes))
         require_equal_parts(x, groups)
         output = site.layer.scaled_forward(
-            original, x.reshape(groups, -1, x.shape[-1]), self._materialised.at_point(site.name)
+            original,
+            x.reshape(groups, -1, x.shape[-1]),
+            self._materialised.at_point(site.name),
+            exact=bool(self.probes),
         )
         return output.view(*x.shape[:-1], -1)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Without the codes, which never change."""
+        codes = {
+            site.name.removesuffix("weight") + part
+            for site in self.sites
+            if site.layer is not None
+            for part in site.layer.code_parts
+        }
+        return {name: tensor for name, tensor in super().base_tensors().items() if name not in codes}
 
     def _fold_quantized(self, storage: dict[str, Tensor], site: Site, step: int, decay: float) -> tuple[float, float]:
         assert site.layer is not None

@@ -84,11 +84,15 @@ def find_sites(
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
+    quantized = quantized or {}
     for module_name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
+        parameters = dict(module._parameters)
+        if module in quantized and parameters.get("weight") is None:
+            parameters["weight"] = quantized[module].stand_in
+        for attribute, parameter in parameters.items():
             if parameter is None:
                 continue
-            if attribute == "weight" and quantized is not None and module in quantized:
+            if attribute == "weight" and module in quantized:
                 layers[id(parameter)] = quantized[module]
             elif not parameter.requires_grad or not parameter.is_floating_point():
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces import SUBSPACES, Adapter, Full, LowRank, Norms, Subspace
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
@@ -66,14 +68,14 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
     if until is not None and not 0 <= until <= trajectory.steps:
         raise TrajectoryError(f"{trajectory.path} holds {trajectory.steps} steps; choose until={until} among them.")
     parameters = _parameters(model, trajectory)
-    device, then = next(iter(parameters.values())).device.type, trajectory.header["base"].get("device")
+    device, then = next(model.parameters()).device.type, trajectory.header["base"].get("device")
     if device != then:
         logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
     frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:  # what moved in the run moves now
         parameter.requires_grad_(True)
     try:
-        zo, optimizer = _rebuild(model, trajectory, list(parameters.values()))
+        zo, optimizer = _rebuild(model, trajectory)
         try:
             take_steps(zo, optimizer, trajectory, progress)
         finally:
@@ -142,9 +144,12 @@ def check_replayable(trajectory: Trajectory) -> None:
 
 
 def _parameters(model: nn.Module, trajectory: Trajectory) -> dict[str, nn.Parameter]:
-    """The parameters that moved, by name."""
+    """The parameters that moved, by name; without the weights of layers that have none, e.g. GPTQ's."""
     known = dict(model.named_parameters(remove_duplicate=False))
-    names = [name for group in trajectory.header["groups"] for name in group["names"]]
+    layers, modules = quantized_layers(model), dict(model.named_modules())
+    names = [
+        name for name in _names(trajectory) if modules.get(name.removesuffix(".weight")) not in layers or name in known
+    ]
     for name in names:
         if name not in known:
             raise TrajectoryError(
@@ -154,6 +159,10 @@ def _parameters(model: nn.Module, trajectory: Trajectory) -> dict[str, nn.Parame
     return {name: known[name] for name in names}
 
 
+def _names(trajectory: Trajectory) -> list[str]:
+    return [name for group in trajectory.header["groups"] for name in group["names"]]
+
+
 def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
     """What the hash of the base does not cover: an adapter's own weights, which are saved beside the log."""
     is_adapter = trajectory.header["settings"]["zo_subspace"] == Adapter.name
@@ -161,20 +170,19 @@ def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
     return parameters if is_adapter else []
 
 
-def _rebuild(
-    model: nn.Module, trajectory: Trajectory, parameters: list[nn.Parameter]
-) -> tuple[ZerothOrder, Optimizer]:
+def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Optimizer]:
     """The engine and the optimizer that the run had before its first step."""
     settings: dict[str, Any] = trajectory.header["settings"]
     kind = SUBSPACES.get(settings["zo_subspace"])
     if kind is None:
         raise TrajectoryError(f"{trajectory.path} moves an unknown subspace {settings['zo_subspace']!r}.")
     subspace: Subspace
+    moved = "|".join(re.escape(name) for name in _names(trajectory))
     if issubclass(kind, LowRank) and kind is not Norms:
         rank, fold_steps = settings["zo_rank"], settings["zo_fold_steps"]
-        subspace = kind(model, rank, fold_steps, among=parameters, seed=settings["seed"])
+        subspace = kind(model, rank, fold_steps, target_modules=moved, seed=settings["seed"])
     else:
-        subspace = kind(model, among=parameters, seed=settings["seed"])
+        subspace = kind(model, target_modules=moved, seed=settings["seed"])
     zo = ZerothOrder(
         model,
         subspace,

@@ -1,0 +1,99 @@
+"""Quantised runs that are killed, and runs of two processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import assert_same_bits
+from tests.distributed.launch import ROOT, run
+from tests.quantization.runs import held, load, model_for, write_base
+from zo_hf.trajectory import replay
+
+KILLED = """
+import sys
+import torch
+from pathlib import Path
+from tests.quantization.runs import held, run
+
+folder, base, way, kind, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == "resume"
+options = {"max_steps": 40, "save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "save_total_limit": 3}
+options |= {"weight_decay": 0.1, "lr_scheduler_type": "linear"}
+print("started", flush=True)
+trainer = run(folder, way, base, kind, resume=resume, **options)
+torch.save(held(trainer.model), folder / "final.pt")
+"""
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-u", "-c", KILLED, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "kind"), [("factors", "nf4 nested"), ("folds", "int8"), ("scales", "int8")])
+def test_a_killed_run_ends_with_the_bits_of_one_never_killed(tmp_path: Path, way: str, kind: str) -> None:
+    base = write_base(tmp_path / "base")
+    assert start(tmp_path / "whole", base, way, kind, "new").wait(300) == 0
+    killed = tmp_path / "killed"
+    for attempt in range(20):
+        process = start(killed, base, way, kind, "resume" if any(killed.glob("checkpoint-*")) else "new")
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += b"projected_grad" in line
+            if seen == 7 + attempt % 5:
+                process.send_signal(signal.SIGKILL)
+        if process.wait(300) == 0:
+            break
+        time.sleep(0.1)
+    assert attempt > 1
+    expected = torch.load(tmp_path / "whole" / "final.pt")
+    assert_same_bits(torch.load(killed / "final.pt"), expected)
+    assert_same_bits(held(replay(load(base, kind), killed)), expected)
+
+
+TOGETHER = """
+import os
+import sys
+import torch
+from pathlib import Path
+from tests.quantization.runs import held, run
+from tests.quantization.test_processes import TOGETHER_CASES
+
+folder, base, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+for way, kind in TOGETHER_CASES:
+    # Each begins at weights of its own; the first one's count.
+    own = base if rank == 0 else base.with_name("other")
+    options = {"max_steps": 7, "per_device_train_batch_size": 4, "zo_check_steps": 2}
+    trainer = run(folder / f"{way}-{kind}", way, own, kind, **options)
+    torch.save(held(trainer.model), folder / f"{way}-{kind}-{rank}.pt")
+"""
+TOGETHER_CASES = [("factors", "int8"), ("folds", "int8"), ("folds", "nf4"), ("scales", "nf4"), ("norms", "int8")]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    write_base(folder / "base")
+    write_base(folder / "other", initializer_range=0.03)
+    (folder / "run.py").write_text(TOGETHER)
+    run(folder / "run.py", 2, folder, folder / "base", seconds=500)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "kind"), TOGETHER_CASES)
+def test_two_processes_hold_the_same_bits_and_their_log_replays_on_one(together: Path, way: str, kind: str) -> None:
+    first, second = (torch.load(together / f"{way}-{kind}-{rank}.pt") for rank in (0, 1))
+    assert_same_bits(first, second)
+    before = held(model_for(way, together / "base", kind))
+    assert first.keys() != before.keys() or any(not torch.equal(first[name], before[name]) for name in before)
+    replayed = replay(model_for(way, together / "base", kind), together / f"{way}-{kind}")
+    assert_same_bits(held(replayed), first)

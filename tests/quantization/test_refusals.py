@@ -1,0 +1,86 @@
+"""What cannot work with a quantised model says so before training, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import seeded, tiny_llama
+from tests.quantised import quantise
+from tests.quantization.test_probes import opaque_model
+from tests.trainer.runs import make_trainer
+from tests.trainer.test_refusals import refused, trains
+from zo_hf import ZOTrainerMixin
+
+
+def quantised() -> nn.Module:
+    model = quantise(seeded(tiny_llama))
+    model.is_quantized, model.hf_quantizer = True, None  # as transformers marks what it has loaded
+    return model
+
+
+def opaque() -> nn.Module:
+    model = opaque_model()
+    model.is_quantized, model.hf_quantizer = True, None
+    return model
+
+
+def on_two_devices() -> nn.Module:
+    model = quantised()
+
+    class Elsewhere(nn.Parameter):
+        """Says that it is on a GPU."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda", 0)
+
+    weight = model.lm_head.weight
+    model.lm_head._parameters["weight"] = weight.data.as_subclass(Elsewhere)  # type: ignore[arg-type]
+    return model
+
+
+WRONG: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {
+    "all weights": ("zo_subspace='full'", quantised, {"zo_subspace": "full"}),
+    "folds into what cannot be written": ("zo_fold_steps=5", opaque, {"zo_fold_steps": 5}),
+    "a core that folds there": ("zo_fold_steps=5", opaque, {"zo_subspace": "core", "zo_fold_steps": 5, "zo_rank": 4}),
+    "scales that cannot be written": ("zo_subspace='scales'", opaque, {"zo_subspace": "scales"}),
+    "norms in an adapter": (
+        "zo_target_modules",
+        quantised,
+        {"zo_fold_steps": 0, "zo_target_modules": ["q_proj", "norm"]},
+    ),
+    "compilation": ("torch_compile", quantised, {"torch_compile": True}),
+    "shards": ("fsdp", quantised, {"fsdp": "full_shard"}),
+    "two kinds of devices": ("device_map", on_two_devices, {}),
+    "a rank above the width": ("zo_rank=64", quantised, {"zo_rank": 64}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_it_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def no_step(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(ZOTrainerMixin, "training_step", no_step)
+    argument, model, options = WRONG[name]
+    refused(argument, lambda: trains(make_trainer(tmp_path, model(), **{"zo_fold_steps": None} | options)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_peft_factors_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would end as an adapter; with folds none is needed."""
+    monkeypatch.setattr("zo_hf.subspaces.lora.is_peft_available", lambda: False)
+    refused("zo_fold_steps=0", lambda: make_trainer(tmp_path, quantised(), zo_fold_steps=None))
+    make_trainer(tmp_path, quantised(), zo_fold_steps=5)
+
+
+def test_a_model_quantised_without_transformers_trains_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, quantise(seeded(tiny_llama)), zo_fold_steps=2, max_steps=3, learning_rate=1e-3)
+    trainer.train()
+    assert trainer.state.global_step == 3
