@@ -31,6 +31,12 @@ def test_every_option_of_the_table_exists_with_that_default() -> None:
     rows = re.findall(r"^\| (`zo_\w+`(?:, `zo_\w+`)*)(?: \(default\))? \| (.*?) \|", README, re.MULTILINE)
     named = {name for names, _ in rows for name in re.findall(r"`(zo_\w+)`", names)}
     assert named == {name for name in defaults if name.startswith("zo_")} - {"zo_estimator"}
-    shown = {"zo_rank": None, "zo_fold_steps": None, "zo_num_directions": 1, "zo_eps": "auto", "zo_batched_probes": "auto"}
+    shown = {
+        "zo_rank": None,
+        "zo_fold_steps": None,
+        "zo_num_directions": 1,
+        "zo_eps": "auto",
+        "zo_batched_probes": "auto",
+    }
     for name, value in shown.items():
         assert defaults[name] == value

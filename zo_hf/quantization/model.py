@@ -85,7 +85,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             for name in names & parts.keys():
-                parts[name].copy_(file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                if tensor.shape != parts[name].shape:
+                    raise ValueError(f"{name} in {folder} is in another format; load weights of this model's format.")
+                parts[name].copy_(tensor)
             read |= names
     missing = sorted(parts.keys() - read)
     if missing:
