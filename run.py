@@ -3,7 +3,7 @@
 
     python3 run.py demo [ARGS…]            fine-tune the embedded default model with forward passes only
     python3 run.py launch SCRIPT [ARGS…]   run a recipe through `accelerate launch`
-    python3 run.py test [ARGS…]            run the tests; ARGS go to pytest (-m slow, -n 2, -k NAME, …)
+    python3 run.py test [ARGS…]            run the tests, on up to four cores; ARGS go to pytest (-m slow, -n 0, -k NAME, …)
     python3 run.py check                   ruff check, ruff format --check, mypy
     python3 run.py install [EXTRA…]        only install, with these extras of pyproject.toml
 
@@ -24,6 +24,7 @@ Environment:
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,11 +239,18 @@ def launch(arguments):
     found = [path for path in candidates if os.path.isfile(path)]
     if not found:
         raise Failure("there is no file {}".format(" or ".join(dict.fromkeys(candidates))))
-    install(EXTRAS["launch"])
+    install(extras_of(found[0]))
     python = venv_python(venv_dir())
     # --quiet: when the script fails, its own traceback is enough
     module = [python, "-m", "accelerate.commands.launch", "--quiet"]
     return become([*module, *launch_flags(python), found[0], *arguments])
+
+
+def extras_of(script):
+    """What a script's own header asks of this package, else what most need."""
+    with open(script, encoding="utf-8") as file:
+        header = re.search(r"^# dependencies = .*zo-hf\[([a-z,]+)\]", file.read(), re.MULTILINE)
+    return sorted({*EXTRAS["launch"], *(header.group(1).split(",") if header else [])})
 
 
 def demo(arguments):
@@ -251,6 +259,8 @@ def demo(arguments):
 
 def test(arguments):
     install(EXTRAS["test"])
+    if not any(word.startswith("-n") or word == "--collect-only" for word in arguments):
+        arguments = ["-n", str(min(4, os.cpu_count() or 1)), *arguments]
     return become([venv_python(venv_dir()), "-m", "pytest", *arguments], cwd=ROOT)
 
 

@@ -161,7 +161,16 @@ METHODS = {
 }
 
 
-def every_method(which: Callable[[Method], bool] = lambda method: True) -> pytest.MarkDecorator:
+# What most people train; the rest of the whole runs through a Trainer are slow tests.
+COMMON = {"lora", "lora on embeddings", "dora", "ia3", "ln tuning", "p-tuning", "prefix tuning", "prompt tuning", "vera"}
+COMMON |= {"lora rank-stabilised", "prefix tuning, projected"}
+
+
+def every_method(
+    which: Callable[[Method], bool] = lambda method: True, only_common_by_default: bool = False
+) -> pytest.MarkDecorator:
     """Parametrises a test by `method`; an installed PEFT that lacks one leaves it out."""
     known = {name: m for name, m in METHODS.items() if which(m) and m.config[0] in dir(peft)}
-    return pytest.mark.parametrize("method", known.values(), ids=known)
+    slow = {name for name in known if only_common_by_default and name not in COMMON}
+    cases = [pytest.param(m, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, m in known.items()]
+    return pytest.mark.parametrize("method", cases)

@@ -32,7 +32,7 @@ def loss_of(method: Method, model: nn.Module) -> float:
         return method.exact_loss(model, rows).item()
 
 
-@every_method()
+@every_method(only_common_by_default=True)
 def test_it_learns_and_peft_alone_loads_what_was_saved(method: Method, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -48,7 +48,7 @@ def test_it_learns_and_peft_alone_loads_what_was_saved(method: Method, tmp_path:
     assert loss_of(method, loaded) == pytest.approx(after, rel=1e-5)
 
 
-@every_method()
+@every_method(only_common_by_default=True)
 def test_it_resumes_and_replays_to_the_same_bits(method: Method, tmp_path: Path) -> None:
     """And a second run is the first one again."""
     whole = trainer_for(method, tmp_path / "whole", method.model(), save_at=3, max_steps=5)
