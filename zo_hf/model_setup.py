@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.utils import is_peft_available
@@ -30,7 +32,9 @@ def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | 
     }
     kind = SUBSPACES[name]
     if issubclass(kind, LowRank) and kind is not Norms:
-        return kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
+        subspace = kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
+        subspace.check_end()
+        return subspace
     return kind(model, **common)
 
 
@@ -50,6 +54,11 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         )
     if subspace_name(model, args) == "adapter":
         refuse_what_needs_gradients(model)
+    if is_peft(model) and args.zo_subspace in ("low_rank", "core") and quantized_layers(model):
+        raise ValueError(
+            f"zo_subspace={args.zo_subspace!r} cannot move a quantised model that has an adapter; use "
+            "zo_subspace='adapter', which goes on with it."
+        )
     if is_quantized(model):
         _check_quantized(model, args)
     elif args.zo_subspace == Scales.name:
@@ -73,7 +82,7 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def _check_quantized(model: nn.Module, args: ZOConfig) -> None:
+def _check_quantized(model: Any, args: ZOConfig) -> None:
     if args.zo_subspace == "full":
         raise ValueError(
             "zo_subspace='full' moves every weight by less than what a quantised one can hold; use zo_subspace='low_rank', "
@@ -90,6 +99,11 @@ def _check_quantized(model: nn.Module, args: ZOConfig) -> None:
             "it on the CPU."
         )
     kind = SUBSPACES[subspace_name(model, args)]
+    if kind is not Norms and not quantized_layers(model):
+        raise ValueError(
+            f"the model is quantised in a way that is not known here ({type(model.hf_quantizer).__name__}); attach an "
+            "adapter with peft.get_peft_model, or use zo_subspace='norms'."
+        )
     if issubclass(kind, LowRank) and kind is not Norms and not args.zo_fold_steps:
         check_peft()
 

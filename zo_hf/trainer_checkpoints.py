@@ -141,6 +141,11 @@ class CheckpointsMixin(_TrainerLike):
             self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, weights_only=True))
         elif checkpoint.load(self.zo, path):
             super()._load_optimizer_and_scheduler(folder)
+        elif self._becoming_adapter() is not None and checkpoint.holds_adapter(path):
+            raise ValueError(
+                f"{path} holds an adapter and not the run, so it cannot be resumed; load it with "
+                "PeftModel.from_pretrained(..., is_trainable=True) and go on with zo_subspace='adapter'."
+            )
         else:
             # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)

@@ -128,7 +128,7 @@ class ZerothOrder:
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: what weight decay applies to, and what it does not (norms and biases)."""
-        decayed = {site.name for site in self.subspace.sites if is_decayed(site)}
+        decayed = {site.name for site in self.subspace.sites if self.subspace.are_weights and is_decayed(site)}
         groups = []
         for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
             params = [p for name, p in self.subspace.coordinates.items() if name in names]

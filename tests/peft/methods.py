@@ -162,7 +162,17 @@ METHODS = {
 
 
 # What most people train; the rest of the whole runs through a Trainer are slow tests.
-COMMON = {"lora", "lora on embeddings", "dora", "ia3", "ln tuning", "p-tuning", "prefix tuning", "prompt tuning", "vera"}
+COMMON = {
+    "lora",
+    "lora on embeddings",
+    "dora",
+    "ia3",
+    "ln tuning",
+    "p-tuning",
+    "prefix tuning",
+    "prompt tuning",
+    "vera",
+}
 COMMON |= {"lora rank-stabilised", "prefix tuning, projected"}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import seeded, tiny_llama
+from tests.conftest import seeded, tiny_bert, tiny_llama
 from tests.quantised import quantise
 from tests.quantization.test_probes import opaque_model
 from tests.trainer.runs import make_trainer
@@ -84,3 +84,36 @@ def test_a_model_quantised_without_transformers_trains_too(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, quantise(seeded(tiny_llama)), zo_fold_steps=2, max_steps=3, learning_rate=1e-3)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_a_new_head_does_not_vanish_from_an_adapter(tmp_path: Path) -> None:
+    """An adapter holds factors of the head and not the head itself, which another run would draw anew."""
+    model = quantise(seeded(tiny_bert))
+    model.is_quantized, model.hf_quantizer = True, None
+    model.classifier = nn.Linear(32, 2)
+    with pytest.raises(ValueError, match=r"classifier.*zo_fold_steps=50"):
+        make_trainer(tmp_path, model, zo_fold_steps=0).train()
+
+
+def test_a_second_training_says_that_there_is_an_adapter_now(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, quantised(), zo_subspace="low_rank", zo_fold_steps=0, max_steps=1)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"zo_subspace='adapter'"):
+        make_trainer(tmp_path, trainer.model, zo_subspace="low_rank")
+
+
+def test_an_adapter_without_its_run_is_not_resumed_as_nothing(tmp_path: Path) -> None:
+    """save_only_model keeps the adapter, and no coordinates to go on from."""
+    options = {"zo_fold_steps": 0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(tmp_path, quantised(), **options).train()
+    with pytest.raises(ValueError, match=r"is_trainable=True"):
+        make_trainer(tmp_path, quantised(), zo_fold_steps=0, max_steps=4).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_an_unknown_way_of_quantising_is_not_taken_for_none(tmp_path: Path) -> None:
+    model = seeded(tiny_llama)
+    model.is_quantized, model.hf_quantizer = True, None
+    with pytest.raises(ValueError, match=r"peft.get_peft_model"):
+        make_trainer(tmp_path, model)

@@ -72,7 +72,7 @@ def test_help_tells_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> 
         main(["--help"], "zo-hf train")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.startswith("usage: zo-hf train [options]")
-    assert "(default: low_rank)" in shown
+    assert "(default: linear)" in shown and "(default: 250)" in shown
 
 
 @pytest.mark.slow

@@ -100,11 +100,12 @@ class BitsAndBytes4Bit(QuantizedLayer):
 
     def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
         absmax = storage["weight.absmax"]
-        exact = (self._scales(storage, 0, self.shape.numel()) * log_scales.to(absmax.device).exp()).float()
+        exact = (self._scales(storage, 0, self.shape.numel()) * log_scales.exp().to(absmax.device)).float()
         if self._state.nested:
             centred, largest = exact - self._state.offset.to(exact.device), storage["weight.nested_absmax"]
-            padded = torch.nn.functional.pad(centred.abs(), (0, -len(centred) % _NESTED_BLOCK))
-            largest.copy_(padded.view(-1, _NESTED_BLOCK).amax(1))
+            blocks = torch.nn.functional.pad(centred, (0, -len(centred) % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+            lowest, highest = self._state.state2.code.aminmax()  # not opposite: bitsandbytes' map has 1 and no -1
+            largest.copy_(torch.maximum(blocks.amax(1) / highest, blocks.amin(1) / lowest))
             inverse = torch.where(largest > 0, 1.0 / largest, torch.zeros_like(largest))
             absmax.copy_(round_to_level(_times(centred, inverse, _NESTED_BLOCK), self._state.state2.code, uniform))
         else:

@@ -86,7 +86,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             names = set(file.keys())
             for name in names & parts.keys():
                 tensor = file.get_tensor(name)
-                if tensor.shape != parts[name].shape:
+                if (tensor.shape, tensor.dtype) != (parts[name].shape, parts[name].dtype):
                     raise ValueError(f"{name} in {folder} is in another format; load weights of this model's format.")
                 parts[name].copy_(tensor)
             read |= names

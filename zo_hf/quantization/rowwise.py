@@ -95,5 +95,5 @@ class RowwiseInt8(QuantizedLayer):
 
     def scale(self, storage: dict[str, Tensor], log_scales: Tensor, uniform: Tensor) -> tuple[float, float]:
         units = self.units(storage)
-        exact = units * log_scales.to(units.device).exp()
+        exact = units * log_scales.exp().to(units.device)
         return squares(self.set_units(storage, 0, exact), exact)

@@ -1,6 +1,6 @@
 """torchao's weight-only int8: a plain Linear whose weight is an Int8Tensor.
 
-Ŵ = qdata · scale        qdata (m, n) int8, scale (m, 1) in the weight's dtype
+Ŵ = qdata · scale        qdata (m, n) int8, scale (m, 1), float32
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import Distribution
+from zo_hf.directions import Distribution, Purpose, Stream
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.peft_methods import (
     family,
@@ -20,6 +20,7 @@ from zo_hf.subspaces.peft_methods import (
     of_active_adapter,
     refuse_what_needs_gradients,
 )
+from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups, run_upcast
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import StreamOf, Subspace
@@ -69,8 +70,12 @@ class Adapter(Subspace):
         super().detach()
         for site in self.sites:
             for module, _ in site.uses:
-                if module in self._narrow:
-                    site.parameter.data = site.parameter.data.to(self._narrow[module])
+                if module in self._narrow and site.parameter.dtype != self._narrow[module]:
+                    # Rounded to the nearest, what was learnt would be lost where it is less than half a place.
+                    stream = Stream(self.seed, purpose=Purpose.ROUNDING)
+                    value = site.parameter.data
+                    uniform = draw_uniform(stream, site.name, 0, value.numel(), value.device).view(value.shape)
+                    site.parameter.data = stochastic_round(value, self._narrow[module], uniform)
 
     def moved(self, module: nn.Module) -> bool:
         return bool(self.probes) or module in self._narrow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
+from zo_hf.quantization import QuantizedLayer
 from zo_hf.subspaces.sites import Site
 
 if TYPE_CHECKING:
@@ -41,6 +42,43 @@ def check_expressible(model: nn.Module, sites: Sequence[Site]) -> None:
                 f"zo_target_modules selects {site.name}, which a LoRA adapter of linear layers cannot hold; leave it out, "
                 "or fold with zo_fold_steps=50."
             )
+
+
+def check_head(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a model whose task's head, which begins at random, the adapter would not hold.
+
+    Raises:
+        ValueError: the message names the head.
+    """
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        heads = [site.name for site in sites if site.layer is None and isinstance(site.uses[0][0], nn.Linear)]
+        if heads:
+            raise ValueError(
+                f"{heads[-1]} is not quantised and may be a new head, which a LoRA adapter does not hold; fold with "
+                "zo_fold_steps=50, or wrap the model with peft.get_peft_model and its task_type."
+            )
+
+
+def check_wrappable(layer: QuantizedLayer) -> None:
+    """Refuse a layer that PEFT cannot put an adapter around.
+
+    Raises:
+        ValueError: it is one.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    trained = [parameter for parameter in layer.module.parameters() if parameter.requires_grad]
+    try:
+        with torch.random.fork_rng():
+            get_peft_model(nn.ModuleDict({"layer": layer.module}), LoraConfig(r=1, target_modules=["layer"]))
+    except (ValueError, ImportError, TypeError) as error:
+        raise ValueError(
+            f"PEFT cannot put a LoRA adapter around a {type(layer.module).__name__} ({str(error).splitlines()[0]}); use "
+            "zo_subspace='norms'."
+        ) from error
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_peft() -> None:

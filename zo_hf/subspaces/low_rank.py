@@ -25,7 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, NoiseLayout, Purpose, Stream
 from zo_hf.subspaces.folded import Folded
-from zo_hf.subspaces.lora import check_expressible, is_expressible, with_adapter
+from zo_hf.subspaces.lora import (
+    check_expressible,
+    check_head,
+    check_peft,
+    check_wrappable,
+    is_expressible,
+    with_adapter,
+)
 from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, held, run_groups
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
@@ -103,6 +110,20 @@ class LowRank(Folded):
                     "zo_fold_steps=0, which leaves a LoRA adapter."
                 )
         return sites
+
+    def check_end(self) -> None:
+        """Refuse to begin what cannot be finished, where the factors are to become an adapter.
+
+        Raises:
+            ValueError: PEFT is missing, or cannot hold what moves; the message says what to use instead.
+        """
+        if not self.becomes_adapter:
+            return
+        check_peft()
+        check_head(self.model, self.sites)
+        read_only = [site.layer for site in self.sites if site.layer is not None and not site.layer.can_requantise]
+        for layer in {type(layer.module): layer for layer in read_only}.values():
+            check_wrappable(layer)
 
     def draw_bases(self, step: int) -> None:
         """Draw V / √r for every matrix, (n, r), keyed by the step at which it begins to be used."""

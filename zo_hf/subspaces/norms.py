@@ -28,6 +28,7 @@ class Norms(LowRank):
     """
 
     name = "norms"
+    default_learning_rate = 1e-3
     moves_quantized = False
 
     def __init__(

@@ -3,6 +3,7 @@
 MeZO (arXiv 2305.17333) has a distance ε and a learning rate for each family of methods, which are the defaults here:
 
     weights    ε = 1e-3    1e-7 to 1e-6     all weights; of PEFT's methods, those that train weights of the model itself
+                                            (LN tuning, which has few and large ones, takes 1e-3: docs/peft.md)
     LoRA       ε = 1e-2    5e-5 to 1e-4     whatever is multiplied with or added to the model's weights or activations
     prompt     ε = 1e-1    1e-3 to 1e-2     vectors in front of the sentence or of its keys and values
 """
@@ -33,11 +34,12 @@ class Family:
 
 
 WEIGHTS = Family(1e-3, 1e-5)
+NORMS = Family(1e-3, 1e-3)
 LORA = Family(1e-2, 1e-4)
 PROMPT = Family(1e-1, 1e-2)
 
 # By PEFT's names; every other method is like LoRA.
-_WEIGHTS = ("BEFT", "LN_TUNING", "SHIRA", "TRAINABLE_TOKENS")
+_WEIGHTS = ("BEFT", "SHIRA", "TRAINABLE_TOKENS")
 _PROMPT = ("ADAPTION_PROMPT", "CARTRIDGE", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _WEIGHTS_IN_LAYERS = ("ADAPTION_PROMPT", "LN_TUNING")
 # These prepend keys and values, so that the logits are as many as the tokens.
@@ -53,6 +55,8 @@ _NEED_GRADIENTS = {
 def family(model: nn.Module) -> Family:
     """The family of the active adapter."""
     name = _method(model)
+    if name == "LN_TUNING":
+        return NORMS
     if name in _WEIGHTS:
         return WEIGHTS
     return PROMPT if name in _PROMPT else LORA

@@ -37,7 +37,9 @@ class Scales(Folded):
     """
 
     name = "scales"
+    default_learning_rate = 1e-3
     default_max_projected_grad = 100.0
+    are_weights = False
     moves_quantized = True
 
     def __init__(

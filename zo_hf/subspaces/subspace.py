@@ -40,6 +40,8 @@ class Subspace:
     default_learning_rate = 1e-5
     #: Largest magnitude of c; 0 does not clip.
     default_max_projected_grad = 0.0
+    #: Whether coordinates stand for weights, which weight decay shrinks.
+    are_weights = True
     #: Whether the weights of quantised layers are among what moves.
     moves_quantized = False
 

@@ -21,10 +21,6 @@ RECIPE = {
     "optim": "sgd",
     "learning_rate": 1e-4,
     "lr_scheduler_type": "linear",
-    "zo_subspace": "low_rank",
-    "zo_rank": 4,
-    "zo_fold_steps": 50,
-    "zo_eps": 1e-3,
     # The linear layers: every step moves all rows of an embedding, and most of them belong to words it has not seen.
     "zo_exclude_modules": r".*(embed|norm).*",
     "logging_steps": 10,
@@ -145,6 +141,8 @@ def parse_arguments(
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**read_options(named.config, known))
     job, arguments, _ = parser.parse_args_into_dataclasses(args=rest)
+    if arguments.zo_subspace == "norms" and arguments.zo_exclude_modules == RECIPE["zo_exclude_modules"]:
+        arguments.zo_exclude_modules = None
     return job, arguments
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf.tasks.classify import calibrated, label_scores
-from zo_hf.tasks.saved_prompt import load_prompt
+from zo_hf.tasks.saved_prompt import load_prompt, load_quantization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,9 @@ def predict(folder: Path, sentences: list[str], calibrate: bool = False) -> list
     """
     prompt, prior = load_prompt(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    quantization = load_quantization(folder)
+    more = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **more)
     scores = label_scores(model, tokenizer, sentences, prompt)
     if calibrate:
         scores = calibrated(scores, prior)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,41 @@ from zo_hf.tasks.prompts import Prompt
 FILE_NAME = "prompt.json"
 
 
-def save_prompt(folder: Path, prompt: Prompt, prior: Tensor) -> None:
-    """Write the prompt and the label prior, log-probabilities of shape (labels,), into a model's folder."""
-    content = {"template": prompt.template, "verbalizers": list(prompt.verbalizers), "label_prior": prior.tolist()}
+def save_prompt(folder: Path, prompt: Prompt, prior: Tensor, quantization: dict[str, Any] | None = None) -> None:
+    """Write what the model has to be asked into its folder.
+
+    Args:
+        prior: log-probabilities of the labels, (labels,).
+        quantization: how the base of an adapter is to be quantised, which PEFT does not save.
+    """
+    content = {
+        "template": prompt.template,
+        "verbalizers": list(prompt.verbalizers),
+        "label_prior": prior.tolist(),
+        "quantization": quantization,
+    }
     (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_prompt(folder: Path) -> tuple[Prompt, Tensor]:
-    """Read what `save_prompt` wrote.
+    """Read the prompt and the label prior that `save_prompt` wrote.
 
     Raises:
         ValueError: the folder has no `prompt.json`.
     """
+    content = _content(folder)
+    return Prompt(content["template"], tuple(content["verbalizers"])), torch.tensor(content["label_prior"])
+
+
+def load_quantization(folder: Path) -> dict[str, Any] | None:
+    """How the base of an adapter in the folder was quantised, if it is one and was."""
+    quantization: dict[str, Any] | None = _content(folder).get("quantization")
+    return quantization
+
+
+def _content(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {FILE_NAME}: name the output folder of a finished `zo-hf train`.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Prompt(content["template"], tuple(content["verbalizers"])), torch.tensor(content["label_prior"])
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

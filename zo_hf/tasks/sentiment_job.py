@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
+from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
 from zo_hf.config import ZOConfig
 from zo_hf.memory import PeakMemory
 from zo_hf.model_setup import check_model, make_subspace
@@ -62,7 +63,7 @@ def main(
     try:
         job, config = parse_arguments(argv, prog, description or __doc__, config_file)
         task = prepare(job, config)
-    except (AssetError, OSError, ValueError) as error:
+    except (AssetError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     run(task, config)
 
@@ -163,7 +164,8 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
-        save_prompt(folder, task.prompt, after.prior)
+        is_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
+        save_prompt(folder, task.prompt, after.prior, quantization_of(task.model) if is_adapter else None)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         say(f"written    {folder}: the model, prompt.json, metrics.json")
         if find_spec("matplotlib") is None:
@@ -211,6 +213,12 @@ def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrain
         )
         model = get_peft_model(model, lora)
     return tokenizer, model.eval()
+
+
+def quantization_of(model: Any) -> dict[str, Any] | None:
+    """How a model was quantised, as `from_pretrained` takes it."""
+    config = getattr(model.config, "quantization_config", None)
+    return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def quantization(job: JobArguments) -> BitsAndBytesConfig:
