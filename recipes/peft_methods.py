@@ -42,7 +42,7 @@ CAUSAL = TaskType.CAUSAL_LM
 ATTENTION = ["q_proj", "v_proj"]
 METHODS = {
     "LoRA": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
-    "LoRA, B alone": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
+    "LoRA, A and B": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION, task_type=CAUSAL),
     "LN tuning": lambda: LNTuningConfig(
         target_modules=["input_layernorm", "post_attention_layernorm"], task_type=CAUSAL
     ),
@@ -57,7 +57,7 @@ METHODS = {
 }
 
 # Options of ZOConfig beside the learning rate.
-OPTIONS: dict[str, dict[str, Any]] = {"LoRA, B alone": {"zo_exclude_modules": ["lora_A.default"]}}
+OPTIONS: dict[str, dict[str, Any]] = {"LoRA, A and B": {"zo_target_modules": r".*lora_.*"}}
 ASKED = ("model", "method", "factor", "steps", "seed", "batch_size")
 
 

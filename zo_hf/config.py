@@ -52,7 +52,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
-            "learning_rate x c x z. Default: 1e-5 for weights, 1e-3 for norms and scales, 1e-4 for LoRA and the like, 1e-2 for prefixes and "
+            "learning_rate x c x z. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and "
             "prompts. The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "
             "5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes."
         },
@@ -137,7 +137,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "Parameters that move: a regular expression that matches the whole name of a parameter or module, "
-            "or a list of name endings. Default: all trainable ones."
+            "or a list of name endings. Default: all trainable ones, but of a LoRA that begins at zero only B."
         },
     )
     zo_exclude_modules: None | str | list[str] = field(  # noqa: RUF036

@@ -1,6 +1,9 @@
 """The trainable weights of a PEFT model as coordinates: adapters move, the base stays.
 
 θ(ξ) = (base, ξ)        with ξ the adapter's own tensors, perturbed densely
+
+Of a LoRA that begins at zero, B·A with B = 0, only B moves unless the patterns select otherwise: it ends lower and bears a
+larger learning rate (docs/peft.md).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from zo_hf.directions import Distribution, Purpose, Stream
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.peft_methods import (
+    LORA_FROM_ZERO,
+    begins_without_effect,
     family,
     is_weight_of_the_model,
     of_active_adapter,
@@ -47,6 +52,11 @@ class Adapter(Subspace):
         among = of_active_adapter(model) if among is None else among
         super().__init__(model, target_modules, exclude_modules, among, seed)
         self.default_eps, self.default_learning_rate = family(model).eps, family(model).learning_rate
+        if any(begins_without_effect(model)(name) for name in self.start.keys() - {site.name for site in self.sites}):
+            self.default_learning_rate = LORA_FROM_ZERO.learning_rate
+        for name, parameter in self.start.items():
+            if not is_weight_of_the_model(model, name):  # what stays, too: it is multiplied with what moves
+                parameter.data = parameter.data.to(coordinate_dtype(parameter))
         self._narrow: dict[nn.Module, torch.dtype] = {}
         for site in self.sites:
             dtype = site.parameter.dtype
@@ -55,6 +65,18 @@ class Adapter(Subspace):
             site.parameter.data = site.parameter.data.to(coordinate_dtype(site.parameter))
             self.coordinates[site.name] = site.parameter
         self._materialised = Materialised(self.coordinates)
+
+    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
+        sites = super()._find_sites(among)
+        if self.target_modules is not None or self.exclude_modules is not None:
+            return sites
+        stays = begins_without_effect(self.model)
+        return [site for site in sites if not stays(site.name)] or sites
+
+    @property
+    def start(self) -> dict[str, nn.Parameter]:
+        """All weights that PEFT has made trainable, those that stay included: an adapter begins with what it draws."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _keep_narrow(self, site: Site, dtype: torch.dtype) -> None:
         """PEFT's own layers take inputs of any dtype; a layer of the model has to be told."""

@@ -10,6 +10,7 @@ MeZO (arXiv 2305.17333) has a distance ε and a learning rate for each family of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ class Family:
 WEIGHTS = Family(1e-3, 1e-5)
 NORMS = Family(1e-3, 1e-3)
 LORA = Family(1e-2, 1e-4)
+# Where only the factors that begin at zero move, a rate three times as large is the best (docs/peft.md).
+LORA_FROM_ZERO = Family(1e-2, 3e-4)
 PROMPT = Family(1e-1, 1e-2)
 
 # By PEFT's names; every other method is like LoRA.
@@ -60,6 +63,16 @@ def family(model: nn.Module) -> Family:
     if name in _WEIGHTS:
         return WEIGHTS
     return PROMPT if name in _PROMPT else LORA
+
+
+def begins_without_effect(model: nn.Module) -> Callable[[str], bool]:
+    """Which parameters, by name, the loss does not depend on at first: the factor of a LoRA whose other one begins at zero.
+
+    That is A, and B for an embedding. Moving them is noise at first, and later changes what B has learnt.
+    """
+    config = _config(model)
+    from_zero = _method(model) == "LORA" and getattr(config, "init_lora_weights", None) in (True, "gaussian")
+    return lambda name: from_zero and bool({"lora_A", "lora_embedding_B"} & set(name.split(".")))
 
 
 def refuse_what_needs_gradients(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ patterns         zo_target_modules and zo_exclude_modules
 optimizer        its kind, and whether replay can rebuild it
 groups           of parameters: the names of their coordinates and the optimizer's options, without the learning rate
 base             the model before the first step: where it came from, and a hash of its weights
-start            hash of the starting coordinates saved beside the log; only for an adapter
+start            hash of the starting weights saved beside the log; only for an adapter
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def build_header(
     plain = all(_is_plain(value) for group in groups for value in group["options"].values())
     kind = type(optimizer).__name__
     replayable = OPTIMIZERS.get(kind) is type(optimizer) and plain
-    is_adapter = isinstance(subspace, Adapter)
     return {
         "zo_hf": zo_hf.__version__,
         "torch": torch.__version__,
@@ -65,7 +64,7 @@ def build_header(
         "optimizer": {"kind": kind, "replayable": replayable},
         "groups": groups if plain else [group | {"options": _as_text(group["options"])} for group in groups],
         "base": describe_base(zo.model, subspace, with_weights=from_base, base_hash=base_hash),
-        "start": tensors_hash(subspace.coordinates) if from_base and is_adapter else None,
+        "start": tensors_hash(subspace.start) if from_base and isinstance(subspace, Adapter) else None,
     }
 
 
@@ -99,7 +98,7 @@ def describe_base(
     unwrapped: Any = base_model(model)
     config = getattr(unwrapped, "config", None)
     first = next(iter(subspace.sites)).parameter
-    leave_out = subspace.coordinates.values() if isinstance(subspace, Adapter) else ()
+    leave_out = subspace.start.values() if isinstance(subspace, Adapter) else ()
     return {
         "name": getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),

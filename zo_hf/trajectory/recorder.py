@@ -1,7 +1,7 @@
 """Writing the trajectory of a Trainer's run beside its checkpoints, and continuing from what was written.
 
     OUTPUT_DIR/trajectory/steps.zolog            the log, see `log.py`
-    OUTPUT_DIR/trajectory/start.safetensors      an adapter's starting coordinates, which PEFT draws at random
+    OUTPUT_DIR/trajectory/start.safetensors      an adapter's starting weights, which PEFT draws at random
     OUTPUT_DIR/trajectory/adapter_config.json    how to build that adapter
     OUTPUT_DIR/_trajectory.previous/             the log of the run that used this folder before
 
@@ -117,7 +117,7 @@ def begin(
     try:
         folder = _new_folder(output_dir)
         if isinstance(zo.subspace, Adapter):
-            save_file({n: p.detach().contiguous() for n, p in zo.subspace.coordinates.items()}, folder / START_FILE)
+            save_file({n: p.detach().contiguous() for n, p in zo.subspace.start.items()}, folder / START_FILE)
             _save_adapter_config(zo.model, folder)
         return Recorder(header, Writer(folder / FILE, header), optimizer, required)
     except OSError as error:
@@ -188,7 +188,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
     check_replayable(trajectory)
     _check_same_groups(zo, optimizer, trajectory)
-    leave_out = list(zo.subspace.coordinates.values()) if isinstance(zo.subspace, Adapter) else []
+    leave_out = list(zo.subspace.start.values()) if isinstance(zo.subspace, Adapter) else []
     check_base(trajectory.header["base"], zo.model, leave_out, path)
     take_steps(zo, optimizer, trajectory)
     replayed = zo.state_dict()

@@ -91,8 +91,9 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
     if isinstance(zo.subspace, Adapter):
         start = read_start(trajectory)
         with torch.no_grad():
-            for name, coordinate in zo.subspace.coordinates.items():
-                coordinate.copy_(start[name])
+            known = dict(zo.model.named_parameters(remove_duplicate=False))
+            for name, tensor in start.items():
+                known[name].copy_(tensor)
     records: Iterable[Record] = trajectory.records
     for record in tqdm(records, desc="replay", unit="step", disable=not progress):
         for group, rate in zip(optimizer.param_groups, record.learning_rates, strict=True):
@@ -103,7 +104,7 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
 
 
 def read_start(trajectory: Trajectory) -> dict[str, Tensor]:
-    """The coordinates that an adapter began with.
+    """The weights that an adapter began with.
 
     Raises:
         TrajectoryError: their file is missing or not the one that belongs to the log.
@@ -165,9 +166,11 @@ def _names(trajectory: Trajectory) -> list[str]:
 
 def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
     """What the hash of the base does not cover: an adapter's own weights, which are saved beside the log."""
-    is_adapter = trajectory.header["settings"]["zo_subspace"] == Adapter.name
-    parameters = list(_parameters(model, trajectory).values())
-    return parameters if is_adapter else []
+    moved = _parameters(model, trajectory)
+    if trajectory.header["settings"]["zo_subspace"] != Adapter.name:
+        return []
+    known = dict(model.named_parameters(remove_duplicate=False))
+    return [known[name] for name in {*moved, *read_start(trajectory)} if name in known]
 
 
 def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Optimizer]:
