@@ -143,6 +143,7 @@ def test_double_quantisation_takes_less_and_four_bits_less_than_eight() -> None:
     assert bits == pytest.approx([8.0, 4.5, 4.127], abs=0.01), "QLoRA's paper: 0.5 and 0.127 bits for the scales"
 
 
+@pytest.mark.slow
 def test_two_short_models_stand_for_a_deep_one() -> None:
     deep = LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": 9})
     ways = [Way("low_rank", "half"), Way("full", "half"), Way("scales", "nf4"), Way("adapter", "half")]
@@ -156,6 +157,7 @@ def test_two_short_models_stand_for_a_deep_one() -> None:
         assert cut[way].state + cut[way].working - optimizer == pytest.approx(max(usage.phases), rel=0.01), way
 
 
+@pytest.mark.slow
 def test_a_70b_model_is_planned_in_seconds_and_in_little_memory() -> None:
     config = LlamaConfig(
         hidden_size=8192,
