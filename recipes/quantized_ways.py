@@ -45,14 +45,12 @@ FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
 }
 # A middle learning rate, and the options of ZOConfig.
 WAYS: dict[str, tuple[float, dict[str, Any]]] = {
-    "adapter": (1e-4, {"zo_subspace": "adapter"}),
+    "adapter": (1e-4, {"zo_subspace": "adapter", "zo_target_modules": r".*lora_.*"}),
     "factors": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 0}),
     "fold": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 100, "zo_exclude_modules": r".*(embed|norm|head).*"}),
     "scales": (3e-3, {"zo_subspace": "scales"}),
     "norms": (1e-2, {"zo_subspace": "norms"}),
 }
-# What must be the same before and after.
-CODES_STAY = {"adapter", "factors", "scales", "norms"}
 ASKED = ("model", "way", "format", "seed", "learning_rate", "steps", "batch_size")
 
 
