@@ -122,6 +122,8 @@ class Bench:
             **OPTIONS.get(method, {}),
         )
         collator = LabelWordCollator(self.tokenizer, base)
+        # PEFT puts labels for these prompts in front, so that there must be logits at every position.
+        collator.takes_logits_to_keep &= method not in ("prompt tuning", "p-tuning")
         data = {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
         stop = _StopWhenLost()
         trainer = ZOTrainer(model, config, **data, callbacks=[stop])
