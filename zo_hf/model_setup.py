@@ -11,7 +11,7 @@ from transformers.utils import is_peft_available
 from zo_hf.config import ZOConfig
 from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
-from zo_hf.subspaces import SUBSPACES, LowRank, Norms, Scales, Subspace
+from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors
 from zo_hf.subspaces.lora import check_peft
 from zo_hf.subspaces.peft_methods import refuse_what_needs_gradients
 from zo_hf.subspaces.sites import find_sites
@@ -31,7 +31,7 @@ def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | 
         "seed": args.seed,
     }
     kind = SUBSPACES[name]
-    if issubclass(kind, LowRank) and kind is not Norms:
+    if has_factors(kind):
         subspace = kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
         subspace.check_end()
         return subspace
@@ -104,7 +104,7 @@ def _check_quantized(model: Any, args: ZOConfig) -> None:
             f"the model is quantised in a way that is not known here ({type(model.hf_quantizer).__name__}); attach an "
             "adapter with peft.get_peft_model, or use zo_subspace='norms'."
         )
-    if issubclass(kind, LowRank) and kind is not Norms and not args.zo_fold_steps:
+    if has_factors(kind) and not args.zo_fold_steps:
         check_peft()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_hf.quantization.layer import TILE, QuantizedLayer, squares
+from zo_hf.quantization.layer import TILE, QuantizedLayer, rounds_up, squares
 
 _NESTED_BLOCK = 256
 
@@ -134,11 +134,7 @@ def round_to_level(values: Tensor, levels: Tensor, uniform: Tensor) -> Tensor:
     ordered, order = levels.to(values.device).sort()
     below = (torch.searchsorted(ordered, values, right=True) - 1).clamp_(0, len(ordered) - 2)
     low, high = ordered[below], ordered[below + 1]
-    share = (values - low) / (high - low)
-    # A value that is on a level must stay there, whatever the last bit of the division that brought it here.
-    share = torch.where((share - share.round()).abs() < 1e-5, share.round(), share)
-    up = share > (uniform.flatten().float() + 0.5) * 2.0**-16
-    return order[below + up]
+    return order[below + rounds_up((values - low) / (high - low), uniform.flatten())]
 
 
 def _times(values: Tensor, factors: Tensor, block: int) -> Tensor:

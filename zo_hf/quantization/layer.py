@@ -128,6 +128,19 @@ class QuantizedLayer:
         raise NotImplementedError(self.format)
 
 
+def rounds_up(share: Tensor, uniform: Tensor) -> Tensor:
+    """Which values go to the code above and not to the one below, so that the expectation is the value itself.
+
+    A value that is on a code stays there, whatever the last bit of the division that brought it here.
+
+    Args:
+        share: of the way from the code below to the one above, in [0, 1].
+        uniform: int32 in [0, 2**16), the shape of `share`.
+    """
+    share = torch.where((share - share.round()).abs() < 1e-5, share.round(), share)
+    return share > (uniform.float() + 0.5) * 2.0**-16
+
+
 def squares(stored: Tensor, exact: Tensor) -> tuple[float, float]:
     """Sums of the squared difference, and of the squared exact values."""
     return float((stored - exact).double().square().sum()), float(exact.double().square().sum())

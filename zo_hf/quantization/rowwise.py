@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zo_hf.quantization.layer import QuantizedLayer, squares
+from zo_hf.quantization.layer import QuantizedLayer, rounds_up, squares
 
 LARGEST = 127
 HEADROOM = 1.0 + 1.0 / 32
@@ -58,11 +58,8 @@ class RowwiseInt8(QuantizedLayer):
         if outgrown.any():
             units = self.set_units(storage, start, torch.where(outgrown, needed * HEADROOM, units))
         exact = rows / units.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        # A value that is on a code must stay there, whatever the division's last bit.
-        nearest = exact.round()
-        exact = torch.where((exact - nearest).abs() < 1e-5, nearest, exact)
-        low = exact.floor()
-        codes = low + (exact - low > (uniform.float() + 0.5) * 2.0**-16)
+        below = exact.floor()
+        codes = below + rounds_up(exact - below, uniform)
         self.codes(storage)[start:stop] = codes.clamp_(self.smallest, LARGEST).to(torch.int8)
 
     @property

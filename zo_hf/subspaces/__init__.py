@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.core import Core
 from zo_hf.subspaces.folded import Folded
@@ -13,4 +15,10 @@ from zo_hf.subspaces.subspace import Subspace
 
 SUBSPACES: dict[str, type[Subspace]] = {kind.name: kind for kind in (LowRank, Full, Adapter, Core, Norms, Scales)}
 
-__all__ = ["SUBSPACES", "Adapter", "Core", "Folded", "Full", "LowRank", "Norms", "Scales", "Subspace"]
+
+def has_factors(kind: type[Subspace]) -> TypeGuard[type[LowRank]]:
+    """Whether a subspace takes a rank and folds: low-rank factors, or a core."""
+    return issubclass(kind, LowRank) and kind is not Norms
+
+
+__all__ = ["SUBSPACES", "Adapter", "Core", "Folded", "Full", "LowRank", "Norms", "Scales", "Subspace", "has_factors"]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from zo_hf.quantization import quantized_layers
-from zo_hf.subspaces import SUBSPACES, Adapter, Full, LowRank, Norms, Subspace
+from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
 from zo_hf.zeroth_order import ZerothOrder
@@ -181,7 +181,7 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         raise TrajectoryError(f"{trajectory.path} moves an unknown subspace {settings['zo_subspace']!r}.")
     subspace: Subspace
     moved = "|".join(re.escape(name) for name in _names(trajectory))
-    if issubclass(kind, LowRank) and kind is not Norms:
+    if has_factors(kind):
         rank, fold_steps = settings["zo_rank"], settings["zo_fold_steps"]
         subspace = kind(model, rank, fold_steps, target_modules=moved, seed=settings["seed"])
     else:
