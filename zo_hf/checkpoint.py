@@ -3,6 +3,7 @@
     model.safetensors              the model of that step, coordinates folded in: loads with `from_pretrained`
     zo_state.json                  the engine's numbers, and the settings they belong to
     zo_coordinates.safetensors     the coordinates
+    zo_rule.safetensors            what the rule remembers, where it does
     zo_base.safetensors            the weights as of the last fold; only where the coordinates are not zero, and are folded
 
 At a step that folds, the coordinates are zero and the model itself is the base: nothing large is written twice. Several
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "zo_state.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 COORDINATES_FILE = "zo_coordinates.safetensors"
+RULE_FILE = "zo_rule.safetensors"
 BASE_FILE = "zo_base.safetensors"
 
 
@@ -131,6 +133,9 @@ class CheckpointWriter:
         elif isinstance(subspace, Adapter):
             # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
+        remembered = zo.rule.state()
+        if remembered and learning_rates is None:
+            save_file(_detached(remembered), folder / RULE_FILE)
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
 
     def moved(self, before: Path, after: Path) -> None:
@@ -227,6 +232,8 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
         if state["at_origin"]:
             subspace.set_origin()
     zo.load_state_dict(state["engine"])
+    if (folder / RULE_FILE).exists():
+        zo.rule.load_state(load_file(folder / RULE_FILE))
     return True
 
 
@@ -291,6 +298,7 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,
         "zo_direction": zo.distribution.name,
+        "zo_rule": zo.rule.name,
         "zo_max_projected_grad": zo.max_projected_grad,
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,

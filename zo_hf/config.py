@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RULES
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -107,6 +108,10 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_estimator: str = field(
         default="two_point", metadata={"help": "How losses become projected gradients: two_point."}
     )
+    zo_rule: str = field(
+        default="none",
+        metadata={"help": "What the estimate goes through before the optimizer named by optim gets it: none."},
+    )
     zo_direction: str = field(
         default="gaussian", metadata={"help": "What directions are drawn from: gaussian or rademacher."}
     )
@@ -185,6 +190,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     def _check_zo_options(self) -> None:
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
+        _choose("zo_rule", self.zo_rule, list(RULES))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
@@ -77,7 +77,7 @@ class Grid:
     def mean_losses(self, gathered: Tensor, probes: Sequence[Probe]) -> Tensor:
         """Losses at all probes, the mean over batches, from what every rank evaluated.
 
-        gathered: (world_size, probes of a rank)
+        gathered: (world_size, probes of the rank that has most)
 
         Returns:
             (len(probes),), the same bits on every rank: all add in the order of ranks.
@@ -85,8 +85,8 @@ class Grid:
         mean = gathered.view(self.data, self.directions, -1).mean(0)
         losses = mean.new_empty(len(probes))
         for index in range(self.directions):
-            owner = Grid(self.data, self.directions, index)
-            losses[owner.own(probes)] = mean[index]
+            own = Grid(self.data, self.directions, index).own(probes)
+            losses[own] = mean[index, : len(own)]
         return losses
 
 
@@ -160,8 +160,10 @@ class Ranks:
         self.bytes_sent += tensor.numel() * tensor.element_size()
 
     def mean_losses(self, losses: Tensor, probes: Sequence[Probe]) -> Tensor:
-        """Losses at all probes from this rank's losses at its own."""
-        return self.grid.mean_losses(self.gather(losses), probes)
+        """Losses at all probes from this rank's losses at its own; ranks with fewer of them pad with zeros."""
+        most = max(len(replace(self.grid, rank=rank).own(probes)) for rank in range(self.grid.directions))
+        padded = torch.nn.functional.pad(losses, (0, most - len(losses)))
+        return self.grid.mean_losses(self.gather(padded), probes)
 
     def check_replicas(
         self, coordinates: Mapping[str, Tensor], weights: Mapping[str, Tensor], turn: int, step: int

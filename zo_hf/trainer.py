@@ -142,7 +142,9 @@ class ZOTrainerMixin(CheckpointsMixin):
             subspace,
             eps=None if args.zo_eps == "auto" else float(args.zo_eps),
             num_directions=args.zo_num_directions,
+            estimator=args.zo_estimator,
             direction=args.zo_direction,
+            rule=args.zo_rule,
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
@@ -157,7 +159,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             f"{subspace.dimension:,}",
             zo.estimator.eps,
             f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
-            2 * args.zo_num_directions,
+            len(zo.estimator.probes()),
         )
         if users is not None:
             self._users_groups = retarget(users, subspace)
@@ -293,8 +295,9 @@ class ZOTrainerMixin(CheckpointsMixin):
         return self.zo.subspace.gradient_norm() if grad_norm is None else grad_norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is 2q forwards."""
-        return super().floating_point_ops(inputs) * 2 * self.args.zo_num_directions // self._ranks.grid.directions // 3
+        """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is its probes."""
+        assert self.zo is not None
+        return super().floating_point_ops(inputs) * len(self.zo.estimator.probes()) // self._ranks.grid.directions // 3
 
     # Several processes.
 

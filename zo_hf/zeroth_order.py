@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,15 @@ from torch.optim import Optimizer
 
 from zo_hf.directions import DISTRIBUTIONS, Stream
 from zo_hf.distributed import Ranks
-from zo_hf.estimators import TwoPoint
-from zo_hf.optimizers import ScalarNormalisation
+from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RULES, ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.subspaces import SUBSPACES, Folded, Subspace
 from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
+
+_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class ZerothOrder:
         subspace: which tensors move, by name or as an object made for this model.
         eps: distance ε of a probe; None takes the subspace's own (1e-3 for weights, 1e-2 for an adapter).
         num_directions: q, directions per step.
+        estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
         batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
@@ -95,7 +99,9 @@ class ZerothOrder:
         subspace: str | Subspace = "low_rank",
         eps: float | None = None,
         num_directions: int = 1,
+        estimator: str = "two_point",
         direction: str = "gaussian",
+        rule: str = "none",
         max_projected_grad: float | None = None,
         normalize: bool = False,
         batched: bool | str = "auto",
@@ -103,14 +109,12 @@ class ZerothOrder:
         ranks: Ranks | None = None,
     ) -> None:
         if isinstance(subspace, str):
-            if subspace not in SUBSPACES:
-                raise ValueError(f"subspace={subspace!r} is unknown; choose one of {', '.join(SUBSPACES)}.")
-            subspace = SUBSPACES[subspace](model, seed=seed)
-        if direction not in DISTRIBUTIONS:
-            raise ValueError(f"direction={direction!r} is unknown; choose one of {', '.join(DISTRIBUTIONS)}.")
+            subspace = _known("subspace", subspace, SUBSPACES)(model, seed=seed)
         self.model, self.subspace, self.seed = model, subspace, seed
-        self.estimator = TwoPoint(subspace.default_eps if eps is None else eps, num_directions)
-        self.distribution = DISTRIBUTIONS[direction]
+        eps = subspace.default_eps if eps is None else eps
+        self.estimator = _known("estimator", estimator, ESTIMATORS)(eps, num_directions)
+        self.distribution = _known("direction", direction, DISTRIBUTIONS)
+        self.rule = _known("rule", rule, RULES)(subspace, self.estimator)
         clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
         self.max_projected_grad = clip
         self.normalisation = ScalarNormalisation() if normalize else None
@@ -197,8 +201,7 @@ class ZerothOrder:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
-        coefficients = [c / self.estimator.num_directions for c in gradients]
-        self.subspace.write_gradient(coefficients, self._stream, self.distribution)
+        self.rule.write_gradient(gradients, self._stream, self.distribution)
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
@@ -271,6 +274,7 @@ class ZerothOrder:
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
+                self.rule.after_fold()
 
     def _report_step(self) -> None:
         nothing = ((math.nan,) * self.estimator.num_directions, True)
@@ -293,6 +297,12 @@ class ZerothOrder:
                         continue
                     name = names[id(parameter)]
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
+
+
+def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
+    if name not in registry:
+        raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
+    return registry[name]
 
 
 def _all_finite(values: list[float]) -> bool:

@@ -13,8 +13,10 @@ import torch
 
 from tests.conftest import assert_same_bits
 from tests.distributed.launch import ROOT, run
-from tests.quantization.runs import held, load, model_for, write_base
+from tests.quantization.runs import held, model_for, write_base
 from zo_hf.trajectory import replay
+
+EVERY_PAIR = [(way, kind) for way in ("adapter", "factors", "folds", "scales", "norms") for kind in ("int8", "nf4")]
 
 KILLED = """
 import sys
@@ -37,7 +39,7 @@ def start(*arguments: object) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kind"), [("factors", "nf4 nested"), ("folds", "int8"), ("scales", "int8")])
+@pytest.mark.parametrize(("way", "kind"), [*EVERY_PAIR, ("factors", "nf4 nested")])
 def test_a_killed_run_ends_with_the_bits_of_one_never_killed(tmp_path: Path, way: str, kind: str) -> None:
     base = write_base(tmp_path / "base")
     assert start(tmp_path / "whole", base, way, kind, "new").wait(300) == 0
@@ -48,7 +50,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_never_killed(tmp_path: Path, way
         seen = 0
         for line in process.stdout:
             seen += b"projected_grad" in line
-            if seen == 7 + attempt % 5:
+            if seen == 11 + attempt % 5:
                 process.send_signal(signal.SIGKILL)
         if process.wait(300) == 0:
             break
@@ -56,7 +58,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_never_killed(tmp_path: Path, way
     assert attempt > 1
     expected = torch.load(tmp_path / "whole" / "final.pt")
     assert_same_bits(torch.load(killed / "final.pt"), expected)
-    assert_same_bits(held(replay(load(base, kind), killed)), expected)
+    assert_same_bits(held(replay(model_for(way, base, kind), killed)), expected)
 
 
 TOGETHER = """
@@ -65,17 +67,16 @@ import sys
 import torch
 from pathlib import Path
 from tests.quantization.runs import held, run
-from tests.quantization.test_processes import TOGETHER_CASES
+from tests.quantization.test_processes import EVERY_PAIR
 
 folder, base, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-for way, kind in TOGETHER_CASES:
+for way, kind in EVERY_PAIR:
     # Each begins at weights of its own; the first one's count.
     own = base if rank == 0 else base.with_name("other")
     options = {"max_steps": 7, "per_device_train_batch_size": 4, "zo_check_steps": 2}
     trainer = run(folder / f"{way}-{kind}", way, own, kind, **options)
     torch.save(held(trainer.model), folder / f"{way}-{kind}-{rank}.pt")
 """
-TOGETHER_CASES = [("factors", "int8"), ("folds", "int8"), ("folds", "nf4"), ("scales", "nf4"), ("norms", "int8")]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kind"), TOGETHER_CASES)
+@pytest.mark.parametrize(("way", "kind"), EVERY_PAIR)
 def test_two_processes_hold_the_same_bits_and_their_log_replays_on_one(together: Path, way: str, kind: str) -> None:
     first, second = (torch.load(together / f"{way}-{kind}-{rank}.pt") for rank in (0, 1))
     assert_same_bits(first, second)

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zo_hf.estimators.estimator import Estimator
+from zo_hf.method import Method
 from zo_hf.probes.probe import Probe
 
 
-class TwoPoint:
+class TwoPoint(Estimator):
     """Central differences along `num_directions` random directions."""
 
     name = "two_point"
-
-    def __init__(self, eps: float, num_directions: int = 1) -> None:
-        self.eps, self.num_directions = eps, num_directions
+    about = Method("SPSA (Spall 1992); MeZO (2305.17333)", forwards="2q")
 
     def probes(self) -> list[Probe]:
         """The 2q evaluations of a step, + and - of a direction side by side."""
         return [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
-        """cᵢ of every direction from the losses of `probes()`, in its order."""
         return [(plus - minus) / (2.0 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]

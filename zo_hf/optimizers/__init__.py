@@ -1,6 +1,9 @@
 """What torch's optimizers do not have."""
 
 from zo_hf.optimizers.normalisation import ScalarNormalisation
+from zo_hf.optimizers.rule import Rule
 from zo_hf.optimizers.seeded_sgd import SeededSGD
 
-__all__ = ["ScalarNormalisation", "SeededSGD"]
+RULES: dict[str, type[Rule]] = {kind.name: kind for kind in (Rule,)}
+
+__all__ = ["RULES", "Rule", "ScalarNormalisation", "SeededSGD"]
