@@ -303,6 +303,8 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
+        "zo_coordinate_order": zo.coordinate_order,
+        **{f"zo_{zo.rule.name}_{option}": value for option, value in zo.rule.options.items()},
     }
 
 

@@ -3,15 +3,15 @@
 # No postponed annotations here: HfArgumentParser reads the types of the fields, and takes the first after None where a
 # field has several.
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import DISTRIBUTIONS, ORDERS
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES
+from zo_hf.optimizers import RULES, CoherentCoordinateDescent
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -106,11 +106,37 @@ class ZOConfig(Seq2SeqTrainingArguments):
         },
     )
     zo_estimator: str = field(
-        default="two_point", metadata={"help": "How losses become projected gradients: two_point."}
+        default="two_point",
+        metadata={
+            "help": "How losses become projected gradients: two_point, coordinate (central differences "
+            "along zo_num_directions single coordinates, the next ones every step), or coordinate_forward (the same with one "
+            "clean loss for all, q + 1 forward passes)."
+        },
     )
     zo_rule: str = field(
         default="none",
-        metadata={"help": "What the estimate goes through before the optimizer named by optim gets it: none."},
+        metadata={
+            "help": "What the estimate goes through before the optimizer named by optim gets it: none, or cocd (coherent "
+            "coordinate descent: differences along coordinates are kept and reused; needs zo_estimator=coordinate and optim=sgd)."
+        },
+    )
+    zo_cocd_decay: float = field(
+        default=0.99,
+        metadata={
+            "help": "What zo_rule=cocd multiplies its differences by every step, from 0 (forgets) to 1 (keeps)."
+        },
+    )
+    zo_cocd_memory: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "How many differences zo_rule=cocd remembers, the freshest. Default: one for each coordinate."
+        },
+    )
+    zo_coordinate_order: str = field(
+        default="cyclic",
+        metadata={
+            "help": "In which order zo_estimator=coordinate takes the coordinates: cyclic, or permuted by the seed."
+        },
     )
     zo_direction: str = field(
         default="gaussian", metadata={"help": "What directions are drawn from: gaussian or rademacher."}
@@ -177,6 +203,12 @@ class ZOConfig(Seq2SeqTrainingArguments):
         self._check_trainer_options()
         super().__post_init__()
 
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        """The options of the chosen rule, by the names of its arguments."""
+        prefix = f"zo_{self.zo_rule}_"
+        return {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
+
     def _read_numbers(self) -> None:
         """The command line hands over words where an option is a word or a number."""
         if self.zo_eps is None:
@@ -191,6 +223,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
         _choose("zo_rule", self.zo_rule, list(RULES))
+        _choose("zo_coordinate_order", self.zo_coordinate_order, list(ORDERS))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
@@ -236,12 +269,18 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"optim={str(self.optim)!r} swaps parameters between training and evaluation; use 'sgd' or 'adamw_torch'."
             )
-        if self.zo_subspace == "full" and self.optim != OptimizerNames.SGD:
+        if self.zo_rule == CoherentCoordinateDescent.name and self.optim != OptimizerNames.SGD:
+            raise ValueError(
+                f"optim={str(self.optim)!r} would average what zo_rule='cocd' already remembers; use optim='sgd', or "
+                "zo_rule='none'."
+            )
+        holds_gradient = self.zo_subspace != "full" or ESTIMATORS[self.zo_estimator].along_coordinates
+        if not holds_gradient and self.optim != OptimizerNames.SGD:
             raise ValueError(
                 f"optim={str(self.optim)!r} needs gradients, which zo_subspace='full' never holds; use optim='sgd', or "
                 "zo_subspace='low_rank'."
             )
-        if self.zo_subspace == "full" and self.optim_args:
+        if not holds_gradient and self.optim_args:
             raise ValueError(
                 f"optim_args={self.optim_args!r} has no effect on the seeded SGD of zo_subspace='full'; leave it out, or "
                 "use zo_subspace='low_rank'."

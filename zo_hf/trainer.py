@@ -22,8 +22,17 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
+from zo_hf.directions import UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
-from zo_hf.model_setup import base_model, check_model, check_trainable, make_subspace, retarget, subspace_name
+from zo_hf.model_setup import (
+    base_model,
+    check_model,
+    check_trainable,
+    make_subspace,
+    moves_along_coordinates,
+    retarget,
+    subspace_name,
+)
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
@@ -88,7 +97,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             ("optimizers", self.optimizer),
             ("optimizer_cls_and_kwargs", self.optimizer_cls_and_kwargs),
         ):
-            if self.args.zo_subspace == "full" and value is not None:
+            if self.args.zo_subspace == "full" and value is not None and not moves_along_coordinates(self.args):
                 raise ValueError(
                     f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
                     "zo_subspace='low_rank'."
@@ -144,7 +153,9 @@ class ZOTrainerMixin(CheckpointsMixin):
             num_directions=args.zo_num_directions,
             estimator=args.zo_estimator,
             direction=args.zo_direction,
+            coordinate_order=args.zo_coordinate_order,
             rule=args.zo_rule,
+            rule_options=args.rule_options,
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
@@ -378,6 +389,8 @@ class ZOTrainerMixin(CheckpointsMixin):
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if isinstance(self.zo.directions, UnitVectors):
+                logs["zo/cycles"] = self.zo.directions.cycles(self.zo.step)
             if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:
                 logs["zo/fold_error"] = self.zo.subspace.fold_error
             if self.args.world_size > 1:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DISTRIBUTIONS, Stream
+from zo_hf.directions import DISTRIBUTIONS, GAUSSIAN, Distribution, Stream, unit_vectors
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
-from zo_hf.subspaces import SUBSPACES, Folded, Subspace
+from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ class ZerothOrder:
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
+        rule_options: the rule's own keyword arguments.
         max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
         batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
@@ -101,20 +103,28 @@ class ZerothOrder:
         num_directions: int = 1,
         estimator: str = "two_point",
         direction: str = "gaussian",
+        coordinate_order: str = "cyclic",
         rule: str = "none",
+        rule_options: Mapping[str, Any] | None = None,
         max_projected_grad: float | None = None,
         normalize: bool = False,
         batched: bool | str = "auto",
         seed: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
+        estimator_kind = _known("estimator", estimator, ESTIMATORS)
         if isinstance(subspace, str):
-            subspace = _known("subspace", subspace, SUBSPACES)(model, seed=seed)
+            _known("subspace", subspace, SUBSPACES)
+            subspace = subspace_kind(subspace, estimator_kind.along_coordinates)(model, seed=seed)
         self.model, self.subspace, self.seed = model, subspace, seed
         eps = subspace.default_eps if eps is None else eps
-        self.estimator = _known("estimator", estimator, ESTIMATORS)(eps, num_directions)
-        self.distribution = _known("direction", direction, DISTRIBUTIONS)
-        self.rule = _known("rule", rule, RULES)(subspace, self.estimator)
+        self.estimator = estimator_kind(eps, num_directions)
+        self.distribution = self.directions = _known("direction", direction, DISTRIBUTIONS)
+        if self.estimator.along_coordinates:
+            _check_coordinates(subspace, estimator, self.distribution)
+            self.directions = unit_vectors(subspace.coordinates, num_directions, coordinate_order, seed)
+        self.coordinate_order = coordinate_order
+        self.rule = _known("rule", rule, RULES)(subspace, self.estimator, **(rule_options or {}))
         clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
         self.max_projected_grad = clip
         self.normalisation = ScalarNormalisation() if normalize else None
@@ -159,7 +169,7 @@ class ZerothOrder:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
         probes = self.estimator.probes()
         own = [probes[i] for i in self.ranks.grid.own(probes)]
-        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution) * weight
+        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.directions) * weight
         self._losses = losses if self._losses is None else self._losses + losses
         return losses
 
@@ -201,7 +211,7 @@ class ZerothOrder:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
-        self.rule.write_gradient(gradients, self._stream, self.distribution)
+        self.rule.write_gradient(gradients, self._stream, self.directions)
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
@@ -303,6 +313,19 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
     if name not in registry:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
     return registry[name]
+
+
+def _check_coordinates(subspace: Subspace, estimator: str, distribution: Distribution) -> None:
+    if isinstance(subspace, Full):
+        raise ValueError(
+            f"estimator={estimator!r} needs coordinates with a gradient, which Full never holds; pass subspace='full' or a "
+            "HeldFull."
+        )
+    if distribution is not GAUSSIAN:
+        raise ValueError(
+            f"zo_direction={distribution.name!r} has no effect on zo_estimator={estimator!r}, whose directions are "
+            "coordinates; leave it out."
+        )
 
 
 def _all_finite(values: list[float]) -> bool:

@@ -22,6 +22,8 @@ class Estimator:
     #: The name used in options.
     name: ClassVar[str]
     about: ClassVar[Method]
+    #: Whether its directions are unit vectors, one coordinate each, instead of noise.
+    along_coordinates: ClassVar[bool] = False
 
     def __init__(self, eps: float, num_directions: int = 1) -> None:
         self.eps, self.num_directions = eps, num_directions

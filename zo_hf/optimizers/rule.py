@@ -9,7 +9,7 @@ subspace), so learning rates, schedules, weight decay and clipping work the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,11 @@ class Rule:
     #: The name used in options.
     name: ClassVar[str] = "none"
     about: ClassVar[Method] = Method("ZO-SGD (2305.17333), or the torch optimizer named by optim")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of its own, as it was made with them; ZOConfig calls them zo_{name}_{argument}."""
+        return {}
 
     def __init__(self, subspace: Subspace, estimator: Estimator) -> None:
         self.subspace, self.estimator = subspace, estimator
