@@ -67,7 +67,9 @@ def test_a_checkpoint_of_the_log_alone_resumes_too(tmp_path: Path) -> None:
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
 
 
-@pytest.mark.parametrize("option", [{"zo_cocd_decay": 0.8}, {"zo_cocd_memory": 9}, {"zo_coordinate_order": "permuted"}])
+@pytest.mark.parametrize(
+    "option", [{"zo_cocd_decay": 0.8}, {"zo_cocd_memory": 9}, {"zo_coordinate_order": "permuted"}]
+)
 def test_another_setting_does_not_resume(option: dict[str, Any], tmp_path: Path) -> None:
     options = COMMON | WAYS["norms"] | {"max_steps": 2}
     trained(tmp_path / "a", more={"callbacks": [SaveAt(1)]}, **options)

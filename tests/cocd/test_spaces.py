@@ -10,7 +10,7 @@ from tests.cocd.helpers import regression, run
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, weights_of
 from tests.quantised import quantise
 from tests.trainer.runs import config, make_trainer, with_lora
-from zo_hf.directions import unit_vectors
+from zo_hf.directions import Stream, unit_vectors
 from zo_hf.probes import Probe
 from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.subspaces import SUBSPACES, Adapter, Core, Full, HeldFull, LowRank, Norms, Scales, Subspace
@@ -111,6 +111,32 @@ def test_in_one_batch_the_differences_are_the_same(name: str, estimator: str) ->
     assert measured[0] == pytest.approx(measured[1], abs=2e-5)
 
 
+def test_a_network_of_linear_layers_in_one_product_gives_the_same_differences() -> None:
+    class Batch:
+        rows = 6
+
+        def __init__(self, model: nn.Module) -> None:
+            self.model, self.x = model, torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+
+        def __call__(self) -> torch.Tensor:
+            return self.model(self.x).square().mean()
+
+        def batched(self, copies: int) -> torch.Tensor:
+            return self.model(self.x.repeat(copies, 1, 1)).square().view(copies, -1).mean(1)
+
+    measured = []
+    for batched in (True, False):
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2), nn.Linear(2, 2, bias=False))
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        model[2].bias.requires_grad_(False)
+        zo = ZerothOrder(model, "full", 0.1, 34, "coordinate", batched=batched)
+        measured.append(zo.estimate(Batch(model)).projected_gradients)
+    assert min(map(abs, measured[1][20:])) > 1e-3, "behind the last nonlinearity every slope counts"
+    assert measured[0] == pytest.approx(measured[1], abs=2e-5)
+
+
 def test_only_b_moves_of_a_lora_that_begins_at_zero() -> None:
     subspace = space("lora")
     zo = ZerothOrder(subspace.model, subspace, num_directions=4, estimator="coordinate", rule="cocd")
@@ -151,7 +177,7 @@ def test_coordinates_on_two_devices_or_of_two_dtypes_are_one_flat_vector() -> No
 
 
 def test_what_cannot_work_is_refused_in_a_sentence() -> None:
-    model, loss = regression()
+    model, _ = regression()
     cases = [
         ({"estimator": "two_point"}, r"zo_rule='cocd'.*zo_estimator='two_point'.*use zo_estimator='coordinate'"),
         ({"num_directions": 18}, r"zo_num_directions=18 is more than the 17 coordinates"),
@@ -189,8 +215,6 @@ def test_without_the_rule_any_optimizer_takes_the_differences(tmp_path) -> None:
 
 def test_the_pointer_is_the_step() -> None:
     units = unit_vectors({"a": torch.zeros(2, 2), "b": torch.zeros(3)}, 3, "cyclic", 0)
-    from zo_hf.directions import Stream
-
     turns = [units.place(Stream(0, step, i)) for step in range(3) for i in range(3)]
     assert turns == [("a", i) for i in range(4)] + [("b", i) for i in range(3)] + [("a", 0), ("a", 1)]
     assert units.cycles(7) == 3.0
