@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import DISTRIBUTIONS, Layers
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES
@@ -113,7 +113,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={"help": "What the estimate goes through before the optimizer named by optim gets it: none."},
     )
     zo_direction: str = field(
-        default="gaussian", metadata={"help": "What directions are drawn from: gaussian or rademacher."}
+        default="gaussian",
+        metadata={
+            "help": "What directions are drawn from: gaussian, rademacher, sphere (all of one length), orthogonal (the "
+            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), or layers (a few layers in "
+            "each step, LeZO)."
+        },
+    )
+    zo_active_layers: None | float = field(  # noqa: RUF036
+        default=None,
+        metadata={"help": "With zo_direction layers, the fraction of the layers that move in a step. Default: 0.25."},
     )
     zo_num_directions: int = field(
         default=1, metadata={"help": "Directions per step (q); a step costs 2q forward passes."}
@@ -192,6 +201,15 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
         _choose("zo_rule", self.zo_rule, list(RULES))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
+        if self.zo_active_layers is not None and self.zo_direction != Layers.name:
+            raise ValueError(
+                f"zo_active_layers={self.zo_active_layers} has no effect on zo_direction={self.zo_direction!r}; leave it "
+                "out, or use zo_direction='layers'."
+            )
+        if self.zo_active_layers is not None and not 0 < self.zo_active_layers <= 1:
+            raise ValueError(
+                f"zo_active_layers={self.zo_active_layers} must be above 0 and at most 1; 0.25 moves a quarter of them."
+            )
         _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
         if self.zo_rank is not None and self.zo_rank < 1:

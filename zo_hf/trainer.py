@@ -22,6 +22,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
 from zo_hf.config import ZOConfig
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
 from zo_hf.model_setup import base_model, check_model, check_trainable, make_subspace, retarget, subspace_name
 from zo_hf.optimizers import SeededSGD
@@ -144,6 +145,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             num_directions=args.zo_num_directions,
             estimator=args.zo_estimator,
             direction=args.zo_direction,
+            active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
             rule=args.zo_rule,
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,

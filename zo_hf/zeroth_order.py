@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DISTRIBUTIONS, Stream
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, ScalarNormalisation
@@ -75,7 +75,8 @@ class ZerothOrder:
         eps: distance ε of a probe; None takes the subspace's own (1e-3 for weights, 1e-2 for an adapter).
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
-        direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
+        active_layers: fraction of the layers that move in a step, for the direction "layers".
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
@@ -100,7 +101,8 @@ class ZerothOrder:
         eps: float | None = None,
         num_directions: int = 1,
         estimator: str = "two_point",
-        direction: str = "gaussian",
+        direction: str | Distribution = "gaussian",
+        active_layers: float = DEFAULT_ACTIVE_LAYERS,
         rule: str = "none",
         max_projected_grad: float | None = None,
         normalize: bool = False,
@@ -113,7 +115,9 @@ class ZerothOrder:
         self.model, self.subspace, self.seed = model, subspace, seed
         eps = subspace.default_eps if eps is None else eps
         self.estimator = _known("estimator", estimator, ESTIMATORS)(eps, num_directions)
-        self.distribution = _known("direction", direction, DISTRIBUTIONS)
+        if isinstance(direction, str):
+            direction = _known("direction", direction, DISTRIBUTIONS)(Run(subspace, num_directions, active_layers))
+        self.distribution = direction
         self.rule = _known("rule", rule, RULES)(subspace, self.estimator)
         clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
         self.max_projected_grad = clip
@@ -157,6 +161,7 @@ class ZerothOrder:
 
     def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
+        self.distribution.begin()
         probes = self.estimator.probes()
         own = [probes[i] for i in self.ranks.grid.own(probes)]
         losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution) * weight
@@ -191,6 +196,7 @@ class ZerothOrder:
             gradients: c of every direction, neither clipped nor normalised.
             skipped: leave the optimizer nothing instead.
         """
+        self.distribution.begin()
         self._applied = tuple(gradients), skipped
         self.subspace.clip_factor = 1.0
         if skipped:
@@ -236,6 +242,7 @@ class ZerothOrder:
             "batched": self.evaluator.batched,
             "pending_decay": dict(self._pending_decay),
             "normalisation": None if normalisation is None else [normalisation.mean_square, normalisation.steps],
+            "distribution": self.distribution.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,6 +251,7 @@ class ZerothOrder:
         self.evaluator.forward_passes = state["forward_passes"] // self.ranks.grid.directions
         self.evaluator.batched = state["batched"]
         self._pending_decay = dict(state["pending_decay"])
+        self.distribution.load_state(state.get("distribution", {}))
         if self.normalisation is not None and state["normalisation"] is not None:
             self.normalisation = ScalarNormalisation(*state["normalisation"])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import Distribution, Purpose, Stream, draw_rows, draw_slice
+from zo_hf.directions import Distribution, Purpose, Stream
 from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
@@ -52,7 +52,10 @@ class Full(Subspace):
         self.distribution: Distribution | None = None
 
     def moved(self, module: nn.Module) -> bool:
-        return bool(self.probes)
+        if not self.probes:
+            return False
+        stream = self._stream_of(self.probes[0].direction)
+        return any(self._distribution.moves(stream, site.name) for site in self._holders[module].values())
 
     # torch.compile fails on the integers that noise is drawn from. torch.compiler.disable is the same, but imports dynamo.
     @torch._disable_dynamo
@@ -115,7 +118,7 @@ class Full(Subspace):
         for probe, part, part_ids in zip(self.probes, output.chunk(groups), ids.chunk(groups), strict=True):
             rows, inverse = part_ids.unique(return_inverse=True)
             stream = self._stream_of(probe.direction)
-            noise = draw_rows(stream, weight.name, rows, weight.parameter.shape[1], self._distribution)
+            noise = self._distribution.draw_rows(stream, weight.name, rows, weight.parameter.detach())
             part.add_(noise[inverse].to(part.dtype), alpha=probe.scale)
         return output
 
@@ -126,7 +129,8 @@ class Full(Subspace):
         return torch.add(site.parameter.detach().to(dtype), noise.to(dtype), alpha=probe.scale)
 
     def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
-        return draw_in_weight_dtype(self._stream_of(direction), site, start, stop, self._distribution)
+        values = site.parameter.detach().view(-1)[start:stop]
+        return draw_in_weight_dtype(self._stream_of(direction), site.name, start, values, self._distribution)
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
         self._stream_of, self._distribution = stream_of, distribution
@@ -141,27 +145,40 @@ class Full(Subspace):
     def gradient_norm(self) -> float:
         """Norm of the pending update.
 
-        It is the expected one, √d · √Σ cᵢ² (exact for one Rademacher direction), since computing it would take a pass
-        over all weights.
+        It is the expected one, √d · √Σ cᵢ² with d the weights that move (exact for one Rademacher direction), since
+        computing it would take a pass over all weights.
         """
-        return float(self.dimension**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
+        if not self.pending:
+            return 0.0
+        assert self.distribution is not None
+        moving = self.distribution.moving(self.pending[0][0], self.dimension)
+        return float(moving**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
 
     def scale_gradient(self, factor: float) -> None:
         self.pending = [(stream, c * factor) for stream, c in self.pending]
 
     @torch.no_grad()
     def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:
-        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time."""
+        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time.
+
+        Nothing is written where no z of this step moves.
+        """
         assert self.distribution is not None
         site = self.site_of[id(parameter)]
+        if not self.distribution.moves(self.pending[0][0], site.name):
+            return
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), TILE):
             stop = min(start + TILE, len(flat))
-            value = flat[start:stop].float() if flat.dtype in HALF else flat[start:stop]
+            before = value = flat[start:stop]
+            if flat.dtype in HALF:
+                value = value.float()
+            elif self.distribution.reads_weights:
+                before = value.clone()  # every direction is drawn for the weights as they were probed
             if decay != 1.0:
                 value.mul_(decay)
             for stream, coefficient in self.pending:
-                noise = draw_in_weight_dtype(stream, site, start, stop, self.distribution)
+                noise = draw_in_weight_dtype(stream, site.name, start, before, self.distribution)
                 value.add_(noise, alpha=-learning_rate * coefficient)
             if flat.dtype in HALF:
                 rounding = Stream(self.seed, self.pending[0][0].step, purpose=Purpose.ROUNDING)
@@ -169,9 +186,7 @@ class Full(Subspace):
                 flat[start:stop] = stochastic_round(value, flat.dtype, uniform)
 
 
-def draw_in_weight_dtype(stream: Stream, site: Site, start: int, stop: int, distribution: Distribution) -> Tensor:
+def draw_in_weight_dtype(stream: Stream, name: str, start: int, values: Tensor, distribution: Distribution) -> Tensor:
     """z over a slice of a weight, rounded to the weight's dtype; half precision is handed back as float32."""
-    noise = draw_slice(stream, site.name, start, stop, distribution, site.parameter.device)
-    if site.parameter.dtype in HALF:
-        return noise.to(site.parameter.dtype).float()
-    return noise.to(site.parameter.dtype)
+    noise = distribution.draw_slice(stream, name, start, values).to(values.dtype)
+    return noise.float() if values.dtype in HALF else noise

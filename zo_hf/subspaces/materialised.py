@@ -31,7 +31,8 @@ class CoordinateBlock:
         """z over this block's coordinates, (size,); the last one drawn is kept until the next."""
         if self._drawn is None or self._drawn[:2] != (stream, distribution):
             self._drawn = None
-            self._drawn = (stream, distribution, self.layout.draw(stream, distribution).to(self.dtype))
+            z = distribution.draw_layout(stream, self.layout, self.coordinates)
+            self._drawn = (stream, distribution, z.to(self.dtype))
         return self._drawn[2]
 
     def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
@@ -53,12 +54,12 @@ class CoordinateBlock:
         return self.layout.view(self.point, name)
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
-        """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ."""
+        """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ, or to None where no z moves it."""
         gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
         for index, coefficient in enumerate(coefficients):
             gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
         for name, coordinate in self.coordinates.items():
-            coordinate.grad = self.layout.view(gradient, name)
+            coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
 
 
 class Materialised:

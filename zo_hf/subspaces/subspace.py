@@ -229,9 +229,9 @@ def _entered_forward(
     layer = subspace.quantized.get(module)
     if layer is not None and layer.rounds_activations and subspace.probes:
         original = layer.forward
+    if module in subspace._holders and subspace.probes:
+        subspace.visited.add(module)
     if module not in subspace._holders or not subspace.moved(module):
         return original(*args, **kwargs)
-    if subspace.probes:
-        subspace.visited.add(module)
     with torch.no_grad():
         return subspace.forward(module, original, args, kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
 from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
@@ -193,6 +194,7 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         num_directions=settings["zo_num_directions"],
         estimator=settings.get("zo_estimator", "two_point"),
         direction=settings["zo_direction"],
+        active_layers=settings.get("zo_active_layers") or DEFAULT_ACTIVE_LAYERS,
         rule=settings.get("zo_rule", "none"),
         max_projected_grad=settings["zo_max_projected_grad"],
         normalize=settings["zo_normalize"],
