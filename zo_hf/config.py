@@ -106,7 +106,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
         },
     )
     zo_estimator: str = field(
-        default="two_point", metadata={"help": "How losses become projected gradients: two_point."}
+        default="two_point",
+        metadata={
+            "help": "How losses become projected gradients: two_point (central differences, 2q forward passes for "
+            "q = zo_num_directions), one_sided (forward differences that share one clean loss, q + 1), fzoo (one_sided "
+            "divided by the standard deviation of the losses, q + 1; the paper's zo_direction is rademacher; the learning "
+            "rate is zo_eps times the length of a step, which the default takes into account), evolution (z-scores of the "
+            "losses of antithetic pairs, 2q), evolution_ranks (their centred ranks, 2q; of both the learning rate is about "
+            "the length of a step), or forward_gradient (exact derivatives by forward-mode differentiation, each counted "
+            "as two forward passes; needs attn_implementation='eager')."
+        },
     )
     zo_rule: str = field(
         default="none",
@@ -125,7 +134,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={"help": "With zo_direction layers, the fraction of the layers that move in a step. Default: 0.25."},
     )
     zo_num_directions: int = field(
-        default=1, metadata={"help": "Directions per step (q); a step costs 2q forward passes."}
+        default=1, metadata={"help": "Directions per step (q); zo_estimator says what each costs."}
     )
     zo_max_projected_grad: None | float = field(  # noqa: RUF036
         default=None,
@@ -144,7 +153,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default="auto",
         metadata={
             "help": "Evaluate all probes of a step in one batch: True, False, or auto, which does so if the first step "
-            "gives the same losses both ways. Batched probes are faster and hold twice the activations."
+            "gives the same losses both ways. Batched probes are faster and hold the activations of all of them."
         },
     )
     zo_target_modules: None | str | list[str] = field(  # noqa: RUF036
@@ -226,6 +235,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1, which is a good start.")
+        ESTIMATORS[self.zo_estimator](1.0, self.zo_num_directions)  # it may need more of them
+        if ESTIMATORS[self.zo_estimator].needs_tangents:
+            for option in ("zo_batched_probes", "torch_compile"):
+                if getattr(self, option) is True:
+                    raise ValueError(
+                        f"{option}=True cannot carry the tangents of zo_estimator={self.zo_estimator!r} through a forward "
+                        "pass; leave it out."
+                    )
         if self.save_only_trajectory:
             for option, reason in (
                 ("save_only_model", "keeps what it leaves out"),

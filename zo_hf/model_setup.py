@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from zo_hf.config import ZOConfig
+from zo_hf.estimators import ESTIMATORS
 from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
 from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors
@@ -63,6 +64,12 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         _check_quantized(model, args)
     elif args.zo_subspace == Scales.name:
         Scales.check(quantized_layers(model), model)
+    estimator = ESTIMATORS[args.zo_estimator]
+    estimator.check_model(model)
+    if estimator.needs_tangents and fsdp_settings(args):
+        raise ValueError(
+            f"fsdp=... shards weights that zo_estimator={estimator.name!r} gives tangents to; use zo_estimator='two_point'."
+        )
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
     if offloaded and not weights_arrive_later():
         raise ValueError(

@@ -135,9 +135,6 @@ class ZOTrainerMixin(CheckpointsMixin):
         subspace = make_subspace(self.model, args, among)
         if isinstance(subspace, Full) and users is not None:
             raise ValueError("optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out.")
-        if args.learning_rate is None:
-            # Until training ends: the same arguments may be for a model of another kind next time.
-            args.learning_rate, self._learning_rate_is_automatic = subspace.default_learning_rate, True
         self.zo = zo = ZerothOrder(
             self.model,
             subspace,
@@ -153,6 +150,10 @@ class ZOTrainerMixin(CheckpointsMixin):
             seed=args.seed,
             ranks=self._ranks,
         )
+        if args.learning_rate is None:
+            # Until training ends: the same arguments may be for a model of another kind next time.
+            args.learning_rate = zo.estimator.learning_rate(subspace.default_learning_rate)
+            self._learning_rate_is_automatic = True
         if self._sharding is not None:
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
@@ -237,7 +238,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         """Probe the loss on one micro-batch; after the step's last one, fill the coordinates' gradient.
 
         Returns:
-            The mean loss at the probes, a scalar, scaled as Trainer scales a micro-batch's loss.
+            The step's loss (see `Estimate`) with its last micro-batch, and 0 with the others, which it includes: the same
+            on every rank, whichever probes a rank has evaluated.
         """
         assert self.zo is not None
         if self._recorder is None and self.args.should_save:
@@ -251,12 +253,14 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self.zo.at_start_of_step:
             self._check_ranks(inputs)
         weight = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self.current_gradient_accumulation_steps
-        losses = self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        loss = 0.0
         if self.accelerator.sync_gradients:
             self._estimate = self.zo.finish_estimate()
+            loss = self._estimate.loss
             if not self._estimate.is_finite:
                 logger.warning("step %d skipped: a loss or projected gradient is not finite", self.zo.step)
-        return losses.mean().to(device=self.args.device, dtype=torch.float32)
+        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
 
     def _closure(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Any:
         """The loss of a micro-batch, in parts where it is the model's own, so that probes can share a forward pass."""

@@ -30,7 +30,7 @@ class Estimate:
     """What one step found.
 
     Args:
-        loss: mean of the losses at the probes.
+        loss: at the current point where the estimator evaluates it, else the mean over the probes.
         projected_gradients: c of every direction.
         is_finite: False if a loss or a c is not finite; the optimizer is then given nothing to apply.
     """
@@ -110,19 +110,24 @@ class ZerothOrder:
         seed: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
+        kind = _known("estimator", estimator, ESTIMATORS)
+        kind.check_model(model)
+        if kind.needs_tangents and batched is True:
+            raise ValueError(f"batched=True cannot evaluate estimator={estimator!r}; use False or 'auto'.")
         if isinstance(subspace, str):
             subspace = _known("subspace", subspace, SUBSPACES)(model, seed=seed)
         self.model, self.subspace, self.seed = model, subspace, seed
         eps = subspace.default_eps if eps is None else eps
-        self.estimator = _known("estimator", estimator, ESTIMATORS)(eps, num_directions)
+        self.estimator = kind(eps, num_directions)
         if isinstance(direction, str):
             direction = _known("direction", direction, DISTRIBUTIONS)(Run(subspace, num_directions, active_layers))
         self.distribution = direction
         self.rule = _known("rule", rule, RULES)(subspace, self.estimator)
-        clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
-        self.max_projected_grad = clip
+        if max_projected_grad is None:
+            max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
+        self.max_projected_grad = max_projected_grad
         self.normalisation = ScalarNormalisation() if normalize else None
-        self.evaluator = ProbeEvaluator(batched)
+        self.evaluator = ProbeEvaluator(False if kind.needs_tangents else batched)
         self.ranks = ranks if ranks is not None else Ranks()
         self.evaluator.agree = self.ranks.agree
         self.step = 0
@@ -164,14 +169,15 @@ class ZerothOrder:
         self.distribution.begin()
         probes = self.estimator.probes()
         own = [probes[i] for i in self.ranks.grid.own(probes)]
-        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution) * weight
+        count = len(probes)
+        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution, count) * weight
         self._losses = losses if self._losses is None else self._losses + losses
         return losses
 
     @property
     def forward_passes(self) -> int:
         """Evaluations of the loss on a whole batch so far, whichever ranks made them."""
-        return self.evaluator.forward_passes * self.ranks.grid.directions
+        return self.evaluator.forward_passes
 
     @property
     def at_start_of_step(self) -> bool:
@@ -185,7 +191,7 @@ class ZerothOrder:
         self._losses = None
         self._name_what_was_not_reached()
         gradients = self.estimator.projected_gradients(losses)
-        estimate = Estimate(sum(losses) / len(losses), tuple(gradients), _all_finite([*losses, *gradients]))
+        estimate = Estimate(self.estimator.loss(losses), tuple(gradients), _all_finite([*losses, *gradients]))
         self.apply(estimate.projected_gradients, skipped=not estimate.is_finite)
         return estimate
 
@@ -248,7 +254,7 @@ class ZerothOrder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
-        self.evaluator.forward_passes = state["forward_passes"] // self.ranks.grid.directions
+        self.evaluator.forward_passes = state["forward_passes"]
         self.evaluator.batched = state["batched"]
         self._pending_decay = dict(state["pending_decay"])
         self.distribution.load_state(state.get("distribution", {}))

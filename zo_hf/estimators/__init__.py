@@ -1,8 +1,23 @@
 """Turning the losses of a step's probes into projected gradients."""
 
 from zo_hf.estimators.estimator import Estimator
+from zo_hf.estimators.evolution import Evolution, EvolutionRanks
+from zo_hf.estimators.forward_gradient import ForwardGradient
+from zo_hf.estimators.fzoo import FZOO
+from zo_hf.estimators.one_sided import OneSided
 from zo_hf.estimators.two_point import TwoPoint
 
-ESTIMATORS: dict[str, type[Estimator]] = {kind.name: kind for kind in (TwoPoint,)}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    kind.name: kind for kind in (TwoPoint, OneSided, FZOO, Evolution, EvolutionRanks, ForwardGradient)
+}
 
-__all__ = ["ESTIMATORS", "Estimator", "TwoPoint"]
+__all__ = [
+    "ESTIMATORS",
+    "FZOO",
+    "Estimator",
+    "Evolution",
+    "EvolutionRanks",
+    "ForwardGradient",
+    "OneSided",
+    "TwoPoint",
+]

@@ -2,6 +2,7 @@
 
     probe:   W' = W ± ε · z        formed a tile at a time inside the forward of the module that holds W
     update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
+    derivative:  W with tangent z  for the module that holds W, which costs a copy of one module's weights at a time
 
 No gradient and no direction is ever held. In half precision the perturbation is a product of its own,
 x · Wᵀ ± ε · x · zᵀ, because W ± ε · z would round most of it away; z is then rounded to the weight's dtype, in the
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, Purpose, Stream
 from zo_hf.probes.probe import NotBatchable
@@ -61,7 +63,7 @@ class Full(Subspace):
     @torch._disable_dynamo
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
-        weight = holders.get("weight")
+        weight = None if self.probes[0].derivative else holders.get("weight")
         if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return self._linear(module, weight, holders.get("bias"), first_input(args, kwargs))
         if weight is not None and type(module).forward is nn.Embedding.forward:
@@ -86,12 +88,15 @@ class Full(Subspace):
         for start in range(0, features_out, tile):
             stop = min(start + tile, features_out)
             base = weight.parameter.detach()[start:stop]
-            noise = base  # drawn for the first group
+            noise, drawn = base, None
             for group, probe in enumerate(self.probes):
-                if group == 0 or probe.direction != self.probes[group - 1].direction:
-                    noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
-                    noise = noise.view(base.shape)
                 out = output[group, :, start:stop]
+                if probe.scale == 0.0:  # the same product as beside it, so that it rounds alike
+                    torch.mm(parts[group], base.to(dtype).t(), out=out)
+                    continue
+                if probe.direction != drawn:
+                    noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
+                    noise, drawn = noise.view(base.shape), probe.direction
                 if dtype in HALF:
                     torch.mm(parts[group], base.to(dtype).t(), out=out)
                     out.addmm_(parts[group], noise.to(dtype).t(), alpha=probe.scale)
@@ -116,6 +121,8 @@ class Full(Subspace):
         if ids.shape[0] % groups:
             raise NotBatchable(f"an embedding sees {ids.shape[0]} rows, which {groups} probes cannot share equally")
         for probe, part, part_ids in zip(self.probes, output.chunk(groups), ids.chunk(groups), strict=True):
+            if probe.scale == 0.0:
+                continue
             rows, inverse = part_ids.unique(return_inverse=True)
             stream = self._stream_of(probe.direction)
             noise = self._distribution.draw_rows(stream, weight.name, rows, weight.parameter.detach())
@@ -123,10 +130,14 @@ class Full(Subspace):
         return output
 
     def _perturbed(self, site: Site, group: int) -> Tensor:
-        probe = self.probes[group]
-        noise = self._noise(site, probe.direction, 0, site.parameter.numel()).view(site.parameter.shape)
-        dtype = torch.float64 if site.parameter.dtype == torch.float64 else torch.float32
-        return torch.add(site.parameter.detach().to(dtype), noise.to(dtype), alpha=probe.scale)
+        probe, value = self.probes[group], site.parameter.detach()
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        if probe.scale == 0.0 and not probe.derivative:
+            return value.to(dtype)
+        noise = self._noise(site, probe.direction, 0, value.numel()).view(value.shape)
+        if probe.derivative:  # the tangent in the weight's dtype: nothing is added to the weight that could round away
+            return forward_ad.make_dual(value, noise.to(value.dtype))
+        return torch.add(value.to(dtype), noise.to(dtype), alpha=probe.scale)
 
     def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
         values = site.parameter.detach().view(-1)[start:stop]

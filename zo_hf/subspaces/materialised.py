@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, NoiseLayout, Stream
 from zo_hf.probes.probe import Probe
@@ -25,6 +26,7 @@ class CoordinateBlock:
         self.dtype = first.dtype
         self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
         self.point: Tensor | None = None
+        self.tangent: Tensor | None = None
         self._drawn: tuple[Stream, Distribution, Tensor] | None = None
 
     def direction(self, stream: Stream, distribution: Distribution) -> Tensor:
@@ -36,7 +38,11 @@ class CoordinateBlock:
         return self._drawn[2]
 
     def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
-        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself."""
+        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself.
+
+        For a derivative, which is a probe of its own, `tangent`, (1, size), is z.
+        """
+        self.tangent = None
         rows = max(1, len(probes))
         if self.point is None or len(self.point) != rows:
             self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
@@ -47,11 +53,14 @@ class CoordinateBlock:
             for row, probe in zip(self.point, probes, strict=False):
                 if probe.scale:
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
+                if probe.derivative:
+                    self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
 
     def at_point(self, name: str) -> Tensor:
-        """One coordinate tensor at every probe, (probes, *shape)."""
+        """One coordinate tensor at every probe, (probes, *shape); for a derivative a dual tensor."""
         assert self.point is not None
-        return self.layout.view(self.point, name)
+        value = self.layout.view(self.point, name)
+        return value if self.tangent is None else forward_ad.make_dual(value, self.layout.view(self.tangent, name))
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ, or to None where no z moves it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, Stream
 from zo_hf.probes.probe import NotBatchable, Probe
@@ -110,7 +111,7 @@ class Subspace:
     def at(
         self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
     ) -> Iterator[None]:
-        """Evaluate the model at ξ + scale · z inside this context.
+        """Evaluate the model at ξ + scale · z inside this context; for a derivative, with z as the tangent there.
 
         Args:
             probes: one, or several that share a forward pass: the batch then holds a group of rows for each, in order.
@@ -119,9 +120,11 @@ class Subspace:
             rows: rows of the batch in each group, where there are several.
         """
         self.probes, self.rows_per_probe = probes, rows
+        tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
-            yield
+            with tangents:
+                yield
         finally:
             self.probes, self.rows_per_probe = (), 0
             self._leave_point()
