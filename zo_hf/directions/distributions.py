@@ -19,6 +19,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from zo_hf.method import Method
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -28,11 +30,13 @@ class Distribution:
         name: the name used in options.
         elements_per_block: how many elements one block makes.
         decode: maps packed blocks, int64 of shape (n, 2), to float32 of shape (n * elements_per_block,).
+        about: where it comes from and what it costs.
     """
 
     name: str
     elements_per_block: int
     decode: Callable[[Tensor], Tensor]
+    about: Method
 
 
 def pack(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
@@ -71,8 +75,8 @@ def _signs(device: torch.device) -> Tensor:
     return (1 - 2 * bits).to(device=device, dtype=torch.float32)
 
 
-GAUSSIAN = Distribution("gaussian", 8, _decode_gaussian)
-RADEMACHER = Distribution("rademacher", 128, _decode_rademacher)
+GAUSSIAN = Distribution("gaussian", 8, _decode_gaussian, Method("MeZO (2305.17333)"))
+RADEMACHER = Distribution("rademacher", 128, _decode_rademacher, Method("SPSA (Spall 1992); FZOO (2506.09034)"))
 DISTRIBUTIONS = {distribution.name: distribution for distribution in (GAUSSIAN, RADEMACHER)}
 
 if sys.byteorder != "little":  # the views above read the low byte first

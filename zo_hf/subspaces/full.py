@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import Distribution, Purpose, Stream, draw_rows, draw_slice
+from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
@@ -36,6 +37,7 @@ class Full(Subspace):
     """
 
     name = "full"
+    about = Method("MeZO (2305.17333)", needs="optim=sgd")
 
     def __init__(
         self,
