@@ -104,6 +104,7 @@ class CheckpointWriter:
         folder: Path,
         trajectory: int | None = None,
         learning_rates: list[float] | None = None,
+        seconds: float = 0.0,
         write: bool = True,
     ) -> None:
         """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
@@ -111,6 +112,7 @@ class CheckpointWriter:
         Args:
             trajectory: the CRC that the chain of the run's log has at this step.
             learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
+            seconds: how long the run has taken so far.
             write: False on the processes that are only needed for their shards of the weights.
         """
         subspace = zo.subspace
@@ -122,6 +124,7 @@ class CheckpointWriter:
         if not write:
             return
         state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
+        state["seconds"] = seconds
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
         elif isinstance(subspace, Folded):

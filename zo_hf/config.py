@@ -174,6 +174,22 @@ class ZOConfig(Seq2SeqTrainingArguments):
         },
     )
 
+    zo_max_forward_passes: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "Forward passes that the run may spend; a step that would go beyond is not begun. If max_steps is not "
+            "given, it follows from this, so that schedules of the learning rate end here, and num_train_epochs is not "
+            "looked at. Default: no limit."
+        },
+    )
+    zo_max_time: None | float = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "Seconds that training may take, evaluations, checkpoints and what was before a resume included; the "
+            "step under way is finished. max_steps or num_train_epochs still apply. Default: no limit."
+        },
+    )
+
     zo_parallel: str = field(
         default="data",
         metadata={
@@ -233,6 +249,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
         if self.zo_check_steps < 0:
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
+        if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
+            raise ValueError(
+                f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."
+            )
+        if self.zo_max_time is not None and not self.zo_max_time > 0:
+            raise ValueError(
+                f"zo_max_time={self.zo_max_time} must be a positive number of seconds; leave it out for no limit."
+            )
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1, which is a good start.")
         ESTIMATORS[self.zo_estimator](1.0, self.zo_num_directions)  # it may need more of them

@@ -21,6 +21,7 @@ from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
+from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
 from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
@@ -56,6 +57,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     _ranks = Ranks()
     _batches_compared = False
     _learning_rate_is_automatic = False
+    _is_evaluating = False
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -69,8 +71,10 @@ class ZOTrainerMixin(CheckpointsMixin):
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
-        with training_allowed():
+        self._budget = Budget(args)
+        with training_allowed(), self._budget.of(args):  # a dataset without a length is refused without max_steps
             super().__init__(model, args, *more, **kwargs)
+        self.add_callback(self._budget)
         if model is None:
             check_model(self.model, args)  # what model_init made
         quantized_layers(self.model)  # readies them, so that an evaluation before any training is the same as after
@@ -112,7 +116,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             check_trainable(self.model)
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            with naming_lost_ranks():
+            with naming_lost_ranks(), self._budget.of(self.args):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._finish_zeroth_order()
@@ -154,6 +158,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             # Until training ends: the same arguments may be for a model of another kind next time.
             args.learning_rate = zo.estimator.learning_rate(subspace.default_learning_rate)
             self._learning_rate_is_automatic = True
+        self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
@@ -305,6 +310,31 @@ class ZOTrainerMixin(CheckpointsMixin):
         assert self.zo is not None
         return super().floating_point_ops(inputs) * len(self.zo.estimator.probes()) // self._ranks.grid.directions // 3
 
+    # How long it goes on, and what it says.
+
+    def set_initial_training_values(self, args: ZOConfig, dataloader: DataLoader) -> Any:
+        """Trainer's, with as many steps as the forward passes pay for, if nothing else says how many."""
+        self._budget.see(dataloader)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """Trainer's; none where the budget does not pay for a step of them."""
+        if self._budget.is_spent:
+            return [], None
+        batches, items = super().get_batch_samples(*args)
+        if not self._budget.pays_for(len(batches)):
+            self._budget.is_spent = self.control.should_training_stop = True
+            return [], None
+        return batches, items
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; during training, the log has beside its result how many forward passes led to it."""
+        self._is_evaluating = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._is_evaluating = False
+
     # Several processes.
 
     def get_tp_size(self) -> int:
@@ -378,7 +408,7 @@ class ZOTrainerMixin(CheckpointsMixin):
         return super()._wrap_model(model, training, dataloader)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log, with the engine's counts on every line that reports a training loss."""
+        """Trainer's log, with the engine's counts on every line that reports a training loss or an evaluation."""
         if self.zo is not None and "loss" in logs and self._estimate is not None:
             gradients = self._estimate.projected_gradients
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
@@ -391,7 +421,12 @@ class ZOTrainerMixin(CheckpointsMixin):
                 logs["zo/bytes_communicated"] = self._ranks.bytes_sent
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
+        if self.zo is None or not self._is_evaluating:
+            super().log(logs, *args, **kwargs)
+            return
+        logs["zo/forward_passes"] = self.zo.forward_passes
         super().log(logs, *args, **kwargs)
+        del logs["zo/forward_passes"]  # evaluate returns the rest, which a hyperparameter search adds up
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

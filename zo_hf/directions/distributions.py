@@ -65,7 +65,7 @@ class Rademacher(Elementwise):
     """Signs."""
 
     name = "rademacher"
-    about = Method("SPSA (Spall 1992)")
+    about = Method("SPSA (Spall 1992); FZOO (2506.09034)")
     elements_per_block = 128
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import Distribution, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.peft_methods import (
     LORA_FROM_ZERO,
@@ -39,6 +40,7 @@ class Adapter(Subspace):
     """
 
     name = "adapter"
+    about = Method("MeZO with LoRA or prefixes (2305.17333)", memory="gradient d", needs="a PEFT model")
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions import GAUSSIAN, Purpose, Stream, draw_slice
+from zo_hf.method import Method
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.shadow import HALF
@@ -28,6 +29,7 @@ class Core(LowRank):
     """See the formula above; the arguments are those of `LowRank`. A parameter of one dimension moves as a whole."""
 
     name = "core"
+    about = Method("SubZero (2410.08989)", memory="U, V: r(m + n) per matrix; S, gradient 2d")
     default_rank = 32
 
     def draw_bases(self, step: int) -> None:

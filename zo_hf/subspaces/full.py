@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
@@ -38,6 +39,7 @@ class Full(Subspace):
     """
 
     name = "full"
+    about = Method("MeZO (2305.17333)", needs="optim=sgd")
 
     def __init__(
         self,

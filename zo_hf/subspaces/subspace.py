@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, Stream
+from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces.shadow import Entry
@@ -36,6 +37,7 @@ class Subspace:
 
     #: The name used in options.
     name: str
+    about: ClassVar[Method]
     #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
     default_eps = 1e-3
     default_learning_rate = 1e-5
