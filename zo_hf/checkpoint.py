@@ -303,6 +303,7 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
+        **zo.rule.settings(),
     }
 
 

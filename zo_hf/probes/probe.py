@@ -10,7 +10,8 @@ class Probe:
     """One evaluation of the loss at ξ + scale · z.
 
     Args:
-        direction: index of z within the step.
+        direction: index of z within the step; with a negative one the point is ξ - scale · η · ĝ, a multiple of the step
+            of plain SGD along the gradient that the coordinates hold, see `Materialised.set_learning_rates`.
         scale: signed distance along z, e.g. +ε or -ε; 0 is the current point itself.
     """
 
