@@ -308,6 +308,7 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
+        **zo.rule.settings(),
     }
 
 

@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.directions import DISTRIBUTIONS, Layers
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES
+from zo_hf.optimizers import RULES, RuleOptions
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -113,13 +113,43 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "divided by the standard deviation of the losses, q + 1; the paper's zo_direction is rademacher; the learning "
             "rate is zo_eps times the length of a step, which the default takes into account), evolution (z-scores of the "
             "losses of antithetic pairs, 2q), evolution_ranks (their centred ranks, 2q; of both the learning rate is about "
-            "the length of a step), or forward_gradient (exact derivatives by forward-mode differentiation, each counted "
-            "as two forward passes; needs attn_implementation='eager')."
+            "the length of a step), forward_gradient (exact derivatives by forward-mode differentiation, each counted "
+            "as two forward passes; needs attn_implementation='eager'), or second_difference (two_point with the clean loss "
+            "between them, 2q + 1, which gives the curvature along each direction)."
         },
     )
     zo_rule: str = field(
         default="none",
-        metadata={"help": "What the estimate goes through before the optimizer named by optim gets it: none."},
+        metadata={
+            "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
+            "conservative (the best of staying, stepping and stepping back, for three forward passes more), curvature "
+            "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon) or power_iteration (leading "
+            "singular directions, ZO-MOPI). With sign, muon and power_iteration the learning rate is the root mean square "
+            "length of a step per coordinate."
+        },
+    )
+    zo_momentum: float = field(
+        default=0.0,
+        metadata={
+            "help": "For muon and power_iteration: weight of the past in the running mean of estimates whose singular "
+            "directions are taken; 0 has none. Momentum of the optimizer itself goes through optim_args."
+        },
+    )
+    zo_momentum_at_fold: str = field(
+        default="carry",
+        metadata={"help": "For muon and power_iteration: carry zo_momentum over a fold, or reset it to zero."},
+    )
+    zo_spectral_rank: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "For power_iteration: how many singular directions a matrix's step has. Default: half of all."
+        },
+    )
+    zo_curvature_rate: float = field(
+        default=1e-6,
+        metadata={
+            "help": "For curvature: weight of a step in the running mean of the curvature; the paper's are 1e-8 to 1e-6."
+        },
     )
     zo_direction: str = field(
         default="gaussian",
@@ -225,6 +255,8 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
         _choose("zo_rule", self.zo_rule, list(RULES))
+        estimator, subspace = self.zo_estimator, self.zo_subspace
+        RULES[self.zo_rule].check(subspace, estimator, self.zo_num_directions, self.rule_options())
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         if self.zo_active_layers is not None and self.zo_direction != Layers.name:
             raise ValueError(
@@ -276,7 +308,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
                 if getattr(self, option):
                     raise ValueError(f"save_only_trajectory=True and {option}=True, which {reason}; leave one out.")
 
+    def rule_options(self) -> RuleOptions:
+        """What is set about `zo_rule`."""
+        return RuleOptions(self.zo_momentum, self.zo_momentum_at_fold, self.zo_spectral_rank, self.zo_curvature_rate)
+
     def _check_trainer_options(self) -> None:
+        if self.max_grad_norm and RULES[self.zo_rule].candidates:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} would shorten the step that zo_rule={self.zo_rule!r} has chosen; use "
+                "max_grad_norm=0."
+            )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 "neftune_noise_alpha adds noise in training mode only, and probes run in evaluation mode; leave it out."

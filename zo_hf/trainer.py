@@ -148,6 +148,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             direction=args.zo_direction,
             active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
             rule=args.zo_rule,
+            rule_options=args.rule_options(),
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
@@ -160,6 +161,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             self._learning_rate_is_automatic = True
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
+            self._check_shared_forwards(zo)
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
@@ -167,13 +169,22 @@ class ZOTrainerMixin(CheckpointsMixin):
             f"{subspace.dimension:,}",
             zo.estimator.eps,
             f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
-            len(zo.estimator.probes()),
+            zo.forward_passes_per_step,
         )
         if users is not None:
             self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
         return zo.prepare(self.optimizer)
+
+    def _check_shared_forwards(self, zo: ZerothOrder) -> None:
+        """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""
+        probes = len(zo.estimator.probes())
+        if any(part % self._ranks.grid.directions for part in (probes, zo.forward_passes_per_step - probes)):
+            raise ValueError(
+                f"zo_parallel={self.args.zo_parallel!r} cannot share out the {zo.forward_passes_per_step} forward passes "
+                "of a step equally, as fsdp=... needs; use zo_parallel='data'."
+            )
 
     def _new_optimizer(self, zo: ZerothOrder) -> torch.optim.Optimizer:
         groups = zo.coordinates(self.args.weight_decay)
@@ -308,7 +319,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is its probes."""
         assert self.zo is not None
-        return super().floating_point_ops(inputs) * len(self.zo.estimator.probes()) // self._ranks.grid.directions // 3
+        return super().floating_point_ops(inputs) * self.zo.forward_passes_per_step // self._ranks.grid.directions // 3
 
     # How long it goes on, and what it says.
 

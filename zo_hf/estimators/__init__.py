@@ -5,10 +5,12 @@ from zo_hf.estimators.evolution import Evolution, EvolutionRanks
 from zo_hf.estimators.forward_gradient import ForwardGradient
 from zo_hf.estimators.fzoo import FZOO
 from zo_hf.estimators.one_sided import OneSided
+from zo_hf.estimators.second_difference import SecondDifference
 from zo_hf.estimators.two_point import TwoPoint
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    kind.name: kind for kind in (TwoPoint, OneSided, FZOO, Evolution, EvolutionRanks, ForwardGradient)
+    kind.name: kind
+    for kind in (TwoPoint, SecondDifference, OneSided, FZOO, Evolution, EvolutionRanks, ForwardGradient)
 }
 
 __all__ = [
@@ -19,5 +21,6 @@ __all__ = [
     "EvolutionRanks",
     "ForwardGradient",
     "OneSided",
+    "SecondDifference",
     "TwoPoint",
 ]

@@ -50,12 +50,17 @@ class Estimator:
             ValueError: it is one; the message says what to use instead.
         """
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers `projected_gradients` makes of a step's losses."""
+        return self.num_directions
+
     def probes(self) -> list[Probe]:
         """The evaluations of a step, in a fixed order."""
         raise NotImplementedError
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
-        """cᵢ of every direction from the losses at `probes()`, in its order."""
+        """cᵢ of every direction from the losses at `probes()`, in its order, and then what else a rule needs of them."""
         raise NotImplementedError
 
     def loss(self, losses: Sequence[float]) -> float:
@@ -63,7 +68,10 @@ class Estimator:
         return sum(losses) / len(losses)
 
     def coefficients(self, projected_gradients: Sequence[float]) -> list[float]:
-        """What each direction is multiplied by in ĝ: the mean over directions, unless a subclass says otherwise."""
+        """What each direction is multiplied by in ĝ: the mean over directions, unless a subclass says otherwise.
+
+        projected_gradients: what the method of that name returned, the cᵢ clipped and normalised by now.
+        """
         return [c / self.num_directions for c in projected_gradients]
 
     def learning_rate(self, of_the_subspace: float) -> float:

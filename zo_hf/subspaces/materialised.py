@@ -18,7 +18,14 @@ class CoordinateBlock:
 
     Args:
         coordinates: name to parameter; all on one device and of one dtype.
+
+    Attributes:
+        scale: what a direction is multiplied by, element by element, wherever it is used, (size,); None leaves it alone.
+        learning_rates: η of every coordinate tensor, by name; for probes along the gradient.
     """
+
+    scale: Tensor | None = None
+    learning_rates: Mapping[str, float] = {}
 
     def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
         self.coordinates = dict(coordinates)
@@ -30,7 +37,12 @@ class CoordinateBlock:
         self._drawn: tuple[Stream, Distribution, Tensor] | None = None
 
     def direction(self, stream: Stream, distribution: Distribution) -> Tensor:
-        """z over this block's coordinates, (size,); the last one drawn is kept until the next."""
+        """The direction over this block's coordinates, (size,)."""
+        noise = self.noise(stream, distribution)
+        return noise if self.scale is None else noise * self.scale
+
+    def noise(self, stream: Stream, distribution: Distribution) -> Tensor:
+        """z as it is drawn, without `scale`, (size,); the last one is kept until the next."""
         if self._drawn is None or self._drawn[:2] != (stream, distribution):
             self._drawn = None
             z = distribution.draw_layout(stream, self.layout, self.coordinates)
@@ -51,10 +63,19 @@ class CoordinateBlock:
             torch._foreach_copy_(views, list(self.coordinates.values()))
             self.point[1:] = self.point[0]
             for row, probe in zip(self.point, probes, strict=False):
-                if probe.scale:
+                if probe.direction < 0:
+                    self._step_along_gradient(row, probe.scale)
+                elif probe.scale:
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
                 if probe.derivative:
                     self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
+
+    def _step_along_gradient(self, point: Tensor, steps: float) -> None:
+        """Do to a copy of the coordinates, (size,), what `steps` steps of torch's SGD would, with the same rounding."""
+        for name, coordinate in self.coordinates.items():
+            if steps and coordinate.grad is not None:
+                rate = self.learning_rates[name]
+                self.layout.view(point, name).add_(coordinate.grad, alpha=-rate * steps)
 
     def at_point(self, name: str) -> Tensor:
         """One coordinate tensor at every probe, (probes, *shape); for a derivative a dual tensor."""
@@ -85,6 +106,11 @@ class Materialised:
         """See `CoordinateBlock.set_point`."""
         for block in self.blocks:
             block.set_point(probes, stream_of, distribution)
+
+    def set_learning_rates(self, learning_rates: Mapping[str, float]) -> None:
+        """Say how far a probe along the gradient goes: η of every coordinate tensor, by name."""
+        for block in self.blocks:
+            block.learning_rates = learning_rates
 
     def at_point(self, name: str) -> Tensor:
         """See `CoordinateBlock.at_point`."""

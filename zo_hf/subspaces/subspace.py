@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces.shadow import Entry
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
+
+if TYPE_CHECKING:
+    from zo_hf.subspaces.materialised import Materialised
 
 StreamOf = Callable[[int], Stream]
 
@@ -136,6 +139,11 @@ class Subspace:
         return [site.name for site in self.sites if not any(module in self.visited for module, _ in site.uses)]
 
     # What a subclass provides.
+
+    @property
+    def materialised(self) -> Materialised | None:
+        """The coordinates as tensors with a gradient, or None where neither that nor a direction is ever held."""
+        return None
 
     def moved(self, module: nn.Module) -> bool:
         """Whether the module's output differs, at this moment, from that of its own parameters."""
