@@ -301,13 +301,14 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_eps": zo.estimator.eps,
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,
-        "zo_direction": zo.distribution.name,
+        "zo_direction": zo.direction,
         "zo_active_layers": zo.distribution.active if isinstance(zo.distribution, Layers) else None,
         "zo_rule": zo.rule.name,
         "zo_max_projected_grad": zo.max_projected_grad,
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
+        "zo_coordinate_order": zo.coordinate_order,
         **zo.rule.settings(),
     }
 

@@ -2,16 +2,16 @@
 
 # No postponed annotations here: HfArgumentParser reads the types of the fields, and takes the first after None where a
 # field has several.
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from zo_hf.directions import DISTRIBUTIONS, Layers
+from zo_hf.directions import DISTRIBUTIONS, ORDERS, Layers
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES, RuleOptions
+from zo_hf.optimizers import RULES, CoherentCoordinateDescent, RuleOptions
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -114,8 +114,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "rate is zo_eps times the length of a step, which the default takes into account), evolution (z-scores of the "
             "losses of antithetic pairs, 2q), evolution_ranks (their centred ranks, 2q; of both the learning rate is about "
             "the length of a step), forward_gradient (exact derivatives by forward-mode differentiation, each counted "
-            "as two forward passes; needs attn_implementation='eager'), or second_difference (two_point with the clean loss "
-            "between them, 2q + 1, which gives the curvature along each direction)."
+            "as two forward passes; needs attn_implementation='eager'), second_difference (two_point with the clean loss "
+            "between them, 2q + 1, which gives the curvature along each direction), coordinate (central differences along zo_num_directions single "
+            "coordinates, the next ones every step, 2q), or coordinate_forward (the same with one clean loss for all, q + 1)."
         },
     )
     zo_rule: str = field(
@@ -123,8 +124,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={
             "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
             "conservative (the best of staying, stepping and stepping back, for three forward passes more), curvature "
-            "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon) or power_iteration (leading "
-            "singular directions, ZO-MOPI). With sign, muon and power_iteration the learning rate is the root mean square "
+            "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon), power_iteration (leading "
+            "singular directions, ZO-MOPI), or cocd (coherent coordinate descent: differences along coordinates are kept and "
+            "reused; needs zo_estimator=coordinate and optim=sgd). With sign, muon and power_iteration the learning rate is the root mean square "
             "length of a step per coordinate."
         },
     )
@@ -149,6 +151,24 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default=1e-6,
         metadata={
             "help": "For curvature: weight of a step in the running mean of the curvature; the paper's are 1e-8 to 1e-6."
+        },
+    )
+    zo_cocd_decay: float = field(
+        default=0.99,
+        metadata={
+            "help": "What zo_rule=cocd multiplies its differences by every step, from 0 (forgets) to 1 (keeps)."
+        },
+    )
+    zo_cocd_memory: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "How many differences zo_rule=cocd remembers, the freshest. Default: one for each coordinate."
+        },
+    )
+    zo_coordinate_order: str = field(
+        default="cyclic",
+        metadata={
+            "help": "In which order zo_estimator=coordinate takes the coordinates: cyclic, or permuted by the seed."
         },
     )
     zo_direction: str = field(
@@ -257,6 +277,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_rule", self.zo_rule, list(RULES))
         estimator, subspace = self.zo_estimator, self.zo_subspace
         RULES[self.zo_rule].check(subspace, estimator, self.zo_num_directions, self.rule_options())
+        _choose("zo_coordinate_order", self.zo_coordinate_order, list(ORDERS))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         if self.zo_active_layers is not None and self.zo_direction != Layers.name:
             raise ValueError(
@@ -310,7 +331,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
 
     def rule_options(self) -> RuleOptions:
         """What is set about `zo_rule`."""
-        return RuleOptions(self.zo_momentum, self.zo_momentum_at_fold, self.zo_spectral_rank, self.zo_curvature_rate)
+        return RuleOptions(**{option.name: getattr(self, f"zo_{option.name}") for option in fields(RuleOptions)})
 
     def _check_trainer_options(self) -> None:
         if self.max_grad_norm and RULES[self.zo_rule].candidates:
@@ -336,12 +357,18 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"optim={str(self.optim)!r} swaps parameters between training and evaluation; use 'sgd' or 'adamw_torch'."
             )
-        if self.zo_subspace == "full" and self.optim != OptimizerNames.SGD:
+        if self.zo_rule == CoherentCoordinateDescent.name and self.optim != OptimizerNames.SGD:
+            raise ValueError(
+                f"optim={str(self.optim)!r} would average what zo_rule='cocd' already remembers; use optim='sgd', or "
+                "zo_rule='none'."
+            )
+        holds_gradient = self.zo_subspace != "full" or ESTIMATORS[self.zo_estimator].along_coordinates
+        if not holds_gradient and self.optim != OptimizerNames.SGD:
             raise ValueError(
                 f"optim={str(self.optim)!r} needs gradients, which zo_subspace='full' never holds; use optim='sgd', or "
                 "zo_subspace='low_rank'."
             )
-        if self.zo_subspace == "full" and self.optim_args:
+        if not holds_gradient and self.optim_args:
             raise ValueError(
                 f"optim_args={self.optim_args!r} has no effect on the seeded SGD of zo_subspace='full'; leave it out, or "
                 "use zo_subspace='low_rank'."

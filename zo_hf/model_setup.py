@@ -12,7 +12,7 @@ from zo_hf.config import ZOConfig
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
-from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors
+from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.lora import check_peft
 from zo_hf.subspaces.peft_methods import refuse_what_needs_gradients
 from zo_hf.subspaces.sites import find_sites
@@ -31,12 +31,17 @@ def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | 
         "among": among,
         "seed": args.seed,
     }
-    kind = SUBSPACES[name]
+    kind = subspace_kind(name, moves_along_coordinates(args))
     if has_factors(kind):
         subspace = kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
         subspace.check_end()
         return subspace
     return kind(model, **common)
+
+
+def moves_along_coordinates(args: ZOConfig) -> bool:
+    """Whether directions are single coordinates, so that all of them are held in memory, with a gradient."""
+    return ESTIMATORS[args.zo_estimator].along_coordinates
 
 
 def subspace_name(model: nn.Module, args: ZOConfig) -> str:

@@ -23,9 +23,17 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from zo_hf import checkpoint
 from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
-from zo_hf.model_setup import base_model, check_model, check_trainable, make_subspace, retarget, subspace_name
+from zo_hf.model_setup import (
+    base_model,
+    check_model,
+    check_trainable,
+    make_subspace,
+    moves_along_coordinates,
+    retarget,
+    subspace_name,
+)
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
@@ -93,7 +101,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             ("optimizers", self.optimizer),
             ("optimizer_cls_and_kwargs", self.optimizer_cls_and_kwargs),
         ):
-            if self.args.zo_subspace == "full" and value is not None:
+            if self.args.zo_subspace == "full" and value is not None and not moves_along_coordinates(self.args):
                 raise ValueError(
                     f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
                     "zo_subspace='low_rank'."
@@ -147,6 +155,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             estimator=args.zo_estimator,
             direction=args.zo_direction,
             active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
+            coordinate_order=args.zo_coordinate_order,
             rule=args.zo_rule,
             rule_options=args.rule_options(),
             max_projected_grad=args.zo_max_projected_grad,
@@ -425,6 +434,8 @@ class ZOTrainerMixin(CheckpointsMixin):
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if isinstance(self.zo.distribution, UnitVectors):
+                logs["zo/cycles"] = self.zo.distribution.cycles(self.zo.step)
             if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:
                 logs["zo/fold_error"] = self.zo.subspace.fold_error
             if self.args.world_size > 1:

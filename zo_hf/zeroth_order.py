@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream, unit_vectors
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, RuleOptions, ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.probes.probe import Probe
-from zo_hf.subspaces import SUBSPACES, Folded, Subspace
+from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class ZerothOrder:
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
         active_layers: fraction of the layers that move in a step, for the direction "layers".
+        coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         rule_options: what can be set about it.
         max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
@@ -106,6 +107,7 @@ class ZerothOrder:
         estimator: str = "two_point",
         direction: str | Distribution = "gaussian",
         active_layers: float = DEFAULT_ACTIVE_LAYERS,
+        coordinate_order: str = "cyclic",
         rule: str = "none",
         rule_options: RuleOptions | None = None,
         max_projected_grad: float | None = None,
@@ -119,13 +121,23 @@ class ZerothOrder:
         if kind.needs_tangents and batched is True:
             raise ValueError(f"batched=True cannot evaluate estimator={estimator!r}; use False or 'auto'.")
         if isinstance(subspace, str):
-            subspace = _known("subspace", subspace, SUBSPACES)(model, seed=seed)
+            _known("subspace", subspace, SUBSPACES)
+            subspace = subspace_kind(subspace, kind.along_coordinates)(model, seed=seed)
         self.model, self.subspace, self.seed = model, subspace, seed
         eps = subspace.default_eps if eps is None else eps
         self.estimator = kind(eps, num_directions)
-        if isinstance(direction, str):
-            direction = _known("direction", direction, DISTRIBUTIONS)(Run(subspace, num_directions, active_layers))
-        self.distribution = direction
+        self.direction = direction if isinstance(direction, str) else direction.name
+        self.coordinate_order = coordinate_order
+        if kind.along_coordinates:
+            _check_coordinates(subspace, estimator, self.direction)
+            self.distribution: Distribution = unit_vectors(
+                subspace.coordinates, num_directions, coordinate_order, seed
+            )
+        elif isinstance(direction, str):
+            run = Run(subspace, num_directions, active_layers)
+            self.distribution = _known("direction", direction, DISTRIBUTIONS)(run)
+        else:
+            self.distribution = direction
         self.rule = _known("rule", rule, RULES)(subspace, self.estimator, rule_options)
         if max_projected_grad is None:
             max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
@@ -374,6 +386,19 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
     if name not in registry:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
     return registry[name]
+
+
+def _check_coordinates(subspace: Subspace, estimator: str, direction: str) -> None:
+    if isinstance(subspace, Full):
+        raise ValueError(
+            f"estimator={estimator!r} needs coordinates with a gradient, which Full never holds; pass subspace='full' or a "
+            "HeldFull."
+        )
+    if direction != "gaussian":
+        raise ValueError(
+            f"zo_direction={direction!r} has no effect on zo_estimator={estimator!r}, whose directions are "
+            "coordinates; leave it out."
+        )
 
 
 def _all_finite(values: list[float]) -> bool:

@@ -9,6 +9,7 @@ from zo_hf.directions.orthogonal import Orthogonal
 from zo_hf.directions.sparse import Sparse
 from zo_hf.directions.sphere import Sphere
 from zo_hf.directions.stream import Purpose, Stream
+from zo_hf.directions.unit_vectors import ORDERS, UnitVectors, unit_vectors
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
     kind.name: kind for kind in (Gaussian, Rademacher, Sphere, Orthogonal, Sparse, Layers)
@@ -19,6 +20,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "ELEMENTWISE",
     "GAUSSIAN",
+    "ORDERS",
     "RADEMACHER",
     "Distribution",
     "Elementwise",
@@ -31,7 +33,9 @@ __all__ = [
     "Sparse",
     "Sphere",
     "Stream",
+    "UnitVectors",
     "draw_half_words",
     "draw_rows",
     "draw_slice",
+    "unit_vectors",
 ]

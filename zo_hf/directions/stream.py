@@ -20,6 +20,7 @@ class Purpose(Enum):
     BASIS = "basis"
     ROUNDING = "rounding"
     LAYERS = "layers"
+    ORDER = "order"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Turning the losses of a step's probes into projected gradients."""
 
+from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
 from zo_hf.estimators.estimator import Estimator
 from zo_hf.estimators.evolution import Evolution, EvolutionRanks
 from zo_hf.estimators.forward_gradient import ForwardGradient
@@ -10,12 +11,24 @@ from zo_hf.estimators.two_point import TwoPoint
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     kind.name: kind
-    for kind in (TwoPoint, SecondDifference, OneSided, FZOO, Evolution, EvolutionRanks, ForwardGradient)
+    for kind in (
+        TwoPoint,
+        SecondDifference,
+        OneSided,
+        FZOO,
+        Evolution,
+        EvolutionRanks,
+        ForwardGradient,
+        Coordinate,
+        CoordinateForward,
+    )
 }
 
 __all__ = [
     "ESTIMATORS",
     "FZOO",
+    "Coordinate",
+    "CoordinateForward",
     "Estimator",
     "Evolution",
     "EvolutionRanks",

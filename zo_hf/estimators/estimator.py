@@ -33,6 +33,8 @@ class Estimator:
     needs_tangents: ClassVar[bool] = False
     #: Whether the losses' scale is divided out of c, which then is no slope that a subspace's default could clip.
     is_scale_free: ClassVar[bool] = False
+    #: Whether its directions are unit vectors, one coordinate each, instead of noise.
+    along_coordinates: ClassVar[bool] = False
 
     def __init__(self, eps: float, num_directions: int = 1) -> None:
         if num_directions < self.least_directions:

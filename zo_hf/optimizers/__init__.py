@@ -1,5 +1,6 @@
 """What torch's optimizers do not have."""
 
+from zo_hf.optimizers.cocd import CoherentCoordinateDescent
 from zo_hf.optimizers.conservative import Conservative
 from zo_hf.optimizers.curvature import Curvature
 from zo_hf.optimizers.muon import Muon
@@ -10,7 +11,7 @@ from zo_hf.optimizers.seeded_sgd import SeededSGD
 from zo_hf.optimizers.sign import Sign
 
 RULES: dict[str, type[Rule]] = {
-    kind.name: kind for kind in (Rule, Sign, Conservative, Curvature, Muon, PowerIteration)
+    kind.name: kind for kind in (Rule, Sign, Conservative, Curvature, Muon, PowerIteration, CoherentCoordinateDescent)
 }
 
-__all__ = ["RULES", "Rule", "RuleOptions", "ScalarNormalisation", "SeededSGD"]
+__all__ = ["RULES", "CoherentCoordinateDescent", "Rule", "RuleOptions", "ScalarNormalisation", "SeededSGD"]

@@ -36,7 +36,7 @@ class Curvature(Rule):
     about = Method("HiZOO (2402.15173)", memory="d", needs="zo_estimator=second_difference")
     uses = ("curvature_rate",)
     needs_tensors = True
-    needs_estimator = SecondDifference.name
+    needs_estimator = (SecondDifference.name,)
 
     def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
         super().__init__(subspace, estimator, options)

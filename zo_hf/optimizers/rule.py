@@ -33,6 +33,8 @@ class RuleOptions:
         momentum_at_fold: "carry" it over a fold, or "reset" it to zero.
         spectral_rank: k, how many singular directions make up a matrix's step; None is half of what it has.
         curvature_rate: s, the weight of one step in the running mean of the curvature.
+        cocd_decay: γ, what the remembered differences are multiplied by at every step. Default: the paper's.
+        cocd_memory: m, how many differences are remembered; None remembers one for every coordinate.
 
     Raises:
         ValueError: a value is not usable; the message names the option.
@@ -42,6 +44,8 @@ class RuleOptions:
     momentum_at_fold: str = "carry"
     spectral_rank: int | None = None
     curvature_rate: float = 1e-6
+    cocd_decay: float = 0.99
+    cocd_memory: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -56,6 +60,10 @@ class RuleOptions:
             )
         if not 0 <= self.curvature_rate <= 1:
             raise ValueError(f"zo_curvature_rate={self.curvature_rate} must be between 0 and 1; 1e-6 is the paper's.")
+        if not 0 <= self.cocd_decay <= 1:
+            raise ValueError(
+                f"zo_cocd_decay={self.cocd_decay} must be from 0 (remembers nothing) to 1 (forgets nothing)."
+            )
 
 
 class Rule:
@@ -77,8 +85,8 @@ class Rule:
     uses: ClassVar[tuple[str, ...]] = ()
     #: Whether it works on tensors with a gradient, which the full subspace does not hold.
     needs_tensors: ClassVar[bool] = False
-    #: The name of the estimator whose numbers it cannot do without.
-    needs_estimator: ClassVar[str | None] = None
+    #: The names of the estimators with whose numbers it works; of all if there are none.
+    needs_estimator: ClassVar[tuple[str, ...]] = ()
     #: Multiples of the step of plain SGD after which it looks at the loss of the step's batches once more.
     candidates: ClassVar[tuple[float, ...]] = ()
 
@@ -99,10 +107,10 @@ class Rule:
                 f"zo_rule={cls.name!r} works on tensors of the coordinates' size, which zo_subspace='full' never holds; "
                 "use zo_subspace='low_rank'."
             )
-        if cls.needs_estimator is not None and estimator != cls.needs_estimator:
+        if cls.needs_estimator and estimator not in cls.needs_estimator:
             raise ValueError(
                 f"zo_rule={cls.name!r} needs numbers that zo_estimator={estimator!r} does not make; use "
-                f"zo_estimator={cls.needs_estimator!r}."
+                f"zo_estimator={' or '.join(map(repr, cls.needs_estimator))}."
             )
         for option in fields(RuleOptions):
             value = getattr(options, option.name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from zo_hf.directions import Distribution, NoiseLayout, Stream
+from zo_hf.directions import Distribution, NoiseLayout, Stream, UnitVectors
 from zo_hf.probes.probe import Probe
 from zo_hf.subspaces.subspace import StreamOf
 
@@ -62,6 +62,10 @@ class CoordinateBlock:
             views = list(self.layout.views(self.point[0]).values())
             torch._foreach_copy_(views, list(self.coordinates.values()))
             self.point[1:] = self.point[0]
+            if isinstance(distribution, UnitVectors):
+                moves = [(row, stream_of(p.direction), p.scale) for row, p in enumerate(probes) if p.scale]
+                self._add_units(self.point, moves, distribution)
+                return
             for row, probe in zip(self.point, probes, strict=False):
                 if probe.direction < 0:
                     self._step_along_gradient(row, probe.scale)
@@ -86,10 +90,28 @@ class CoordinateBlock:
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ, or to None where no z moves it."""
         gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
-        for index, coefficient in enumerate(coefficients):
-            gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
+        if isinstance(distribution, UnitVectors):
+            moves = [(0, stream_of(index), coefficient) for index, coefficient in enumerate(coefficients)]
+            self._add_units(gradient[None], moves, distribution)
+        else:
+            for index, coefficient in enumerate(coefficients):
+                gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
         for name, coordinate in self.coordinates.items():
             coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
+
+    def _add_units(self, target: Tensor, moves: Sequence[tuple[int, Stream, float]], units: UnitVectors) -> None:
+        """target[row] += scale · e_k where coordinate k is in this block; target: (rows, size), moves: (row, k, scale)."""
+        rows, columns, scales = [], [], []
+        for row, stream, scale in moves:
+            name, element = units.place(stream)
+            if name in self.coordinates:
+                rows.append(row)
+                columns.append(self.layout.offsets[name] + element)
+                scales.append(scale)
+        if rows:
+            where = torch.tensor([rows, columns], device=target.device)
+            values = torch.tensor(scales, dtype=target.dtype, device=target.device)
+            target.index_put_((where[0], where[1]), values, accumulate=True)
 
 
 class Materialised:
