@@ -55,15 +55,15 @@ def test_a_run_is_the_formula_written_out() -> None:
 def test_h_tends_to_the_diagonal_of_the_hessian() -> None:
     """Up to the factor (d + 2)/2, which the file derives."""
     a = torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64)
-    zo, optimizer = engine(Quadratic(a), "curvature", 0.0, options={"curvature_rate": 0.04}, num_directions=6)
-    zo.rule.load_state({"x": torch.full((3,), 10.0, dtype=torch.float64)})
+    zo, optimizer = engine(Quadratic(a), "curvature", 0.0, options={"curvature_rate": 0.06}, num_directions=8)
+    zo.rule.load_state({"x": torch.full((3,), 5.0, dtype=torch.float64)})
     mean = torch.zeros(3, dtype=torch.float64)
-    for step in range(200):
+    for step in range(240):
         h = zo.rule.state()["x"]
-        z = [draw_slice(Stream(0, step, index), "x", 0, 3, GAUSSIAN).double() for index in range(6)]
-        zo.apply([0.0] * 6 + [float(a / h @ (zi * zi)) for zi in z], skipped=False)
+        z = [draw_slice(Stream(0, step, index), "x", 0, 3, GAUSSIAN).double() for index in range(8)]
+        zo.apply([0.0] * 8 + [float(a / h @ (zi * zi)) for zi in z], skipped=False)
         optimizer.step()
-        mean += h / 100 if step >= 100 else 0.0
+        mean += h / 120 if step >= 120 else 0.0
     torch.testing.assert_close(mean, a * 2.5, rtol=0.25, atol=0)
 
 

@@ -79,7 +79,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            rule, zo, _ = spectral("power_iteration", (100, 90), rank=64, subspace="core")
+            rule, zo, _ = spectral("power_iteration", (100, 90), rank=64, subspace="core", spectral_rank=64)
             for _ in range(2):
                 zo.apply([1.0, -2.0, 0.5, 3.0], skipped=False)
             results.append(gradients(zo) | rule.state())
