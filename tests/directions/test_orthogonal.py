@@ -59,7 +59,7 @@ def test_as_many_as_coordinates_find_the_whole_gradient() -> None:
 
 def test_the_second_moment_is_the_identity() -> None:
     """Of every direction on its own, the last as the first."""
-    space, count = Full(nn.Linear(3, 1, bias=False)), 700
+    space, count = Full(nn.Linear(3, 1, bias=False)), 400
     z = np.stack([directions(space, 3, step) for step in range(count)])
     for index in range(3):
         moment = z[:, index].T @ z[:, index] / count
