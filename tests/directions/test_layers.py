@@ -25,6 +25,7 @@ from tests.trainer.runs import config, with_lora
 from zo_hf.directions import Layers, Run, Stream, draw
 from zo_hf.directions.layers import layers_of
 from zo_hf.optimizers import SeededSGD
+from zo_hf.probes import Probe
 from zo_hf.subspaces import Full, LowRank
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -122,6 +123,9 @@ def test_full_draws_no_noise_for_other_layers(monkeypatch: pytest.MonkeyPatch) -
     for step in range(4):
         moving = {name for name in zo.subspace.coordinates if zo.distribution.moves(Stream(0, step), name)}
         drawn.clear()
+        with zo.subspace.at((Probe(0, 1e-3),), lambda index, step=step: Stream(0, step, index), zo.distribution):
+            # The others' own forward runs: not even zeros are added.
+            assert zo.subspace.moved(model.model.norm) == ("model.norm.weight" in moving)
         zo.estimate(lambda: model(**batch).loss)
         assert drawn == moving
         drawn.clear()

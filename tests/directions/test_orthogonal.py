@@ -16,8 +16,7 @@ from zo_hf.subspaces import Full
 from zo_hf.zeroth_order import ZerothOrder
 
 
-def directions(space: Full, q: int, step: int = 0) -> np.ndarray:
-    drawer = Orthogonal(Run(space, q))
+def directions(drawer: Orthogonal, space: Full, q: int, step: int = 0) -> np.ndarray:
     return np.stack(
         [
             torch.cat([t.flatten() for t in whole(drawer, space, Stream(0, step, i)).values()]).double().numpy()
@@ -30,7 +29,7 @@ def directions(space: Full, q: int, step: int = 0) -> np.ndarray:
 def test_directions_are_what_qr_makes_of_gaussian_ones(q: int) -> None:
     """With a positive diagonal of R, which is what makes them Haar distributed."""
     space = Full(seeded(Odd))
-    z = directions(space, q)
+    z = directions(Orthogonal(Run(space, q)), space, q)
     assert np.allclose(z @ z.T, space.dimension * np.eye(q), atol=1e-4)
     g = np.stack([gaussian(space, Stream(0, 0, i)) for i in range(q)])
     basis, triangle = np.linalg.qr(g.T)
@@ -59,8 +58,10 @@ def test_as_many_as_coordinates_find_the_whole_gradient() -> None:
 
 def test_the_second_moment_is_the_identity() -> None:
     """Of every direction on its own, the last as the first."""
-    space, count = Full(nn.Linear(3, 1, bias=False)), 700
-    z = np.stack([directions(space, 3, step) for step in range(count)])
+    space, count = Full(nn.Linear(3, 1, bias=False)), 400
+    drawer = Orthogonal(Run(space, 3))
+    z = np.stack([directions(drawer, space, 3, step) for step in range(count)])
+    assert np.allclose(z @ z.transpose(0, 2, 1), 3 * np.eye(3), atol=1e-3)
     for index in range(3):
         moment = z[:, index].T @ z[:, index] / count
         assert np.abs(moment - np.eye(3)).max() < 5 * count**-0.5
