@@ -313,13 +313,11 @@ class ZOConfig(Seq2SeqTrainingArguments):
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1, which is a good start.")
         ESTIMATORS[self.zo_estimator](1.0, self.zo_num_directions)  # it may need more of them
-        if ESTIMATORS[self.zo_estimator].needs_tangents:
-            for option in ("zo_batched_probes", "torch_compile"):
-                if getattr(self, option) is True:
-                    raise ValueError(
-                        f"{option}=True cannot carry the tangents of zo_estimator={self.zo_estimator!r} through a forward "
-                        "pass; leave it out."
-                    )
+        if ESTIMATORS[self.zo_estimator].needs_tangents and self.zo_batched_probes is True:
+            raise ValueError(
+                f"zo_batched_probes=True cannot evaluate zo_estimator={self.zo_estimator!r}, whose probes take a forward pass "
+                "each; use 'auto' or False."
+            )
         if self.save_only_trajectory:
             for option, reason in (
                 ("save_only_model", "keeps what it leaves out"),
