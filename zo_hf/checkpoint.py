@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zo_hf.directions import Layers
 from zo_hf.sharding import local_part, part_of, reshard
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
@@ -300,12 +301,15 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_eps": zo.estimator.eps,
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,
-        "zo_direction": zo.distribution.name,
+        "zo_direction": zo.direction,
+        "zo_active_layers": zo.distribution.active if isinstance(zo.distribution, Layers) else None,
         "zo_rule": zo.rule.name,
         "zo_max_projected_grad": zo.max_projected_grad,
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
+        "zo_coordinate_order": zo.coordinate_order,
+        **zo.rule.settings(),
     }
 
 

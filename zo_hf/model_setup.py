@@ -9,9 +9,10 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from zo_hf.config import ZOConfig
+from zo_hf.estimators import ESTIMATORS
 from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.sharding import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
-from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors
+from zo_hf.subspaces import SUBSPACES, Norms, Scales, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.lora import check_peft
 from zo_hf.subspaces.peft_methods import refuse_what_needs_gradients
 from zo_hf.subspaces.sites import find_sites
@@ -30,12 +31,17 @@ def make_subspace(model: nn.Module, args: ZOConfig, among: list[nn.Parameter] | 
         "among": among,
         "seed": args.seed,
     }
-    kind = SUBSPACES[name]
+    kind = subspace_kind(name, moves_along_coordinates(args))
     if has_factors(kind):
         subspace = kind(model, rank=args.zo_rank, fold_steps=args.zo_fold_steps, **common)
         subspace.check_end()
         return subspace
     return kind(model, **common)
+
+
+def moves_along_coordinates(args: ZOConfig) -> bool:
+    """Whether directions are single coordinates, so that all of them are held in memory, with a gradient."""
+    return ESTIMATORS[args.zo_estimator].along_coordinates
 
 
 def subspace_name(model: nn.Module, args: ZOConfig) -> str:
@@ -63,6 +69,12 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         _check_quantized(model, args)
     elif args.zo_subspace == Scales.name:
         Scales.check(quantized_layers(model), model)
+    estimator = ESTIMATORS[args.zo_estimator]
+    estimator.check_model(model)
+    if estimator.needs_tangents and fsdp_settings(args):
+        raise ValueError(
+            f"fsdp=... shards weights that zo_estimator={estimator.name!r} gives tangents to; use zo_estimator='two_point'."
+        )
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
     if offloaded and not weights_arrive_later():
         raise ValueError(

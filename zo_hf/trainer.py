@@ -23,8 +23,17 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from zo_hf import checkpoint
 from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
-from zo_hf.model_setup import base_model, check_model, check_trainable, make_subspace, retarget, subspace_name
+from zo_hf.model_setup import (
+    base_model,
+    check_model,
+    check_trainable,
+    make_subspace,
+    moves_along_coordinates,
+    retarget,
+    subspace_name,
+)
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
@@ -91,7 +100,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             ("optimizers", self.optimizer),
             ("optimizer_cls_and_kwargs", self.optimizer_cls_and_kwargs),
         ):
-            if self.args.zo_subspace == "full" and value is not None:
+            if self.args.zo_subspace == "full" and value is not None and not moves_along_coordinates(self.args):
                 raise ValueError(
                     f"{argument}=... needs gradients, which zo_subspace='full' never holds; leave it out, or use "
                     "zo_subspace='low_rank'."
@@ -137,9 +146,6 @@ class ZOTrainerMixin(CheckpointsMixin):
         subspace = make_subspace(self.model, args, among)
         if isinstance(subspace, Full) and users is not None:
             raise ValueError("optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out.")
-        if args.learning_rate is None:
-            # Until training ends: the same arguments may be for a model of another kind next time.
-            args.learning_rate, self._learning_rate_is_automatic = subspace.default_learning_rate, True
         self.zo = zo = ZerothOrder(
             self.model,
             subspace,
@@ -147,15 +153,23 @@ class ZOTrainerMixin(CheckpointsMixin):
             num_directions=args.zo_num_directions,
             estimator=args.zo_estimator,
             direction=args.zo_direction,
+            active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
+            coordinate_order=args.zo_coordinate_order,
             rule=args.zo_rule,
+            rule_options=args.rule_options(),
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
             seed=args.seed,
             ranks=self._ranks,
         )
+        if args.learning_rate is None:
+            # Until training ends: the same arguments may be for a model of another kind next time.
+            args.learning_rate = zo.estimator.learning_rate(subspace.default_learning_rate)
+            self._learning_rate_is_automatic = True
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
+            self._check_shared_forwards(zo)
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
@@ -163,13 +177,22 @@ class ZOTrainerMixin(CheckpointsMixin):
             f"{subspace.dimension:,}",
             zo.estimator.eps,
             f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
-            len(zo.estimator.probes()),
+            zo.forward_passes_per_step,
         )
         if users is not None:
             self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
         return zo.prepare(self.optimizer)
+
+    def _check_shared_forwards(self, zo: ZerothOrder) -> None:
+        """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""
+        probes = len(zo.estimator.probes())
+        if any(part % self._ranks.grid.directions for part in (probes, zo.forward_passes_per_step - probes)):
+            raise ValueError(
+                f"zo_parallel={self.args.zo_parallel!r} cannot share out the {zo.forward_passes_per_step} forward passes "
+                "of a step equally, as fsdp=... needs; use zo_parallel='data'."
+            )
 
     def _new_optimizer(self, zo: ZerothOrder) -> torch.optim.Optimizer:
         groups = zo.coordinates(self.args.weight_decay)
@@ -239,7 +262,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         """Probe the loss on one micro-batch; after the step's last one, fill the coordinates' gradient.
 
         Returns:
-            The mean loss at the probes, a scalar, scaled as Trainer scales a micro-batch's loss.
+            The step's loss (see `Estimate`) with its last micro-batch, and 0 with the others, which it includes: the same
+            on every rank, whichever probes a rank has evaluated.
         """
         assert self.zo is not None
         if self._recorder is None and self.args.should_save:
@@ -253,12 +277,14 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self.zo.at_start_of_step:
             self._check_ranks(inputs)
         weight = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self.current_gradient_accumulation_steps
-        losses = self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        loss = 0.0
         if self.accelerator.sync_gradients:
             self._estimate = self.zo.finish_estimate()
+            loss = self._estimate.loss
             if not self._estimate.is_finite:
                 logger.warning("step %d skipped: a loss or projected gradient is not finite", self.zo.step)
-        return losses.mean().to(device=self.args.device, dtype=torch.float32)
+        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
 
     def _closure(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Any:
         """The loss of a micro-batch, in parts where it is the model's own, so that probes can share a forward pass."""
@@ -301,7 +327,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is its probes."""
         assert self.zo is not None
-        return super().floating_point_ops(inputs) * len(self.zo.estimator.probes()) // self._ranks.grid.directions // 3
+        return super().floating_point_ops(inputs) * self.zo.forward_passes_per_step // self._ranks.grid.directions // 3
 
     # How long it goes on, and what it says.
 
@@ -399,6 +425,8 @@ class ZOTrainerMixin(CheckpointsMixin):
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if isinstance(self.zo.distribution, UnitVectors):
+                logs["zo/cycles"] = self.zo.distribution.cycles(self.zo.step)
             if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:
                 logs["zo/fold_error"] = self.zo.subspace.fold_error
             if self.args.world_size > 1:

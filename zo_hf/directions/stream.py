@@ -19,6 +19,8 @@ class Purpose(Enum):
     DIRECTION = "direction"
     BASIS = "basis"
     ROUNDING = "rounding"
+    LAYERS = "layers"
+    ORDER = "order"
 
 
 @dataclass(frozen=True)

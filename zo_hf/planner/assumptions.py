@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import ELEMENTWISE
 
 HALF_DTYPES = ("bfloat16", "float16")
 # Copies of the coordinates that an optimizer keeps between its steps.
@@ -68,7 +68,7 @@ class Assumptions:
         choices = (
             ("dtype", HALF_DTYPES),
             ("attention", ATTENTION),
-            ("direction", DISTRIBUTIONS),
+            ("direction", ELEMENTWISE),
             ("optimizer", OPTIMIZER_COPIES),
         )
         for name, allowed in choices:

@@ -76,6 +76,10 @@ class Adapter(Subspace):
         return [site for site in sites if not stays(site.name)] or sites
 
     @property
+    def materialised(self) -> Materialised:
+        return self._materialised
+
+    @property
     def start(self) -> dict[str, nn.Parameter]:
         """All weights that PEFT has made trainable, those that stay included: an adapter begins with what it draws."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
+from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RuleOptions
 from zo_hf.quantization import quantized_layers
-from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors
+from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors, subspace_kind
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
 from zo_hf.zeroth_order import ZerothOrder
@@ -176,9 +180,11 @@ def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
 def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Optimizer]:
     """The engine and the optimizer that the run had before its first step."""
     settings: dict[str, Any] = trajectory.header["settings"]
-    kind = SUBSPACES.get(settings["zo_subspace"])
-    if kind is None:
-        raise TrajectoryError(f"{trajectory.path} moves an unknown subspace {settings['zo_subspace']!r}.")
+    estimator, rule = settings.get("zo_estimator", "two_point"), settings.get("zo_rule", "none")
+    if settings["zo_subspace"] not in SUBSPACES or estimator not in ESTIMATORS:
+        unknown = "subspace" if settings["zo_subspace"] not in SUBSPACES else "estimator"
+        raise TrajectoryError(f"{trajectory.path} has an unknown {unknown} {settings[f'zo_{unknown}']!r}.")
+    kind = subspace_kind(settings["zo_subspace"], ESTIMATORS[estimator].along_coordinates)
     subspace: Subspace
     moved = "|".join(re.escape(name) for name in _names(trajectory))
     if has_factors(kind):
@@ -191,9 +197,18 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         subspace,
         eps=settings["zo_eps"],
         num_directions=settings["zo_num_directions"],
-        estimator=settings.get("zo_estimator", "two_point"),
+        estimator=estimator,
         direction=settings["zo_direction"],
-        rule=settings.get("zo_rule", "none"),
+        active_layers=settings.get("zo_active_layers") or DEFAULT_ACTIVE_LAYERS,
+        coordinate_order=settings.get("zo_coordinate_order", "cyclic"),
+        rule=rule,
+        rule_options=RuleOptions(
+            **{
+                field.name: settings[f"zo_{field.name}"]
+                for field in fields(RuleOptions)
+                if f"zo_{field.name}" in settings
+            }
+        ),
         max_projected_grad=settings["zo_max_projected_grad"],
         normalize=settings["zo_normalize"],
         seed=settings["seed"],

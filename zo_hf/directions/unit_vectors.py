@@ -1,0 +1,86 @@
+"""Unit vectors in the place of noise: the directions of coordinate-wise finite differences.
+
+    turn t = step · B + i        zᵢ = e_k with k = order[t mod n]        n coordinates, B of them a step
+
+The flat coordinates are the tensors of a subspace one after another, in its own order. `order` is the identity (cyclic) or
+one permutation of them drawn from the seed. A direction depends on (step, i) alone, so a run goes on without a pointer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions.distribution import Distribution
+from zo_hf.directions.draw import draw_half_words
+from zo_hf.directions.stream import Purpose, Stream
+
+ORDERS = ("cyclic", "permuted")
+
+
+@dataclass(frozen=True, eq=False)
+class UnitVectors(Distribution):
+    """What stands where a distribution would, for `Materialised` coordinates; nothing is drawn.
+
+    Args:
+        names: of the coordinate tensors, in order.
+        ends: where each of them ends in the flat vector.
+        per_step: B.
+        order: the coordinate of every turn of a cycle, int64 (n,).
+    """
+
+    name: ClassVar[str] = "coordinate"
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]
+    per_step: int
+    order: Tensor
+
+    @property
+    def dimension(self) -> int:
+        """n."""
+        return len(self.order)
+
+    def place(self, stream: Stream) -> tuple[str, int]:
+        """The coordinate of a direction: its tensor's name, and its index in the flattened tensor."""
+        index = int(self.order[(stream.step * self.per_step + stream.direction) % self.dimension])
+        tensor = bisect_right(self.ends, index)
+        return self.names[tensor], index - (self.ends[tensor - 1] if tensor else 0)
+
+    def cycles(self, step: int) -> float:
+        """How often every coordinate has had its turn before a step."""
+        return step * self.per_step / self.dimension
+
+
+def unit_vectors(coordinates: Mapping[str, Tensor], per_step: int, order: str, seed: int) -> UnitVectors:
+    """The directions of coordinate-wise differences over `coordinates`.
+
+    Args:
+        order: "cyclic" or "permuted".
+        seed: of the permutation.
+
+    Raises:
+        ValueError: a step would take some coordinate twice, or the order is unknown.
+    """
+    ends = tuple(accumulate(tensor.numel() for tensor in coordinates.values()))
+    if order not in ORDERS:
+        raise ValueError(f"zo_coordinate_order={order!r} is unknown; choose one of {', '.join(ORDERS)}.")
+    if per_step > ends[-1]:
+        raise ValueError(
+            f"zo_num_directions={per_step} is more than the {ends[-1]} coordinates there are; use {ends[-1]} for all of "
+            "them in every step."
+        )
+    turns = torch.arange(ends[-1]) if order == "cyclic" else _permutation(ends[-1], seed)
+    return UnitVectors(tuple(coordinates), ends, per_step, turns)
+
+
+def _permutation(length: int, seed: int) -> Tensor:
+    """int64 (length,): the order of 64 random bits for each element."""
+    words = draw_half_words(Stream(seed, purpose=Purpose.ORDER), "order", 0, 4 * length).long().view(length, 4)
+    return (words << torch.tensor([0, 16, 32, 48])).sum(1).argsort(stable=True)

@@ -1,0 +1,52 @@
+"""Finite differences along single coordinates (Kiefer and Wolfowitz 1952; CGE in DeepZero, arXiv 2310.02025).
+
+    central:   cᵢ = (L(ξ + ε·e_k) - L(ξ - ε·e_k)) / 2ε        2B forward passes
+    forward:   cᵢ = (L(ξ + ε·e_k) - L(ξ)) / ε                 B + 1: one clean loss for all
+               ĝ = Σᵢ cᵢ · e_k                                k from `UnitVectors`, B = num_directions
+
+cᵢ is one entry of the gradient up to the curvature along it, so nothing is averaged. By themselves (`zo_rule="none"`)
+these are block cyclic coordinate descent: a step moves the B coordinates it has measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zo_hf.estimators.estimator import Estimator
+from zo_hf.method import Method
+from zo_hf.probes.probe import Probe
+
+_NEEDS = "coordinates in memory; one cycle takes d/q steps"
+
+
+class Coordinate(Estimator):
+    """Central differences along `num_directions` coordinates, the next ones every step."""
+
+    name = "coordinate"
+    about = Method("coordinate differences (Kiefer-Wolfowitz 1952, 2310.02025)", forwards="2q", needs=_NEEDS)
+    along_coordinates = True
+
+    def probes(self) -> list[Probe]:
+        """The 2B evaluations of a step, + and - of a coordinate side by side."""
+        return [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
+
+    def projected_gradients(self, losses: Sequence[float]) -> list[float]:
+        return [(plus - minus) / (2.0 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
+
+    def coefficients(self, projected_gradients: Sequence[float]) -> list[float]:
+        return list(projected_gradients)
+
+
+class CoordinateForward(Coordinate):
+    """Forward differences: half the evaluations, and an error of order ε instead of ε²."""
+
+    name = "coordinate_forward"
+    about = Method("coordinate differences, forward (Kiefer-Wolfowitz 1952)", forwards="q + 1", needs=_NEEDS)
+
+    def probes(self) -> list[Probe]:
+        """The B + 1 evaluations of a step, the clean one first."""
+        return [Probe(0, 0.0), *(Probe(i, self.eps) for i in range(self.num_directions))]
+
+    def projected_gradients(self, losses: Sequence[float]) -> list[float]:
+        clean, *moved = losses
+        return [(loss - clean) / self.eps for loss in moved]

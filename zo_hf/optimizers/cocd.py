@@ -1,0 +1,96 @@
+"""Coherent coordinate descent (CoCD, arXiv 2605.14373, equations 2 to 7): differences are kept and reused.
+
+    G ← γ · G                             what earlier steps measured fades
+    G[k] ← cᵢ     for the B coordinates of this step, all measured at the same point on the same batch
+    ξ ← ξ - α · G                         every remembered coordinate moves, by the torch optimizer: .grad = G
+
+γ = 0 is block cyclic coordinate descent, γ = 1 keeps stale entries whole. Of m < n numbers the freshest m differences are
+kept: those of the last m turns, which is a ring over turns. α is the optimizer's learning rate; on a quadratic
+
+    α < 2 / (λmax · Σ_{k<K} γᵏ)           K = n/B steps a cycle
+
+is enough for it to be stable (docs/cocd.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions import Distribution, UnitVectors
+from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
+from zo_hf.estimators.estimator import Estimator
+from zo_hf.method import Method
+from zo_hf.optimizers.rule import Rule, RuleOptions
+from zo_hf.subspaces.subspace import StreamOf, Subspace
+
+
+class CoherentCoordinateDescent(Rule):
+    """See the formula above.
+
+    Raises:
+        ValueError: the estimator measures no coordinates, or an option is out of its range.
+    """
+
+    name = "cocd"
+    about = Method("CoCD (2605.14373)", memory="d", needs="zo_estimator=coordinate")
+    uses = ("cocd_decay", "cocd_memory")
+    needs_estimator = (Coordinate.name, CoordinateForward.name)
+
+    def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
+        super().__init__(subspace, estimator, options)
+        per_step, dimension, memory = estimator.num_directions, subspace.dimension, self.options.cocd_memory
+        if memory is not None and not per_step <= memory <= dimension:
+            raise ValueError(
+                f"zo_cocd_memory={memory} must be from zo_num_directions={per_step}, what one step measures, to the "
+                f"{dimension} coordinates there are; leave it out for all of them."
+            )
+        coordinates = list(subspace.coordinates.values())
+        is_double = any(coordinate.dtype == torch.float64 for coordinate in coordinates)
+        # Turn t of `UnitVectors` is remembered in place t mod m, so the oldest is always the one that is written over.
+        self._ring = torch.zeros(
+            dimension if memory is None else memory,
+            dtype=torch.float64 if is_double else torch.float32,
+            device=coordinates[0].device,
+        )
+        self._next_step = 0
+
+    def write_gradient(
+        self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution
+    ) -> None:
+        assert isinstance(distribution, UnitVectors)
+        ring, step, per_step = self._ring, stream_of(0).step, distribution.per_step
+        turn, after = step * per_step, (step + 1) * per_step
+        # A skipped step measured nothing: its coordinates rest until their next turn.
+        missed = torch.arange(max(self._next_step * per_step, turn - len(ring)), turn, device=ring.device)
+        self._next_step = step + 1
+        ring.mul_(self.options.cocd_decay)
+        ring[missed % len(ring)] = 0.0
+        measured = self.estimator.coefficients(projected_gradients)
+        turns = torch.arange(turn, after, device=ring.device)
+        ring[turns % len(ring)] = torch.tensor(measured, dtype=ring.dtype, device=ring.device)
+        self._set_gradient(after, distribution)
+
+    def _set_gradient(self, after: int, units: UnitVectors) -> None:
+        """Every coordinate's `.grad`, a copy of what is remembered after so many turns; before turn 0 that is zero."""
+        ring = self._ring
+        turns = torch.arange(after - len(ring), after, device=ring.device)
+        gradient = ring.new_zeros(units.dimension)
+        gradient[units.order.to(ring.device)[turns % units.dimension]] = ring[turns % len(ring)]
+        coordinates = list(self.subspace.coordinates.values())
+        parts = gradient.split([coordinate.numel() for coordinate in coordinates])
+        for coordinate, part in zip(coordinates, parts, strict=True):
+            coordinate.grad = part.view(coordinate.shape).to(coordinate)
+
+    def after_fold(self) -> None:
+        """What was measured along the old bases says nothing about the new ones."""
+        self._ring.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"differences": self._ring.clone(), "next_step": torch.tensor(self._next_step)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._ring.copy_(state["differences"])
+        self._next_step = int(state["next_step"])
