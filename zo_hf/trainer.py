@@ -65,7 +65,6 @@ class ZOTrainerMixin(CheckpointsMixin):
     _ranks = Ranks()
     _batches_compared = False
     _learning_rate_is_automatic = False
-    _is_evaluating = False
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -347,14 +346,6 @@ class ZOTrainerMixin(CheckpointsMixin):
             return [], None
         return batches, items
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; during training, the log has beside its result how many forward passes led to it."""
-        self._is_evaluating = True
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self._is_evaluating = False
-
     # Several processes.
 
     def get_tp_size(self) -> int:
@@ -443,7 +434,7 @@ class ZOTrainerMixin(CheckpointsMixin):
                 logs["zo/bytes_communicated"] = self._ranks.bytes_sent
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
-        if self.zo is None or not self._is_evaluating:
+        if self.zo is None or not _reports_evaluation(logs):
             super().log(logs, *args, **kwargs)
             return
         logs["zo/forward_passes"] = self.zo.forward_passes
@@ -457,6 +448,11 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with backward replaced by forward passes; see `ZOTrainerMixin`."""
+
+
+def _reports_evaluation(logs: dict[str, float]) -> bool:
+    """Trainer logs how long an evaluation took, under the name of its data, as it does for the whole training."""
+    return any(key.endswith("_runtime") for key in logs) and "train_runtime" not in logs
 
 
 def _grid(args: ZOConfig) -> Grid:
