@@ -278,6 +278,10 @@ class Comparison:
         at_edge = len(losses) > 1 and best in (min(losses), max(losses))
         return Plan([], made, Result(args.methods[method].group, best, at_edge, runs))
 
+    def made(self) -> int:
+        """How many of the runs there are."""
+        return (self.find(self.zero_shot) is not None) + sum(self.plan(method).made for method in self.args.methods)
+
     def wanted(self) -> list[Job]:
         """All runs that can start now, methods in the order of the table."""
         jobs = [] if self.find(self.zero_shot) else [self.zero_shot]
@@ -387,14 +391,13 @@ def main(argv: list[str] | None = None) -> None:
             spawn = multiprocessing.get_context("spawn")
             executor = ProcessPoolExecutor(args.processes, mp_context=spawn, initializer=prepare_process)
         total = 1 + len(args.methods) * (args.rates + len(args.seeds))
-        with tqdm(total=total, unit="run", smoothing=0) as bar:
+        with tqdm(total=total, initial=comparison.made(), unit="run", smoothing=0) as bar:
 
             def show(job: Job) -> None:
                 kind = "trial" if job.evaluations == 0 else f"seed {job.seed}"
                 bar.set_description(f"{job.method}, {kind}, {job.learning_rate:.2g}", refresh=False)
-                plans = {method: comparison.plan(method) for method in args.methods}
-                bar.update(1 + sum(plan.made for plan in plans.values()) - bar.n)
-                if job.method in plans and plans[job.method].result is not None:
+                bar.update(comparison.made() - bar.n)
+                if job.method in args.methods and comparison.plan(job.method).result is not None:
                     comparison.report()
 
             try:

@@ -187,8 +187,7 @@ def test_the_search_follows_the_best_rate_and_then_closes_in(recipe: ModuleType)
     assert max(far) == pytest.approx(6.4e-3) and min(far, key=far.__getitem__) == max(far)
     near = search(2e-4, 4)
     assert near[min(near, key=near.__getitem__)] == pytest.approx(0, abs=1e-6)
-    lost = recipe.next_rate({1.0: math.nan, 0.25: 0.5, 4.0: math.inf}, 4.0)
-    assert lost == 0.0625
+    assert recipe.next_rate({0.25: math.nan, 1.0: 0.5, 4.0: 0.6}, 4.0) == 2.0, "what is lost is the worst"
 
 
 def test_methods_that_do_not_exist_here_are_named_and_left_out(
