@@ -129,9 +129,9 @@ def plot(results: Mapping[str, Result], zero_shot: Mapping[str, Any], against: s
             axes.set_axis_on()
             drawn = {name: result for name, result in results.items() if result.group == group and name != REFERENCE}
             for color, (name, result) in enumerate(drawn.items()):
-                _draw(axes, result, against, key, f"C{color}", name)
+                _draw(axes, result, start, against, key, f"C{color}", name)
             if REFERENCE in results:
-                _draw(axes, results[REFERENCE], against, key, "black", REFERENCE)
+                _draw(axes, results[REFERENCE], start, against, key, "black", REFERENCE)
             axes.axhline(start[key], linestyle="--", linewidth=0.8, color="gray")
             axes.grid(alpha=0.3)
         loss_axes, accuracy_axes = panels[row : row + 2, column]
@@ -140,15 +140,18 @@ def plot(results: Mapping[str, Result], zero_shot: Mapping[str, Any], against: s
         loss_axes.set_ylim(top=min(loss_axes.get_ylim()[1], 1.25 * start["loss"]))
         loss_axes.set_title(group)
         loss_axes.set_ylabel("test loss")
-        loss_axes.legend(fontsize="small", loc="lower left")
+        loss_axes.legend(fontsize="x-small", loc="upper right")
         accuracy_axes.set_ylabel("test accuracy")
         accuracy_axes.set_xlabel("forward passes" if against == "forward_passes" else "seconds of training")
     figure.savefig(path, dpi=130)
 
 
-def _draw(axes: Any, result: Result, against: str, key: str, color: str, label: str) -> None:
-    """The mean over seeds, and a band of one standard deviation on each side."""
-    values, x = result.over_seeds(key), result.over_seeds(against).mean(axis=0)
+def _draw(
+    axes: Any, result: Result, start: Mapping[str, float], against: str, key: str, color: str, label: str
+) -> None:
+    """The mean over seeds from the start, and a band of one standard deviation on each side."""
+    values = np.pad(result.over_seeds(key), ((0, 0), (1, 0)), constant_values=start[key])
+    x = [0.0, *result.over_seeds(against).mean(axis=0)]
     middle = values.mean(axis=0)
     axes.plot(x, middle, color=color, label=label, linewidth=1.4)
     if len(values) > 1:
