@@ -30,8 +30,11 @@ def options(estimator: str, **more: Any) -> dict[str, Any]:
     return {"zo_estimator": estimator, "zo_num_directions": 3, "learning_rate": rate, "max_steps": 5} | more
 
 
-@EVERY_ESTIMATOR
-@pytest.mark.parametrize("subspace", ["low_rank", "full", "adapter"])
+@pytest.mark.parametrize(
+    ("estimator", "subspace"),
+    [(name, "low_rank") for name in ESTIMATORS]
+    + [(name, subspace) for name in ("one_sided", "forward_gradient") for subspace in ("full", "adapter")],
+)
 def test_a_run_resumes_and_replays_to_the_bit(tmp_path: Path, estimator: str, subspace: str) -> None:
     """With micro-batches, from a checkpoint between two folds, and from the log alone without a forward pass."""
     given = options(estimator, zo_subspace=subspace, gradient_accumulation_steps=2, per_device_train_batch_size=4)
@@ -97,7 +100,7 @@ def test_the_log_says_what_a_step_cost_and_where_the_loss_was(tmp_path: Path, es
         assert calls == 5 * 2 * (3 if kind.needs_tangents else passes)
         clean = torch.stack(seen).mean().item()
         away = abs(logged(trainer, "loss")[0] - clean)
-        assert away < 1e-5 if kind.loss([0.0, 1.0] * 3) == 0.0 else away > 1e-5
+        assert away < 1e-5 if estimator in ("one_sided", "fzoo", "forward_gradient") else away > 1e-5
 
 
 def test_fzoo_trains_with_its_own_learning_rate(tmp_path: Path) -> None:
@@ -135,6 +138,7 @@ PARALLEL = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_directions_and_one_has_the_clean_probe(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(SCRIPT)
     run(tmp_path / "run.py", 2, tmp_path, seconds=300)
