@@ -69,6 +69,10 @@ def test_what_is_wrapped_is_all_there() -> None:
     lines = as_text({"long": Kind("zo_long", "shows much", LONG)}).splitlines()
     assert "\n".join(lines).count("something") == 20 and "\n".join(lines).count("number") == 20
     assert len(lines) > 6 and "zo_long" in lines[0]
+    shown = as_text(kinds()).split()
+    for kind, name in ENTRIES:
+        about = REGISTRIES[kind][name].about
+        assert {*about.paper.split(), *about.memory.split(), *about.needs.split()} <= set(shown), "words stay whole"
     assert [line.split()[0] for line in lines if re.match(r"  \w", line)] == ["name", *LONG]
 
 

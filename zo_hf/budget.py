@@ -1,7 +1,7 @@
 """Runs that end when their forward passes or their time are spent, instead of after a number of steps.
 
-What one step costs is known before it: probes times micro-batches, and in the first step those of one more micro-batch
-where `zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
+What one step costs is known before it: that of its probes, and of what its rule evaluates, times micro-batches; and in the
+first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers.trainer_utils import has_length
 
 from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
-from zo_hf.estimators import ESTIMATORS
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.optimizers import RULES
+from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
 
 class Budget(TrainerCallback):
@@ -139,10 +140,14 @@ class Budget(TrainerCallback):
         return min(accumulation, self._batches - first)
 
     def _cost(self, batches: int) -> int:
-        return self._passes_per_batch() * (batches + self._checks())
+        twice = len(self._estimator().probes()) if self._checks() else 0
+        return self._passes_per_batch() * batches + twice
 
     def _passes_per_batch(self) -> int:
-        return len(ESTIMATORS[self.args.zo_estimator](1.0, self.args.zo_num_directions).probes())
+        return forward_passes_of_a_step(self._estimator(), RULES[self.args.zo_rule])
+
+    def _estimator(self) -> Estimator:
+        return ESTIMATORS[self.args.zo_estimator](1.0, self.args.zo_num_directions)
 
     def _checks(self) -> bool:
         return self._zo is not None and self._zo.evaluator.batched is None

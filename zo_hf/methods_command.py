@@ -132,11 +132,17 @@ def _table(kind: Kind) -> list[list[str]]:
 
 def _text_rows(table: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    while sum(widths) + 2 * len(widths) > WIDTH:  # the widest column gives way; the names stay whole
-        widths[1 + max(range(len(widths) - 1), key=lambda i: widths[1 + i])] -= 1
+    words = [max(len(word) for cell in column for word in ["", *cell.split()]) for column in zip(*table, strict=True)]
+    while sum(widths) + 2 * len(widths) > WIDTH and widths != words:
+        # The widest column gives way, as long as its words stay whole.
+        widest = max((i for i in range(len(widths)) if widths[i] > words[i]), key=lambda i: widths[i])
+        widths[widest] -= 1
     lines = []
     for row in table:
-        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
+            for cell, width in zip(row, widths, strict=True)
+        ]
         for number in range(max(map(len, cells))):
             parts = [cell[number] if number < len(cell) else "" for cell in cells]
             padded = (part.ljust(width) for part, width in zip(parts, widths, strict=True))

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream, unit_vectors
 from zo_hf.distributed import Ranks
-from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES, RuleOptions, ScalarNormalisation
+from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.optimizers import RULES, Rule, RuleOptions, ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.probes.probe import Probe
 from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
@@ -213,9 +213,7 @@ class ZerothOrder:
     @property
     def forward_passes_per_step(self) -> int:
         """Evaluations of the loss on a whole batch that a step takes, whichever ranks make them."""
-        probes = self.estimator.probes()
-        has_clean = any(probe.scale == 0.0 for probe in probes)
-        return len(probes) + sum(not has_clean or candidate != 0.0 for candidate in self.rule.candidates)
+        return forward_passes_of_a_step(self.estimator, type(self.rule))
 
     @property
     def numbers(self) -> int:
@@ -380,6 +378,13 @@ class ZerothOrder:
                         continue
                     name = names[id(parameter)]
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
+
+
+def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule]) -> int:
+    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+    probes = estimator.probes()
+    has_clean = any(probe.scale == 0.0 for probe in probes)
+    return len(probes) + sum(not has_clean or candidate != 0.0 for candidate in rule.candidates)
 
 
 def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:

@@ -85,7 +85,8 @@ class TinyLoss:
     def __init__(self, model: nn.Module, batch: int = 0) -> None:
         generator = torch.Generator().manual_seed(batch)
         self.model = model
-        self.tokens = torch.randint(0, TOKENS, (ROWS, 3), generator=generator)
+        # Every token is used, so that no row of the embedding is without effect.
+        self.tokens = torch.randperm(3 * ROWS, generator=generator).view(ROWS, 3) % TOKENS
         self.labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)
 
     def __call__(self) -> Tensor:
@@ -169,17 +170,17 @@ def refusal(combination: Combination) -> str | None:
     return None
 
 
-def combinations(containing: tuple[str, str] | None = None) -> list[Combination]:
+def combinations(entry: tuple[str, str] | None = None) -> list[Combination]:
     """As few as come with little effort, so that every two entries that work together are in one.
 
     Args:
-        containing: only those with this entry, (registry, name).
+        entry: cover only what works together with this one, (registry, name).
     """
     everything = [Combination(*names) for names in itertools.product(*REGISTRIES.values())]
-    wanted = [c for c in everything if containing is None or containing in c.entries]
+    wanted = [c for c in everything if entry is None or entry in c.entries]
     covered: set[Any] = set()
     chosen = []
-    for pair in dict.fromkeys(pair for c in wanted for pair in sorted(c.pairs)):
+    for pair in dict.fromkeys(pair for c in wanted for pair in sorted(c.pairs) if entry is None or entry in pair):
         if pair in covered:
             continue
         candidates = [c for c in wanted if pair in c.pairs]

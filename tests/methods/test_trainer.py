@@ -15,7 +15,8 @@ from tests.conftest import assert_same_bits, seeded, tiny_opt
 from tests.distributed.launch import run
 from tests.methods.table import DIRECTIONS, Combination, one_for_every_entry
 from tests.quantization.runs import held, load, write_base
-from tests.trainer.runs import SaveAt, logged, make_trainer, with_lora
+from tests.subspaces.helpers import prepared
+from tests.trainer.runs import SaveAt, logged, make_trainer
 from zo_hf.subspaces import SUBSPACES, has_factors
 from zo_hf.trajectory import replay
 
@@ -29,8 +30,7 @@ def model_for(combination: Combination, folder: Path) -> nn.Module:
     """The tiny OPT as the subspace expects it; a quantised one is loaded from what is written into `folder`."""
     if combination.subspace == "scales":
         return load(folder if folder.exists() else write_base(folder, build), "int8")
-    model = seeded(build)
-    return with_lora(model) if combination.subspace == "adapter" else model
+    return prepared(combination.subspace, seeded(build))
 
 
 def options_for(combination: Combination) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import TinyTask, assert_same_bits, weights_of
+from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
 from tests.distributed.launch import run
 from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained
 from zo_hf import ZOTrainer, budget
+from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RULES
 
 SEQUENTIAL = {"zo_batched_probes": False, "logging_steps": 1}
 STEPS = {"eval_strategy": "steps", "eval_steps": 100, "save_strategy": "steps", "save_steps": 100}
@@ -54,6 +56,21 @@ def test_the_check_of_batched_probes_is_paid_for(tmp_path: Path) -> None:
         ValueError, match=r"^zo_max_forward_passes=3 does not pay for the first step, which takes 4.*\.$"
     ):
         trained(tmp_path, zo_max_forward_passes=3, max_steps=100)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_cost_of_a_step_is_known_before_it_is_taken(tmp_path: Path, estimator: str, rule: str) -> None:
+    """Whatever the method: with one pass less than three steps take, there are two."""
+    model = seeded(tiny_opt, attn_implementation="eager", num_hidden_layers=1)
+    options = SEQUENTIAL | {"zo_estimator": estimator, "zo_rule": rule, "zo_num_directions": 2}
+    try:
+        spent = passes(trained(tmp_path, model, max_steps=3, **options))
+    except ValueError:
+        return  # they do not go together
+    assert len(spent) == 3
+    trainer = trained(tmp_path, model, max_steps=-1, zo_max_forward_passes=spent[-1] - 1, **options)
+    assert passes(trainer) == spent[:2]
 
 
 def test_micro_batches_are_counted_and_a_short_one_at_the_end_of_an_epoch(tmp_path: Path) -> None:

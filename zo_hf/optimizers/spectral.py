@@ -61,7 +61,8 @@ class Spectral(Rule):
         with one_thread():
             for name, coordinate in self.subspace.coordinates.items():
                 gradient = coordinate.grad
-                assert gradient is not None
+                if gradient is None:  # a layer that does not move in this step
+                    continue
                 mean = of_size_one(self._averaged(name, gradient))
                 if mean.ndim < 2:
                     step = mean / root_mean_square(mean)
