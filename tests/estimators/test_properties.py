@@ -29,7 +29,7 @@ SCALE_FREE = [name for name, kind in ESTIMATORS.items() if kind.is_scale_free]
 @EVERY_DIRECTION
 def test_the_mean_estimate_points_along_the_gradient(estimator: str, direction: str) -> None:
     """E[c·z] is ∇L of a quadratic, or a multiple of it, by Student's statistic of every coordinate."""
-    model, count = Quadratic(), 10_000
+    model, count = Quadratic(), 4000
     z = drawn(direction, count, DIMENSION)
     samples = numbers(ESTIMATORS[estimator](1e-3, count), model, z)[:, None] * z
     mean, gradient = samples.mean(0), model.gradient()
