@@ -54,7 +54,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={
             "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
             "learning_rate x c x z. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and "
-            "prompts. The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "
+            "prompts, and for full along coordinates (zo_estimator=coordinate). The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "
             "5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes."
         },
     )
