@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tests.conftest import seeded
 from tests.subspaces.helpers import sgd
 from zo_hf.directions import GAUSSIAN, Stream, draw_slice
+from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, RuleOptions
-from zo_hf.subspaces import SUBSPACES
+from zo_hf.subspaces import subspace_kind
 from zo_hf.zeroth_order import ZerothOrder
 
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
@@ -31,6 +32,7 @@ def options_of(rule: str, every: bool = False) -> dict[str, Any]:
         every: set the rule's own options too, each away from its default.
     """
     set_to = {"zo_momentum": 0.5, "zo_momentum_at_fold": "reset", "zo_spectral_rank": 1, "zo_curvature_rate": 1e-2}
+    set_to |= {"zo_cocd_decay": 0.5, "zo_cocd_memory": 4}
     chosen = {f"zo_{name}": set_to[f"zo_{name}"] for name in RULES[rule].uses} if every else {}
     return {"zo_rule": rule, "zo_estimator": estimator_for(rule), "zo_num_directions": 2} | chosen
 
@@ -76,9 +78,10 @@ def engine(
     """
     shape = {"rank": rank, "fold_steps": fold_steps} if subspace in ("low_rank", "core") else {}
     kwargs = {"num_directions": 4, "estimator": estimator_for(rule)} | kwargs
+    kind = subspace_kind(subspace, held=ESTIMATORS[kwargs["estimator"]].along_coordinates)
     zo = ZerothOrder(
         model,
-        SUBSPACES[subspace](model, seed=kwargs.get("seed", 0), **shape),
+        kind(model, seed=kwargs.get("seed", 0), **shape),
         rule=rule,
         rule_options=RuleOptions(**(options or {})),
         **kwargs,
