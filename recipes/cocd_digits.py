@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
+from zo_hf.optimizers import RuleOptions
 from zo_hf.subspaces import HeldFull
 from zo_hf.tasks.experiments import FinishedRuns
 
@@ -42,10 +43,10 @@ COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directio
 METHODS: dict[str, dict[str, Any]] = {
     "two-point": {"estimator": "two_point", "num_directions": 16, "direction": "rademacher"},
     "BCCD (γ = 0)": COCD | {"rule": "none"},
-    "CoCD γ = 0.9": COCD | {"rule_options": {"decay": 0.9}},
-    "CoCD γ = 0.99": COCD | {"rule_options": {"decay": 0.99}},
-    "CoCD γ = 1": COCD | {"rule_options": {"decay": 1.0}},
-    "CoCD γ = 0.99, forward": COCD | {"rule_options": {"decay": 0.99}, "estimator": "coordinate_forward"},
+    "CoCD γ = 0.9": COCD | {"rule_options": RuleOptions(cocd_decay=0.9)},
+    "CoCD γ = 0.99": COCD | {"rule_options": RuleOptions(cocd_decay=0.99)},
+    "CoCD γ = 1": COCD | {"rule_options": RuleOptions(cocd_decay=1.0)},
+    "CoCD γ = 0.99, forward": COCD | {"rule_options": RuleOptions(cocd_decay=0.99), "estimator": "coordinate_forward"},
 }
 ABLATED = "CoCD γ = 0.99"
 POINTS = 20

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zo_hf.directions import Layers
 from zo_hf.sharding import local_part, part_of, reshard
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
@@ -103,6 +104,7 @@ class CheckpointWriter:
         folder: Path,
         trajectory: int | None = None,
         learning_rates: list[float] | None = None,
+        seconds: float = 0.0,
         write: bool = True,
     ) -> None:
         """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
@@ -110,6 +112,7 @@ class CheckpointWriter:
         Args:
             trajectory: the CRC that the chain of the run's log has at this step.
             learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
+            seconds: how long the run has taken so far.
             write: False on the processes that are only needed for their shards of the weights.
         """
         subspace = zo.subspace
@@ -121,6 +124,7 @@ class CheckpointWriter:
         if not write:
             return
         state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
+        state["seconds"] = seconds
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
         elif isinstance(subspace, Folded):
@@ -297,14 +301,15 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_eps": zo.estimator.eps,
         "zo_estimator": zo.estimator.name,
         "zo_num_directions": zo.estimator.num_directions,
-        "zo_direction": zo.distribution.name,
+        "zo_direction": zo.direction,
+        "zo_active_layers": zo.distribution.active if isinstance(zo.distribution, Layers) else None,
         "zo_rule": zo.rule.name,
         "zo_max_projected_grad": zo.max_projected_grad,
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
         "zo_coordinate_order": zo.coordinate_order,
-        **{f"zo_{zo.rule.name}_{option}": value for option, value in zo.rule.options.items()},
+        **zo.rule.settings(),
     }
 
 

@@ -60,6 +60,7 @@ COMMANDS = {
     "plan": Command(
         "say what fits on a GPU: the memory of every way to train a model", has_arguments("zo_hf.planner.command")
     ),
+    "methods": Command("list every method, its paper and its cost", has_arguments("zo_hf.methods_command")),
     "bench": Command("measure speed and memory beside inference", has_arguments("zo_hf.bench")),
 }
 

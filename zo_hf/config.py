@@ -2,16 +2,16 @@
 
 # No postponed annotations here: HfArgumentParser reads the types of the fields, and takes the first after None where a
 # field has several.
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from zo_hf.directions import DISTRIBUTIONS, ORDERS
+from zo_hf.directions import DISTRIBUTIONS, ORDERS, Layers
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES, CoherentCoordinateDescent
+from zo_hf.optimizers import RULES, CoherentCoordinateDescent, RuleOptions
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -108,16 +108,49 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_estimator: str = field(
         default="two_point",
         metadata={
-            "help": "How losses become projected gradients: two_point, coordinate (central differences "
-            "along zo_num_directions single coordinates, the next ones every step), or coordinate_forward (the same with one "
-            "clean loss for all, q + 1 forward passes)."
+            "help": "How losses become projected gradients: two_point (central differences, 2q forward passes for "
+            "q = zo_num_directions), one_sided (forward differences that share one clean loss, q + 1), fzoo (one_sided "
+            "divided by the standard deviation of the losses, q + 1; the paper's zo_direction is rademacher; the learning "
+            "rate is zo_eps times the length of a step, which the default takes into account), evolution (z-scores of the "
+            "losses of antithetic pairs, 2q), evolution_ranks (their centred ranks, 2q; of both the learning rate is about "
+            "the length of a step), forward_gradient (exact derivatives by forward-mode differentiation, each counted "
+            "as two forward passes; needs attn_implementation='eager'), second_difference (two_point with the clean loss "
+            "between them, 2q + 1, which gives the curvature along each direction), coordinate (central differences along zo_num_directions single "
+            "coordinates, the next ones every step, 2q), or coordinate_forward (the same with one clean loss for all, q + 1)."
         },
     )
     zo_rule: str = field(
         default="none",
         metadata={
-            "help": "What the estimate goes through before the optimizer named by optim gets it: none, or cocd (coherent "
-            "coordinate descent: differences along coordinates are kept and reused; needs zo_estimator=coordinate and optim=sgd)."
+            "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
+            "conservative (the best of staying, stepping and stepping back, for three forward passes more), curvature "
+            "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon), power_iteration (leading "
+            "singular directions, ZO-MOPI), or cocd (coherent coordinate descent: differences along coordinates are kept and "
+            "reused; needs zo_estimator=coordinate and optim=sgd). With sign, muon and power_iteration the learning rate is the root mean square "
+            "length of a step per coordinate."
+        },
+    )
+    zo_momentum: float = field(
+        default=0.0,
+        metadata={
+            "help": "For muon and power_iteration: weight of the past in the running mean of estimates whose singular "
+            "directions are taken; 0 has none. Momentum of the optimizer itself goes through optim_args."
+        },
+    )
+    zo_momentum_at_fold: str = field(
+        default="carry",
+        metadata={"help": "For muon and power_iteration: carry zo_momentum over a fold, or reset it to zero."},
+    )
+    zo_spectral_rank: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "For power_iteration: how many singular directions a matrix's step has. Default: half of all."
+        },
+    )
+    zo_curvature_rate: float = field(
+        default=1e-6,
+        metadata={
+            "help": "For curvature: weight of a step in the running mean of the curvature; the paper's are 1e-8 to 1e-6."
         },
     )
     zo_cocd_decay: float = field(
@@ -139,10 +172,19 @@ class ZOConfig(Seq2SeqTrainingArguments):
         },
     )
     zo_direction: str = field(
-        default="gaussian", metadata={"help": "What directions are drawn from: gaussian or rademacher."}
+        default="gaussian",
+        metadata={
+            "help": "What directions are drawn from: gaussian, rademacher, sphere (all of one length), orthogonal (the "
+            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), or layers (a few layers in "
+            "each step, LeZO)."
+        },
+    )
+    zo_active_layers: None | float = field(  # noqa: RUF036
+        default=None,
+        metadata={"help": "With zo_direction layers, the fraction of the layers that move in a step. Default: 0.25."},
     )
     zo_num_directions: int = field(
-        default=1, metadata={"help": "Directions per step (q); a step costs 2q forward passes."}
+        default=1, metadata={"help": "Directions per step (q); zo_estimator says what each costs."}
     )
     zo_max_projected_grad: None | float = field(  # noqa: RUF036
         default=None,
@@ -161,7 +203,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default="auto",
         metadata={
             "help": "Evaluate all probes of a step in one batch: True, False, or auto, which does so if the first step "
-            "gives the same losses both ways. Batched probes are faster and hold twice the activations."
+            "gives the same losses both ways. Batched probes are faster and hold the activations of all of them."
         },
     )
     zo_target_modules: None | str | list[str] = field(  # noqa: RUF036
@@ -179,6 +221,22 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={
             "help": "Have checkpoints of kilobytes: the log of the steps so far, from which resume_from_checkpoint takes "
             "them again, given the model that the run began with. save_model still writes the whole model."
+        },
+    )
+
+    zo_max_forward_passes: None | int = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "Forward passes that the run may spend; a step that would go beyond is not begun. If max_steps is not "
+            "given, it follows from this, so that schedules of the learning rate end here, and num_train_epochs is not "
+            "looked at. Default: no limit."
+        },
+    )
+    zo_max_time: None | float = field(  # noqa: RUF036
+        default=None,
+        metadata={
+            "help": "Seconds that training may take, evaluations, checkpoints and what was before a resume included; the "
+            "step under way is finished. max_steps or num_train_epochs still apply. Default: no limit."
         },
     )
 
@@ -203,12 +261,6 @@ class ZOConfig(Seq2SeqTrainingArguments):
         self._check_trainer_options()
         super().__post_init__()
 
-    @property
-    def rule_options(self) -> dict[str, Any]:
-        """The options of the chosen rule, by the names of its arguments."""
-        prefix = f"zo_{self.zo_rule}_"
-        return {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
-
     def _read_numbers(self) -> None:
         """The command line hands over words where an option is a word or a number."""
         if self.zo_eps is None:
@@ -223,8 +275,19 @@ class ZOConfig(Seq2SeqTrainingArguments):
         _choose("zo_subspace", self.zo_subspace, ["auto", *SUBSPACES])
         _choose("zo_estimator", self.zo_estimator, list(ESTIMATORS))
         _choose("zo_rule", self.zo_rule, list(RULES))
+        estimator, subspace = self.zo_estimator, self.zo_subspace
+        RULES[self.zo_rule].check(subspace, estimator, self.zo_num_directions, self.rule_options())
         _choose("zo_coordinate_order", self.zo_coordinate_order, list(ORDERS))
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
+        if self.zo_active_layers is not None and self.zo_direction != Layers.name:
+            raise ValueError(
+                f"zo_active_layers={self.zo_active_layers} has no effect on zo_direction={self.zo_direction!r}; leave it "
+                "out, or use zo_direction='layers'."
+            )
+        if self.zo_active_layers is not None and not 0 < self.zo_active_layers <= 1:
+            raise ValueError(
+                f"zo_active_layers={self.zo_active_layers} must be above 0 and at most 1; 0.25 moves a quarter of them."
+            )
         _choose("zo_parallel", self.zo_parallel, list(PARALLEL))
         _choose("zo_batched_probes", self.zo_batched_probes, ["auto", True, False])
         if self.zo_rank is not None and self.zo_rank < 1:
@@ -239,8 +302,22 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
         if self.zo_check_steps < 0:
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
+        if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
+            raise ValueError(
+                f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."
+            )
+        if self.zo_max_time is not None and not self.zo_max_time > 0:
+            raise ValueError(
+                f"zo_max_time={self.zo_max_time} must be a positive number of seconds; leave it out for no limit."
+            )
         if self.zo_num_directions < 1:
             raise ValueError(f"zo_num_directions={self.zo_num_directions} must be at least 1, which is a good start.")
+        ESTIMATORS[self.zo_estimator](1.0, self.zo_num_directions)  # it may need more of them
+        if ESTIMATORS[self.zo_estimator].needs_tangents and self.zo_batched_probes is True:
+            raise ValueError(
+                f"zo_batched_probes=True cannot evaluate zo_estimator={self.zo_estimator!r}, whose probes take a forward pass "
+                "each; use 'auto' or False."
+            )
         if self.save_only_trajectory:
             for option, reason in (
                 ("save_only_model", "keeps what it leaves out"),
@@ -250,7 +327,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
                 if getattr(self, option):
                     raise ValueError(f"save_only_trajectory=True and {option}=True, which {reason}; leave one out.")
 
+    def rule_options(self) -> RuleOptions:
+        """What is set about `zo_rule`."""
+        return RuleOptions(**{option.name: getattr(self, f"zo_{option.name}") for option in fields(RuleOptions)})
+
     def _check_trainer_options(self) -> None:
+        if self.max_grad_norm and RULES[self.zo_rule].candidates:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} would shorten the step that zo_rule={self.zo_rule!r} has chosen; use "
+                "max_grad_norm=0."
+            )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 "neftune_noise_alpha adds noise in training mode only, and probes run in evaluation mode; leave it out."

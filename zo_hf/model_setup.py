@@ -69,6 +69,15 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         _check_quantized(model, args)
     elif args.zo_subspace == Scales.name:
         Scales.check(quantized_layers(model), model)
+    estimator = ESTIMATORS[args.zo_estimator]
+    estimator.check_model(model)
+    if estimator.needs_tangents and args.torch_compile:
+        raise ValueError(f"torch_compile=True loses the tangents of zo_estimator={estimator.name!r}; leave it out.")
+    if estimator.needs_tangents and fsdp_settings(args):
+        raise ValueError(
+            f"fsdp=... shards the weights that zo_estimator={estimator.name!r} gives tangents to; use "
+            "zo_estimator='two_point'."
+        )
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
     if offloaded and not weights_arrive_later():
         raise ValueError(

@@ -21,8 +21,9 @@ from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
+from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
-from zo_hf.directions import UnitVectors
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
 from zo_hf.model_setup import (
     base_model,
@@ -77,8 +78,10 @@ class ZOTrainerMixin(CheckpointsMixin):
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
-        with training_allowed():
+        self._budget = Budget(args)
+        with training_allowed(), self._budget.of(args):  # a dataset without a length is refused without max_steps
             super().__init__(model, args, *more, **kwargs)
+        self.add_callback(self._budget)
         if model is None:
             check_model(self.model, args)  # what model_init made
         quantized_layers(self.model)  # readies them, so that an evaluation before any training is the same as after
@@ -120,7 +123,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             check_trainable(self.model)
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            with naming_lost_ranks():
+            with naming_lost_ranks(), self._budget.of(self.args):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._finish_zeroth_order()
@@ -143,9 +146,6 @@ class ZOTrainerMixin(CheckpointsMixin):
         subspace = make_subspace(self.model, args, among)
         if isinstance(subspace, Full) and users is not None:
             raise ValueError("optimizers=... needs gradients, which zo_subspace='full' never holds; leave it out.")
-        if args.learning_rate is None:
-            # Until training ends: the same arguments may be for a model of another kind next time.
-            args.learning_rate, self._learning_rate_is_automatic = subspace.default_learning_rate, True
         self.zo = zo = ZerothOrder(
             self.model,
             subspace,
@@ -153,16 +153,23 @@ class ZOTrainerMixin(CheckpointsMixin):
             num_directions=args.zo_num_directions,
             estimator=args.zo_estimator,
             direction=args.zo_direction,
+            active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
             coordinate_order=args.zo_coordinate_order,
             rule=args.zo_rule,
-            rule_options=args.rule_options,
+            rule_options=args.rule_options(),
             max_projected_grad=args.zo_max_projected_grad,
             normalize=args.zo_normalize,
             batched=args.zo_batched_probes,
             seed=args.seed,
             ranks=self._ranks,
         )
+        if args.learning_rate is None:
+            # Until training ends: the same arguments may be for a model of another kind next time.
+            args.learning_rate = zo.estimator.learning_rate(subspace.default_learning_rate)
+            self._learning_rate_is_automatic = True
+        self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
+            self._check_shared_forwards(zo)
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
@@ -170,13 +177,22 @@ class ZOTrainerMixin(CheckpointsMixin):
             f"{subspace.dimension:,}",
             zo.estimator.eps,
             f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
-            len(zo.estimator.probes()),
+            zo.forward_passes_per_step,
         )
         if users is not None:
             self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
         return zo.prepare(self.optimizer)
+
+    def _check_shared_forwards(self, zo: ZerothOrder) -> None:
+        """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""
+        probes = len(zo.estimator.probes())
+        if any(part % self._ranks.grid.directions for part in (probes, zo.forward_passes_per_step - probes)):
+            raise ValueError(
+                f"zo_parallel={self.args.zo_parallel!r} cannot share out the {zo.forward_passes_per_step} forward passes "
+                "of a step equally, as fsdp=... needs; use zo_parallel='data'."
+            )
 
     def _new_optimizer(self, zo: ZerothOrder) -> torch.optim.Optimizer:
         groups = zo.coordinates(self.args.weight_decay)
@@ -246,7 +262,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         """Probe the loss on one micro-batch; after the step's last one, fill the coordinates' gradient.
 
         Returns:
-            The mean loss at the probes, a scalar, scaled as Trainer scales a micro-batch's loss.
+            The step's loss (see `Estimate`) with its last micro-batch, and 0 with the others, which it includes: the same
+            on every rank, whichever probes a rank has evaluated.
         """
         assert self.zo is not None
         if self._recorder is None and self.args.should_save:
@@ -260,12 +277,14 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self.zo.at_start_of_step:
             self._check_ranks(inputs)
         weight = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self.current_gradient_accumulation_steps
-        losses = self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        self.zo.probe(self._closure(model, inputs, num_items_in_batch), weight)
+        loss = 0.0
         if self.accelerator.sync_gradients:
             self._estimate = self.zo.finish_estimate()
+            loss = self._estimate.loss
             if not self._estimate.is_finite:
                 logger.warning("step %d skipped: a loss or projected gradient is not finite", self.zo.step)
-        return losses.mean().to(device=self.args.device, dtype=torch.float32)
+        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
 
     def _closure(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Any:
         """The loss of a micro-batch, in parts where it is the model's own, so that probes can share a forward pass."""
@@ -308,7 +327,24 @@ class ZOTrainerMixin(CheckpointsMixin):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is its probes."""
         assert self.zo is not None
-        return super().floating_point_ops(inputs) * len(self.zo.estimator.probes()) // self._ranks.grid.directions // 3
+        return super().floating_point_ops(inputs) * self.zo.forward_passes_per_step // self._ranks.grid.directions // 3
+
+    # How long it goes on, and what it says.
+
+    def set_initial_training_values(self, args: ZOConfig, dataloader: DataLoader) -> Any:
+        """Trainer's, with as many steps as the forward passes pay for, if nothing else says how many."""
+        self._budget.see(dataloader)
+        return super().set_initial_training_values(args, dataloader)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """Trainer's; none where the budget does not pay for a step of them."""
+        if self._budget.is_spent:
+            return [], None
+        batches, items = super().get_batch_samples(*args)
+        if not self._budget.pays_for(len(batches)):
+            self._budget.is_spent = self.control.should_training_stop = True
+            return [], None
+        return batches, items
 
     # Several processes.
 
@@ -383,14 +419,14 @@ class ZOTrainerMixin(CheckpointsMixin):
         return super()._wrap_model(model, training, dataloader)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log, with the engine's counts on every line that reports a training loss."""
+        """Trainer's log, with the engine's counts on every line that reports a training loss or an evaluation."""
         if self.zo is not None and "loss" in logs and self._estimate is not None:
             gradients = self._estimate.projected_gradients
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
-            if isinstance(self.zo.directions, UnitVectors):
-                logs["zo/cycles"] = self.zo.directions.cycles(self.zo.step)
+            if isinstance(self.zo.distribution, UnitVectors):
+                logs["zo/cycles"] = self.zo.distribution.cycles(self.zo.step)
             if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:
                 logs["zo/fold_error"] = self.zo.subspace.fold_error
             if self.args.world_size > 1:
@@ -398,7 +434,12 @@ class ZOTrainerMixin(CheckpointsMixin):
                 logs["zo/bytes_communicated"] = self._ranks.bytes_sent
             if not self._estimate.is_finite:
                 logs["loss"] = self._estimate.loss  # Trainer's filter would print an average of earlier losses
+        if self.zo is None or not _reports_evaluation(logs):
+            super().log(logs, *args, **kwargs)
+            return
+        logs["zo/forward_passes"] = self.zo.forward_passes
         super().log(logs, *args, **kwargs)
+        del logs["zo/forward_passes"]  # evaluate returns the rest, which a hyperparameter search adds up
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
@@ -407,6 +448,11 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with backward replaced by forward passes; see `ZOTrainerMixin`."""
+
+
+def _reports_evaluation(logs: dict[str, float]) -> bool:
+    """Trainer logs how long an evaluation took, under the name of its data, as it does for the whole training."""
+    return any(key.endswith("_runtime") for key in logs) and "train_runtime" not in logs
 
 
 def _grid(args: ZOConfig) -> Grid:

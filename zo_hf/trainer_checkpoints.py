@@ -12,6 +12,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from zo_hf import checkpoint
+from zo_hf.budget import Budget
 from zo_hf.model_setup import is_peft
 from zo_hf.quantization import is_quantized, load_weights
 from zo_hf.sharding import Sharding, gathered_state_dict
@@ -36,6 +37,7 @@ class CheckpointsMixin(_TrainerLike):
     zo: ZerothOrder | None
     _checkpoints: checkpoint.CheckpointWriter
     _recorder: recorder.Recorder | None
+    _budget: Budget
     _staging: checkpoint.Staging | None = None
     _sharding: Sharding | None = None
 
@@ -119,7 +121,8 @@ class CheckpointsMixin(_TrainerLike):
             self._recorder.copy_into(Path(output_dir))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, write=self.args.should_save)
+        seconds, write = self._budget.seconds, self.args.should_save
+        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, seconds, write)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A checkpoint without tensors is replayed once there is an engine, and one that holds only an adapter is read then.
@@ -150,6 +153,7 @@ class CheckpointsMixin(_TrainerLike):
             # An optimizer's state that is there belongs to other parameters than the coordinates.
             logger.warning("%s holds no zeroth-order state; its weights are used and the rest starts anew", folder)
             return
+        self._budget.seconds_before = checkpoint.read_state(path).get("seconds", 0.0)
         if self.args.should_save:
             output_dir, required = self._where_to_record()
             self._record_to(recorder.resume(self.zo, self._torch_optimizer(), output_dir, path, required))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DISTRIBUTIONS, GAUSSIAN, Distribution, Stream, unit_vectors
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream, unit_vectors
 from zo_hf.distributed import Ranks
-from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES, ScalarNormalisation
+from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.optimizers import RULES, Rule, RuleOptions, ScalarNormalisation
 from zo_hf.probes.evaluate import ProbeEvaluator
+from zo_hf.probes.probe import Probe
 from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
 
@@ -30,7 +31,7 @@ class Estimate:
     """What one step found.
 
     Args:
-        loss: mean of the losses at the probes.
+        loss: at the current point where the estimator evaluates it, else the mean over the probes.
         projected_gradients: c of every direction.
         is_finite: False if a loss or a c is not finite; the optimizer is then given nothing to apply.
     """
@@ -46,7 +47,8 @@ class Step:
 
     Args:
         step: its number, from 0.
-        projected_gradients: c of every direction, before any normalisation.
+        projected_gradients: c of every direction, before any normalisation, then what else the estimator found, and what
+            the rule chose; see `ZerothOrder.numbers`.
         skipped: whether the optimizer was given nothing to apply.
         learning_rates: of every parameter group.
         clip_factor: what the estimate was multiplied by before the optimizer saw it.
@@ -75,10 +77,11 @@ class ZerothOrder:
         eps: distance ε of a probe; None takes the subspace's own (1e-3 for weights, 1e-2 for an adapter).
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
-        direction: the distribution directions are drawn from, "gaussian" or "rademacher".
+        direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
+        active_layers: fraction of the layers that move in a step, for the direction "layers".
         coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
-        rule_options: the rule's own keyword arguments.
+        rule_options: what can be set about it.
         max_projected_grad: clip c to at most this magnitude; 0 does not, None takes the subspace's own.
         normalize: divide c by its running root mean square (see `ScalarNormalisation`).
         batched: evaluate all probes in one batch: True, False or "auto" (see `ProbeEvaluator`).
@@ -102,39 +105,53 @@ class ZerothOrder:
         eps: float | None = None,
         num_directions: int = 1,
         estimator: str = "two_point",
-        direction: str = "gaussian",
+        direction: str | Distribution = "gaussian",
+        active_layers: float = DEFAULT_ACTIVE_LAYERS,
         coordinate_order: str = "cyclic",
         rule: str = "none",
-        rule_options: Mapping[str, Any] | None = None,
+        rule_options: RuleOptions | None = None,
         max_projected_grad: float | None = None,
         normalize: bool = False,
         batched: bool | str = "auto",
         seed: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
-        estimator_kind = _known("estimator", estimator, ESTIMATORS)
+        kind = _known("estimator", estimator, ESTIMATORS)
+        kind.check_model(model)
+        if kind.needs_tangents and batched is True:
+            raise ValueError(f"batched=True cannot evaluate estimator={estimator!r}; use False or 'auto'.")
         if isinstance(subspace, str):
             _known("subspace", subspace, SUBSPACES)
-            subspace = subspace_kind(subspace, estimator_kind.along_coordinates)(model, seed=seed)
+            subspace = subspace_kind(subspace, kind.along_coordinates)(model, seed=seed)
         self.model, self.subspace, self.seed = model, subspace, seed
         eps = subspace.default_eps if eps is None else eps
-        self.estimator = estimator_kind(eps, num_directions)
-        self.distribution = self.directions = _known("direction", direction, DISTRIBUTIONS)
-        if self.estimator.along_coordinates:
-            _check_coordinates(subspace, estimator, self.distribution)
-            self.directions = unit_vectors(subspace.coordinates, num_directions, coordinate_order, seed)
+        self.estimator = kind(eps, num_directions)
+        self.direction = direction if isinstance(direction, str) else direction.name
         self.coordinate_order = coordinate_order
-        self.rule = _known("rule", rule, RULES)(subspace, self.estimator, **(rule_options or {}))
-        clip = subspace.default_max_projected_grad if max_projected_grad is None else max_projected_grad
-        self.max_projected_grad = clip
+        if kind.along_coordinates:
+            _check_coordinates(subspace, estimator, self.direction)
+            self.distribution: Distribution = unit_vectors(
+                subspace.coordinates, num_directions, coordinate_order, seed
+            )
+        elif isinstance(direction, str):
+            run = Run(subspace, num_directions, active_layers)
+            self.distribution = _known("direction", direction, DISTRIBUTIONS)(run)
+        else:
+            self.distribution = direction
+        self.rule = _known("rule", rule, RULES)(subspace, self.estimator, rule_options)
+        if max_projected_grad is None:
+            max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
+        self.max_projected_grad = max_projected_grad
         self.normalisation = ScalarNormalisation() if normalize else None
-        self.evaluator = ProbeEvaluator(batched)
+        self.evaluator = ProbeEvaluator(False if kind.needs_tangents else batched)
         self.ranks = ranks if ranks is not None else Ranks()
         self.evaluator.agree = self.ranks.agree
         self.step = 0
         self.skipped_steps = 0
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
+        self._batches: list[tuple[Callable[[], Tensor], float]] = []
+        self._clean_loss: float | None = None
         self._applied: tuple[tuple[float, ...], bool] | None = None
         self._pending_decay: dict[str, float] = {}
         self._looked_for_unreached = False
@@ -151,7 +168,12 @@ class ZerothOrder:
         return groups
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
-        """Tell the engine which optimizer moves its coordinates; each of its steps ends a step of the engine."""
+        """Tell the engine which optimizer moves its coordinates; each of its steps ends a step of the engine.
+
+        Raises:
+            ValueError: the rule does not work with this optimizer; the message says which to use instead.
+        """
+        self.rule.check_optimizer(optimizer)
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self._advance())
         return optimizer
@@ -167,16 +189,36 @@ class ZerothOrder:
 
     def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
-        probes = self.estimator.probes()
-        own = [probes[i] for i in self.ranks.grid.own(probes)]
-        losses = self.evaluator.losses(self.subspace, closure, own, self._stream, self.directions) * weight
+        self.distribution.begin()
+        losses = self._own_losses(closure, self.estimator.probes()) * weight
         self._losses = losses if self._losses is None else self._losses + losses
+        if self.rule.candidates:
+            self._batches.append((closure, weight))
         return losses
+
+    def _own_losses(self, closure: Callable[[], Tensor], probes: Sequence[Probe]) -> Tensor:
+        """The losses at those of the probes that are this rank's; the passes that all ranks make are counted."""
+        own = [probes[i] for i in self.ranks.grid.own(probes)]
+        if not own:
+            self.evaluator.forward_passes += len(probes)
+            device = next(iter(self.subspace.coordinates.values())).device
+            return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        return self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution, count=len(probes))
 
     @property
     def forward_passes(self) -> int:
         """Evaluations of the loss on a whole batch so far, whichever ranks made them."""
-        return self.evaluator.forward_passes * self.ranks.grid.directions
+        return self.evaluator.forward_passes
+
+    @property
+    def forward_passes_per_step(self) -> int:
+        """Evaluations of the loss on a whole batch that a step takes, whichever ranks make them."""
+        return forward_passes_of_a_step(self.estimator, type(self.rule))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a step is recorded as: the estimator's, and one more if the rule makes a choice."""
+        return self.estimator.numbers + bool(self.rule.candidates)
 
     @property
     def at_start_of_step(self) -> bool:
@@ -186,36 +228,63 @@ class ZerothOrder:
     def finish_estimate(self) -> Estimate:
         """Turn the losses gathered by `probe`, on all ranks, into the gradient of this step."""
         assert self._losses is not None, "finish_estimate needs a probe first"
-        losses = self.ranks.mean_losses(self._losses, self.estimator.probes()).tolist()
+        probes = self.estimator.probes()
+        losses = self.ranks.mean_losses(self._losses, probes).tolist()
         self._losses = None
+        self._clean_loss = next((l for l, probe in zip(losses, probes, strict=True) if probe.scale == 0.0), None)
         self._name_what_was_not_reached()
-        gradients = self.estimator.projected_gradients(losses)
-        estimate = Estimate(sum(losses) / len(losses), tuple(gradients), _all_finite([*losses, *gradients]))
-        self.apply(estimate.projected_gradients, skipped=not estimate.is_finite)
-        return estimate
+        numbers = self.estimator.projected_gradients(losses)
+        is_finite = _all_finite([*losses, *numbers])
+        self.apply(numbers, skipped=not is_finite)
+        self._batches = []
+        return Estimate(self.estimator.loss(losses), tuple(numbers[: self.estimator.num_directions]), is_finite)
 
-    def apply(self, gradients: Sequence[float], skipped: bool) -> None:
-        """Leave the gradient that projected gradients stand for to `optimizer.step()`: training and replay end here.
+    def apply(self, numbers: Sequence[float], skipped: bool) -> None:
+        """Leave the gradient that a step's numbers stand for to `optimizer.step()`: training and replay end here.
 
         Args:
-            gradients: c of every direction, neither clipped nor normalised.
+            numbers: of the estimator, its c neither clipped nor normalised; and in a replay what the rule chose.
             skipped: leave the optimizer nothing instead.
         """
-        self._applied = tuple(gradients), skipped
+        self.distribution.begin()
         self.subspace.clip_factor = 1.0
+        found, chosen = tuple(numbers[: self.estimator.numbers]), tuple(numbers[self.estimator.numbers :])
         if skipped:
+            missing = self.numbers - len(numbers)
+            self._applied = (*found, *chosen, *(math.nan,) * missing), True
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
+        gradients = list(found[: self.estimator.num_directions])
         if self.max_projected_grad:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
-        self.rule.write_gradient(gradients, self._stream, self.directions)
+        others = found[self.estimator.num_directions :]
+        self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
+        if self.rule.candidates:
+            if not chosen:
+                chosen = (self.rule.choose(self._losses_along_gradient(self.rule.candidates)),)
+            self.rule.take(chosen[0])
+        self._applied = (*found, *chosen), False
+
+    def _losses_along_gradient(self, steps: Sequence[float]) -> list[float]:
+        """Losses of the step's batches, on all ranks, at ξ - steps[i] · η · ĝ; the clean one only if it is not known."""
+        assert self.subspace.materialised is not None
+        assert self._optimizer is not None, "a rule with candidates needs prepare(optimizer) before the first step"
+        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+        by_name = {name: rates.get(id(p), 0.0) for name, p in self.subspace.coordinates.items()}
+        self.subspace.materialised.set_learning_rates(by_name)
+        clean = self._clean_loss
+        # One after another of the negative indices: ranks that share a batch share these probes out, too.
+        probes = [Probe(-1 - i, step) for i, step in enumerate(steps) if step or clean is None]
+        own = [self._own_losses(closure, probes) * weight for closure, weight in self._batches]
+        found = iter(self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist())
+        return [clean if clean is not None and not step else next(found) for step in steps]
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
-        self._losses = None
+        self._losses, self._batches = None, []
 
     def finish(self) -> nn.Module:
         """Fold the coordinates into the weights and take every trace of the engine out of the model.
@@ -246,14 +315,16 @@ class ZerothOrder:
             "batched": self.evaluator.batched,
             "pending_decay": dict(self._pending_decay),
             "normalisation": None if normalisation is None else [normalisation.mean_square, normalisation.steps],
+            "distribution": self.distribution.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
-        self.evaluator.forward_passes = state["forward_passes"] // self.ranks.grid.directions
+        self.evaluator.forward_passes = state["forward_passes"]
         self.evaluator.batched = state["batched"]
         self._pending_decay = dict(state["pending_decay"])
+        self.distribution.load_state(state.get("distribution", {}))
         if self.normalisation is not None and state["normalisation"] is not None:
             self.normalisation = ScalarNormalisation(*state["normalisation"])
 
@@ -287,7 +358,7 @@ class ZerothOrder:
                 self.rule.after_fold()
 
     def _report_step(self) -> None:
-        nothing = ((math.nan,) * self.estimator.num_directions, True)
+        nothing = ((math.nan,) * self.numbers, True)
         gradients, skipped = self._applied or nothing
         self._applied = None
         if self.on_step is not None:
@@ -309,21 +380,28 @@ class ZerothOrder:
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
 
 
+def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule]) -> int:
+    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+    probes = estimator.probes()
+    has_clean = any(probe.scale == 0.0 for probe in probes)
+    return len(probes) + sum(not has_clean or candidate != 0.0 for candidate in rule.candidates)
+
+
 def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
     if name not in registry:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
     return registry[name]
 
 
-def _check_coordinates(subspace: Subspace, estimator: str, distribution: Distribution) -> None:
+def _check_coordinates(subspace: Subspace, estimator: str, direction: str) -> None:
     if isinstance(subspace, Full):
         raise ValueError(
             f"estimator={estimator!r} needs coordinates with a gradient, which Full never holds; pass subspace='full' or a "
             "HeldFull."
         )
-    if distribution is not GAUSSIAN:
+    if direction != "gaussian":
         raise ValueError(
-            f"zo_direction={distribution.name!r} has no effect on zo_estimator={estimator!r}, whose directions are "
+            f"zo_direction={direction!r} has no effect on zo_estimator={estimator!r}, whose directions are "
             "coordinates; leave it out."
         )
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parameters_to_vector
 
 from tests.cocd.helpers import N, Quadratic, cocd, regression, run
 from tests.conftest import assert_same_bits, weights_of
+from zo_hf.optimizers import RuleOptions
 from zo_hf.zeroth_order import ZerothOrder
 
 ESTIMATORS = pytest.mark.parametrize("estimator", ["coordinate", "coordinate_forward"])
@@ -27,7 +28,7 @@ def test_the_iterates_are_those_of_the_recursion(
     model, loss = regression()
     expected = cocd(model, loss, steps, per_step, decay, 0.02, 0.01, memory, estimator == "coordinate_forward")
     model, loss = regression()
-    options = {"decay": decay, "memory": memory}
+    options = RuleOptions(cocd_decay=decay, cocd_memory=memory)
     _, actual = run(model, loss, steps, per_step, 0.02, rule_options=options, estimator=estimator)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
@@ -37,12 +38,12 @@ def test_the_iterates_are_those_of_the_recursion(
 def test_a_permuted_order_takes_every_coordinate_once_a_cycle_and_the_seed_decides() -> None:
     model, loss = regression()
     zo, actual = run(model, loss, 20, 3, 0.02, coordinate_order="permuted", seed=5)
-    order = zo.directions.order.tolist()
+    order = zo.distribution.order.tolist()
     assert sorted(order) == list(range(N)) != order
     model, loss = regression()
     expected = cocd(model, loss, 20, 3, 0.99, 0.02, 0.01, order=order)
     torch.testing.assert_close(actual[-1], expected[-1], rtol=0, atol=1e-7)
-    orders = [run(*regression(), 0, 1, 0.1, coordinate_order="permuted", seed=s)[0].directions.order for s in (5, 6)]
+    orders = [run(*regression(), 0, 1, 0.1, coordinate_order="permuted", seed=s)[0].distribution.order for s in (5, 6)]
     assert orders[0].tolist() == order != orders[1].tolist()
 
 
@@ -62,7 +63,7 @@ def test_evaluations_are_two_a_coordinate_or_one_and_a_shared_one(estimator: str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_decay_of_zero_is_block_coordinate_descent_bit_for_bit(dtype: torch.dtype) -> None:
-    _, forgetting = run(*regression(dtype), 20, 3, 0.05, rule_options={"decay": 0.0})
+    _, forgetting = run(*regression(dtype), 20, 3, 0.05, rule_options=RuleOptions(cocd_decay=0.0))
     _, block = run(*regression(dtype), 20, 3, 0.05, rule="none")
     assert all(torch.equal(a, b) for a, b in zip(forgetting, block, strict=True))
     moved = (block[1] - block[0]).nonzero().flatten().tolist()
@@ -71,7 +72,7 @@ def test_a_decay_of_zero_is_block_coordinate_descent_bit_for_bit(dtype: torch.dt
 
 def test_all_coordinates_in_a_step_are_gradient_descent() -> None:
     model, loss = regression()
-    _, actual = run(model, loss, 10, N, 0.05, rule_options={"decay": 1.0}, eps=1e-4)
+    _, actual = run(model, loss, 10, N, 0.05, rule_options=RuleOptions(cocd_decay=1.0), eps=1e-4)
     model, loss = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(10):
@@ -108,7 +109,7 @@ def test_it_converges_just_below_the_bound_and_diverges_just_above(decay: float,
     """α < 2 / (λmax Σ_{k<K} γᵏ): exact where curvatures lie along the coordinates, and enough where they do not."""
     cycle = 8 // per_step
     bound = 2 / (4.0 * sum(decay**k for k in range(cycle)))
-    options = {"rule_options": {"decay": decay}, "eps": 0.5}
+    options = {"rule_options": RuleOptions(cocd_decay=decay), "eps": 0.5}
     for rotated, factor, grows in ((False, 0.95, False), (True, 0.95, False), (False, 1.05, True)):
         model = problem(rotated)
         start = parameters_to_vector(model.parameters()).detach().norm()
@@ -139,7 +140,7 @@ def test_frozen_parameters_and_buffers_do_not_move_and_get_no_probe() -> None:
     model[0].weight.requires_grad_(False)
     before = weights_of(model)
     zo, _ = run(model, loss, 10, 2, 0.05)
-    assert zo.directions.dimension == N - 9
+    assert zo.distribution.dimension == N - 9
     after = weights_of(model)
     assert torch.equal(after["0.weight"], before["0.weight"])
     assert all(not torch.equal(after[name], before[name]) for name in after if name != "0.weight")
@@ -202,7 +203,9 @@ def test_clipping_scales_the_step_and_not_what_is_remembered() -> None:
 @pytest.mark.parametrize("memory", [None, 6])
 def test_a_step_without_finite_losses_is_skipped_and_its_coordinates_rest(memory: int | None) -> None:
     model, loss = regression()
-    zo, _ = run(model, loss, 7, 3, 0.02, rule_options={"memory": memory})  # turn 21: the fifth coordinate is next
+    zo, _ = run(
+        model, loss, 7, 3, 0.02, rule_options=RuleOptions(cocd_memory=memory)
+    )  # turn 21: the fifth coordinate is next
     optimizer = zo._optimizer
     before, remembered = weights_of(model), zo.rule.state()["differences"]
     zo.estimate(lambda: loss() * torch.nan)

@@ -14,6 +14,7 @@ from tests.cocd.helpers import regression
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.trainer.runs import SaveAt, logged, make_trainer, trained, with_lora
 from zo_hf import ZOConfig
+from zo_hf.optimizers import RuleOptions
 from zo_hf.trajectory import replay
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -79,7 +80,7 @@ def test_another_setting_does_not_resume(option: dict[str, Any], tmp_path: Path)
 
 def test_the_engine_resumes_from_its_numbers_and_the_rules() -> None:
     def start(model: torch.nn.Module) -> tuple[ZerothOrder, torch.optim.Optimizer]:
-        zo = ZerothOrder(model, "full", 0.01, 3, "coordinate", rule="cocd", rule_options={"memory": 8})
+        zo = ZerothOrder(model, "full", 0.01, 3, "coordinate", rule="cocd", rule_options=RuleOptions(cocd_memory=8))
         return zo, zo.prepare(torch.optim.SGD(zo.coordinates(), lr=0.05))
 
     model, loss = regression(torch.float32)

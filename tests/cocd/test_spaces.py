@@ -11,6 +11,7 @@ from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, w
 from tests.quantised import quantise
 from tests.trainer.runs import config, make_trainer, with_lora
 from zo_hf.directions import Stream, unit_vectors
+from zo_hf.optimizers import RuleOptions
 from zo_hf.probes import Probe
 from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.subspaces import SUBSPACES, Adapter, Core, Full, HeldFull, LowRank, Norms, Scales, Subspace
@@ -76,7 +77,7 @@ def test_a_difference_is_the_slope_along_the_next_coordinates(name: str) -> None
                 with torch.no_grad():
                     coordinate.view(-1)[index] += sign * 0.05
                     # At a probe of no length, for the layers of a quantised model compute otherwise between probes.
-                    with subspace.at((Probe(0, 0.0),), zo._stream, zo.directions):
+                    with subspace.at((Probe(0, 0.0),), zo._stream, zo.distribution):
                         values.append(float(loss()))
                     coordinate.copy_(saved)
             assert c == pytest.approx((values[0] - values[1]) / 0.1, abs=2e-5)
@@ -140,8 +141,8 @@ def test_a_network_of_linear_layers_in_one_product_gives_the_same_differences() 
 def test_only_b_moves_of_a_lora_that_begins_at_zero() -> None:
     subspace = space("lora")
     zo = ZerothOrder(subspace.model, subspace, num_directions=4, estimator="coordinate", rule="cocd")
-    assert all("lora_B" in name for name in zo.directions.names)
-    assert zo.directions.dimension == 2 * (32 + 16), "q and v of two layers, rank 1"
+    assert all("lora_B" in name for name in zo.distribution.names)
+    assert zo.distribution.dimension == 2 * (32 + 16), "q and v of two layers, rank 1"
 
 
 def test_a_new_basis_forgets_the_differences() -> None:
@@ -181,10 +182,11 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
     cases = [
         ({"estimator": "two_point"}, r"zo_rule='cocd'.*zo_estimator='two_point'.*use zo_estimator='coordinate'"),
         ({"num_directions": 18}, r"zo_num_directions=18 is more than the 17 coordinates"),
-        ({"rule_options": {"decay": 1.1}}, r"zo_cocd_decay=1.1"),
-        ({"rule_options": {"decay": float("nan")}}, r"zo_cocd_decay=nan"),
-        ({"num_directions": 4, "rule_options": {"memory": 3}}, r"zo_cocd_memory=3 must be from zo_num_directions=4"),
-        ({"rule_options": {"memory": 18}}, r"zo_cocd_memory=18.*17 coordinates"),
+        (
+            {"num_directions": 4, "rule_options": RuleOptions(cocd_memory=3)},
+            r"zo_cocd_memory=3 must be from zo_num_directions=4",
+        ),
+        ({"rule_options": RuleOptions(cocd_memory=18)}, r"zo_cocd_memory=18.*17 coordinates"),
         ({"direction": "rademacher"}, r"zo_direction='rademacher' has no effect.*leave it out"),
         ({"coordinate_order": "random"}, r"zo_coordinate_order='random' is unknown"),
         ({"subspace": Full(model)}, r"estimator='coordinate' needs coordinates with a gradient"),
@@ -194,6 +196,12 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
             ZerothOrder(model, **{"subspace": "full", "estimator": "coordinate", "rule": "cocd"} | options)
 
 
+@pytest.mark.parametrize("decay", [1.1, -0.1, float("nan")])
+def test_a_decay_that_would_grow_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match=f"zo_cocd_decay={decay}"):
+        RuleOptions(cocd_decay=decay)
+
+
 def test_the_trainer_refuses_too(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"optim=.*adamw.*zo_rule='cocd'"):
         config(tmp_path, zo_rule="cocd", zo_estimator="coordinate", optim="adamw_torch")
@@ -201,7 +209,7 @@ def test_the_trainer_refuses_too(tmp_path) -> None:
         config(tmp_path, zo_coordinate_order="x")
     with pytest.raises(ValueError, match="needs gradients"):
         config(tmp_path, zo_subspace="full", optim="adamw_torch")
-    with pytest.raises(ValueError, match="zo_rule='cocd' remembers"):
+    with pytest.raises(ValueError, match="zo_rule='cocd' needs numbers"):
         make_trainer(tmp_path, zo_rule="cocd").train()
 
 

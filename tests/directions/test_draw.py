@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tests.directions.test_philox import philox_on_integers
 from zo_hf.directions import (
-    DISTRIBUTIONS,
+    ELEMENTWISE,
     GAUSSIAN,
     RADEMACHER,
-    Distribution,
+    Elementwise,
     NoiseLayout,
     Purpose,
     Stream,
@@ -29,7 +29,7 @@ from zo_hf.directions import (
 from zo_hf.directions.distributions import _quantiles
 from zo_hf.directions.draw import TILE_BLOCKS
 
-EVERY_DISTRIBUTION = pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+EVERY_DISTRIBUTION = pytest.mark.parametrize("distribution", ELEMENTWISE.values(), ids=ELEMENTWISE)
 STREAM = Stream(seed=11, step=5, direction=2)
 WHOLE = 3000
 
@@ -39,7 +39,7 @@ GOLDEN_SIGNS = [1, 1, -1, -1, 1, 1, 1, -1, -1, -1, 1, -1, 1, -1, 1, 1]
 GOLDEN_NORMALS = [-1000058, -1491134, -3074038, -539520]  # times 2**20
 
 
-def draw(stream: Stream = STREAM, name: str = "w", size: int = WHOLE, distribution: Distribution = GAUSSIAN) -> Tensor:
+def draw(stream: Stream = STREAM, name: str = "w", size: int = WHOLE, distribution: Elementwise = GAUSSIAN) -> Tensor:
     return draw_slice(stream, name, 0, size, distribution)
 
 
@@ -49,7 +49,7 @@ def draw(stream: Stream = STREAM, name: str = "w", size: int = WHOLE, distributi
 @EVERY_DISTRIBUTION
 @settings(max_examples=60, deadline=None)
 @given(bounds=st.tuples(st.integers(0, WHOLE), st.integers(0, WHOLE)))
-def test_a_slice_is_that_part_of_the_whole(distribution: Distribution, bounds: tuple[int, int]) -> None:
+def test_a_slice_is_that_part_of_the_whole(distribution: Elementwise, bounds: tuple[int, int]) -> None:
     start, stop = sorted(bounds)
     part = draw_slice(STREAM, "w", start, stop, distribution)
     assert part.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_a_slice_is_that_part_of_the_whole(distribution: Distribution, bounds: t
 
 
 @EVERY_DISTRIBUTION
-def test_a_slice_across_tiles_is_that_part_of_the_whole(distribution: Distribution) -> None:
+def test_a_slice_across_tiles_is_that_part_of_the_whole(distribution: Elementwise) -> None:
     """The generator works a tile of blocks at a time; no seam shows."""
     seam = TILE_BLOCKS * distribution.elements_per_block
     whole = draw_slice(STREAM, "w", 0, seam + 300, distribution)
@@ -65,7 +65,7 @@ def test_a_slice_across_tiles_is_that_part_of_the_whole(distribution: Distributi
 
 
 @EVERY_DISTRIBUTION
-def test_elements_beyond_the_32_bit_range_have_noise_of_their_own(distribution: Distribution) -> None:
+def test_elements_beyond_the_32_bit_range_have_noise_of_their_own(distribution: Elementwise) -> None:
     """A block number above 2**32 reaches the second counter word instead of wrapping to the first blocks."""
     far = distribution.elements_per_block << 32
     assert not torch.equal(draw_slice(STREAM, "w", far, far + 256, distribution), draw(size=256))
@@ -87,14 +87,14 @@ def test_a_slice_of_half_words_is_that_part_of_the_whole(start: int, length: int
     row_length=st.one_of(st.integers(1, 300), st.sampled_from([1, 2, 8, 9, 128, 129, 256])),
     rows=st.lists(st.integers(0, 8), min_size=1, max_size=6),
 )
-def test_rows_are_rows_of_the_whole(distribution: Distribution, row_length: int, rows: list[int]) -> None:
+def test_rows_are_rows_of_the_whole(distribution: Elementwise, row_length: int, rows: list[int]) -> None:
     whole = draw(size=9 * row_length, distribution=distribution).view(9, row_length)
     chosen = draw_rows(STREAM, "w", torch.tensor(rows), row_length, distribution)
     assert torch.equal(chosen, whole[rows])
 
 
 @EVERY_DISTRIBUTION
-def test_rows_may_repeat_and_have_any_shape(distribution: Distribution) -> None:
+def test_rows_may_repeat_and_have_any_shape(distribution: Elementwise) -> None:
     rows = torch.tensor([[3, 3, 0], [1, 3, 2]])
     chosen = draw_rows(STREAM, "w", rows, 10, distribution)
     assert chosen.shape == (2, 3, 10)
@@ -105,7 +105,7 @@ def test_rows_may_repeat_and_have_any_shape(distribution: Distribution) -> None:
 @settings(max_examples=30, deadline=None)
 @given(shapes=st.lists(st.lists(st.integers(1, 20), max_size=3), min_size=1, max_size=5), order=st.randoms())
 def test_a_layout_draws_for_each_tensor_what_it_draws_alone(
-    distribution: Distribution, shapes: list[list[int]], order: random.Random
+    distribution: Elementwise, shapes: list[list[int]], order: random.Random
 ) -> None:
     """Neither the other tensors nor their order matter."""
     names = [f"tensor.{i}" for i in range(len(shapes))]
@@ -120,7 +120,7 @@ def test_a_layout_draws_for_each_tensor_what_it_draws_alone(
 
 
 @EVERY_DISTRIBUTION
-def test_a_layout_of_several_tiles_draws_the_same(distribution: Distribution) -> None:
+def test_a_layout_of_several_tiles_draws_the_same(distribution: Elementwise) -> None:
     size = TILE_BLOCKS * distribution.elements_per_block - 200
     layout = NoiseLayout({"a": torch.Size([size]), "b": torch.Size([700])}, torch.device("cpu"))
     flat = layout.draw(STREAM, distribution)
@@ -129,7 +129,7 @@ def test_a_layout_of_several_tiles_draws_the_same(distribution: Distribution) ->
 
 
 @EVERY_DISTRIBUTION
-def test_seed_step_direction_purpose_and_name_each_give_other_noise(distribution: Distribution) -> None:
+def test_seed_step_direction_purpose_and_name_each_give_other_noise(distribution: Elementwise) -> None:
     """Same-shaped tensors with different names too; independent noise correlates by about 1/√n."""
     draws = [
         draw(stream, name, 8000, distribution)
@@ -149,13 +149,13 @@ def test_seed_step_direction_purpose_and_name_each_give_other_noise(distribution
 
 
 @EVERY_DISTRIBUTION
-def test_the_same_stream_gives_the_same_noise_again(distribution: Distribution) -> None:
+def test_the_same_stream_gives_the_same_noise_again(distribution: Elementwise) -> None:
     first = draw(distribution=distribution)
     draw(Stream(99), distribution=distribution)
     assert torch.equal(first, draw(Stream(11, 5, 2), distribution=distribution))
 
 
-def _layout_draw(distribution: Distribution) -> Tensor:
+def _layout_draw(distribution: Elementwise) -> Tensor:
     return NoiseLayout({"w": torch.Size([WHOLE])}, torch.device("cpu")).draw(STREAM, distribution)
 
 
@@ -170,7 +170,7 @@ def _layout_draw(distribution: Distribution) -> Tensor:
     ],
     ids=["slice", "rows", "half words", "layout"],
 )
-def test_no_global_generator_is_touched(distribution: Distribution, way: Callable) -> None:
+def test_no_global_generator_is_touched(distribution: Elementwise, way: Callable) -> None:
     """Neither read, so that reseeding changes nothing, nor advanced."""
     torch.manual_seed(0)
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -183,7 +183,7 @@ def test_no_global_generator_is_touched(distribution: Distribution, way: Callabl
 
 
 @EVERY_DISTRIBUTION
-def test_the_number_of_threads_does_not_matter(distribution: Distribution) -> None:
+def test_the_number_of_threads_does_not_matter(distribution: Elementwise) -> None:
     before = torch.get_num_threads()
     draws = []
     try:
@@ -232,7 +232,7 @@ COUNT = 400_000
 
 
 @EVERY_DISTRIBUTION
-def test_moments_are_within_their_statistical_error(distribution: Distribution) -> None:
+def test_moments_are_within_their_statistical_error(distribution: Elementwise) -> None:
     """Mean 0, variance 1, fourth moment 3 (Gaussian) or 1, and neighbours do not correlate."""
     z = draw(size=COUNT, distribution=distribution).double()
     fourth = {"gaussian": 3.0, "rademacher": 1.0}[distribution.name]
@@ -246,7 +246,7 @@ def test_moments_are_within_their_statistical_error(distribution: Distribution) 
 
 
 @EVERY_DISTRIBUTION
-def test_directions_do_not_correlate_between_steps(distribution: Distribution) -> None:
+def test_directions_do_not_correlate_between_steps(distribution: Elementwise) -> None:
     draws = torch.stack([draw(Stream(0, step), size=4096, distribution=distribution) for step in range(64)])
     gram = draws @ draws.t() / 4096 - torch.eye(64)
     off_diagonal = gram[~torch.eye(64, dtype=torch.bool)]

@@ -320,3 +320,11 @@ def test_a_bias_has_the_dtype_of_the_product_from_the_start() -> None:
     before = module.bias.detach().clone()
     module(torch.ones(2, 64))
     assert torch.equal(module.bias, before)
+
+
+def test_bitsandbytes_says_only_once_that_it_casts_its_inputs(caplog: pytest.LogCaptureFixture) -> None:
+    module = made("int8").module
+    for _ in range(3):
+        module(normal(2, 70))
+    # None where an earlier test of this process has heard it.
+    assert sum("inputs will be cast from" in record.getMessage() for record in caplog.records) <= 1

@@ -19,6 +19,15 @@ from zo_hf.optimizers import SeededSGD
 from zo_hf.subspaces import SUBSPACES, Core, Folded, Full, LowRank, Scales, Subspace
 from zo_hf.zeroth_order import ZerothOrder
 
+# Of the distributions, one moves small weights, which these have not.
+ARE_OFFSETS = [name for name in SUBSPACES if name not in ("full", "adapter")]
+
+
+def draws_for(distribution: str, subspace: str) -> bool:
+    """Whether directions from this distribution can be drawn in this subspace."""
+    return distribution != "sparse" or subspace not in ARE_OFFSETS
+
+
 EVERY_SUBSPACE = pytest.mark.parametrize("subspace", list(SUBSPACES))
 # What moves the weights of any model; scales are those of quantised layers and of nothing else.
 UNQUANTISED = [name for name in SUBSPACES if name != "scales"]
@@ -105,7 +114,7 @@ def direction(
     """z over all coordinates, drawn tensor by tensor."""
     stream = Stream(subspace.seed, step, index)
     return {
-        name: draw_slice(stream, name, 0, c.numel(), distribution).view(c.shape).to(c.dtype)
+        name: distribution.draw_slice(stream, name, 0, c.detach().reshape(-1)).view(c.shape).to(c.dtype)
         for name, c in subspace.coordinates.items()
     }
 

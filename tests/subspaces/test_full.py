@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
 from tests.subspaces.helpers import exact_loss
-from zo_hf.directions import GAUSSIAN, RADEMACHER, Distribution, Stream, draw_slice
+from zo_hf.directions import GAUSSIAN, RADEMACHER, Elementwise, Stream, draw_slice
 from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.probe import Probe
 from zo_hf.subspaces import Full
@@ -25,7 +25,7 @@ def plain_mezo(
     lr: float,
     eps: float,
     directions: int = 1,
-    distribution: Distribution = GAUSSIAN,
+    distribution: Elementwise = GAUSSIAN,
     seed: int = 0,
 ) -> list[float]:
     """Algorithm 1 of the MeZO paper with q directions: perturb all weights in place, measure, restore, descend."""
@@ -71,7 +71,7 @@ def zo_full(model: nn.Module, lr: float, **kwargs) -> tuple[ZerothOrder, SeededS
     ids=["opt float64", "opt float32", "opt float64 q=3", "llama float64", "llama float32 q=3"],
 )
 def test_follows_plain_mezo(
-    build, dtype: torch.dtype, directions: int, distribution: Distribution, tolerance: float
+    build, dtype: torch.dtype, directions: int, distribution: Elementwise, tolerance: float
 ) -> None:
     """The same projected gradients and weights over 50 steps' worth of directions, to rounding."""
     ours, theirs = (seeded(build, dtype, num_hidden_layers=1) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Distributions over the bits of Philox: Gaussian and Rademacher, exact on every device.
+"""Independent elements made of the bits of Philox: Gaussian and Rademacher, exact on every device.
 
 Both are table look-ups, so no logarithm or cosine differs between kinds of device:
 
@@ -11,46 +11,67 @@ Both are table look-ups, so no logarithm or cosine differs between kinds of devi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from statistics import NormalDist
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Distribution:
-    """How the 128 bits of a Philox block become elements of a direction.
-
-    Args:
-        name: the name used in options.
-        elements_per_block: how many elements one block makes.
-        decode: maps packed blocks, int64 of shape (n, 2), to float32 of shape (n * elements_per_block,).
-    """
-
-    name: str
-    elements_per_block: int
-    decode: Callable[[Tensor], Tensor]
+from zo_hf.directions import draw
+from zo_hf.directions.distribution import Distribution, Run
+from zo_hf.directions.stream import Stream
+from zo_hf.method import Method
 
 
-def pack(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Philox's four words side by side, int64 of shape (n, 2), so that a byte view reads them in order."""
-    return torch.stack((words[0] | (words[1] << 32), words[2] | (words[3] << 32)), dim=-1)
+class Elementwise(Distribution):
+    """How the 128 bits of a Philox block become elements of a direction; it needs to know nothing of a run."""
+
+    #: How many elements one block makes.
+    elements_per_block: ClassVar[int]
+
+    def __init__(self, run: Run | None = None) -> None:
+        pass
+
+    @staticmethod
+    def decode(packed: Tensor) -> Tensor:
+        """Packed blocks, int64 of shape (n, 2), to float32 of shape (n * elements_per_block,)."""
+        raise NotImplementedError
+
+    def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
+        return layout.draw(stream, self)
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
+        return draw.draw_slice(stream, name, start, start + len(values), self, values.device)
+
+    def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        return draw.draw_rows(stream, name, rows, values.shape[1], self)
 
 
-def half_words(packed: Tensor) -> Tensor:
-    """Uniform integers in [0, 2**16), int32 of shape (n * 8,), from packed blocks of shape (n, 2)."""
-    return packed.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF).flatten()
+class Gaussian(Elementwise):
+    """Standard normal elements."""
+
+    name = "gaussian"
+    about = Method("MeZO (2305.17333)")
+    elements_per_block = 8
+
+    @staticmethod
+    def decode(packed: Tensor) -> Tensor:
+        return torch.index_select(_quantiles(packed.device), 0, draw.half_words(packed))
 
 
-def _decode_gaussian(packed: Tensor) -> Tensor:
-    return torch.index_select(_quantiles(packed.device), 0, half_words(packed))
+class Rademacher(Elementwise):
+    """Signs."""
 
+    name = "rademacher"
+    about = Method("SPSA (Spall 1992); FZOO (2506.09034)")
+    elements_per_block = 128
 
-def _decode_rademacher(packed: Tensor) -> Tensor:
-    return torch.index_select(_signs(packed.device), 0, packed.view(torch.uint8).to(torch.int32).flatten()).flatten()
+    @staticmethod
+    def decode(packed: Tensor) -> Tensor:
+        bytes_ = packed.view(torch.uint8).to(torch.int32).flatten()
+        return torch.index_select(_signs(packed.device), 0, bytes_).flatten()
 
 
 @cache
@@ -71,9 +92,9 @@ def _signs(device: torch.device) -> Tensor:
     return (1 - 2 * bits).to(device=device, dtype=torch.float32)
 
 
-GAUSSIAN = Distribution("gaussian", 8, _decode_gaussian)
-RADEMACHER = Distribution("rademacher", 128, _decode_rademacher)
-DISTRIBUTIONS = {distribution.name: distribution for distribution in (GAUSSIAN, RADEMACHER)}
+GAUSSIAN = Gaussian()
+RADEMACHER = Rademacher()
+ELEMENTWISE: dict[str, Elementwise] = {kind.name: kind for kind in (GAUSSIAN, RADEMACHER)}
 
 if sys.byteorder != "little":  # the views above read the low byte first
     raise ImportError("zo_hf draws its random numbers on little-endian machines only")

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from zo_hf.directions.distributions import Distribution, half_words, pack
 from zo_hf.directions.philox import philox4x32
 from zo_hf.directions.stream import Stream, tensor_key
+
+if TYPE_CHECKING:
+    from zo_hf.directions.distributions import Elementwise
 
 # Blocks drawn at a time: the generator's six int64 buffers of this length stay inside a core's cache.
 TILE_BLOCKS = 16384
 
 
+def pack(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Philox's four words side by side, int64 of shape (n, 2), so that a byte view reads them in order."""
+    return torch.stack((words[0] | (words[1] << 32), words[2] | (words[3] << 32)), dim=-1)
+
+
+def half_words(packed: Tensor) -> Tensor:
+    """Uniform integers in [0, 2**16), int32 of shape (n * 8,), from packed blocks of shape (n, 2)."""
+    return packed.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF).flatten()
+
+
 def draw_slice(
-    stream: Stream, name: str, start: int, stop: int, distribution: Distribution, device: torch.device | str = "cpu"
+    stream: Stream, name: str, start: int, stop: int, distribution: Elementwise, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Elements start..stop of the noise of tensor `name`, float32 of shape (stop - start,)."""
     per_block = distribution.elements_per_block
@@ -26,7 +39,7 @@ def draw_slice(
     return noise[start - first * per_block : stop - first * per_block]
 
 
-def draw_rows(stream: Stream, name: str, rows: Tensor, row_length: int, distribution: Distribution) -> Tensor:
+def draw_rows(stream: Stream, name: str, rows: Tensor, row_length: int, distribution: Elementwise) -> Tensor:
     """Chosen rows of the noise of a matrix whose rows have `row_length` elements.
 
     Args:
@@ -85,7 +98,7 @@ class NoiseLayout:
         offset, shape = self.offsets[name], self.shapes[name]
         return flat[..., offset : offset + shape.numel()].view(flat.shape[:-1] + shape)
 
-    def draw(self, stream: Stream, distribution: Distribution) -> Tensor:
+    def draw(self, stream: Stream, distribution: Elementwise) -> Tensor:
         """Noise for all tensors, float32 of shape (size,)."""
         index, low, high = self._blocks(distribution.elements_per_block)
         noise = torch.empty(self.size, device=self.device)
@@ -111,7 +124,7 @@ class NoiseLayout:
         return self._counters[per_block]
 
 
-def _decode_blocks(key: int, name: str, blocks: Tensor, distribution: Distribution) -> Tensor:
+def _decode_blocks(key: int, name: str, blocks: Tensor, distribution: Elementwise) -> Tensor:
     if len(blocks) <= TILE_BLOCKS:
         return distribution.decode(_packed_blocks(key, name, blocks))
     return torch.cat([distribution.decode(_packed_blocks(key, name, tile)) for tile in blocks.split(TILE_BLOCKS)])

@@ -19,6 +19,7 @@ class Purpose(Enum):
     DIRECTION = "direction"
     BASIS = "basis"
     ROUNDING = "rounding"
+    LAYERS = "layers"
     ORDER = "order"
 
 

@@ -12,11 +12,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from zo_hf.directions.distributions import Distribution
+from zo_hf.directions.distribution import Distribution
 from zo_hf.directions.draw import draw_half_words
 from zo_hf.directions.stream import Purpose, Stream
 
@@ -33,6 +34,8 @@ class UnitVectors(Distribution):
         per_step: B.
         order: the coordinate of every turn of a cycle, int64 (n,).
     """
+
+    name: ClassVar[str] = "coordinate"
 
     names: tuple[str, ...]
     ends: tuple[int, ...]
@@ -74,14 +77,10 @@ def unit_vectors(coordinates: Mapping[str, Tensor], per_step: int, order: str, s
             "them in every step."
         )
     turns = torch.arange(ends[-1]) if order == "cyclic" else _permutation(ends[-1], seed)
-    return UnitVectors("coordinate", 0, _nothing_is_drawn, tuple(coordinates), ends, per_step, turns)
+    return UnitVectors(tuple(coordinates), ends, per_step, turns)
 
 
 def _permutation(length: int, seed: int) -> Tensor:
     """int64 (length,): the order of 64 random bits for each element."""
     words = draw_half_words(Stream(seed, purpose=Purpose.ORDER), "order", 0, 4 * length).long().view(length, 4)
     return (words << torch.tensor([0, 16, 32, 48])).sum(1).argsort(stable=True)
-
-
-def _nothing_is_drawn(packed: Tensor) -> Tensor:
-    raise AssertionError("a unit vector is not drawn")

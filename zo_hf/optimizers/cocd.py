@@ -15,52 +15,38 @@ is enough for it to be stable (docs/cocd.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_hf.directions import Distribution, UnitVectors
+from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
 from zo_hf.estimators.estimator import Estimator
 from zo_hf.method import Method
-from zo_hf.optimizers.rule import Rule
+from zo_hf.optimizers.rule import Rule, RuleOptions
 from zo_hf.subspaces.subspace import StreamOf, Subspace
 
 
 class CoherentCoordinateDescent(Rule):
     """See the formula above.
 
-    Args:
-        subspace: whose coordinates move.
-        estimator: one that measures differences along coordinates.
-        decay: γ, from 0 to 1. Default: the paper's for its image classifiers.
-        memory: m, how many differences are remembered; None remembers one for every coordinate.
-
     Raises:
-        ValueError: the estimator measures no coordinates, or an argument is out of its range.
+        ValueError: the estimator measures no coordinates, or an option is out of its range.
     """
 
     name = "cocd"
     about = Method("CoCD (2605.14373)", memory="d", needs="zo_estimator=coordinate")
+    uses = ("cocd_decay", "cocd_memory")
+    needs_estimator = (Coordinate.name, CoordinateForward.name)
 
-    def __init__(
-        self, subspace: Subspace, estimator: Estimator, decay: float = 0.99, memory: int | None = None
-    ) -> None:
-        super().__init__(subspace, estimator)
-        per_step, dimension = estimator.num_directions, subspace.dimension
-        if not estimator.along_coordinates:
-            raise ValueError(
-                f"zo_rule='cocd' remembers differences along coordinates, which zo_estimator={estimator.name!r} does not "
-                "measure; use zo_estimator='coordinate' or 'coordinate_forward'."
-            )
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"zo_cocd_decay={decay} must be from 0 (remembers nothing) to 1 (forgets nothing).")
+    def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
+        super().__init__(subspace, estimator, options)
+        per_step, dimension, memory = estimator.num_directions, subspace.dimension, self.options.cocd_memory
         if memory is not None and not per_step <= memory <= dimension:
             raise ValueError(
                 f"zo_cocd_memory={memory} must be from zo_num_directions={per_step}, what one step measures, to the "
                 f"{dimension} coordinates there are; leave it out for all of them."
             )
-        self.decay, self.memory = decay, memory
         coordinates = list(subspace.coordinates.values())
         is_double = any(coordinate.dtype == torch.float64 for coordinate in coordinates)
         # Turn t of `UnitVectors` is remembered in place t mod m, so the oldest is always the one that is written over.
@@ -71,10 +57,6 @@ class CoherentCoordinateDescent(Rule):
         )
         self._next_step = 0
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"decay": self.decay, "memory": self.memory}
-
     def write_gradient(
         self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution
     ) -> None:
@@ -84,7 +66,7 @@ class CoherentCoordinateDescent(Rule):
         # A skipped step measured nothing: its coordinates rest until their next turn.
         missed = torch.arange(max(self._next_step * per_step, turn - len(ring)), turn, device=ring.device)
         self._next_step = step + 1
-        ring.mul_(self.decay)
+        ring.mul_(self.options.cocd_decay)
         ring[missed % len(ring)] = 0.0
         measured = self.estimator.coefficients(projected_gradients)
         turns = torch.arange(turn, after, device=ring.device)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from zo_hf.method import Method
 
 BETA = 0.99
 
@@ -17,6 +20,8 @@ BETA = 0.99
 @dataclass
 class ScalarNormalisation:
     """Running mean of c² over steps, and how many steps it has seen."""
+
+    about: ClassVar[Method] = Method("MEAZO (2605.03869)", memory="1")
 
     mean_square: float = 0.0
     steps: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import ELEMENTWISE
 
 HALF_DTYPES = ("bfloat16", "float16")
 # Copies of the coordinates that an optimizer keeps between its steps.
@@ -25,7 +25,7 @@ class Assumptions:
         padded: rows have different lengths, so that a mask is made.
         attention: attention implementation, "sdpa" (never holds the scores) or "eager" (holds them).
         rank: of the low-rank factors.
-        num_directions: q; a step evaluates 2q probes.
+        num_directions: q; a step evaluates 2q probes, those of the two-point estimator.
         batched: all probes in one forward pass, which holds 2q times the activations, or one after another.
         direction: distribution of the directions.
         optimizer: of the coordinates or adapter weights, "sgd", "momentum" or "adamw".
@@ -68,7 +68,7 @@ class Assumptions:
         choices = (
             ("dtype", HALF_DTYPES),
             ("attention", ATTENTION),
-            ("direction", DISTRIBUTIONS),
+            ("direction", ELEMENTWISE),
             ("optimizer", OPTIMIZER_COPIES),
         )
         for name, allowed in choices:

@@ -66,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-padding", action="store_true", help="all rows have the same length, so that there is no mask")
     add("--attention", default=DEFAULTS.attention, choices=ATTENTION, help="eager holds the scores (%(default)s)")
     add("--rank", type=int, default=DEFAULTS.rank, help="of low_rank's factors, zo_rank (%(default)s)")
-    add("--num-directions", type=int, default=DEFAULTS.num_directions, help="q; a step has 2q probes (%(default)s)")
+    add(
+        "--num-directions",
+        type=int,
+        default=DEFAULTS.num_directions,
+        help="q; a two-point step has 2q probes (%(default)s)",
+    )
     add(
         "--one-after-another",
         action="store_true",

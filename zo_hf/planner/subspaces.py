@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import DISTRIBUTIONS, Distribution, NoiseLayout, Stream
+from zo_hf.directions import ELEMENTWISE, Distribution, Elementwise, NoiseLayout, Stream
 from zo_hf.planner.quantised import features_out, scale_count
 from zo_hf.quantization.layer import TILE as QUANTIZED_TILE
 from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
@@ -30,7 +30,7 @@ REQUANTISING_COPIES = 8
 class TracedLayout(NoiseLayout):
     """Allocates the counters, which a layout keeps, and the noise."""
 
-    def draw(self, stream: Stream, distribution: Distribution) -> Tensor:
+    def draw(self, stream: Stream, distribution: Elementwise) -> Tensor:
         self._blocks(distribution.elements_per_block)
         return torch.empty(self.size, device=self.device)
 
@@ -76,7 +76,7 @@ class TracedLowRank(LowRank):
             return
         shapes = {n: torch.Size((site.matrix_shape[1], self.rank)) for n, site in self.factored.items()}
         layout = TracedLayout(shapes, torch.device("cpu"))
-        flat = layout.draw(Stream(self.seed, step), DISTRIBUTIONS["gaussian"])
+        flat = layout.draw(Stream(self.seed, step), ELEMENTWISE["gaussian"])
         for name, view in layout.views(flat).items():
             dtype = self.factored[name].parameter.dtype
             basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)

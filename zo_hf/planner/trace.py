@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import ELEMENTWISE
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -82,7 +82,7 @@ class MemoryTrace(TorchDispatchMode):
 @contextmanager
 def without_values() -> Iterator[None]:
     """Inside, torch's operations compute shapes alone: no memory, no arithmetic."""
-    for distribution in DISTRIBUTIONS.values():  # their tables are cached, and must not be made of fake tensors
+    for distribution in ELEMENTWISE.values():  # their tables are cached, and must not be made of fake tensors
         distribution.decode(torch.zeros(1, 2, dtype=torch.int64))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield

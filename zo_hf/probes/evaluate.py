@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions import Distribution
+from zo_hf.probes.derivative import loss_and_derivative
 from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.subspaces.subspace import StreamOf, Subspace
 
@@ -39,7 +41,7 @@ class ProbeEvaluator:
 
     Attributes:
         batched: the choice made; None until "auto" has decided.
-        forward_passes: evaluations of the loss so far.
+        forward_passes: evaluations of the loss so far, those that other processes made of the same batch included.
         agree: turns this process's answer into that of all, who must make the same forward passes and whose choice one
             checkpoint holds; takes it as a tensor on the device of the losses.
         recover: where a forward is made by all processes together, makes the model usable after one that raised.
@@ -58,19 +60,27 @@ class ProbeEvaluator:
         probes: Sequence[Probe],
         stream_of: StreamOf,
         distribution: Distribution,
+        count: int | None = None,
     ) -> Tensor:
         """Losses at the probes, float64 (float32 where the device has none) of shape (len(probes),).
 
+        Args:
+            count: forward passes that all processes make of this batch together; None: only these.
+
         Raises:
             NotBatchable: batched evaluation was asked for and the model or the loss cannot do it.
+            ValueError: a derivative was asked for and cannot be had, see `loss_and_derivative`.
         """
+        count = len(probes) if count is None else count
 
         def sequential() -> Tensor:
             values = []
-            for probe in probes:
+            for probe, following in itertools.zip_longest(probes, probes[1:]):
+                if following is not None and following.derivative:
+                    continue  # its loss comes with its derivative
                 with subspace.at((probe,), stream_of, distribution):
-                    values.append(closure().detach())
-            return torch.stack(values)
+                    values.append(loss_and_derivative(closure) if probe.derivative else closure().detach()[None])
+            return torch.cat(values)
 
         def batched() -> Tensor:
             if not isinstance(closure, BatchableLoss):
@@ -78,10 +88,10 @@ class ProbeEvaluator:
             with subspace.at(probes, stream_of, distribution, rows=closure.rows):
                 return closure.batched(len(probes)).detach()
 
-        self.forward_passes += len(probes)
+        self.forward_passes += count
         with torch.no_grad():
             if self.batched is None:
-                values = self._decide(closure, sequential, batched, len(probes))
+                values = self._decide(closure, sequential, batched, count)
             else:
                 values = batched() if self.batched else sequential()
         return values.float() if values.device.type == "mps" else values.double()
@@ -91,7 +101,7 @@ class ProbeEvaluator:
         closure: Callable[[], Tensor],
         sequential: Callable[[], Tensor],
         batched: Callable[[], Tensor],
-        probes: int,
+        count: int,
     ) -> Tensor:
         expected = sequential()
         if not isinstance(closure, BatchableLoss):
@@ -99,7 +109,7 @@ class ProbeEvaluator:
             return expected
         try:
             actual = batched()
-            self.forward_passes += probes
+            self.forward_passes += count
         except (RuntimeError, ValueError) as error:  # NotBatchable, out of memory, or a shape that the model fixes
             if self.recover is not None:
                 if not isinstance(error, NotBatchable):

@@ -12,11 +12,30 @@ the losses (docs/quantized.md has figures), so probes multiply by the decoded we
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
 
 from zo_hf.quantization.rowwise import LARGEST, RowwiseInt8
+
+
+class _Once(logging.Filter):
+    """Every layer of a float32 or bfloat16 model says at every forward that its inputs become float16: once will do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[object] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "inputs will be cast" not in str(record.msg):
+            return True
+        new = record.args not in self._said
+        self._said.add(record.args)
+        return new
+
+
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 
 
 class BitsAndBytesInt8(RowwiseInt8):

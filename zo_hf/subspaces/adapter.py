@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import Distribution, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.subspaces.materialised import Materialised
 from zo_hf.subspaces.peft_methods import (
     LORA_FROM_ZERO,
@@ -39,6 +40,7 @@ class Adapter(Subspace):
     """
 
     name = "adapter"
+    about = Method("MeZO with LoRA or prefixes (2305.17333)", memory="gradient d", needs="a PEFT model")
 
     def __init__(
         self,
@@ -72,6 +74,10 @@ class Adapter(Subspace):
             return sites
         stays = begins_without_effect(self.model)
         return [site for site in sites if not stays(site.name)] or sites
+
+    @property
+    def materialised(self) -> Materialised:
+        return self._materialised
 
     @property
     def start(self) -> dict[str, nn.Parameter]:

@@ -12,13 +12,12 @@ a dense direction. The Q of a QR decomposition is Haar-distributed only if the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from zo_hf.directions import GAUSSIAN, Purpose, Stream, draw_slice
+from zo_hf.method import Method
+from zo_hf.one_thread import one_thread
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.shadow import HALF
@@ -28,6 +27,7 @@ class Core(LowRank):
     """See the formula above; the arguments are those of `LowRank`. A parameter of one dimension moves as a whole."""
 
     name = "core"
+    about = Method("SubZero (2410.08989)", memory="U, V: r(m + n) per matrix; S, gradient 2d")
     default_rank = 32
 
     def draw_bases(self, step: int) -> None:
@@ -48,7 +48,7 @@ class Core(LowRank):
     def _orthonormal(self, stream: Stream, name: str, rows: int) -> Tensor:
         """(rows, r), float64, on the CPU, so that every kind of device has the same."""
         noise = draw_slice(stream, name, 0, rows * self.rank, GAUSSIAN).view(rows, self.rank)
-        with _one_thread():
+        with one_thread():
             q, r = torch.linalg.qr(noise.double())
         return q * r.diagonal().sign()
 
@@ -63,14 +63,3 @@ class Core(LowRank):
 
     def _left_at_point(self, name: str) -> Tensor:
         return self._left_bases[name] @ self._materialised.at_point(name)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The last bits of a decomposition depend on the number of threads, and a replay may have another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -58,6 +58,10 @@ class Folded(Subspace):
         self.draw_bases(0)
 
     @property
+    def materialised(self) -> Materialised:
+        return self._materialised
+
+    @property
     def at_origin(self) -> bool:
         """Whether every coordinate is zero, so that the model's own weights are the current model."""
         return self._at_origin

@@ -2,6 +2,7 @@
 
     probe:   W' = W ± ε · z        formed a tile at a time inside the forward of the module that holds W
     update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
+    derivative:  W with tangent z  for the module that holds W, which costs a copy of one module's weights at a time
 
 No gradient and no direction is ever held. In half precision the perturbation is a product of its own,
 x · Wᵀ ± ε · x · zᵀ, because W ± ε · z would round most of it away; z is then rounded to the weight's dtype, in the
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from zo_hf.directions import Distribution, Purpose, Stream, draw_rows, draw_slice
+from zo_hf.directions import Distribution, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable
 from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.shadow import HALF, run_groups
@@ -36,6 +39,7 @@ class Full(Subspace):
     """
 
     name = "full"
+    about = Method("MeZO (2305.17333)", needs="optim=sgd")
 
     def __init__(
         self,
@@ -52,13 +56,16 @@ class Full(Subspace):
         self.distribution: Distribution | None = None
 
     def moved(self, module: nn.Module) -> bool:
-        return bool(self.probes)
+        if not self.probes:
+            return False
+        stream = self._stream_of(self.probes[0].direction)
+        return any(self._distribution.moves(stream, site.name) for site in self._holders[module].values())
 
     # torch.compile fails on the integers that noise is drawn from. torch.compiler.disable is the same, but imports dynamo.
     @torch._disable_dynamo
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
-        weight = holders.get("weight")
+        weight = None if self.probes[0].derivative else holders.get("weight")
         if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return self._linear(module, weight, holders.get("bias"), first_input(args, kwargs))
         if weight is not None and type(module).forward is nn.Embedding.forward:
@@ -83,12 +90,15 @@ class Full(Subspace):
         for start in range(0, features_out, tile):
             stop = min(start + tile, features_out)
             base = weight.parameter.detach()[start:stop]
-            noise = base  # drawn for the first group
+            noise, drawn = base, None
             for group, probe in enumerate(self.probes):
-                if group == 0 or probe.direction != self.probes[group - 1].direction:
-                    noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
-                    noise = noise.view(base.shape)
                 out = output[group, :, start:stop]
+                if probe.scale == 0.0:  # the same product as beside it, so that it rounds alike
+                    torch.mm(parts[group], base.to(dtype).t(), out=out)
+                    continue
+                if probe.direction != drawn:
+                    noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
+                    noise, drawn = noise.view(base.shape), probe.direction
                 if dtype in HALF:
                     torch.mm(parts[group], base.to(dtype).t(), out=out)
                     out.addmm_(parts[group], noise.to(dtype).t(), alpha=probe.scale)
@@ -113,20 +123,27 @@ class Full(Subspace):
         if ids.shape[0] % groups:
             raise NotBatchable(f"an embedding sees {ids.shape[0]} rows, which {groups} probes cannot share equally")
         for probe, part, part_ids in zip(self.probes, output.chunk(groups), ids.chunk(groups), strict=True):
+            if probe.scale == 0.0:
+                continue
             rows, inverse = part_ids.unique(return_inverse=True)
             stream = self._stream_of(probe.direction)
-            noise = draw_rows(stream, weight.name, rows, weight.parameter.shape[1], self._distribution)
+            noise = self._distribution.draw_rows(stream, weight.name, rows, weight.parameter.detach())
             part.add_(noise[inverse].to(part.dtype), alpha=probe.scale)
         return output
 
     def _perturbed(self, site: Site, group: int) -> Tensor:
-        probe = self.probes[group]
-        noise = self._noise(site, probe.direction, 0, site.parameter.numel()).view(site.parameter.shape)
-        dtype = torch.float64 if site.parameter.dtype == torch.float64 else torch.float32
-        return torch.add(site.parameter.detach().to(dtype), noise.to(dtype), alpha=probe.scale)
+        probe, value = self.probes[group], site.parameter.detach()
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        if probe.scale == 0.0 and not probe.derivative:
+            return value.to(dtype)
+        noise = self._noise(site, probe.direction, 0, value.numel()).view(value.shape)
+        if probe.derivative:  # the tangent in the weight's dtype: nothing is added to the weight that could round away
+            return forward_ad.make_dual(value, noise.to(value.dtype))
+        return torch.add(value.to(dtype), noise.to(dtype), alpha=probe.scale)
 
     def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
-        return draw_in_weight_dtype(self._stream_of(direction), site, start, stop, self._distribution)
+        values = site.parameter.detach().view(-1)[start:stop]
+        return draw_in_weight_dtype(self._stream_of(direction), site.name, start, values, self._distribution)
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
         self._stream_of, self._distribution = stream_of, distribution
@@ -141,27 +158,40 @@ class Full(Subspace):
     def gradient_norm(self) -> float:
         """Norm of the pending update.
 
-        It is the expected one, √d · √Σ cᵢ² (exact for one Rademacher direction), since computing it would take a pass
-        over all weights.
+        It is the expected one, √d · √Σ cᵢ² with d the weights that move (exact for one Rademacher direction), since
+        computing it would take a pass over all weights.
         """
-        return float(self.dimension**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
+        if not self.pending:
+            return 0.0
+        assert self.distribution is not None
+        moving = self.distribution.moving(self.pending[0][0], self.dimension)
+        return float(moving**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
 
     def scale_gradient(self, factor: float) -> None:
         self.pending = [(stream, c * factor) for stream, c in self.pending]
 
     @torch.no_grad()
     def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:
-        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time."""
+        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time.
+
+        Nothing is written where no z of this step moves.
+        """
         assert self.distribution is not None
         site = self.site_of[id(parameter)]
+        if not self.distribution.moves(self.pending[0][0], site.name):
+            return
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), TILE):
             stop = min(start + TILE, len(flat))
-            value = flat[start:stop].float() if flat.dtype in HALF else flat[start:stop]
+            before = value = flat[start:stop]
+            if flat.dtype in HALF:
+                value = value.float()
+            elif self.distribution.reads_weights:
+                before = value.clone()  # every direction is drawn for the weights as they were probed
             if decay != 1.0:
                 value.mul_(decay)
             for stream, coefficient in self.pending:
-                noise = draw_in_weight_dtype(stream, site, start, stop, self.distribution)
+                noise = draw_in_weight_dtype(stream, site.name, start, before, self.distribution)
                 value.add_(noise, alpha=-learning_rate * coefficient)
             if flat.dtype in HALF:
                 rounding = Stream(self.seed, self.pending[0][0].step, purpose=Purpose.ROUNDING)
@@ -169,9 +199,7 @@ class Full(Subspace):
                 flat[start:stop] = stochastic_round(value, flat.dtype, uniform)
 
 
-def draw_in_weight_dtype(stream: Stream, site: Site, start: int, stop: int, distribution: Distribution) -> Tensor:
+def draw_in_weight_dtype(stream: Stream, name: str, start: int, values: Tensor, distribution: Distribution) -> Tensor:
     """z over a slice of a weight, rounded to the weight's dtype; half precision is handed back as float32."""
-    noise = draw_slice(stream, site.name, start, stop, distribution, site.parameter.device)
-    if site.parameter.dtype in HALF:
-        return noise.to(site.parameter.dtype).float()
-    return noise.to(site.parameter.dtype)
+    noise = distribution.draw_slice(stream, name, start, values).to(values.dtype)
+    return noise.float() if values.dtype in HALF else noise

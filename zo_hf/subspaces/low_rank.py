@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, NoiseLayout, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.lora import (
     check_expressible,
@@ -55,6 +56,7 @@ class LowRank(Folded):
     """
 
     name = "low_rank"
+    about = Method("LOZO (2410.07698)", memory="B and V: r(m + n) per matrix; gradient d")
     default_rank = 4
     moves_quantized = True
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, NoiseLayout, Stream, UnitVectors
 from zo_hf.probes.probe import Probe
@@ -17,7 +18,14 @@ class CoordinateBlock:
 
     Args:
         coordinates: name to parameter; all on one device and of one dtype.
+
+    Attributes:
+        scale: what a direction is multiplied by, element by element, wherever it is used, (size,); None leaves it alone.
+        learning_rates: η of every coordinate tensor, by name; for probes along the gradient.
     """
+
+    scale: Tensor | None = None
+    learning_rates: Mapping[str, float] = {}
 
     def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
         self.coordinates = dict(coordinates)
@@ -25,17 +33,28 @@ class CoordinateBlock:
         self.dtype = first.dtype
         self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
         self.point: Tensor | None = None
+        self.tangent: Tensor | None = None
         self._drawn: tuple[Stream, Distribution, Tensor] | None = None
 
     def direction(self, stream: Stream, distribution: Distribution) -> Tensor:
-        """z over this block's coordinates, (size,); the last one drawn is kept until the next."""
+        """The direction over this block's coordinates, (size,)."""
+        noise = self.noise(stream, distribution)
+        return noise if self.scale is None else noise * self.scale
+
+    def noise(self, stream: Stream, distribution: Distribution) -> Tensor:
+        """z as it is drawn, without `scale`, (size,); the last one is kept until the next."""
         if self._drawn is None or self._drawn[:2] != (stream, distribution):
             self._drawn = None
-            self._drawn = (stream, distribution, self.layout.draw(stream, distribution).to(self.dtype))
+            z = distribution.draw_layout(stream, self.layout, self.coordinates)
+            self._drawn = (stream, distribution, z.to(self.dtype))
         return self._drawn[2]
 
     def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
-        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself."""
+        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself.
+
+        For a derivative, which is a probe of its own, `tangent`, (1, size), is z.
+        """
+        self.tangent = None
         rows = max(1, len(probes))
         if self.point is None or len(self.point) != rows:
             self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
@@ -48,16 +67,28 @@ class CoordinateBlock:
                 self._add_units(self.point, moves, distribution)
                 return
             for row, probe in zip(self.point, probes, strict=False):
-                if probe.scale:
+                if probe.direction < 0:
+                    self._step_along_gradient(row, probe.scale)
+                elif probe.scale:
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
+                if probe.derivative:
+                    self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
+
+    def _step_along_gradient(self, point: Tensor, steps: float) -> None:
+        """Do to a copy of the coordinates, (size,), what `steps` steps of torch's SGD would, with the same rounding."""
+        for name, coordinate in self.coordinates.items():
+            if steps and coordinate.grad is not None:
+                rate = self.learning_rates[name]
+                self.layout.view(point, name).add_(coordinate.grad, alpha=-rate * steps)
 
     def at_point(self, name: str) -> Tensor:
-        """One coordinate tensor at every probe, (probes, *shape)."""
+        """One coordinate tensor at every probe, (probes, *shape); for a derivative a dual tensor."""
         assert self.point is not None
-        return self.layout.view(self.point, name)
+        value = self.layout.view(self.point, name)
+        return value if self.tangent is None else forward_ad.make_dual(value, self.layout.view(self.tangent, name))
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
-        """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ."""
+        """Set every coordinate's `.grad` to its part of Σᵢ coefficients[i] · zᵢ, or to None where no z moves it."""
         gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
         if isinstance(distribution, UnitVectors):
             moves = [(0, stream_of(index), coefficient) for index, coefficient in enumerate(coefficients)]
@@ -66,7 +97,7 @@ class CoordinateBlock:
             for index, coefficient in enumerate(coefficients):
                 gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
         for name, coordinate in self.coordinates.items():
-            coordinate.grad = self.layout.view(gradient, name)
+            coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
 
     def _add_units(self, target: Tensor, moves: Sequence[tuple[int, Stream, float]], units: UnitVectors) -> None:
         """target[row] += scale · e_k where coordinate k is in this block; target: (rows, size), moves: (row, k, scale)."""
@@ -97,6 +128,11 @@ class Materialised:
         """See `CoordinateBlock.set_point`."""
         for block in self.blocks:
             block.set_point(probes, stream_of, distribution)
+
+    def set_learning_rates(self, learning_rates: Mapping[str, float]) -> None:
+        """Say how far a probe along the gradient goes: η of every coordinate tensor, by name."""
+        for block in self.blocks:
+            block.learning_rates = learning_rates
 
     def at_point(self, name: str) -> Tensor:
         """See `CoordinateBlock.at_point`."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from zo_hf.method import Method
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.sites import Pattern, Site
 
@@ -28,6 +29,7 @@ class Norms(LowRank):
     """
 
     name = "norms"
+    about = Method("BitFit (2106.10199); LN tuning (2312.11420)", memory="2d")
     default_learning_rate = 1e-3
     moves_quantized = False
 

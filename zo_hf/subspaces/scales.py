@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.directions import GAUSSIAN, Purpose, Stream
+from zo_hf.method import Method
 from zo_hf.quantization import QuantizedLayer
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.rounding import draw_uniform
@@ -37,6 +38,7 @@ class Scales(Folded):
     """
 
     name = "scales"
+    about = Method("QZO (2505.13430)", memory="2d", needs="8-bit or 4-bit layers")
     default_learning_rate = 1e-3
     default_max_projected_grad = 100.0
     are_weights = False

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zo_hf.directions import Distribution, Stream
+from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces.shadow import Entry
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
+
+if TYPE_CHECKING:
+    from zo_hf.subspaces.materialised import Materialised
 
 StreamOf = Callable[[int], Stream]
 
@@ -35,6 +40,7 @@ class Subspace:
 
     #: The name used in options.
     name: str
+    about: ClassVar[Method]
     #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
     default_eps = 1e-3
     default_learning_rate = 1e-5
@@ -110,7 +116,7 @@ class Subspace:
     def at(
         self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
     ) -> Iterator[None]:
-        """Evaluate the model at ξ + scale · z inside this context.
+        """Evaluate the model at ξ + scale · z inside this context; for a derivative, with z as the tangent there.
 
         Args:
             probes: one, or several that share a forward pass: the batch then holds a group of rows for each, in order.
@@ -119,9 +125,11 @@ class Subspace:
             rows: rows of the batch in each group, where there are several.
         """
         self.probes, self.rows_per_probe = probes, rows
+        tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
-            yield
+            with tangents:
+                yield
         finally:
             self.probes, self.rows_per_probe = (), 0
             self._leave_point()
@@ -131,6 +139,11 @@ class Subspace:
         return [site.name for site in self.sites if not any(module in self.visited for module, _ in site.uses)]
 
     # What a subclass provides.
+
+    @property
+    def materialised(self) -> Materialised | None:
+        """The coordinates as tensors with a gradient, or None where neither that nor a direction is ever held."""
+        return None
 
     def moved(self, module: nn.Module) -> bool:
         """Whether the module's output differs, at this moment, from that of its own parameters."""
@@ -229,9 +242,9 @@ def _entered_forward(
     layer = subspace.quantized.get(module)
     if layer is not None and layer.rounds_activations and subspace.probes:
         original = layer.forward
+    if module in subspace._holders and subspace.probes:
+        subspace.visited.add(module)
     if module not in subspace._holders or not subspace.moved(module):
         return original(*args, **kwargs)
-    if subspace.probes:
-        subspace.visited.add(module)
     with torch.no_grad():
         return subspace.forward(module, original, args, kwargs)

@@ -42,7 +42,11 @@ class FinishedRuns:
     def __init__(self, path: Path, asked: Sequence[str]) -> None:
         self._path, self._asked = path, tuple(asked)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # killed while it wrote a line
+            path.write_text(whole, encoding="utf-8")
+        lines = whole.splitlines()
         self._runs = {self._key(run): run for run in map(json.loads, lines)}
 
     def find(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:

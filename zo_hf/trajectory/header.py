@@ -2,7 +2,7 @@
 
 zo_hf, torch     versions that wrote it
 first_step       0; another number where recording began in the middle of a run, which cannot be replayed
-directions       q
+directions       how many numbers a step is recorded as: q with most estimators and rules
 settings         of the engine, as a checkpoint has them
 patterns         zo_target_modules and zo_exclude_modules
 optimizer        its kind, and whether replay can rebuild it
@@ -58,7 +58,7 @@ def build_header(
         "zo_hf": zo_hf.__version__,
         "torch": torch.__version__,
         "first_step": 0 if from_base else zo.step,
-        "directions": zo.estimator.num_directions,
+        "directions": zo.numbers,
         "settings": checkpoint.settings(zo),
         "patterns": {"target": _listed(subspace.target_modules), "exclude": _listed(subspace.exclude_modules)},
         "optimizer": {"kind": kind, "replayable": replayable},

@@ -7,7 +7,7 @@
     CRC-32           u32        of everything before it
     record           u32        step
                      u8         flags: 1 skipped, 2 unfaithful (see `Record`)
-                     f64 × q    projected gradients
+                     f64 × q    projected gradients, and what else a step is made of, see `ZerothOrder.numbers`
                      f64 × g    learning rates of the parameter groups
                      f64        clip factor
                      u32        CRC-32 of this record, continued from the CRC-32 before it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
 from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RuleOptions
 from zo_hf.quantization import quantized_layers
 from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors, subspace_kind
 from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
@@ -196,9 +199,16 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         num_directions=settings["zo_num_directions"],
         estimator=estimator,
         direction=settings["zo_direction"],
+        active_layers=settings.get("zo_active_layers") or DEFAULT_ACTIVE_LAYERS,
         coordinate_order=settings.get("zo_coordinate_order", "cyclic"),
         rule=rule,
-        rule_options={n.removeprefix(f"zo_{rule}_"): v for n, v in settings.items() if n.startswith(f"zo_{rule}_")},
+        rule_options=RuleOptions(
+            **{
+                field.name: settings[f"zo_{field.name}"]
+                for field in fields(RuleOptions)
+                if f"zo_{field.name}" in settings
+            }
+        ),
         max_projected_grad=settings["zo_max_projected_grad"],
         normalize=settings["zo_normalize"],
         seed=settings["seed"],

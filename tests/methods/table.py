@@ -1,0 +1,207 @@
+"""The combinations that every shared check runs on, from what the registries hold when they are asked for.
+
+`combinations()` covers every two entries that work together: each pair of an estimator, a rule, a direction and a subspace
+is in at least one combination. What the engine refuses with a ValueError is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import seeded
+from tests.subspaces.helpers import sgd, with_scales
+from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.distributed import Ranks
+from zo_hf.estimators import ESTIMATORS
+from zo_hf.optimizers import RULES
+from zo_hf.subspaces import SUBSPACES, has_factors
+from zo_hf.zeroth_order import ZerothOrder
+
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "estimator": ESTIMATORS,
+    "rule": RULES,
+    "direction": DISTRIBUTIONS,
+    "subspace": SUBSPACES,
+}
+DIRECTIONS = 2  # of a step: enough for what compares them, and to be shared out between two processes
+FOLD_STEPS = 2
+ROWS, WIDTH, CLASSES, TOKENS = 4, 8, 3, 11
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One entry of every registry, by name."""
+
+    estimator: str
+    rule: str
+    direction: str
+    subspace: str
+
+    def __str__(self) -> str:
+        return "-".join(astuple(self))
+
+    @property
+    def entries(self) -> set[tuple[str, str]]:
+        """(registry, name) of each."""
+        return set(zip(REGISTRIES, astuple(self), strict=True))
+
+    @property
+    def pairs(self) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+        """Every two of them, in the order of the registries."""
+        return set(itertools.combinations(zip(REGISTRIES, astuple(self), strict=True), 2))
+
+
+class Tiny(nn.Module):
+    """Of what a language model has, one of each and two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, WIDTH)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (rows, length) -> (rows, CLASSES)"""
+        x = self.embed(tokens).mean(1)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(self.norm(x))
+
+
+class TinyLoss:
+    """Cross-entropy on one batch, which probes can share a forward pass for."""
+
+    rows = ROWS
+
+    def __init__(self, model: nn.Module, batch: int = 0) -> None:
+        generator = torch.Generator().manual_seed(batch)
+        self.model = model
+        # Every token is used, so that no row of the embedding is without effect.
+        self.tokens = torch.randperm(3 * ROWS, generator=generator).view(ROWS, 3) % TOKENS
+        self.labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)
+
+    def __call__(self) -> Tensor:
+        return F.cross_entropy(self.model(self.tokens), self.labels)
+
+    def batched(self, copies: int) -> Tensor:
+        logits = self.model(self.tokens.repeat(copies, 1))
+        return torch.stack([F.cross_entropy(part, self.labels) for part in logits.chunk(copies)])
+
+
+@dataclass
+class Subject:
+    """An engine, its optimizer, and a loss for it."""
+
+    zo: ZerothOrder
+    optimizer: torch.optim.Optimizer
+    loss: TinyLoss
+    #: The numbers of every step, as a trajectory records them.
+    numbers: list[tuple[float, ...]] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.zo.model
+
+    def step(self, loss: Callable[[], Tensor] | None = None) -> None:
+        """Take one step."""
+        self.zo.estimate(self.loss if loss is None else loss)
+        self.optimizer.step()
+
+    def bits(self) -> dict[str, Tensor]:
+        """A copy of all that a step may change: weights, coordinates, and what the rule remembers."""
+        tensors = dict(self.model.state_dict())
+        tensors |= {f"coordinates of {name}": c for name, c in self.zo.subspace.coordinates.items()}
+        tensors |= {f"rule's {name}": tensor for name, tensor in self.zo.rule.state().items()}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def subject(
+    combination: Combination,
+    seed: int = 0,
+    batched: bool = False,
+    ranks: Ranks | None = None,
+    dtype: torch.dtype = torch.float32,
+    lr: float = 1e-2,
+    eps: float | None = None,
+    fold_steps: int = FOLD_STEPS,
+    batch: int = 0,
+) -> Subject:
+    """A combination on a model of its own.
+
+    Raises:
+        ValueError: its entries do not work together.
+    """
+    model = with_scales(combination.subspace, seeded(Tiny, dtype))
+    kind = SUBSPACES[combination.subspace]
+    factors = {"rank": 2, "fold_steps": fold_steps, "seed": seed}
+    zo = ZerothOrder(
+        model,
+        kind(model, **factors) if has_factors(kind) else combination.subspace,
+        eps=eps,
+        estimator=combination.estimator,
+        rule=combination.rule,
+        direction=combination.direction,
+        num_directions=DIRECTIONS,
+        batched=batched,
+        seed=seed,
+        ranks=ranks,
+    )
+    made = Subject(zo, sgd(zo, lr), TinyLoss(model, batch))
+    zo.on_step = lambda step: made.numbers.append(step.projected_gradients)
+    return made
+
+
+@cache
+def refusal(combination: Combination) -> str | None:
+    """What the engine says to a combination that it does not take; None for one that it does."""
+    try:
+        subject(combination)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def combinations(entry: tuple[str, str] | None = None) -> list[Combination]:
+    """As few as come with little effort, so that every two entries that work together are in one.
+
+    Args:
+        entry: cover only what works together with this one, (registry, name).
+    """
+    everything = [Combination(*names) for names in itertools.product(*REGISTRIES.values())]
+    wanted = [c for c in everything if entry is None or entry in c.entries]
+    covered: set[Any] = set()
+    chosen = []
+    for pair in dict.fromkeys(pair for c in wanted for pair in sorted(c.pairs) if entry is None or entry in pair):
+        if pair in covered:
+            continue
+        candidates = [c for c in wanted if pair in c.pairs]
+        best = first_valid(sorted(candidates, key=lambda c: -len(c.pairs - covered)))
+        if best is not None:
+            chosen.append(best)
+            covered |= best.pairs
+    return chosen
+
+
+def one_for_every_entry() -> list[Combination]:
+    """Few combinations that contain every entry once."""
+    chosen: list[Combination] = []
+    seen: set[tuple[str, str]] = set()
+    every = combinations()
+    while rest := {entry for c in every for entry in c.entries} - seen:
+        chosen.append(max(every, key=lambda c: len(c.entries & rest)))
+        seen |= chosen[-1].entries
+    return chosen
+
+
+def first_valid(candidates: Iterable[Combination]) -> Combination | None:
+    """The first that the engine takes."""
+    return next((c for c in candidates if refusal(c) is None), None)

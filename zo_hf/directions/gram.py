@@ -1,0 +1,73 @@
+"""Inner products of Gaussian draws over all coordinates, exactly: they decide directions, so all ranks need the same bits.
+
+    Gᵢⱼ = Σₑ kₑᵢ · kₑⱼ        kₑᵢ = round(2²⁴ · gₑᵢ), an integer
+
+Sums of integers do not depend on threads, devices, order or tiles. k differs from 2²⁴ · g by at most a half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions.distributions import GAUSSIAN
+from zo_hf.directions.draw import NoiseLayout, draw_slice
+from zo_hf.directions.stream import Stream
+
+#: Of a product of two k, relative to that of the two g.
+UNIT = 2**48
+
+# Elements of all draws together that are held at a time.
+TILE = 1 << 20
+_LOW = 2**24 - 1
+
+
+class Gram:
+    """Computes G for the draws over one set of coordinates.
+
+    Args:
+        coordinates: by name; only their shapes and devices are looked at.
+        draws: how many streams are drawn together.
+    """
+
+    def __init__(self, coordinates: Mapping[str, Tensor], draws: int) -> None:
+        self._tile = max(1 << 14, TILE // draws)
+        self._large = {name: c for name, c in coordinates.items() if c.numel() > self._tile}
+        self._layouts: list[NoiseLayout] = []
+        small: dict[torch.device, dict[str, torch.Size]] = {}
+        for name, coordinate in coordinates.items():
+            if name in self._large:
+                continue
+            group = small.setdefault(coordinate.device, {})
+            group[name] = coordinate.shape
+            if sum(shape.numel() for shape in group.values()) > self._tile:
+                self._layouts.append(NoiseLayout(small.pop(coordinate.device), coordinate.device))
+        self._layouts += [NoiseLayout(group, device) for device, group in small.items()]
+
+    def __call__(self, streams: Sequence[Stream]) -> list[list[int]]:
+        """G of the streams' draws, its lower triangle: row i has i + 1 integers, in units of 1 / UNIT."""
+        products = [[0] * (i + 1) for i in range(len(streams))]
+        for draws in self._pieces(streams):
+            k = draws.mul_(2.0**24).round_().to(torch.int64)
+            for i in range(len(streams)):
+                # The halves of a product, below 2**54, are summed apart: neither sum can overflow.
+                product = k[i] * k[: i + 1]
+                high, low = (product >> 24).sum(1).tolist(), (product & _LOW).sum(1).tolist()
+                for j in range(i + 1):
+                    products[i][j] += (high[j] << 24) + low[j]
+        return products
+
+    def _pieces(self, streams: Sequence[Stream]) -> Iterator[Tensor]:
+        """Every coordinate's draws once, float32 of shape (streams, elements)."""
+        for layout in self._layouts:
+            flat = torch.stack([layout.draw(stream, GAUSSIAN) for stream in streams])
+            # What lies between the tensors does not count.
+            yield torch.cat([view.flatten(1) for view in layout.views(flat).values()], 1)
+        for name, coordinate in self._large.items():
+            for start in range(0, coordinate.numel(), self._tile):
+                stop = min(start + self._tile, coordinate.numel())
+                yield torch.stack(
+                    [draw_slice(stream, name, start, stop, GAUSSIAN, coordinate.device) for stream in streams]
+                )

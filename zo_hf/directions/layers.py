@@ -1,0 +1,100 @@
+"""A few layers in each step (LeZO; Wang et al., arXiv 2410.09823; MeZO-BCD is the same with one block at a time).
+
+    z = m ⊙ g        m is 1 on the layers of the step and 0 on the others,  g ~ N(0, I)
+
+The layers of a step are drawn without replacement, all with the same chance, and are the same for its q directions.
+E[z zᵀ] = a · I with a = (layers of a step) / (layers): an estimate is on average a times the gradient.
+
+A layer is an entry of one of the model's outermost module lists, as a transformer's blocks are. What lies outside of them
+(embeddings, final norm, head) are layers of their own, one for every module that holds parameters. A layer that does not
+move in a step is neither probed nor updated, nor does weight decay or a momentum move it; in `full`, no noise is drawn
+for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.directions.distribution import Distribution, Run
+from zo_hf.directions.distributions import GAUSSIAN
+from zo_hf.directions.draw import NoiseLayout, draw_half_words
+from zo_hf.directions.stream import Purpose, Stream
+from zo_hf.method import Method
+
+
+class Layers(Distribution):
+    """See the formula above.
+
+    Attributes:
+        active: fraction of the layers that move in a step.
+        layer_of: the layer that each coordinate belongs to, by name.
+
+    Raises:
+        ValueError: all that moves is in one layer.
+    """
+
+    name = "layers"
+    about = Method("LeZO (2410.09823); MeZO-BCD", needs="a model of several layers")
+
+    def __init__(self, run: Run) -> None:
+        self.active = run.active_layers
+        self.layer_of = layers_of(run.subspace.model, run.subspace.coordinates)
+        self._sizes = {name: coordinate.numel() for name, coordinate in run.subspace.coordinates.items()}
+        self._layers = sorted(set(self.layer_of.values()))
+        if len(self._layers) < 2:
+            raise ValueError(
+                f"zo_direction='layers' chooses among layers, and all that moves is in one, {self._layers[0]!r}; use "
+                "zo_direction='gaussian'."
+            )
+        self._step: tuple[int, int] | None = None
+        self._chosen: set[str] = set()
+
+    def chosen(self, stream: Stream) -> set[str]:
+        """The layers of a step."""
+        if self._step != (stream.seed, stream.step):
+            count = max(1, round(self.active * len(self._layers)))
+            draw = Stream(stream.seed, stream.step, purpose=Purpose.LAYERS)
+            words = draw_half_words(draw, "layers", 0, 4 * len(self._layers)).view(-1, 4).tolist()
+            order = sorted(zip(words, self._layers, strict=True))
+            self._step, self._chosen = (stream.seed, stream.step), {layer for _, layer in order[:count]}
+        return self._chosen
+
+    def moves(self, stream: Stream, name: str) -> bool:
+        return self.layer_of[name] in self.chosen(stream)
+
+    def moving(self, stream: Stream, dimension: int) -> float:
+        return sum(size for name, size in self._sizes.items() if self.moves(stream, name))
+
+    def draw_layout(self, stream: Stream, layout: NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
+        z = layout.draw(stream, GAUSSIAN)
+        for name, view in layout.views(z).items():
+            if not self.moves(stream, name):
+                view.zero_()
+        return z
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
+        if not self.moves(stream, name):
+            return torch.zeros(len(values), device=values.device)
+        return GAUSSIAN.draw_slice(stream, name, start, values)
+
+    def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        if not self.moves(stream, name):
+            return torch.zeros(*rows.shape, values.shape[1], device=values.device)
+        return GAUSSIAN.draw_rows(stream, name, rows, values)
+
+
+def layers_of(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, str]:
+    """The layer that each parameter belongs to, by name: a block, or outside of blocks the module that holds it."""
+    lists = [f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers = {}
+    for name in names:
+        # The first that fits is the outermost: a module comes before those inside of it.
+        prefix = next((prefix for prefix in lists if name.startswith(prefix)), None)
+        if prefix is None:
+            layers[name] = name.rpartition(".")[0]
+        else:
+            layers[name] = prefix + name.removeprefix(prefix).partition(".")[0]
+    return layers

@@ -1,0 +1,34 @@
+"""Forward differences that share one clean loss (Nesterov and Spokoiny 2017, "Random gradient-free minimization").
+
+    cᵢ = (L(ξ + ε·zᵢ) - L(ξ)) / ε        ĝ = 1/q · Σᵢ cᵢ · zᵢ
+
+Cost: q + 1 forward passes; L(ξ) is evaluated once a step, and is the loss that is logged. c is off by ε/2 · zᵀHz, where a
+two-point estimate is exact on a quadratic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zo_hf.estimators.estimator import Estimator
+from zo_hf.method import Method
+from zo_hf.probes.probe import Probe
+
+
+class OneSided(Estimator):
+    """Forward differences along `num_directions` random directions."""
+
+    name = "one_sided"
+    about = Method("RGF (Nesterov and Spokoiny 2017)", forwards="q + 1")
+
+    def probes(self) -> list[Probe]:
+        """The q + 1 evaluations of a step, the clean one first."""
+        return [Probe(0, 0.0), *(Probe(i, self.eps) for i in range(self.num_directions))]
+
+    def projected_gradients(self, losses: Sequence[float]) -> list[float]:
+        clean, *moved = losses
+        return [(loss - clean) / self.eps for loss in moved]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """The clean one."""
+        return losses[0]
