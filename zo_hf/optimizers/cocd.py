@@ -9,7 +9,7 @@ kept: those of the last m turns, which is a ring over turns. α is the optimizer
 
     α < 2 / (λmax · Σ_{k<K} γᵏ)           K = n/B steps a cycle
 
-is enough for it to be stable (docs/cocd.md).
+is exact for a diagonal Hessian, and enough for every other one tried (docs/cocd.md).
 """
 
 from __future__ import annotations
