@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import assert_same_bits, weights_of
-from tests.estimators.quadratic import EVERY_DIRECTION, EVERY_ESTIMATOR, Quadratic, directions, engine
-from zo_hf.directions import DISTRIBUTIONS
-from zo_hf.estimators import ESTIMATORS
+from tests.estimators.quadratic import ALONG_NOISE, EVERY_DIRECTION, EVERY_ESTIMATOR, Quadratic, directions, engine
+from zo_hf.directions import ELEMENTWISE
 from zo_hf.optimizers import SeededSGD
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -24,6 +23,11 @@ def two_point(loss: Loss, x: Tensor, z: list[Tensor], eps: float) -> Found:
     at = [point for zi in z for point in (x + eps * zi, x - eps * zi)]
     numbers = [(loss(x + eps * zi) - loss(x - eps * zi)) / 2 / eps for zi in z]
     return numbers, sum(loss(point) for point in at) / len(at), at
+
+
+def second_difference(loss: Loss, x: Tensor, z: list[Tensor], eps: float) -> Found:
+    numbers, _, at = two_point(loss, x, z, eps)
+    return numbers, loss(x), [x, *at]
 
 
 def one_sided(loss: Loss, x: Tensor, z: list[Tensor], eps: float) -> Found:
@@ -62,17 +66,18 @@ def forward_gradient(loss: Loss, x: Tensor, z: list[Tensor], eps: float) -> Foun
 
 REFERENCE = {
     "two_point": two_point,
+    "second_difference": second_difference,
     "one_sided": one_sided,
     "fzoo": fzoo,
     "evolution": evolution,
     "evolution_ranks": evolution_ranks,
     "forward_gradient": forward_gradient,
 }
-DIRECTIONS = [(name, q) for name, kind in ESTIMATORS.items() for q in (1, 2, 5) if q >= kind.least_directions]
+DIRECTIONS = [(name, q) for name, kind in ALONG_NOISE.items() for q in (1, 2, 5) if q >= kind.least_directions]
 
 
 def test_every_estimator_has_a_reference() -> None:
-    assert REFERENCE.keys() == ESTIMATORS.keys()
+    assert REFERENCE.keys() == ALONG_NOISE.keys()
 
 
 @pytest.mark.parametrize(("estimator", "q"), DIRECTIONS)
@@ -97,7 +102,7 @@ def test_a_step_is_the_formulas(estimator: str, q: int, direction: str, full: bo
     zo.finish()
 
     plain = Quadratic()
-    z = list(directions(q, distribution=DISTRIBUTIONS[direction]))
+    z = list(directions(q, distribution=ELEMENTWISE[direction]))
     numbers, loss, at = REFERENCE[estimator](lambda point: plain.at(point).item(), x, z, 1e-2)
     assert estimate.projected_gradients == pytest.approx(numbers, rel=1e-8)
     assert estimate.loss == pytest.approx(loss, rel=1e-12)
@@ -120,10 +125,10 @@ def test_forward_passes_are_counted_exactly(estimator: str, q: int) -> None:
     zo = engine(model, estimator, q)
     for _ in range(3):
         zo.estimate(closure)
-    expected = {"one_sided": q + 1, "fzoo": q + 1}.get(estimator, 2 * q)
+    expected = {"one_sided": q + 1, "fzoo": q + 1, "second_difference": 2 * q + 1}.get(estimator, 2 * q)
     assert zo.forward_passes == 3 * expected == 3 * len(zo.estimator.probes())
     assert calls == 3 * (q if estimator == "forward_gradient" else expected)
-    assert eval(ESTIMATORS[estimator].about.forwards.replace("2q", "2 * q")) == expected
+    assert eval(ALONG_NOISE[estimator].about.forwards.replace("2q", "2 * q")) == expected
 
 
 @EVERY_ESTIMATOR

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import seeded, tiny_llama
-from tests.estimators.quadratic import EVERY_ESTIMATOR, Quadratic, engine
+from tests.estimators.quadratic import ALONG_NOISE, EVERY_ESTIMATOR, Quadratic, engine
 from tests.subspaces.helpers import EVERY_SUBSPACE, batch_for, move_off_the_origin, prepared
 from zo_hf.directions import RADEMACHER
 from zo_hf.distributed import Grid, Ranks
-from zo_hf.estimators import ESTIMATORS
 from zo_hf.probes import Probe
 from zo_hf.probes.model_loss import ModelLoss
 from zo_hf.subspaces import Core
@@ -34,7 +33,7 @@ def losses(zo: ZerothOrder, probes: list[Probe], batched: bool) -> Tensor:
 
 
 @EVERY_SUBSPACE
-@pytest.mark.parametrize("estimator", [name for name, kind in ESTIMATORS.items() if not kind.needs_tangents])
+@pytest.mark.parametrize("estimator", [name for name, kind in ALONG_NOISE.items() if not kind.needs_tangents])
 def test_all_probes_of_a_step_share_a_batch(subspace: str, estimator: str) -> None:
     model = prepared(subspace, seeded(partial(tiny_llama, num_hidden_layers=1)))
     zo = ZerothOrder(model, subspace, eps=0.02, num_directions=3, estimator=estimator)
@@ -70,7 +69,7 @@ def test_a_clean_probe_draws_nothing_and_rounds_like_its_neighbours(
     zo = ZerothOrder(model, "full")
     hardly = losses(zo, [Probe(0, 1e-42)], False)
     monkeypatch.setattr(zo.subspace, "_noise", lambda *_: pytest.fail("a draw"))
-    monkeypatch.setattr("zo_hf.subspaces.full.draw_rows", lambda *_: pytest.fail("a draw"))
+    monkeypatch.setattr("zo_hf.directions.draw.draw_rows", lambda *_: pytest.fail("a draw"))
     assert torch.equal(losses(zo, [Probe(0, 0.0)], False), hardly)
 
 

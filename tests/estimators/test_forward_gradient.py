@@ -23,7 +23,7 @@ from tests.subspaces.helpers import (
     prepared,
 )
 from tests.trainer.runs import make_trainer
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import ELEMENTWISE
 from zo_hf.estimators import ForwardGradient
 from zo_hf.probes import Probe
 from zo_hf.subspaces import SUBSPACES
@@ -80,7 +80,7 @@ def test_it_is_the_directional_derivative(
     assert norm > 0.01
     assert estimate.loss == pytest.approx(clean, rel=tolerance)
     for index, found in enumerate(estimate.projected_gradients):
-        z = direction(zo.subspace, index=index, distribution=DISTRIBUTIONS["rademacher"])
+        z = direction(zo.subspace, index=index, distribution=ELEMENTWISE["rademacher"])
         expected = sum((gradient[name].double() * z[name].double()).sum() for name in gradient)
         assert found == pytest.approx(float(expected), rel=tolerance, abs=tolerance * norm)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.estimators.quadratic import (
+    ALONG_NOISE,
     DIMENSION,
     EVERY_DIRECTION,
     EVERY_ESTIMATOR,
@@ -15,14 +16,13 @@ from tests.estimators.quadratic import (
     engine,
     numbers,
 )
-from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.directions import ELEMENTWISE
 from zo_hf.distributed import Grid, Ranks
-from zo_hf.estimators import ESTIMATORS
 from zo_hf.subspaces import LowRank
 from zo_hf.zeroth_order import ZerothOrder
 
-SLOPES = [name for name, kind in ESTIMATORS.items() if not kind.is_scale_free]
-SCALE_FREE = [name for name, kind in ESTIMATORS.items() if kind.is_scale_free]
+SLOPES = [name for name, kind in ALONG_NOISE.items() if not kind.is_scale_free]
+SCALE_FREE = [name for name, kind in ALONG_NOISE.items() if kind.is_scale_free]
 
 
 @EVERY_ESTIMATOR
@@ -31,9 +31,9 @@ def test_the_mean_estimate_points_along_the_gradient(estimator: str, direction: 
     """E[c·z] is ∇L of a quadratic, or a multiple of it, by Student's statistic of every coordinate."""
     model, count = Quadratic(), 4000
     z = drawn(direction, count, DIMENSION)
-    samples = numbers(ESTIMATORS[estimator](1e-3, count), model, z)[:, None] * z
+    samples = numbers(ALONG_NOISE[estimator](1e-3, count), model, z)[:, None] * z
     mean, gradient = samples.mean(0), model.gradient()
-    scale = (mean @ gradient / gradient.square().sum()) if ESTIMATORS[estimator].is_scale_free else 1.0
+    scale = (mean @ gradient / gradient.square().sum()) if ALONG_NOISE[estimator].is_scale_free else 1.0
     assert float(scale) > 0
     student = (mean - scale * gradient) / (samples.std(0) / count**0.5)
     assert student.abs().max() < 4.5
@@ -44,7 +44,7 @@ def test_the_mean_estimate_points_along_the_gradient(estimator: str, direction: 
 @pytest.mark.parametrize("q", [1, 4])
 def test_the_variance_falls_as_one_over_the_directions(estimator: str, direction: str, q: int) -> None:
     """Of a linear loss: Var(ĝⱼ) = (|g|² + gⱼ²·(E[z⁴] - 2)) / q."""
-    model, kind = Quadratic(curvature=0.0), ESTIMATORS[estimator](1e-3, q)
+    model, kind = Quadratic(curvature=0.0), ALONG_NOISE[estimator](1e-3, q)
     gradients = [
         torch.tensor(kind.coefficients(numbers(kind, model, z).tolist()), dtype=torch.float64) @ z
         for z in drawn(direction, 2000, q, DIMENSION)
@@ -61,7 +61,7 @@ def test_the_variance_falls_as_one_over_the_directions(estimator: str, direction
 def test_the_bias_of_a_forward_difference_is_the_curvature_along_it(direction: str, eps: float) -> None:
     model = Quadratic()
     zo = engine(model, "one_sided", 6, eps=eps, direction=direction)
-    z = directions(6, distribution=DISTRIBUTIONS[direction])
+    z = directions(6, distribution=ELEMENTWISE[direction])
     expected = z @ model.gradient() + eps / 2 * torch.einsum("qi,ij,qj->q", z, model.hessian, z)
     assert zo.estimate(model).projected_gradients == pytest.approx(expected.tolist(), rel=1e-9)
 
@@ -95,7 +95,7 @@ def test_ranks_see_nothing_but_the_order_of_the_losses() -> None:
 
 
 def test_equal_losses_share_their_rank() -> None:
-    ranks = ESTIMATORS["evolution_ranks"](1e-3, 3)
+    ranks = ALONG_NOISE["evolution_ranks"](1e-3, 3)
     assert ranks.scores([5.0, 1.0, 1.0, 7.0, 5.0, 5.0]) == pytest.approx([0.1, -0.4, -0.4, 0.5, 0.1, 0.1])
     # Which of two equal losses came first says nothing.
     assert ranks.projected_gradients([1.0, 1.0, 2.0, 2.0, 0.0, 3.0])[:2] == [0.0, 0.0]
@@ -106,21 +106,21 @@ def test_equal_losses_share_their_rank() -> None:
 @pytest.mark.parametrize("q", [2, 3, 7])
 def test_equal_losses_give_no_step_and_no_nan(estimator: str, value: float, q: int) -> None:
     """Also where their mean is rounded to another number than they are."""
-    kind = ESTIMATORS[estimator](1e-3, q)
+    kind = ALONG_NOISE[estimator](1e-3, q)
     assert kind.projected_gradients([value] * len(kind.probes())) == [0.0] * q
 
 
 @pytest.mark.parametrize("q", range(2, 12))
 def test_fzoo_of_equal_losses_apart_from_the_clean_one_is_no_step(q: int) -> None:
     """Their standard deviation is 0, though 0.1 is not what its rounded mean is, and c would be of the order 1e19."""
-    assert ESTIMATORS["fzoo"](1e-3, q).projected_gradients([1.0, *[0.1] * q]) == [0.0] * q
+    assert ALONG_NOISE["fzoo"](1e-3, q).projected_gradients([1.0, *[0.1] * q]) == [0.0] * q
 
 
 def test_fzoo_is_the_step_of_normalised_descent() -> None:
     """σ / ε is |∇L| of a linear loss, in the mean of squares: so c·z is ∇L / (ε·|∇L|)."""
     model, count, eps = Quadratic(curvature=0.0), 20_000, 1e-3
     z = drawn("gaussian", count, DIMENSION)
-    mean = (numbers(ESTIMATORS["fzoo"](eps, count), model, z)[:, None] * z).mean(0)
+    mean = (numbers(ALONG_NOISE["fzoo"](eps, count), model, z)[:, None] * z).mean(0)
     gradient = model.gradient()
     torch.testing.assert_close(mean * eps, gradient / gradient.norm(), rtol=0, atol=5 * (2 / count) ** 0.5)
 
@@ -161,7 +161,7 @@ def test_a_quadratic_is_descended(estimator: str) -> None:
     """To its minimum, with steps that shrink to nothing: what is scale-free steps as far near the minimum as away from it."""
     model = Quadratic(slope=0.0)
     zo = engine(model, estimator, 4)
-    kind = ESTIMATORS[estimator]
+    kind = ALONG_NOISE[estimator]
     size = {"fzoo": 0.3 * zo.estimator.eps, "evolution": 0.3, "evolution_ranks": 0.9}.get(estimator, 0.1)
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=size))
     before, steps = model().item() - 3, 100
@@ -175,14 +175,14 @@ def test_a_quadratic_is_descended(estimator: str) -> None:
 
 
 def test_the_default_learning_rate_of_fzoo_takes_its_scale_into_account() -> None:
-    for name, kind in ESTIMATORS.items():
+    for name, kind in ALONG_NOISE.items():
         factor = 1e-2 if name == "fzoo" else 1.0
         assert kind(1e-2, 2).learning_rate(1e-5) == pytest.approx(1e-5 * factor)
 
 
 def test_a_subspaces_clip_is_for_slopes() -> None:
     """|c| of FZOO is about 1/ε, where QZO's clip of 100 would leave nothing but signs."""
-    for name in ESTIMATORS:
+    for name in ALONG_NOISE:
         model = Quadratic()
         space = LowRank(model, 1, 0)
         space.default_max_projected_grad = 100.0

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
 from tests.distributed.launch import run
-from tests.estimators.quadratic import EVERY_ESTIMATOR
+from tests.estimators.quadratic import ALONG_NOISE, EVERY_ESTIMATOR
 from tests.trainer.runs import SaveAt, logged, make_trainer, trained, with_lora
-from zo_hf.estimators import ESTIMATORS
 from zo_hf.trajectory import read_trajectory, replay
 
 SHARED = ("one_sided", "fzoo")
@@ -32,7 +31,7 @@ def options(estimator: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("estimator", "subspace"),
-    [(name, "low_rank") for name in ESTIMATORS]
+    [(name, "low_rank") for name in ALONG_NOISE]
     + [("one_sided", "full"), ("forward_gradient", "full")]
     + [pytest.param(name, "adapter", marks=pytest.mark.slow) for name in ("one_sided", "forward_gradient")],
 )
@@ -54,7 +53,7 @@ def test_a_run_resumes_and_replays_to_the_bit(tmp_path: Path, estimator: str, su
     assert_same_bits(weights_of(replay(base, tmp_path / "run")), after)
     trajectory = read_trajectory(tmp_path / "run")
     assert trajectory.header["settings"]["zo_estimator"] == estimator
-    means = [sum(record.projected_gradients) / 3 for record in trajectory.records]
+    means = [sum(record.projected_gradients[:3]) / 3 for record in trajectory.records]
     assert means == pytest.approx(logged(run, "zo/projected_grad"), rel=1e-12)
 
 
@@ -91,7 +90,7 @@ def test_the_log_says_what_a_step_cost_and_where_the_loss_was(tmp_path: Path, es
     if batched is False:
         trainer.compute_loss = compute_loss  # type: ignore[method-assign]
     trainer.train()
-    kind = ESTIMATORS[estimator](0.05, 3)
+    kind = ALONG_NOISE[estimator](0.05, 3)
     passes = len(kind.probes())
     first = 2 if batched == "auto" and not kind.needs_tangents else 1  # evaluated both ways, to compare; then batched
     per_micro_batch = [first * passes] + [passes] * 9
@@ -100,7 +99,9 @@ def test_the_log_says_what_a_step_cost_and_where_the_loss_was(tmp_path: Path, es
         assert calls == 5 * 2 * (3 if kind.needs_tangents else passes)
         clean = torch.stack(seen).mean().item()
         away = abs(logged(trainer, "loss")[0] - clean)
-        assert away < 1e-5 if estimator in ("one_sided", "fzoo", "forward_gradient") else away > 1e-5
+        assert (
+            away < 1e-5 if estimator in ("one_sided", "fzoo", "second_difference", "forward_gradient") else away > 1e-5
+        )
 
 
 def test_fzoo_trains_with_its_own_learning_rate(tmp_path: Path) -> None:
