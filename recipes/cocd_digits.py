@@ -123,8 +123,11 @@ def train(asked: Mapping[str, Any]) -> dict[str, Any]:
         zo.estimate(BatchLoss(model, pictures, labels))
         optimizer.step()
         if zo.forward_passes >= every * len(curve):
-            curve.append(measure(model, digits))
-            if not curve[-1][0] < 10 * curve[0][0] or len(curve) > POINTS:
+            found = measure(model, digits)
+            while zo.forward_passes >= every * len(curve):  # a step may take more passes than lie between two points
+                curve.append(found)
+            del curve[POINTS + 1 :]
+            if not found[0] < 10 * curve[0][0] or len(curve) > POINTS:
                 break
     return dict(asked) | {"curve": curve, "steps": zo.step, "seconds": time.process_time() - started}
 

@@ -31,6 +31,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,16 @@ def added_method(words: list[str]) -> tuple[str, Method]:
     pairs = [word.partition("=") for word in words[2:]]
     if not numbers or not all(separator for _, separator, _ in pairs):
         raise ValueError(f"--add {' '.join(words)} must be a name, a learning rate, and words OPTION=VALUE.")
-    return name, Method("added", float(numbers[0]), {option: yaml.safe_load(value) for option, _, value in pairs})
+    return name, Method("added", float(numbers[0]), {option: read_value(value) for option, _, value in pairs})
+
+
+def read_value(word: str) -> Any:
+    """A word of the command line as YAML has it, and 1e-8 as a number too."""
+    value = yaml.safe_load(word)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def choose(patterns: list[str] | None, methods: dict[str, Method]) -> dict[str, Method]:
@@ -304,6 +314,10 @@ class Comparison:
                 error = future.exception()
                 if error is None:
                     self.finished.add(asdict(job) | future.result())
+                elif isinstance(error, BrokenProcessPool):
+                    raise SystemExit(
+                        "A process was killed, probably for memory: use fewer --processes. Finished runs are kept."
+                    )
                 elif isinstance(error, Exception) and job != self.zero_shot:
                     self.failed[job.method] = f"{type(error).__name__}: {error}"
                 else:

@@ -308,7 +308,7 @@ def settings(zo: ZerothOrder) -> dict[str, Any]:
         "zo_normalize": zo.normalisation is not None,
         "seed": zo.seed,
         "coordinates": subspace.dimension,
-        "zo_coordinate_order": zo.coordinate_order,
+        "zo_coordinate_order": zo.coordinate_order if zo.estimator.along_coordinates else None,
         **zo.rule.settings(),
     }
 

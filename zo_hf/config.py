@@ -123,11 +123,11 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default="none",
         metadata={
             "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
-            "conservative (the best of staying, stepping and stepping back, for three forward passes more), curvature "
+            "conservative (the best of staying, stepping and stepping back, for three forward passes more, two beside a clean loss), curvature "
             "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon), power_iteration (leading "
             "singular directions, ZO-MOPI), or cocd (coherent coordinate descent: differences along coordinates are kept and "
-            "reused; needs zo_estimator=coordinate and optim=sgd). With sign, muon and power_iteration the learning rate is the root mean square "
-            "length of a step per coordinate."
+            "reused; needs zo_estimator=coordinate or coordinate_forward, and optim=sgd). With muon and power_iteration the learning rate is the root mean square "
+            "length of a step per coordinate, with sign it is √q times that."
         },
     )
     zo_momentum: float = field(
@@ -278,6 +278,17 @@ class ZOConfig(Seq2SeqTrainingArguments):
         estimator, subspace = self.zo_estimator, self.zo_subspace
         RULES[self.zo_rule].check(subspace, estimator, self.zo_num_directions, self.rule_options())
         _choose("zo_coordinate_order", self.zo_coordinate_order, list(ORDERS))
+        along_coordinates = ESTIMATORS[self.zo_estimator].along_coordinates
+        if along_coordinates and self.zo_direction != "gaussian":
+            raise ValueError(
+                f"zo_direction={self.zo_direction!r} has no effect on zo_estimator={self.zo_estimator!r}, whose directions are "
+                "coordinates; leave it out."
+            )
+        if self.zo_coordinate_order != "cyclic" and not along_coordinates:
+            raise ValueError(
+                f"zo_coordinate_order={self.zo_coordinate_order!r} has no effect on zo_estimator={self.zo_estimator!r}; leave "
+                "it out, or use zo_estimator='coordinate'."
+            )
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
         if self.zo_active_layers is not None and self.zo_direction != Layers.name:
             raise ValueError(

@@ -165,7 +165,9 @@ class ZOTrainerMixin(CheckpointsMixin):
         )
         if args.learning_rate is None:
             # Until training ends: the same arguments may be for a model of another kind next time.
-            args.learning_rate = zo.estimator.learning_rate(subspace.default_learning_rate)
+            args.learning_rate = subspace.default_learning_rate
+            if not zo.rule.divides_scale_out and zo.normalisation is None:
+                args.learning_rate = zo.estimator.learning_rate(args.learning_rate)
             self._learning_rate_is_automatic = True
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Run, Stream, unit_vectors
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Layers, Run, Stream, unit_vectors
+from zo_hf.directions.masked import Masked
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES, Rule, RuleOptions, ScalarNormalisation
@@ -88,6 +89,7 @@ class ZerothOrder:
         seed: what every random number depends on.
         ranks: the processes that train together, made with `zo_hf.distributed.make_grid`; the weights must be equal on
             all of them (`Ranks.take_from_first`). Default: this process alone.
+        replays: no forward pass is to come, so the model need not be fit for the estimator's.
 
     Attributes:
         on_step: called after every optimizer step with what it was made of; None calls nothing.
@@ -115,9 +117,11 @@ class ZerothOrder:
         batched: bool | str = "auto",
         seed: int = 0,
         ranks: Ranks | None = None,
+        replays: bool = False,
     ) -> None:
         kind = _known("estimator", estimator, ESTIMATORS)
-        kind.check_model(model)
+        if not replays:
+            kind.check_model(model)
         if kind.needs_tangents and batched is True:
             raise ValueError(f"batched=True cannot evaluate estimator={estimator!r}; use False or 'auto'.")
         if isinstance(subspace, str):
@@ -139,6 +143,7 @@ class ZerothOrder:
         else:
             self.distribution = direction
         self.rule = _known("rule", rule, RULES)(subspace, self.estimator, rule_options)
+        _check_together(self.estimator, self.distribution, self.rule, subspace)
         if max_projected_grad is None:
             max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
         self.max_projected_grad = max_projected_grad
@@ -235,8 +240,13 @@ class ZerothOrder:
         self._name_what_was_not_reached()
         numbers = self.estimator.projected_gradients(losses)
         is_finite = _all_finite([*losses, *numbers])
-        self.apply(numbers, skipped=not is_finite)
-        self._batches = []
+        try:
+            self.apply(numbers, skipped=not is_finite)
+        except BaseException:
+            self.subspace.clear_gradient()
+            raise
+        finally:
+            self._batches = []
         return Estimate(self.estimator.loss(losses), tuple(numbers[: self.estimator.num_directions]), is_finite)
 
     def apply(self, numbers: Sequence[float], skipped: bool) -> None:
@@ -391,6 +401,19 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
     if name not in registry:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
     return registry[name]
+
+
+def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule, subspace: Subspace) -> None:
+    if rule.fills_tensors and isinstance(distribution, Masked):
+        raise ValueError(
+            f"zo_rule={rule.name!r} moves whole matrices, and zo_direction={distribution.name!r} is to leave entries of them "
+            "where they are; use zo_direction='gaussian', or zo_rule='none'."
+        )
+    if estimator.needs_tangents and isinstance(distribution, Layers) and isinstance(subspace, Full):
+        raise ValueError(
+            f"zo_direction='layers' leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
+            "not reach the loss; use zo_subspace='low_rank', or zo_direction='gaussian'."
+        )
 
 
 def _check_coordinates(subspace: Subspace, estimator: str, direction: str) -> None:

@@ -45,6 +45,7 @@ def options_for(combination: Combination) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", EVERY, ids=str)
 def test_a_run_that_is_stopped_and_resumed_and_its_log_give_the_same_bits(
     tmp_path: Path, combination: Combination

@@ -14,7 +14,7 @@ from zo_hf.optimizers import RULES
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
     *(
-        (f"zo_rule='{name}' works on tensors", options_of(name) | {"zo_subspace": "full"})
+        (f"zo_rule='{name}' does not work with", options_of(name) | {"zo_subspace": "full"})
         for name, rule in RULES.items()
         if rule.needs_tensors
     ),

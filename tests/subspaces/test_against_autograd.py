@@ -103,7 +103,8 @@ def one_attention_layer(subspace: str) -> tuple[nn.Module, object]:
     return model, lambda call: exact_loss(call, batch)
 
 
-MEANS = [(name, small_net, distribution) for name in SUBSPACES for distribution in (*ELEMENTWISE, "sphere")]
+MEANS = [(name, small_net, distribution) for name in SUBSPACES for distribution in ELEMENTWISE]
+MEANS += [("low_rank", small_net, "sphere"), ("full", small_net, "sphere")]
 MEANS += [(name, one_attention_layer, "gaussian") for name in ("low_rank", "full", "adapter")]
 
 

@@ -72,6 +72,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return computed
 
 
+@pytest.mark.slow
 def test_methods_get_the_same_forward_passes_and_an_interrupted_comparison_goes_on(
     recipe: ModuleType, model_folder: str, tmp_path: Path, losses: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

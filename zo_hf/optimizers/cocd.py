@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from zo_hf.directions import Distribution, UnitVectors
 from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
 from zo_hf.estimators.estimator import Estimator
 from zo_hf.method import Method
-from zo_hf.optimizers.rule import Rule, RuleOptions
+from zo_hf.optimizers.rule import Rule, RuleOptions, is_plain_descent
 from zo_hf.subspaces.subspace import StreamOf, Subspace
 
 
@@ -57,6 +58,13 @@ class CoherentCoordinateDescent(Rule):
         )
         self._next_step = 0
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        if not is_plain_descent(optimizer):
+            raise ValueError(
+                f"zo_rule='cocd' remembers by itself what {type(optimizer).__name__} would average once more; use optim='sgd' "
+                "without momentum, or zo_rule='none'."
+            )
+
     def write_gradient(
         self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution
     ) -> None:
@@ -64,10 +72,11 @@ class CoherentCoordinateDescent(Rule):
         ring, step, per_step = self._ring, stream_of(0).step, distribution.per_step
         turn, after = step * per_step, (step + 1) * per_step
         # A skipped step measured nothing: its coordinates rest until their next turn.
-        missed = torch.arange(max(self._next_step * per_step, turn - len(ring)), turn, device=ring.device)
-        self._next_step = step + 1
-        ring.mul_(self.options.cocd_decay)
-        ring[missed % len(ring)] = 0.0
+        if step >= self._next_step:  # else the step is estimated once more, in place of what was found before
+            missed = torch.arange(max(self._next_step * per_step, turn - len(ring)), turn, device=ring.device)
+            ring.mul_(self.options.cocd_decay)
+            ring[missed % len(ring)] = 0.0
+            self._next_step = step + 1
         measured = self.estimator.coefficients(projected_gradients)
         turns = torch.arange(turn, after, device=ring.device)
         ring[turns % len(ring)] = torch.tensor(measured, dtype=ring.dtype, device=ring.device)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch.optim import Optimizer
 
 from zo_hf.method import Method
-from zo_hf.optimizers.rule import Rule
+from zo_hf.optimizers.rule import Rule, is_plain_descent
 
 
 class Conservative(Rule):
@@ -28,10 +27,7 @@ class Conservative(Rule):
     candidates = (0.0, 1.0, -1.0)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        is_plain = isinstance(optimizer, torch.optim.SGD) and not any(
-            group["momentum"] or group["maximize"] for group in optimizer.param_groups
-        )
-        if not is_plain:
+        if not is_plain_descent(optimizer):
             raise ValueError(
                 f"zo_rule='conservative' compares steps of plain SGD, and {type(optimizer).__name__} is to make others; "
                 "use optim='sgd' without momentum."

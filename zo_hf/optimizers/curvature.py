@@ -28,6 +28,9 @@ from zo_hf.method import Method
 from zo_hf.optimizers.rule import Rule, RuleOptions
 from zo_hf.subspaces.subspace import StreamOf, Subspace
 
+# A probe is at ε/√h: beyond these bounds it would be lost in rounding, or out of all proportion.
+SMALLEST, LARGEST = 1e-8, 1e8
+
 
 class Curvature(Rule):
     """State: h over the coordinates, float32 (float64 where they are), elementwise, so the same bits everywhere."""
@@ -50,11 +53,13 @@ class Curvature(Rule):
         super().write_gradient(projected_gradients, stream_of, distribution)
         rate, curvatures = self.options.curvature_rate, self._curvatures(projected_gradients)
         for block, h in zip(self._blocks, self._h, strict=True):
-            factor = torch.full_like(h, 1.0 - rate)
+            factor, measured = torch.full_like(h, 1.0 - rate), torch.zeros_like(h, dtype=torch.bool)
             for index, curvature in enumerate(curvatures):
                 squared = block.noise(stream_of(index), distribution).square()
                 factor.add_(squared, alpha=rate * 0.5 * abs(curvature) / len(curvatures))
-            h.mul_(factor)
+                measured |= squared > 0
+            # Where no direction went, nothing was learnt: a layer or an entry that rests keeps its h.
+            h.mul_(factor.where(measured, 1.0)).clamp_(SMALLEST, LARGEST)
         self._rescale()
 
     def _rescale(self) -> None:

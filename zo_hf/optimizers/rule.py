@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -58,12 +59,21 @@ class RuleOptions:
             raise ValueError(
                 f"zo_spectral_rank={self.spectral_rank} must be at least 1; leave it out for half of all."
             )
-        if not 0 <= self.curvature_rate <= 1:
-            raise ValueError(f"zo_curvature_rate={self.curvature_rate} must be between 0 and 1; 1e-6 is the paper's.")
+        if not 0 <= self.curvature_rate < 1:
+            raise ValueError(
+                f"zo_curvature_rate={self.curvature_rate} must be at least 0 and below 1; 1e-6 is the paper's."
+            )
         if not 0 <= self.cocd_decay <= 1:
             raise ValueError(
                 f"zo_cocd_decay={self.cocd_decay} must be from 0 (remembers nothing) to 1 (forgets nothing)."
             )
+
+
+def is_plain_descent(optimizer: Optimizer) -> bool:
+    """Whether a torch optimizer is SGD that goes downhill and has no momentum."""
+    return isinstance(optimizer, torch.optim.SGD) and not any(
+        group["momentum"] or group["maximize"] for group in optimizer.param_groups
+    )
 
 
 class Rule:
@@ -85,6 +95,10 @@ class Rule:
     uses: ClassVar[tuple[str, ...]] = ()
     #: Whether it works on tensors with a gradient, which the full subspace does not hold.
     needs_tensors: ClassVar[bool] = False
+    #: Whether it moves entries of a tensor that no direction has moved.
+    fills_tensors: ClassVar[bool] = False
+    #: Whether the scale of c is without effect, so that the learning rate is about the length of a step.
+    divides_scale_out: ClassVar[bool] = False
     #: The names of the estimators with whose numbers it works; of all if there are none.
     needs_estimator: ClassVar[tuple[str, ...]] = ()
     #: Multiples of the step of plain SGD after which it looks at the loss of the step's batches once more.
@@ -104,8 +118,8 @@ class Rule:
         """
         if cls.needs_tensors and subspace == Full.name:
             raise ValueError(
-                f"zo_rule={cls.name!r} works on tensors of the coordinates' size, which zo_subspace='full' never holds; "
-                "use zo_subspace='low_rank'."
+                f"zo_rule={cls.name!r} does not work with zo_subspace='full'; use zo_subspace='low_rank', whose coordinates "
+                "are held apart from the weights."
             )
         if cls.needs_estimator and estimator not in cls.needs_estimator:
             raise ValueError(

@@ -2,7 +2,8 @@
 
     ĝ = 1/q · Σᵢ sign(cᵢ) · zᵢ
 
-The learning rate is then the root mean square length of a step per coordinate, whatever the scale of the loss.
+The learning rate over √q is then the root mean square length of a step per coordinate, whatever the scale of the loss.
+Along single coordinates nothing is averaged, and it is the length of each.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Sign(Rule):
 
     name = "sign"
     about = Method("ZO-signSGD (2402.11592)")
+    divides_scale_out = True
 
     def write_gradient(
         self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution
     ) -> None:
-        coefficients = self.estimator.coefficients(projected_gradients)
-        signs = [((c > 0) - (c < 0)) / len(coefficients) for c in coefficients]
-        self.subspace.write_gradient(signs, stream_of, distribution)
+        signs = [float((c > 0) - (c < 0)) for c in projected_gradients]
+        self.subspace.write_gradient(self.estimator.coefficients(signs), stream_of, distribution)

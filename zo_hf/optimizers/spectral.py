@@ -36,6 +36,8 @@ class Spectral(Rule):
 
     uses: ClassVar[tuple[str, ...]] = ("momentum", "momentum_at_fold")
     needs_tensors = True
+    fills_tensors = True
+    divides_scale_out = True
 
     def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
         super().__init__(subspace, estimator, options)

@@ -63,13 +63,12 @@ class CoordinateBlock:
             torch._foreach_copy_(views, list(self.coordinates.values()))
             self.point[1:] = self.point[0]
             if isinstance(distribution, UnitVectors):
-                moves = [(row, stream_of(p.direction), p.scale) for row, p in enumerate(probes) if p.scale]
-                self._add_units(self.point, moves, distribution)
-                return
+                units = [(i, p) for i, p in enumerate(probes) if p.scale and p.direction >= 0]
+                self._add_units(self.point, [(i, stream_of(p.direction), p.scale) for i, p in units], distribution)
             for row, probe in zip(self.point, probes, strict=False):
                 if probe.direction < 0:
                     self._step_along_gradient(row, probe.scale)
-                elif probe.scale:
+                elif probe.scale and not isinstance(distribution, UnitVectors):
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
                 if probe.derivative:
                     self.tangent = self.direction(stream_of(probe.direction), distribution)[None]

@@ -137,10 +137,16 @@ def parse_arguments(
     )
     parser.add_argument("--config", help="a YAML file of these options; the command line wins", default=config)
     parser.set_defaults(**RECIPE)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
     if named.config is not None:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults(**read_options(named.config, known))
+        options = read_options(named.config, {action.dest for action in parser._actions})
+        parser.set_defaults(**options)
+        given |= options.keys() if named.config != config else set()
     job, arguments, _ = parser.parse_args_into_dataclasses(args=rest)
+    if arguments.zo_max_forward_passes is not None and "max_steps" not in given:
+        arguments.max_steps = -1  # they say how many there are
+    if arguments.zo_estimator != "two_point" and "learning_rate" not in given:
+        arguments.learning_rate = None  # the recipe's is for slopes along random directions
     if arguments.zo_subspace == "norms" and arguments.zo_exclude_modules == RECIPE["zo_exclude_modules"]:
         arguments.zo_exclude_modules = None
     return job, arguments

@@ -6,6 +6,7 @@ many steps as its forward passes allow. The seed decides the order of the senten
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -87,6 +88,9 @@ def run(job: Job) -> dict[str, Any]:
         ValueError: the options cannot work together, or one step takes more than the budget.
     """
     options = json.loads(job.options)
+    if torch.cuda.is_available():  # the last run's model is in cycles, and would count into this one's peak
+        gc.collect()
+        torch.cuda.empty_cache()
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     model = load_model(job, options)
     words = range(min(8, job.max_words), job.max_words + 1)
@@ -237,7 +241,9 @@ def train(
         trainer: Trainer
         if options.pop("backward", False):
             # What the other methods leave alone stays as it is here too.
-            moving = {id(site.parameter) for site in find_sites(model, exclude=options.pop("zo_exclude_modules"))}
+            moving = {
+                id(site.parameter) for site in find_sites(model, exclude=options.pop("zo_exclude_modules", None))
+            }
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in moving)
             trainer = Trainer(model, TrainingArguments(**common | options), **more)

@@ -32,6 +32,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
 from zo_hf.config import ZOConfig
+from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Run
+from zo_hf.estimators import ESTIMATORS
 from zo_hf.memory import PeakMemory
 from zo_hf.model_setup import check_model, make_subspace
 from zo_hf.tasks.assets import AssetError
@@ -116,7 +118,10 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
         tokenizer, model = load_model(model_path(sources), job, config)
     label_ids = label_token_ids(tokenizer, prompt)
     check_model(model, config)  # says now what training would say later
-    make_subspace(model, config, None)
+    subspace = make_subspace(model, config, None)
+    if not ESTIMATORS[config.zo_estimator].along_coordinates:
+        active = DEFAULT_ACTIVE_LAYERS if config.zo_active_layers is None else config.zo_active_layers
+        DISTRIBUTIONS[config.zo_direction](Run(subspace, config.zo_num_directions, active))
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
@@ -190,9 +195,12 @@ def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrain
     more: dict[str, Any] = {}
     if job.load_in_8bit or job.load_in_4bit:
         more = {"device_map": {"": config.device}, "quantization_config": quantization(job)}
+    attention = {"attn_implementation": "eager"} if ESTIMATORS[config.zo_estimator].needs_tangents else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=job.offline)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=job.dtype, local_files_only=job.offline, **more)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=job.dtype, local_files_only=job.offline, **more, **attention
+        )
     except OSError as error:
         raise OSError(
             f"--model_name_or_path {path} could not be loaded: name the folder of a model, "

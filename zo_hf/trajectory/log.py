@@ -128,6 +128,11 @@ class Writer:
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        if header["directions"] > MAX_PER_STEP:
+            raise ValueError(
+                f"a step of {header['directions']} numbers is more than the {MAX_PER_STEP} that a log holds; use a smaller "
+                "zo_num_directions."
+            )
         content = encode_header(header)
         self._struct = _record_struct(header["directions"], len(header["groups"]))
         self.crc = _CRC.unpack(content[-_CRC.size :])[0]

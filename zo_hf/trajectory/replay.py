@@ -200,7 +200,7 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         estimator=estimator,
         direction=settings["zo_direction"],
         active_layers=settings.get("zo_active_layers") or DEFAULT_ACTIVE_LAYERS,
-        coordinate_order=settings.get("zo_coordinate_order", "cyclic"),
+        coordinate_order=settings.get("zo_coordinate_order") or "cyclic",
         rule=rule,
         rule_options=RuleOptions(
             **{
@@ -212,6 +212,7 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         max_projected_grad=settings["zo_max_projected_grad"],
         normalize=settings["zo_normalize"],
         seed=settings["seed"],
+        replays=True,
     )
     groups = [
         {"params": [subspace.coordinates[name] for name in group["names"]]}
