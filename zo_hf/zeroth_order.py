@@ -236,7 +236,7 @@ class ZerothOrder:
         probes = self.estimator.probes()
         losses = self.ranks.mean_losses(self._losses, probes).tolist()
         self._losses = None
-        self._clean_loss = next((l for l, probe in zip(losses, probes, strict=True) if probe.scale == 0.0), None)
+        self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._name_what_was_not_reached()
         numbers = self.estimator.projected_gradients(losses)
         is_finite = _all_finite([*losses, *numbers])
