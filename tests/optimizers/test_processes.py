@@ -33,7 +33,7 @@ for rule in RULES:
         result = {"weights": weights_of(trainer.model), "passes": logged(trainer, "zo/forward_passes")}
         torch.save(result, folder / f"{rule}-{parallel}-{rank}.pt")
 """
-PASSES = {"none": 4, "sign": 4, "conservative": 7, "curvature": 5, "muon": 4, "power_iteration": 4}
+PASSES = {"none": 4, "sign": 4, "conservative": 7, "curvature": 5, "muon": 4, "power_iteration": 4, "cocd": 4}
 
 
 @pytest.mark.slow
