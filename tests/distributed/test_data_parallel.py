@@ -92,9 +92,7 @@ def model_of(subspace: str, dtype: str, seed: int = 0) -> torch.nn.Module:
     return with_lora(model) if subspace == "adapter" else model
 
 
-@pytest.fixture(
-    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=[pytest.param(processes, marks=pytest.mark.slow) for processes in (2, 3, 4)])
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """Every process's results of every case, from one launch; and the number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
