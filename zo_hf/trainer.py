@@ -23,7 +23,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from zo_hf import checkpoint
 from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, UnitVectors
+from zo_hf.directions import UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
 from zo_hf.model_setup import (
     base_model,
@@ -153,7 +153,7 @@ class ZOTrainerMixin(CheckpointsMixin):
             num_directions=args.zo_num_directions,
             estimator=args.zo_estimator,
             direction=args.zo_direction,
-            active_layers=DEFAULT_ACTIVE_LAYERS if args.zo_active_layers is None else args.zo_active_layers,
+            active_layers=args.zo_active_layers,
             coordinate_order=args.zo_coordinate_order,
             rule=args.zo_rule,
             rule_options=args.rule_options(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Distribution, Layers, Run, Stream, unit_vectors
+from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, Run, Stream, unit_vectors
 from zo_hf.directions.masked import Masked
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
@@ -79,7 +79,7 @@ class ZerothOrder:
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
-        active_layers: fraction of the layers that move in a step, for the direction "layers".
+        active_layers: fraction of the layers that move in a step, for the direction "layers"; None takes its own.
         coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         rule_options: what can be set about it.
@@ -108,7 +108,7 @@ class ZerothOrder:
         num_directions: int = 1,
         estimator: str = "two_point",
         direction: str | Distribution = "gaussian",
-        active_layers: float = DEFAULT_ACTIVE_LAYERS,
+        active_layers: float | None = None,
         coordinate_order: str = "cyclic",
         rule: str = "none",
         rule_options: RuleOptions | None = None,

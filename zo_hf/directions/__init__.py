@@ -1,6 +1,6 @@
 """Counter-based noise: the generator, its streams, and the distributions directions are drawn from."""
 
-from zo_hf.directions.distribution import DEFAULT_ACTIVE_LAYERS, Distribution, Run
+from zo_hf.directions.distribution import Distribution, Run
 from zo_hf.directions.distributions import ELEMENTWISE, GAUSSIAN, RADEMACHER, Elementwise, Gaussian, Rademacher
 from zo_hf.directions.draw import NoiseLayout, draw_half_words, draw_rows, draw_slice
 from zo_hf.directions.layers import Layers
@@ -16,7 +16,6 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {
 }
 
 __all__ = [
-    "DEFAULT_ACTIVE_LAYERS",
     "DISTRIBUTIONS",
     "ELEMENTWISE",
     "GAUSSIAN",

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from zo_hf.directions.draw import NoiseLayout
     from zo_hf.subspaces.subspace import Subspace
 
-DEFAULT_ACTIVE_LAYERS = 0.25
-
 
 @dataclass(frozen=True)
 class Run:
@@ -25,12 +23,12 @@ class Run:
     Args:
         subspace: whose coordinates move.
         num_directions: q, directions of a step.
-        active_layers: fraction of the layers that move in a step, where not all do.
+        active_layers: fraction of the layers that move in a step, where not all do; None takes the distribution's own.
     """
 
     subspace: Subspace
     num_directions: int = 1
-    active_layers: float = DEFAULT_ACTIVE_LAYERS
+    active_layers: float | None = None
 
 
 class Distribution:

@@ -24,6 +24,8 @@ from zo_hf.directions.draw import NoiseLayout, draw_half_words
 from zo_hf.directions.stream import Purpose, Stream
 from zo_hf.method import Method
 
+DEFAULT_ACTIVE = 0.25
+
 
 class Layers(Distribution):
     """See the formula above.
@@ -40,7 +42,7 @@ class Layers(Distribution):
     about = Method("LeZO (2410.09823); MeZO-BCD", needs="a model of several layers")
 
     def __init__(self, run: Run) -> None:
-        self.active = run.active_layers
+        self.active = DEFAULT_ACTIVE if run.active_layers is None else run.active_layers
         self.layer_of = layers_of(run.subspace.model, run.subspace.coordinates)
         self._sizes = {name: coordinate.numel() for name, coordinate in run.subspace.coordinates.items()}
         self._layers = sorted(set(self.layer_of.values()))

@@ -32,7 +32,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
 from zo_hf.config import ZOConfig
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS, DISTRIBUTIONS, Run
+from zo_hf.directions import DISTRIBUTIONS, Run
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.memory import PeakMemory
 from zo_hf.model_setup import check_model, make_subspace
@@ -120,8 +120,7 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     check_model(model, config)  # says now what training would say later
     subspace = make_subspace(model, config, None)
     if not ESTIMATORS[config.zo_estimator].along_coordinates:
-        active = DEFAULT_ACTIVE_LAYERS if config.zo_active_layers is None else config.zo_active_layers
-        DISTRIBUTIONS[config.zo_direction](Run(subspace, config.zo_num_directions, active))
+        DISTRIBUTIONS[config.zo_direction](Run(subspace, config.zo_num_directions, config.zo_active_layers))
     name = sources.model or EMBEDDED_MODEL
     say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from zo_hf.directions import DEFAULT_ACTIVE_LAYERS
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RuleOptions
 from zo_hf.quantization import quantized_layers
@@ -199,7 +198,7 @@ def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Opt
         num_directions=settings["zo_num_directions"],
         estimator=estimator,
         direction=settings["zo_direction"],
-        active_layers=settings.get("zo_active_layers") or DEFAULT_ACTIVE_LAYERS,
+        active_layers=settings.get("zo_active_layers"),
         coordinate_order=settings.get("zo_coordinate_order") or "cyclic",
         rule=rule,
         rule_options=RuleOptions(
