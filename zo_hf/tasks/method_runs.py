@@ -1,6 +1,6 @@
 """One run of a comparison of methods: a model, a method's options and a number of forward passes.
 
-Whatever the method, a run has the same sentences, the same prompt and label-word loss, a constant learning rate, and as
+Whatever the method, a run has the same sentences, the same prompt and loss, a constant learning rate, and as
 many steps as its forward passes allow. The seed decides the order of the sentences and the directions.
 """
 
@@ -58,6 +58,7 @@ class Job:
         train_rows: training sentences.
         eval_rows: development sentences, and as many test sentences.
         max_words: longest sentence.
+        loss: "label_words" compares the label words alone, "vocabulary" is the model's own loss of the label word.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Job:
     train_rows: int
     eval_rows: int
     max_words: int
+    loss: str = "label_words"
 
 
 ASKED = tuple(field.name for field in fields(Job))
@@ -97,7 +99,7 @@ def run(job: Job) -> dict[str, Any]:
     sentences = embedded_reviews(job.train_rows, 2 * job.eval_rows, DATA_SEED, words)
     half = len(sentences.held_out) // 2
     rows = range(half, 2 * half) if job.evaluations else range(half)
-    scorer = Scorer(tokenizer, sentences.held_out.select(rows), job.batch_size, 4 * words.stop)
+    scorer = Scorer(tokenizer, sentences.held_out.select(rows), job.batch_size, 4 * words.stop, job.loss)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     progress = Progress(job.budget, max(job.evaluations, 1), lambda: scorer(model))
@@ -129,26 +131,29 @@ def load_model(job: Job, options: dict[str, Any]) -> Any:
 
 
 class Scorer:
-    """Loss and accuracy of a model on some sentences, from the logits of the label words alone.
+    """Loss and accuracy of a model on some sentences, from the logits of the label words.
 
     Args:
         sentences: columns `text` and `label`.
         batch_size: that of training, so that scoring never needs more memory.
+        loss: that of training, see `Job`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, sentences: Dataset, batch_size: int, max_length: int
+        self, tokenizer: PreTrainedTokenizerBase, sentences: Dataset, batch_size: int, max_length: int, loss: str
     ) -> None:
-        self.tokenizer, self.batch_size, self.max_length = tokenizer, batch_size, max_length
+        self.tokenizer, self.batch_size, self.max_length, self.loss = tokenizer, batch_size, max_length, loss
         self.texts: list[str] = sentences["text"][:]
         self.labels: list[int] = sentences["label"][:]
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """`loss` among the label words, and `accuracy` raw and calibrated as `zo-hf train` reports them."""
+        """`loss` as training has it, and `accuracy` raw and calibrated as `zo-hf train` reports them."""
         scores = label_scores(model, self.tokenizer, self.texts, PROMPT_A, self.batch_size, self.max_length)
         prior = label_prior(model, self.tokenizer, PROMPT_A)
+        # The scores are log-probabilities over the vocabulary already.
+        loss = nn.functional.cross_entropy if self.loss == "label_words" else nn.functional.nll_loss
         return {
-            "loss": nn.functional.cross_entropy(scores, torch.tensor(self.labels)).item(),
+            "loss": loss(scores, torch.tensor(self.labels)).item(),
             "accuracy": accuracy(scores, self.labels),
             "calibrated_accuracy": accuracy(calibrated(scores, prior), self.labels),
         }
@@ -217,7 +222,7 @@ def train(
     more = {
         "train_dataset": Dataset.from_list(encoded),
         "data_collator": LabelWordCollator(tokenizer, model),
-        "compute_loss_func": LabelWordLoss(label_ids),
+        "compute_loss_func": LabelWordLoss(label_ids) if job.loss == "label_words" else None,
         "callbacks": [progress],
     }
     with tempfile.TemporaryDirectory() as folder:
