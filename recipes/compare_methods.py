@@ -145,6 +145,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--forward-passes", type=int, default=2000, help="of a full run (%(default)s)")
     add("--trial-forward-passes", type=int, default=500, help="of a trial (%(default)s)")
     add("--rates", type=int, default=5, help="trials of each method (%(default)s)")
+    add("--factor", type=float, default=1.0, help="of all grids' centres, for another model or loss (%(default)s)")
     add("--ratio", type=float, default=4.0, help="between the learning rates of the first trials (%(default)s)")
     add("--evaluations", type=int, default=20, help="scores along a full run (%(default)s)")
     add("--batch-size", type=int, default=8, help="sentences of a forward pass (%(default)s)")
@@ -168,6 +169,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1.")
     if args.ratio <= 1:
         parser.error(f"--ratio {args.ratio} must be above 1.")
+    if args.factor <= 0:
+        parser.error(f"--factor {args.factor} must be above 0.")
     args.model = args.model or str(default_model())
     args.figures = args.figures or args.output
     try:
@@ -276,7 +279,7 @@ class Comparison:
         def trial(rate: float) -> Job:
             return self.job(method, rate, TRIAL_SEED, args.trial_forward_passes, 0)
 
-        rates = first_rates(args.methods[method].rate, args.ratio, args.rates)
+        rates = first_rates(args.methods[method].rate * args.factor, args.ratio, args.rates)
         while True:
             found = {rate: self.find(trial(rate)) for rate in rates}
             losses = {rate: made["scores"][-1]["loss"] for rate, made in found.items() if made is not None}
