@@ -1,0 +1,179 @@
+"""Second moments of zeroth-order descent on a quadratic, exactly (the recursion behind arXiv 2604.14669).
+
+For every eigenvector i of H, with a step x ← x - (η/P)·m, m ← β·m + w·g and A = E[x²], B = E[x·m], C = E[m²],
+
+    C ← β²·C + 2βw·λB + w²·[(1 + c₁)·λ²A + c₀·Σⱼ λⱼ²Aⱼ]
+    B ← βB + wλA - (η/P)·C        A ← A - 2·(η/P)·(βB + wλA) + (η/P)²·C        (both with the new C)
+
+Modes meet in the sum alone, so the operator is blocks of 3 × 3 plus a matrix of rank one. It maps covariances to
+covariances; therefore its spectral radius ρ is an eigenvalue, and the largest root of
+
+    Σᵢ rᵢ(z) = 1        rᵢ(z): what mode i answers to a unit of noise in all modes, c₀·λᵢ²Aᵢ
+
+rᵢ decreases with z beyond the spectral radius of mode i alone (its own share of the noise included), where it is 1: there
+is one root above the largest of those radii, and none above the root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zo_hf.stability.process import Array, Process, as_array, process, spectrum
+
+_MAX_ITERATIONS = 200
+_LARGEST_STEP = 1e50  # η·λ; growth is of the order of its square, and the cubic's value of its sixth power
+
+
+def moment_growth(
+    step_size: float,
+    eigenvalues: Any,
+    *,
+    momentum: float = 0.0,
+    ema: bool = False,
+    num_directions: int = 1,
+    direction: str = "gaussian",
+    preconditioner: Any = None,
+    negative: str = "refuse",
+) -> float:
+    """What second moments grow by in a step in the long run: the spectral radius of the exact operator.
+
+    It is 1 at `critical_step_size`, and less below it. Directions in which H is zero are left out: there x does not
+    contract whatever the step size is. O(d) in time and memory. Infinity where a step is 10⁵⁰ times 1/λ.
+
+    Args:
+        step_size: η, at least 0.
+        eigenvalues, momentum, ema, num_directions, direction, preconditioner, negative: as for `critical_step_size`.
+
+    Raises:
+        ValueError: an argument is not usable; the message names it.
+    """
+    if not 0 <= step_size < np.inf:
+        raise ValueError(f"step_size={step_size} must be at least 0 and finite.")
+    values = spectrum(eigenvalues, preconditioner, negative)
+    method = process(momentum, ema, num_directions, direction, values.size)
+    steps, counts = np.unique((step_size * method.weight) * values, return_counts=True)
+    moving = steps > 0
+    if not moving.any():
+        return 1.0
+    if steps[-1] > _LARGEST_STEP:
+        return np.inf
+    return 1 + _largest_together(steps[moving], counts[moving].astype(np.float64), method)
+
+
+def _largest_alone(steps: Array, method: Process) -> float:
+    """The largest spectral radius of a single mode, less 1: the largest root of the modes' characteristic cubics.
+
+    Beyond its largest root such a polynomial is convex and increasing, so Newton's steps come down to it from above
+    and never pass it; nor does the largest of the modes' steps pass the largest of their roots.
+    """
+    beta, share = method.momentum, 1 + method.own + method.common
+    # From m ← β·m + g and λx ← λx - a·m, where g is √share·λx at most in root mean square.
+    excess = ((1 + share**0.5) * (1 + float(steps.max()))) ** 2
+    for _ in range(_MAX_ITERATIONS):
+        z = 1 + excess
+        inner = excess * (excess + 1 - beta) + 2 * steps * z
+        d_inner = 2 * excess + 1 - beta + 2 * steps
+        value = inner * (z - beta**2) + 2 * beta * steps * z * (steps + excess) - share * steps**2 * z * (z + beta)
+        slope = (
+            d_inner * (z - beta**2)
+            + inner
+            + 2 * beta * steps * (steps + excess + z)
+            - share * steps**2 * (2 * z + beta)
+        )
+        following = float((excess - value / slope).max())
+        if not following < excess - 1e-16:
+            break
+        excess = following
+    return excess
+
+
+def _answer(excess: float, steps: Array, method: Process) -> Array:
+    """rᵢ at z = 1 + excess; from the recursion's steady state at growth z, noise of 1 in every mode."""
+    beta, z = method.momentum, 1 + excess
+    inner = excess * (excess + 1 - beta) + 2 * steps * z
+    noise = steps**2 * z * (z + beta)
+    rest = inner * (z - beta**2) + 2 * beta * steps * z * (steps + excess) - (1 + method.own) * noise
+    with np.errstate(invalid="ignore"):  # z = 0: the mode forgets everything in one step
+        return method.common * noise / rest
+
+
+def _largest_together(steps: Array, counts: Array, method: Process) -> float:
+    """The root of Σ rᵢ = 1 above the modes' own radii, less 1, by bisection to the last place."""
+
+    def answer(excess: float) -> float:
+        return float(counts @ _answer(excess, steps, method))
+
+    low = _largest_alone(steps, method)
+    width = max(abs(low), 1e-16)
+    while answer(low + width) > 1:
+        width *= 2
+    high = low + width
+    while True:
+        middle = 0.5 * (low + high)
+        if not low < middle < high or high - low <= 1e-17:
+            return middle
+        if answer(middle) > 1:
+            low = middle
+        else:
+            high = middle
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments in the eigenbasis of H, each (d,) float64.
+
+    Args:
+        position: E[x²].
+        mixed: E[x·m].
+        velocity: E[m²], of the momentum buffer m.
+    """
+
+    position: Array
+    mixed: Array
+    velocity: Array
+
+    @classmethod
+    def at(cls, position: Any) -> Moments:
+        """Those of a run that begins at x with m = 0.
+
+        Args:
+            position: x in the eigenbasis of H, (d,).
+        """
+        square = as_array(position, "position") ** 2
+        return cls(square, np.zeros_like(square), np.zeros_like(square))
+
+
+def next_moments(
+    moments: Moments,
+    step_size: float,
+    eigenvalues: Any,
+    *,
+    momentum: float = 0.0,
+    ema: bool = False,
+    num_directions: int = 1,
+    direction: str = "gaussian",
+    preconditioner: Any = None,
+) -> Moments:
+    """The moments one step later; the expected loss is then ½·Σ λᵢ·position.
+
+    Args:
+        moments: of d modes.
+        step_size, eigenvalues, momentum, ema, num_directions, direction, preconditioner: as for `moment_growth`, in the
+            order of the moments; negative eigenvalues are as good as others here.
+
+    Raises:
+        ValueError: an argument is not usable; the message names it.
+    """
+    values = as_array(eigenvalues, "eigenvalues")
+    scale = np.ones_like(values) if preconditioner is None else as_array(preconditioner, "preconditioner")
+    method = process(momentum, ema, num_directions, direction, values.size)
+    beta, weight, eta = method.momentum, method.weight, step_size / scale
+    slopes = values**2 * moments.position
+    square = (1 + method.own) * slopes + method.common * slopes.sum()
+    velocity = beta**2 * moments.velocity + 2 * beta * weight * values * moments.mixed + weight**2 * square
+    along = beta * moments.mixed + weight * values * moments.position
+    position = moments.position - 2 * eta * along + eta**2 * velocity
+    return Moments(position, along - eta * velocity, velocity)
