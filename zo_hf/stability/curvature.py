@@ -9,7 +9,6 @@ over ε², about 2.4·(last place)·|L|/ε²; the error that is stated includes 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -91,7 +90,7 @@ def hessian_trace(
     losses = zo.losses_at(closure, around.probes(), stream_of, along)
     curvatures = around.curvatures(around.projected_gradients(losses))
     rounding = 6**0.5 * torch.finfo(zo.evaluator.dtype).eps * abs(losses[0]) / around.eps**2
-    if count > 1 and rounding > 0.5 * math.sqrt(variance(curvatures)):
+    if 2.0 * rounding**2 > variance(curvatures):
         logger.warning(
             "the curvature along these directions is mostly the rounding of the losses, which are %s (about %.2g in each); "
             "raise eps=%g, or return losses in float32 or better.",

@@ -101,9 +101,11 @@ def lambda_max(
     iterations = min(iterations, dimension)
     if autograd:
         if zo.rule.name == Curvature.name:
-            raise ValueError(f"autograd=True knows nothing of how zo_rule={zo.rule.name!r} scales directions; leave it out.")
-        with _differentiated(zo, closure) as product:
-            return lanczos(product, dimension, iterations, tolerance, zo.seed)
+            raise ValueError(
+                f"autograd=True knows nothing of how zo_rule={zo.rule.name!r} scales directions; leave it out."
+            )
+        with _differentiated(zo, closure) as exact:
+            return lanczos(exact, dimension, iterations, tolerance, zo.seed)
     cost = 4 * dimension * (iterations + 1)
     if cost > max_forward_passes:
         raise ValueError(

@@ -4,7 +4,7 @@ Of κ = zᵀHz over the last measured steps the mean is Tr H and the spread says
 
     gaussian   Var κ = 2·‖H‖²              sphere   Var κ = (2d·‖H‖² - 2·Tr²) / (d + 2)            ‖H‖ = Frobenius norm
 
-    for H ⪰ 0:   ‖H‖²/Tr  ≤  λmax  ≤  min(‖H‖, Tr)
+    for H ⪰ 0:   ‖H‖²/Tr  ≤  λmax  ≤  ‖H‖  ≤  Tr
 
 The right one in place of λmax in the lower bound on the critical learning rate, see `critical.py`, leaves a lower bound.
 The left one makes an upper bound of it, closer than 2/Tr and attained where all eigenvalues that are not zero are equal:
@@ -114,17 +114,17 @@ def stability(
         dimension: d, which only "sphere" needs.
     """
     descent = Descent() if descent is None else descent
-    trace, least, most = Measured.of(curvatures), 0.0, math.inf
+    trace = Measured.of(curvatures)
+    least, most = 0.0, trace.value if trace.value > 0 else math.inf
     if len(curvatures) >= _LEAST_SAMPLES and direction != "rademacher":
         spread = measured_directions * variance(curvatures)
         if direction == "sphere":
             assert dimension is not None
             spread = spread * (dimension + 2) / dimension + 2.0 * trace.value**2 / dimension
         square = spread / 2.0
-        least, most = square / trace.value if trace.value > 0 else 0.0, square**0.5
+        least, most = min(square / trace.value, trace.value) if trace.value > 0 else 0.0, square**0.5
     if trace.value <= 0:
         return Stability(trace, most, math.inf, math.inf, 0.0)
-    least, most = min(least, trace.value), min(most, trace.value)
     theory = "gaussian" if direction == "rademacher" else direction  # whose noise is at least that of signs
     lower, upper = (
         step_size_bounds(
@@ -187,6 +187,7 @@ class StabilityMonitor:
             zo.estimator, every, preconditioner if self._descent.divides else None
         )
         self.found: Stability | None = None
+        self._capped_at: float | None = None
         self._scheduled: list[float] = []
         self._said: set[str] = set()
         self._hooks = [
@@ -201,7 +202,7 @@ class StabilityMonitor:
             hook.remove()
 
     def logs(self) -> dict[str, float]:
-        """What is known, under the names that a Trainer logs."""
+        """What is known, under the names that a Trainer logs; the learning rate too if it is not the schedule's."""
         found = self.found
         if found is None:
             return {}
@@ -213,6 +214,8 @@ class StabilityMonitor:
             "zo/critical_lr_upper": found.critical_upper,
             "zo/stability_ratio": found.ratio,
         }
+        if self._capped_at is not None:
+            named["learning_rate"] = self._capped_at
         return {name: value for name, value in named.items() if math.isfinite(value)}
 
     def _before_step(self) -> None:
@@ -229,7 +232,8 @@ class StabilityMonitor:
             for group in groups:
                 if float(group["lr"]) > cap:
                     group["lr"] = cap
-            found = self._at(max(float(group["lr"]) for group in groups))
+            self._capped_at = cap if rate > cap else None
+            found = self._at(min(rate, cap))
         self.found = found
 
     def _after_step(self) -> None:
@@ -262,8 +266,10 @@ class StabilityMonitor:
             return
         self._said.add("crossed")
         safe = SAFETY * found.critical_lower
-        done = f"it is lowered to {safe:.2g}" if self._action == "cap" else (
-            f"lower it to at most {safe:.2g}, or have that done with zo_stability_action='cap'"
+        done = (
+            f"it is lowered to {safe:.2g}"
+            if self._action == "cap"
+            else (f"lower it to at most {safe:.2g}, or have that done with zo_stability_action='cap'")
         )
         logger.warning(
             "step %d: learning_rate=%.2g is %.2g times the largest at which this run is stable (Hessian trace %.3g ± %.2g, "
@@ -282,7 +288,7 @@ class StabilityMonitor:
         probes = self.probes
         if "rounding" in self._said or len(probes.curvatures) < _LEAST_SAMPLES:
             return
-        if probes.rounding > 0.5 * math.sqrt(variance(probes.curvatures)):
+        if 2.0 * probes.rounding**2 > variance(probes.curvatures):
             self._said.add("rounding")
             logger.warning(
                 "step %d: the curvature that zo_stability_steps measures is mostly the rounding of the losses, which are "
