@@ -54,7 +54,8 @@ def moment_growth(
         raise ValueError(f"step_size={step_size} must be at least 0 and finite.")
     values = spectrum(eigenvalues, preconditioner, negative)
     method = process(momentum, ema, num_directions, direction, values.size)
-    steps, counts = np.unique((step_size * method.weight) * values, return_counts=True)
+    with np.errstate(over="ignore"):
+        steps, counts = np.unique((step_size * method.weight) * values, return_counts=True)
     moving = steps > 0
     if not moving.any():
         return 1.0
