@@ -1,12 +1,13 @@
 """Runs that end when their forward passes or their time are spent, instead of after a number of steps.
 
-What one step costs is known before it: that of its probes, and of what its rule evaluates, times micro-batches; and in the
-first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
+What one step costs is known before it: that of its probes, of what its rule evaluates and of what is measured beside them,
+times micro-batches; and in the first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A
+step that would go beyond the budget is not begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
@@ -16,12 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
 
 from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES
+from zo_hf.probes.curvature import CurvatureProbes
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
+
+# Whose steps are measured by probes of their own, from the second one on.
+ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
 class Budget(TrainerCallback):
@@ -80,11 +86,13 @@ class Budget(TrainerCallback):
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
         budget, passes = self.args.zo_max_forward_passes, self._passes_per_batch()
         assert budget is not None
-        accumulation = self.args.gradient_accumulation_steps
-        if not self._batches:
-            return max(1, budget // (passes * accumulation))
-        epochs, rest = divmod(budget, passes * self._batches)
-        return max(1, epochs * -(-self._batches // accumulation) + rest // (passes * accumulation))
+        measured = _measured_passes(self.args, self._estimator())
+        steps = spent = 0
+        while True:
+            spent += (passes + measured(steps)) * self._next_batches(steps)
+            if spent > budget:
+                return max(1, steps)
+            steps += 1
 
     def pays_for(self, batches: int) -> bool:
         """Whether a step of so many micro-batches can be afforded."""
@@ -141,7 +149,8 @@ class Budget(TrainerCallback):
 
     def _cost(self, batches: int) -> int:
         twice = len(self._estimator().probes()) if self._checks() else 0
-        return self._passes_per_batch() * batches + twice
+        measured = 0 if self._zo is None else self._zo.curvature_passes
+        return (self._passes_per_batch() + measured) * batches + twice
 
     def _passes_per_batch(self) -> int:
         return forward_passes_of_a_step(self._estimator(), RULES[self.args.zo_rule])
@@ -154,3 +163,13 @@ class Budget(TrainerCallback):
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes
+
+
+def _measured_passes(args: ZOConfig, estimator: Estimator) -> Callable[[int], int]:
+    """Passes that step number i is going to take beyond its own; before the engine knows the optimizer."""
+    every = args.zo_stability_steps
+    if not every:
+        return lambda step: 0
+    divides = args.optim in ADAM
+    passes = len(CurvatureProbes(estimator, every, (lambda: None) if divides else None).probes)
+    return lambda step: 0 if step % every or (divides and not step) else passes

@@ -12,6 +12,7 @@ from zo_hf.directions import DISTRIBUTIONS, ORDERS, Layers
 from zo_hf.distributed import PARALLEL
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, CoherentCoordinateDescent, RuleOptions
+from zo_hf.stability.monitor import check_action, check_stability
 from zo_hf.subspaces import SUBSPACES
 
 _NEEDS_BACKWARD = (
@@ -255,6 +256,23 @@ class ZOConfig(Seq2SeqTrainingArguments):
         },
     )
 
+    zo_stability_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between measurements of the curvature, from which follows the largest learning rate at which the "
+            "run is stable; logged as zo/hessian_trace (and _error), zo/lambda_max, zo/critical_lr_lower, zo/critical_lr_upper "
+            "and zo/stability_ratio, the learning rate over the upper one. Each costs one forward pass, three with AdamW; 0 "
+            "never measures. Needs zo_estimator two_point, one_sided or second_difference and optim sgd or adamw_torch."
+        },
+    )
+    zo_stability_action: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do when zo/stability_ratio crosses 1: warn, or cap, which from then on lowers the learning rate "
+            "to 0.8 times zo/critical_lr_lower wherever the schedule's is above that."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._read_numbers()
         self._check_zo_options()
@@ -313,6 +331,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"zo_eps={self.zo_eps} must be a positive number; use 'auto' for the subspace's default.")
         if self.zo_check_steps < 0:
             raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
+        if self.zo_stability_steps:
+            check_action(self.zo_stability_steps, self.zo_stability_action)
+            check_stability(self.zo_estimator, self.zo_rule, self.zo_direction)
+        elif self.zo_stability_action != "warn":
+            raise ValueError(
+                f"zo_stability_action={self.zo_stability_action!r} has no effect without measurements; set "
+                "zo_stability_steps=10, or leave it out."
+            )
         if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
             raise ValueError(
                 f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."

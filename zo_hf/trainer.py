@@ -38,6 +38,7 @@ from zo_hf.optimizers import SeededSGD
 from zo_hf.probes.model_loss import ModelLoss, loss_kind
 from zo_hf.quantization import quantized_layers, stored_tensors, training_allowed
 from zo_hf.sharding import Sharding, fsdp_settings, is_sharded, is_sharded_model
+from zo_hf.stability.monitor import StabilityCallback
 from zo_hf.subspaces import Folded, Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, tokens_in_front
 from zo_hf.trainer_checkpoints import CheckpointsMixin
@@ -82,6 +83,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         with training_allowed(), self._budget.of(args):  # a dataset without a length is refused without max_steps
             super().__init__(model, args, *more, **kwargs)
         self.add_callback(self._budget)
+        if self._stability is None and self.args.zo_stability_steps:
+            self.add_callback(StabilityCallback(self.args.zo_stability_steps, self.args.zo_stability_action))
         if model is None:
             check_model(self.model, args)  # what model_init made
         quantized_layers(self.model)  # readies them, so that an evaluation before any training is the same as after
@@ -171,7 +174,6 @@ class ZOTrainerMixin(CheckpointsMixin):
             self._learning_rate_is_automatic = True
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
-            self._check_shared_forwards(zo)
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
@@ -185,12 +187,24 @@ class ZOTrainerMixin(CheckpointsMixin):
             self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
-        return zo.prepare(self.optimizer)
+        zo.prepare(self.optimizer)
+        if self._stability is not None:
+            self._stability.watch(zo, self.optimizer)
+        if self._sharding is not None:
+            self._check_shared_forwards(zo)
+        return self.optimizer
+
+    @property
+    def _stability(self) -> StabilityCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
 
     def _check_shared_forwards(self, zo: ZerothOrder) -> None:
         """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""
         probes = len(zo.estimator.probes())
-        if any(part % self._ranks.grid.directions for part in (probes, zo.forward_passes_per_step - probes)):
+        measured = 0 if zo.curvature is None else len(zo.curvature.probes)
+        parts = (probes, zo.forward_passes_per_step - probes, measured)
+        if any(part % self._ranks.grid.directions for part in parts):
             raise ValueError(
                 f"zo_parallel={self.args.zo_parallel!r} cannot share out the {zo.forward_passes_per_step} forward passes "
                 "of a step equally, as fsdp=... needs; use zo_parallel='data'."
@@ -241,6 +255,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self._sharding is not None:
             self._sharding.base_hash = None
         optimizer = self._torch_optimizer()
+        if self._stability is not None and self._stability.monitor is not None:
+            self._stability.monitor.detach()
         if self._users_groups is None:
             self.optimizer = None
         else:
@@ -329,7 +345,8 @@ class ZOTrainerMixin(CheckpointsMixin):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer assumes a forward and a backward pass, three forwards' worth; a step here is its probes."""
         assert self.zo is not None
-        return super().floating_point_ops(inputs) * self.zo.forward_passes_per_step // self._ranks.grid.directions // 3
+        passes = self.zo.forward_passes_per_step + self.zo.curvature_passes
+        return super().floating_point_ops(inputs) * passes // self._ranks.grid.directions // 3
 
     # How long it goes on, and what it says.
 
@@ -427,6 +444,8 @@ class ZOTrainerMixin(CheckpointsMixin):
             logs["zo/projected_grad"] = sum(gradients) / len(gradients)
             logs["zo/forward_passes"] = self.zo.forward_passes
             logs["zo/skipped_steps"] = self.zo.skipped_steps
+            if self._stability is not None and self._stability.monitor is not None:
+                logs |= self._stability.monitor.logs()
             if isinstance(self.zo.distribution, UnitVectors):
                 logs["zo/cycles"] = self.zo.distribution.cycles(self.zo.step)
             if isinstance(self.zo.subspace, Folded) and self.zo.subspace.fold_error is not None:

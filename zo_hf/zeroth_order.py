@@ -17,10 +17,12 @@ from zo_hf.directions.masked import Masked
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES, Rule, RuleOptions, ScalarNormalisation
+from zo_hf.probes.curvature import CurvatureProbes
 from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.probes.probe import Probe
 from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
+from zo_hf.subspaces.subspace import StreamOf
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,13 @@ class Estimate:
         loss: at the current point where the estimator evaluates it, else the mean over the probes.
         projected_gradients: c of every direction.
         is_finite: False if a loss or a c is not finite; the optimizer is then given nothing to apply.
+        curvatures: zᵀHz of the directions that were measured, see `CurvatureProbes`; none in most steps.
     """
 
     loss: float
     projected_gradients: tuple[float, ...]
     is_finite: bool
+    curvatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,14 @@ class ZerothOrder:
 
     Attributes:
         on_step: called after every optimizer step with what it was made of; None calls nothing.
+        curvature: what some steps measure beside their probes, and what they have found; None measures nothing.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
     """
 
     on_step: Callable[[Step], None] | None = None
+    curvature: CurvatureProbes | None = None
 
     def __init__(
         self,
@@ -155,6 +161,7 @@ class ZerothOrder:
         self.skipped_steps = 0
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
+        self._curvature_losses: Tensor | None = None
         self._batches: list[tuple[Callable[[], Tensor], float]] = []
         self._clean_loss: float | None = None
         self._applied: tuple[tuple[float, ...], bool] | None = None
@@ -197,18 +204,53 @@ class ZerothOrder:
         self.distribution.begin()
         losses = self._own_losses(closure, self.estimator.probes()) * weight
         self._losses = losses if self._losses is None else self._losses + losses
+        if self.curvature is not None and self.curvature.due(self.step):
+            with self.curvature.along(self.subspace):
+                more = self._own_losses(closure, self.curvature.probes) * weight
+            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
         if self.rule.candidates:
             self._batches.append((closure, weight))
         return losses
 
-    def _own_losses(self, closure: Callable[[], Tensor], probes: Sequence[Probe]) -> Tensor:
+    def losses_at(
+        self,
+        closure: Callable[[], Tensor],
+        probes: Sequence[Probe],
+        stream_of: StreamOf | None = None,
+        distribution: Distribution | None = None,
+    ) -> list[float]:
+        """Losses of a batch, on all ranks, at points around the current one that are no part of a step; they are counted.
+
+        Args:
+            closure: as for `estimate`.
+            probes: the points.
+            stream_of: the stream of each direction index; None takes the step's.
+            distribution: what they are drawn from; None takes the step's.
+        """
+        self.distribution.begin()
+        own = self._own_losses(closure, probes, stream_of, distribution)
+        return [float(loss) for loss in self.ranks.mean_losses(own, probes)]
+
+    def _own_losses(
+        self,
+        closure: Callable[[], Tensor],
+        probes: Sequence[Probe],
+        stream_of: StreamOf | None = None,
+        distribution: Distribution | None = None,
+    ) -> Tensor:
         """The losses at those of the probes that are this rank's; the passes that all ranks make are counted."""
         own = [probes[i] for i in self.ranks.grid.own(probes)]
         if not own:
             self.evaluator.forward_passes += len(probes)
             device = next(iter(self.subspace.coordinates.values())).device
             return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        return self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution, count=len(probes))
+        stream_of, distribution = stream_of or self._stream, distribution or self.distribution
+        return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, count=len(probes))
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """What moves the coordinates; None before `prepare`."""
+        return self._optimizer
 
     @property
     def forward_passes(self) -> int:
@@ -219,6 +261,11 @@ class ZerothOrder:
     def forward_passes_per_step(self) -> int:
         """Evaluations of the loss on a whole batch that a step takes, whichever ranks make them."""
         return forward_passes_of_a_step(self.estimator, type(self.rule))
+
+    @property
+    def curvature_passes(self) -> int:
+        """Evaluations of the loss on a whole batch that the present step takes beyond `forward_passes_per_step`."""
+        return len(self.curvature.probes) if self.curvature is not None and self.curvature.due(self.step) else 0
 
     @property
     def numbers(self) -> int:
@@ -236,6 +283,7 @@ class ZerothOrder:
         probes = self.estimator.probes()
         losses = self.ranks.mean_losses(self._losses, probes).tolist()
         self._losses = None
+        curvatures = self._found_curvatures(losses)
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._name_what_was_not_reached()
         numbers = self.estimator.projected_gradients(losses)
@@ -247,7 +295,17 @@ class ZerothOrder:
             raise
         finally:
             self._batches = []
-        return Estimate(self.estimator.loss(losses), tuple(numbers[: self.estimator.num_directions]), is_finite)
+        found = tuple(numbers[: self.estimator.num_directions])
+        return Estimate(self.estimator.loss(losses), found, is_finite, tuple(curvatures))
+
+    def _found_curvatures(self, losses: Sequence[float]) -> list[float]:
+        """What the step has measured beside its probes; losses: at these, of all ranks."""
+        if self.curvature is None or self._curvature_losses is None:
+            return []
+        probes = self.curvature.probes
+        more = self.ranks.mean_losses(self._curvature_losses, probes).tolist() if probes else []
+        self._curvature_losses = None
+        return self.curvature.record(losses, more, self.evaluator.dtype)
 
     def apply(self, numbers: Sequence[float], skipped: bool) -> None:
         """Leave the gradient that a step's numbers stand for to `optimizer.step()`: training and replay end here.
@@ -294,7 +352,7 @@ class ZerothOrder:
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
-        self._losses, self._batches = None, []
+        self._losses, self._curvature_losses, self._batches = None, None, []
 
     def finish(self) -> nn.Module:
         """Fold the coordinates into the weights and take every trace of the engine out of the model.
@@ -326,6 +384,7 @@ class ZerothOrder:
             "pending_decay": dict(self._pending_decay),
             "normalisation": None if normalisation is None else [normalisation.mean_square, normalisation.steps],
             "distribution": self.distribution.state(),
+            "curvature": None if self.curvature is None else self.curvature.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -335,6 +394,8 @@ class ZerothOrder:
         self.evaluator.batched = state["batched"]
         self._pending_decay = dict(state["pending_decay"])
         self.distribution.load_state(state.get("distribution", {}))
+        if self.curvature is not None and state.get("curvature") is not None:
+            self.curvature.load_state(state["curvature"])
         if self.normalisation is not None and state["normalisation"] is not None:
             self.normalisation = ScalarNormalisation(*state["normalisation"])
 

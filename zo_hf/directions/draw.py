@@ -98,6 +98,14 @@ class NoiseLayout:
         offset, shape = self.offsets[name], self.shapes[name]
         return flat[..., offset : offset + shape.numel()].view(flat.shape[:-1] + shape)
 
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The flat vector, (size,), of these tensors, by name, and of zeros between them; differentiable."""
+        parts = []
+        for name, shape in self.shapes.items():
+            flat = tensors[name].flatten()
+            parts.append(torch.nn.functional.pad(flat, (0, -shape.numel() % 128)))
+        return torch.cat(parts)
+
     def draw(self, stream: Stream, distribution: Elementwise) -> Tensor:
         """Noise for all tensors, float32 of shape (size,)."""
         index, low, high = self._blocks(distribution.elements_per_block)

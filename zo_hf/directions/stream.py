@@ -21,6 +21,7 @@ class Purpose(Enum):
     ROUNDING = "rounding"
     LAYERS = "layers"
     ORDER = "order"
+    CURVATURE = "curvature"
 
 
 @dataclass(frozen=True)

@@ -31,5 +31,10 @@ class ScalarNormalisation:
         square = sum(c * c for c in projected_gradients) / len(projected_gradients)
         self.mean_square = BETA * self.mean_square + (1 - BETA) * square
         self.steps += 1
-        root = (self.mean_square / (1 - BETA**self.steps)) ** 0.5
+        root = self.root
         return [c / root if root > 0 else 0.0 for c in projected_gradients]
+
+    @property
+    def root(self) -> float:
+        """The running root mean square of c; 0 before the first step."""
+        return (self.mean_square / (1 - BETA**self.steps)) ** 0.5 if self.steps else 0.0

@@ -42,6 +42,7 @@ class ProbeEvaluator:
     Attributes:
         batched: the choice made; None until "auto" has decided.
         forward_passes: evaluations of the loss so far, those that other processes made of the same batch included.
+        dtype: that of the losses as the closure last returned them.
         agree: turns this process's answer into that of all, who must make the same forward passes and whose choice one
             checkpoint holds; takes it as a tensor on the device of the losses.
         recover: where a forward is made by all processes together, makes the model usable after one that raised.
@@ -50,6 +51,7 @@ class ProbeEvaluator:
     def __init__(self, batched: bool | str = "auto") -> None:
         self.batched = None if batched == "auto" else bool(batched)
         self.forward_passes = 0
+        self.dtype = torch.float32
         self.agree: Callable[[Tensor], bool] = bool
         self.recover: Callable[[], None] | None = None
 
@@ -94,6 +96,7 @@ class ProbeEvaluator:
                 values = self._decide(closure, sequential, batched, count)
             else:
                 values = batched() if self.batched else sequential()
+        self.dtype = values.dtype
         return values.float() if values.device.type == "mps" else values.double()
 
     def _decide(

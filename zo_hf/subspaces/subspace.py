@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from zo_hf.directions import Distribution, Stream
+from zo_hf.directions import GAUSSIAN, Distribution, Stream
 from zo_hf.method import Method
 from zo_hf.probes.probe import NotBatchable, Probe
 from zo_hf.quantization import quantized_layers
@@ -69,6 +69,7 @@ class Subspace:
         self.rows_per_probe = 0
         self.clip_factor = 1.0  # what the estimate of this step was multiplied by
         self.visited: set[nn.Module] = set()
+        self._is_differentiable = False
         self._holders: dict[nn.Module, dict[str, Site]] = {}
         for site in self.sites:
             for module, attribute in site.uses:
@@ -133,6 +134,24 @@ class Subspace:
         finally:
             self.probes, self.rows_per_probe = (), 0
             self._leave_point()
+
+    @contextmanager
+    def differentiable(self) -> Iterator[list[Tensor]]:
+        """Inside, autograd differentiates the model with respect to the tensors handed out: the coordinates, in order."""
+        if self.materialised is None:
+            yield list(self.coordinates.values())
+            return
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in self.coordinates.items()}
+        self._is_differentiable = True
+        try:
+            with self.at((Probe(0, 0.0),), no_stream, GAUSSIAN), torch.enable_grad():
+                for block in self.materialised.blocks:
+                    block.point = block.layout.join(leaves)[None].to(block.dtype)
+                yield list(leaves.values())
+        finally:
+            self._is_differentiable = False
+            for block in self.materialised.blocks:
+                block.point = None
 
     def unvisited(self) -> list[str]:
         """Names of moving parameters whose module has not been called since `attach`."""
@@ -246,5 +265,5 @@ def _entered_forward(
         subspace.visited.add(module)
     if module not in subspace._holders or not subspace.moved(module):
         return original(*args, **kwargs)
-    with torch.no_grad():
+    with nullcontext() if subspace._is_differentiable else torch.no_grad():
         return subspace.forward(module, original, args, kwargs)

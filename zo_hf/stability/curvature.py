@@ -1,0 +1,120 @@
+"""The Hessian of a model's loss in the coordinates of a run, from forward passes.
+
+    κ = (L(ξ + ε·z) + L(ξ - ε·z) - 2·L(ξ)) / ε²,  z ~ N(0, I)        E κ = Tr H,  Var κ = 2·‖H‖²       (Hutchinson 1990)
+
+With z zero but on some tensors it is the trace of their block of H. κ is off by O(ε²) and by the rounding of the losses
+over ε², about 2.4·(last place)·|L|/ε²; the error that is stated includes the rounding, as it shows in the spread of κ.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
+from zo_hf.directions.layers import layers_of
+from zo_hf.directions.masked import Masked
+from zo_hf.estimators import SecondDifference
+from zo_hf.stability.measured import Measured, variance
+from zo_hf.zeroth_order import ZerothOrder
+
+logger = logging.getLogger(__name__)
+
+
+class Only(Distribution):
+    """The directions of another distribution on some tensors, and zero on the others.
+
+    Args:
+        distribution: the other.
+        names: of the tensors that move.
+    """
+
+    name = "only"
+
+    def __init__(self, distribution: Distribution, names: Collection[str]) -> None:
+        self._distribution, self._names = distribution, frozenset(names)
+
+    def draw_layout(self, stream: Stream, layout: NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
+        z = self._distribution.draw_layout(stream, layout, coordinates)
+        for name, view in layout.views(z).items():
+            if name not in self._names:
+                view.zero_()
+        return z
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
+        if name not in self._names:
+            return torch.zeros(len(values), device=values.device)
+        return self._distribution.draw_slice(stream, name, start, values)
+
+    def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        if name not in self._names:
+            return torch.zeros(*rows.shape, values.shape[1], device=values.device)
+        return self._distribution.draw_rows(stream, name, rows, values)
+
+    def moves(self, stream: Stream, name: str) -> bool:
+        return name in self._names and self._distribution.moves(stream, name)
+
+
+def hessian_trace(
+    zo: ZerothOrder,
+    closure: Callable[[], Tensor],
+    count: int = 16,
+    eps: float | None = None,
+    names: Collection[str] | None = None,
+) -> Measured:
+    """The trace of the Hessian at the current point, in 2·count + 1 forward passes.
+
+    Args:
+        zo: an engine, whose coordinates they are; of masked directions the trace is that of the entries that move.
+        closure: evaluates the model and returns a scalar loss, always on the same batch.
+        count: directions, at least 2 for an error.
+        eps: distance of a probe; None takes the engine's. A larger one has less rounding.
+        names: of coordinate tensors; the trace is then that of their block of the Hessian. None takes all.
+
+    Raises:
+        ValueError: a name is none of a coordinate tensor.
+    """
+    unknown = set(names or ()) - set(zo.subspace.coordinates)
+    if unknown or (names is not None and not names):
+        raise ValueError(f"names={sorted(unknown)} are no coordinate tensors; give some of zo.subspace.coordinates.")
+    distribution = zo.distribution if isinstance(zo.distribution, Masked) else GAUSSIAN
+    along = distribution if names is None else Only(distribution, names)
+    around = SecondDifference(zo.estimator.eps if eps is None else eps, count)
+
+    def stream_of(direction: int) -> Stream:
+        return Stream(zo.seed, zo.step, direction, Purpose.CURVATURE)
+
+    losses = zo.losses_at(closure, around.probes(), stream_of, along)
+    curvatures = around.curvatures(around.projected_gradients(losses))
+    rounding = 6**0.5 * torch.finfo(zo.evaluator.dtype).eps * abs(losses[0]) / around.eps**2
+    if 2.0 * rounding**2 > variance(curvatures):
+        logger.warning(
+            "the curvature along these directions is mostly the rounding of the losses, which are %s (about %.2g in each); "
+            "raise eps=%g, or return losses in float32 or better.",
+            str(zo.evaluator.dtype).removeprefix("torch."),
+            rounding,
+            around.eps,
+        )
+    return Measured.of(curvatures)
+
+
+def group_traces(
+    zo: ZerothOrder,
+    closure: Callable[[], Tensor],
+    groups: Mapping[str, Collection[str]] | None = None,
+    count: int = 16,
+    eps: float | None = None,
+) -> dict[str, Measured]:
+    """The trace of every group's block of the Hessian, in 2·count + 1 forward passes each; they add up to the whole.
+
+    Args:
+        zo, closure, count, eps: as for `hessian_trace`.
+        groups: names of coordinate tensors; None is a group for every layer, see `zo_hf.directions.layers`.
+    """
+    if groups is None:
+        layer_of = layers_of(zo.model, zo.subspace.coordinates)
+        groups = {layer: [n for n in layer_of if layer_of[n] == layer] for layer in dict.fromkeys(layer_of.values())}
+    return {group: hessian_trace(zo, closure, count, eps, names) for group, names in groups.items()}

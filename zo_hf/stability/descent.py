@@ -1,0 +1,91 @@
+"""What the theory of stability knows of a torch optimizer: its momentum, and what it divides by.
+
+    SGD      m ← β·m + (1 - dampening)·g          x ← x - η·m
+    Adam     m ← β₁·m + (1 - β₁)·g                x ← x - η·P⁻¹·m,  P = (1 - β₁ᵗ⁺¹)·(√v̂ + ε)
+
+after arXiv 2604.14669, where P stands still. Here it is as the last step left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zo_hf.optimizers import SeededSGD
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How an optimizer makes a step of a gradient.
+
+    Args:
+        momentum: β.
+        ema: whether the momentum is a moving average, the new gradient times 1 - β.
+        factor: what the learning rate is multiplied by beside that.
+        divides: whether by a diagonal P, see `inverse_root`.
+    """
+
+    momentum: float = 0.0
+    ema: bool = False
+    factor: float = 1.0
+    divides: bool = False
+
+
+def descent_of(optimizer: Optimizer) -> Descent:
+    """How an optimizer makes a step.
+
+    Raises:
+        ValueError: the theory knows nothing of it; the message says what to use instead.
+    """
+    kinds = {_descent(optimizer, group) for group in optimizer.param_groups}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(
+            f"zo_stability_steps knows no critical learning rate of this {type(optimizer).__name__}; use optim='sgd' "
+            "without nesterov or 'adamw_torch' without amsgrad, with the same options in all parameter groups, or leave "
+            "zo_stability_steps out."
+        )
+    (descent,) = kinds
+    assert descent is not None
+    return descent
+
+
+def _descent(optimizer: Optimizer, group: Mapping[str, Any]) -> Descent | None:
+    if isinstance(optimizer, SeededSGD):
+        return Descent()
+    if group.get("maximize"):
+        return None
+    if type(optimizer) is torch.optim.SGD and not group["nesterov"]:
+        factor = 1.0 - group["dampening"] if group["momentum"] else 1.0
+        return Descent(group["momentum"], factor=factor)
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not group["amsgrad"]:
+        return Descent(float(group["betas"][0]), ema=True, divides=True)
+    return None
+
+
+@torch.no_grad()
+def inverse_root(optimizer: Optimizer, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """P^-½ of Adam's next step over every coordinate tensor, by name; zeros where it has moved nothing yet.
+
+    Returns None before its first step.
+    """
+    names = {id(coordinate): name for name, coordinate in coordinates.items()}
+    if not any(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
+        return None
+    roots: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        for parameter in group["params"]:
+            state, name = optimizer.state.get(parameter), names[id(parameter)]
+            if not state:
+                roots[name] = torch.zeros_like(parameter)
+                continue
+            steps = float(state["step"])
+            mean_square = state["exp_avg_sq"] / (1.0 - beta2**steps)
+            divisor = (mean_square.sqrt() + group["eps"]) * (1.0 - beta1 ** (steps + 1))
+            roots[name] = divisor.rsqrt()
+    return roots
