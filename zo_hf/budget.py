@@ -1,11 +1,13 @@
 """Runs that end when their forward passes or their time are spent, instead of after a number of steps.
 
-What one step costs is known before it: that of its probes, and of what its rule evaluates, times micro-batches; and in the
-first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
+What one step costs is known before it: that of its probes, and of what its rule evaluates, times micro-batches, which
+`zo_rule="svrg"` does not have the same in every step; and in the first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -20,7 +22,7 @@ from transformers.trainer_utils import has_length
 from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
-from zo_hf.optimizers import RULES
+from zo_hf.optimizers import RULES, Rule
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
 
@@ -78,13 +80,14 @@ class Budget(TrainerCallback):
 
     def steps(self) -> int:
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
-        budget, passes = self.args.zo_max_forward_passes, self._passes_per_batch()
+        budget = self.args.zo_max_forward_passes
         assert budget is not None
+        passes = [self._passes_per_batch(step) for step in range(self._rule.period(self.args.rule_options()))]
         accumulation = self.args.gradient_accumulation_steps
-        if not self._batches:
-            return max(1, budget // (passes * accumulation))
-        epochs, rest = divmod(budget, passes * self._batches)
-        return max(1, epochs * -(-self._batches // accumulation) + rest // (passes * accumulation))
+        per_epoch = -(-self._batches // accumulation) if self._batches else 1
+        costs = [passes[step % len(passes)] * self._next_batches(step) for step in range(per_epoch * len(passes))]
+        cycles, rest = divmod(budget, sum(costs))
+        return max(1, cycles * len(costs) + bisect_right(list(itertools.accumulate(costs)), rest))
 
     def pays_for(self, batches: int) -> bool:
         """Whether a step of so many micro-batches can be afforded."""
@@ -141,10 +144,14 @@ class Budget(TrainerCallback):
 
     def _cost(self, batches: int) -> int:
         twice = len(self._estimator().probes()) if self._checks() else 0
-        return self._passes_per_batch() * batches + twice
+        return self._passes_per_batch(0 if self._zo is None else self._zo.step) * batches + twice
 
-    def _passes_per_batch(self) -> int:
-        return forward_passes_of_a_step(self._estimator(), RULES[self.args.zo_rule])
+    def _passes_per_batch(self, step: int) -> int:
+        return forward_passes_of_a_step(self._estimator(), self._rule, self.args.rule_options(), step)
+
+    @property
+    def _rule(self) -> type[Rule]:
+        return RULES[self.args.zo_rule]
 
     def _estimator(self) -> Estimator:
         return ESTIMATORS[self.args.zo_estimator](1.0, self.args.zo_num_directions)

@@ -125,8 +125,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
             "conservative (the best of staying, stepping and stepping back, for three forward passes more, two beside a clean loss), curvature "
             "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon), power_iteration (leading "
-            "singular directions, ZO-MOPI), or cocd (coherent coordinate descent: differences along coordinates are kept and "
-            "reused; needs zo_estimator=coordinate or coordinate_forward, and optim=sgd). With muon and power_iteration the learning rate is the root mean square "
+            "singular directions, ZO-MOPI), cocd (coherent coordinate descent: differences along coordinates are kept and "
+            "reused; needs zo_estimator=coordinate or coordinate_forward, and optim=sgd), or svrg (variance reduction by differences "
+            "from a snapshot, MeZO-SVRG; zo_fold_steps has to be a multiple of zo_svrg_batches + zo_svrg_steps). With muon and power_iteration the learning rate is the root mean square "
             "length of a step per coordinate, with sign it is √q times that."
         },
     )
@@ -164,6 +165,17 @@ class ZOConfig(Seq2SeqTrainingArguments):
         metadata={
             "help": "How many differences zo_rule=cocd remembers, the freshest. Default: one for each coordinate."
         },
+    )
+    zo_svrg_batches: int = field(
+        default=9,
+        metadata={
+            "help": "For svrg: steps in which the gradient at a new snapshot is estimated, each from its own batch; the last "
+            "of them moves along it, and the others do not move."
+        },
+    )
+    zo_svrg_steps: int = field(
+        default=1,
+        metadata={"help": "For svrg: steps after these that use the snapshot; 1 is the paper's (its q is 2)."},
     )
     zo_coordinate_order: str = field(
         default="cyclic",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -195,11 +195,14 @@ class ZerothOrder:
     def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
         self.distribution.begin()
-        losses = self._own_losses(closure, self.estimator.probes()) * weight
+        losses = self._own_losses(closure, self._probes()) * weight
         self._losses = losses if self._losses is None else self._losses + losses
         if self.rule.candidates:
             self._batches.append((closure, weight))
         return losses
+
+    def _probes(self) -> list[Probe]:
+        return probes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
 
     def _own_losses(self, closure: Callable[[], Tensor], probes: Sequence[Probe]) -> Tensor:
         """The losses at those of the probes that are this rank's; the passes that all ranks make are counted."""
@@ -217,13 +220,13 @@ class ZerothOrder:
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Evaluations of the loss on a whole batch that a step takes, whichever ranks make them."""
-        return forward_passes_of_a_step(self.estimator, type(self.rule))
+        """Evaluations of the loss on a whole batch that the next step takes, whichever ranks make them."""
+        return forward_passes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
 
     @property
     def numbers(self) -> int:
-        """How many numbers a step is recorded as: the estimator's, and one more if the rule makes a choice."""
-        return self.estimator.numbers + bool(self.rule.candidates)
+        """How many numbers a step is recorded as: the estimator's at every point, and one more if the rule makes a choice."""
+        return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
 
     @property
     def at_start_of_step(self) -> bool:
@@ -233,12 +236,15 @@ class ZerothOrder:
     def finish_estimate(self) -> Estimate:
         """Turn the losses gathered by `probe`, on all ranks, into the gradient of this step."""
         assert self._losses is not None, "finish_estimate needs a probe first"
-        probes = self.estimator.probes()
+        probes = self._probes()
         losses = self.ranks.mean_losses(self._losses, probes).tolist()
         self._losses = None
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._name_what_was_not_reached()
-        numbers = self.estimator.projected_gradients(losses)
+        here = len(self.estimator.probes())
+        numbers = self.estimator.projected_gradients(losses[:here])
+        if self.rule.points > 1:
+            numbers += self.estimator.projected_gradients(losses[-here:])
         is_finite = _all_finite([*losses, *numbers])
         try:
             self.apply(numbers, skipped=not is_finite)
@@ -247,7 +253,7 @@ class ZerothOrder:
             raise
         finally:
             self._batches = []
-        return Estimate(self.estimator.loss(losses), tuple(numbers[: self.estimator.num_directions]), is_finite)
+        return Estimate(self.estimator.loss(losses[:here]), tuple(numbers[: self.estimator.num_directions]), is_finite)
 
     def apply(self, numbers: Sequence[float], skipped: bool) -> None:
         """Leave the gradient that a step's numbers stand for to `optimizer.step()`: training and replay end here.
@@ -258,19 +264,21 @@ class ZerothOrder:
         """
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
-        found, chosen = tuple(numbers[: self.estimator.numbers]), tuple(numbers[self.estimator.numbers :])
+        count = self.estimator.numbers * self.rule.points
+        found, chosen = tuple(numbers[:count]), tuple(numbers[count:])
         if skipped:
             missing = self.numbers - len(numbers)
             self._applied = (*found, *chosen, *(math.nan,) * missing), True
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
-        gradients = list(found[: self.estimator.num_directions])
+        slopes = self.estimator.num_directions * self.rule.points
+        gradients = list(found[:slopes])
         if self.max_projected_grad:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
-        others = found[self.estimator.num_directions :]
+        others = found[slopes:]
         self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
         if self.rule.candidates:
             if not chosen:
@@ -390,9 +398,17 @@ class ZerothOrder:
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
 
 
-def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule]) -> int:
-    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+def probes_of_a_step(estimator: Estimator, rule: type[Rule], options: RuleOptions, step: int) -> list[Probe]:
+    """The estimator's probes, and the same once more around the snapshot of a rule that looks back in this step."""
     probes = estimator.probes()
+    if rule.looks_back(step, options):
+        probes += [replace(probe, at_snapshot=True) for probe in probes]
+    return probes
+
+
+def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule], options: RuleOptions, step: int) -> int:
+    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+    probes = probes_of_a_step(estimator, rule, options, step)
     has_clean = any(probe.scale == 0.0 for probe in probes)
     return len(probes) + sum(not has_clean or candidate != 0.0 for candidate in rule.candidates)
 
@@ -404,6 +420,11 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
 
 
 def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule, subspace: Subspace) -> None:
+    if rule.points > 1 and isinstance(distribution, Layers):
+        raise ValueError(
+            f"zo_rule={rule.name!r} moves along what it found in earlier steps, and zo_direction={distribution.name!r} is to "
+            "leave the layers of those where they are; use zo_direction='gaussian', or zo_rule='none'."
+        )
     if rule.fills_tensors and isinstance(distribution, Masked):
         raise ValueError(
             f"zo_rule={rule.name!r} moves whole matrices, and zo_direction={distribution.name!r} is to leave entries of them "
