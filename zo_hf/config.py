@@ -187,13 +187,15 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default="gaussian",
         metadata={
             "help": "What directions are drawn from: gaussian, rademacher, sphere (all of one length), orthogonal (the "
-            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), or layers (a few layers in "
-            "each step, LeZO)."
+            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), layers (a few layers in "
+            "each step, LeZO), or adaptive_layers (those whose steps have found most, more often; AdaLeZO)."
         },
     )
     zo_active_layers: None | float = field(  # noqa: RUF036
         default=None,
-        metadata={"help": "With zo_direction layers, the fraction of the layers that move in a step. Default: 0.25."},
+        metadata={
+            "help": "With zo_direction layers and adaptive_layers, the fraction of the layers that move in a step. Default: 0.25."
+        },
     )
     zo_num_directions: int = field(
         default=1, metadata={"help": "Directions per step (q); zo_estimator says what each costs."}
@@ -302,7 +304,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
                 "it out, or use zo_estimator='coordinate'."
             )
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
-        if self.zo_active_layers is not None and self.zo_direction != Layers.name:
+        if self.zo_active_layers is not None and not issubclass(DISTRIBUTIONS[self.zo_direction], Layers):
             raise ValueError(
                 f"zo_active_layers={self.zo_active_layers} has no effect on zo_direction={self.zo_direction!r}; leave it "
                 "out, or use zo_direction='layers'."

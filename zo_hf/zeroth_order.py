@@ -79,7 +79,7 @@ class ZerothOrder:
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
-        active_layers: fraction of the layers that move in a step, for the direction "layers"; None takes its own.
+        active_layers: fraction of the layers that move in a step, for the directions that choose layers; None takes its own.
         coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         rule_options: what can be set about it.
@@ -272,6 +272,7 @@ class ZerothOrder:
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
+        self.distribution.observe(self._stream(0), found[: self.estimator.num_directions])
         slopes = self.estimator.num_directions * self.rule.points
         gradients = list(found[:slopes])
         if self.max_projected_grad:
@@ -432,7 +433,7 @@ def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule
         )
     if estimator.needs_tangents and isinstance(distribution, Layers) and isinstance(subspace, Full):
         raise ValueError(
-            f"zo_direction='layers' leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
+            f"zo_direction={distribution.name!r} leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
             "not reach the loss; use zo_subspace='low_rank', or zo_direction='gaussian'."
         )
 
