@@ -79,7 +79,7 @@ def engine(
 @pytest.mark.parametrize(
     ("subspace", "direction_name"),
     # Small weights alone, and a layer at a time, are slower or do not reach as far.
-    [(name, d) for name in SUBSPACES for d in DISTRIBUTIONS if d not in ("sparse", "layers")],
+    [(name, d) for name in SUBSPACES for d in DISTRIBUTIONS if d not in ("sparse", "layers", "adaptive_layers")],
 )
 def test_a_regression_on_every_kind_of_layer_converges(subspace: str, direction_name: str) -> None:
     model, loss = mixed_task(subspace)

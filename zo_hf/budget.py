@@ -1,8 +1,8 @@
 """Runs that end when their forward passes or their time are spent, instead of after a number of steps.
 
-What one step costs is known before it: that of its probes, of what its rule evaluates and of what is measured beside them,
-times micro-batches; and in the first step the probes of one more, where `zo_batched_probes="auto"` evaluates one both ways. A
-step that would go beyond the budget is not begun.
+What one step costs is known before it: that of its probes, of what its rule evaluates, which need not be the same in every
+step, and of what is measured beside them, times micro-batches; and in the first step the probes of one more, where
+`zo_batched_probes="auto"` evaluates one both ways. A step that would go beyond the budget is not begun.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
-from zo_hf.optimizers import RULES
+from zo_hf.optimizers import RULES, Rule
 from zo_hf.probes.curvature import CurvatureProbes
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
@@ -84,12 +84,13 @@ class Budget(TrainerCallback):
 
     def steps(self) -> int:
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
-        budget, passes = self.args.zo_max_forward_passes, self._passes_per_batch()
+        budget = self.args.zo_max_forward_passes
         assert budget is not None
+        passes = [self._passes_per_batch(step) for step in range(self._rule.period(self.args.rule_options()))]
         measured = _measured_passes(self.args, self._estimator())
         steps = spent = 0
         while True:
-            spent += (passes + measured(steps)) * self._next_batches(steps)
+            spent += (passes[steps % len(passes)] + measured(steps)) * self._next_batches(steps)
             if spent > budget:
                 return max(1, steps)
             steps += 1
@@ -149,11 +150,15 @@ class Budget(TrainerCallback):
 
     def _cost(self, batches: int) -> int:
         twice = len(self._estimator().probes()) if self._checks() else 0
-        measured = 0 if self._zo is None else self._zo.curvature_passes
-        return (self._passes_per_batch() + measured) * batches + twice
+        step, measured = (0, 0) if self._zo is None else (self._zo.step, self._zo.curvature_passes)
+        return (self._passes_per_batch(step) + measured) * batches + twice
 
-    def _passes_per_batch(self) -> int:
-        return forward_passes_of_a_step(self._estimator(), RULES[self.args.zo_rule])
+    def _passes_per_batch(self, step: int) -> int:
+        return forward_passes_of_a_step(self._estimator(), self._rule, self.args.rule_options(), step)
+
+    @property
+    def _rule(self) -> type[Rule]:
+        return RULES[self.args.zo_rule]
 
     def _estimator(self) -> Estimator:
         return ESTIMATORS[self.args.zo_estimator](1.0, self.args.zo_num_directions)

@@ -126,8 +126,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "help": "What the estimate goes through before the optimizer named by optim gets it: none, sign (of c), "
             "conservative (the best of staying, stepping and stepping back, for three forward passes more, two beside a clean loss), curvature "
             "(HiZOO; needs zo_estimator=second_difference), muon (matrix sign, ZO-Muon), power_iteration (leading "
-            "singular directions, ZO-MOPI), or cocd (coherent coordinate descent: differences along coordinates are kept and "
-            "reused; needs zo_estimator=coordinate or coordinate_forward, and optim=sgd). With muon and power_iteration the learning rate is the root mean square "
+            "singular directions, ZO-MOPI), cocd (coherent coordinate descent: differences along coordinates are kept and "
+            "reused; needs zo_estimator=coordinate or coordinate_forward, and optim=sgd), or svrg (variance reduction by differences "
+            "from a snapshot, MeZO-SVRG; zo_fold_steps has to be a multiple of zo_svrg_batches + zo_svrg_steps). With muon and power_iteration the learning rate is the root mean square "
             "length of a step per coordinate, with sign it is √q times that."
         },
     )
@@ -166,6 +167,17 @@ class ZOConfig(Seq2SeqTrainingArguments):
             "help": "How many differences zo_rule=cocd remembers, the freshest. Default: one for each coordinate."
         },
     )
+    zo_svrg_batches: int = field(
+        default=9,
+        metadata={
+            "help": "For svrg: steps in which the gradient at a new snapshot is estimated, each from its own batch; the last "
+            "of them moves along it, and the others do not move."
+        },
+    )
+    zo_svrg_steps: int = field(
+        default=1,
+        metadata={"help": "For svrg: steps after these that use the snapshot; 1 is the paper's (its q is 2)."},
+    )
     zo_coordinate_order: str = field(
         default="cyclic",
         metadata={
@@ -176,13 +188,15 @@ class ZOConfig(Seq2SeqTrainingArguments):
         default="gaussian",
         metadata={
             "help": "What directions are drawn from: gaussian, rademacher, sphere (all of one length), orthogonal (the "
-            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), or layers (a few layers in "
-            "each step, LeZO)."
+            "directions of a step to each other), sparse (small weights alone, Sparse-MeZO), layers (a few layers in "
+            "each step, LeZO), or adaptive_layers (those whose steps have found most, more often; AdaLeZO)."
         },
     )
     zo_active_layers: None | float = field(  # noqa: RUF036
         default=None,
-        metadata={"help": "With zo_direction layers, the fraction of the layers that move in a step. Default: 0.25."},
+        metadata={
+            "help": "With zo_direction layers and adaptive_layers, the fraction of the layers that move in a step. Default: 0.25."
+        },
     )
     zo_num_directions: int = field(
         default=1, metadata={"help": "Directions per step (q); zo_estimator says what each costs."}
@@ -308,7 +322,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
                 "it out, or use zo_estimator='coordinate'."
             )
         _choose("zo_direction", self.zo_direction, list(DISTRIBUTIONS))
-        if self.zo_active_layers is not None and self.zo_direction != Layers.name:
+        if self.zo_active_layers is not None and not issubclass(DISTRIBUTIONS[self.zo_direction], Layers):
             raise ValueError(
                 f"zo_active_layers={self.zo_active_layers} has no effect on zo_direction={self.zo_direction!r}; leave it "
                 "out, or use zo_direction='layers'."

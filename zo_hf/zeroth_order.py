@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -83,7 +83,7 @@ class ZerothOrder:
         num_directions: q, directions per step.
         estimator: how losses become projected gradients, see `zo_hf.estimators`.
         direction: the distribution directions are drawn from, by name (see `zo_hf.directions`) or made for this subspace.
-        active_layers: fraction of the layers that move in a step, for the direction "layers"; None takes its own.
+        active_layers: fraction of the layers that move in a step, for the directions that choose layers; None takes its own.
         coordinate_order: where directions are single coordinates, "cyclic" or "permuted", see `UnitVectors`.
         rule: what turns projected gradients into the gradient that the torch optimizer gets, see `zo_hf.optimizers`.
         rule_options: what can be set about it.
@@ -202,7 +202,7 @@ class ZerothOrder:
     def probe(self, closure: Callable[[], Tensor], weight: float = 1.0) -> Tensor:
         """Add one micro-batch to the step: its losses at this rank's probes, times `weight`, (number of them,)."""
         self.distribution.begin()
-        losses = self._own_losses(closure, self.estimator.probes()) * weight
+        losses = self._own_losses(closure, self._probes()) * weight
         self._losses = losses if self._losses is None else self._losses + losses
         if self.curvature is not None and self.curvature.due(self.step):
             with self.curvature.along(self.subspace):
@@ -230,6 +230,9 @@ class ZerothOrder:
         self.distribution.begin()
         own = self._own_losses(closure, probes, stream_of, distribution)
         return [float(loss) for loss in self.ranks.mean_losses(own, probes)]
+
+    def _probes(self) -> list[Probe]:
+        return probes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
 
     def _own_losses(
         self,
@@ -259,8 +262,8 @@ class ZerothOrder:
 
     @property
     def forward_passes_per_step(self) -> int:
-        """Evaluations of the loss on a whole batch that a step takes, whichever ranks make them."""
-        return forward_passes_of_a_step(self.estimator, type(self.rule))
+        """Evaluations of the loss on a whole batch that the next step takes, whichever ranks make them."""
+        return forward_passes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
 
     @property
     def curvature_passes(self) -> int:
@@ -269,8 +272,8 @@ class ZerothOrder:
 
     @property
     def numbers(self) -> int:
-        """How many numbers a step is recorded as: the estimator's, and one more if the rule makes a choice."""
-        return self.estimator.numbers + bool(self.rule.candidates)
+        """How many numbers a step is recorded as: the estimator's at every point, and one more if the rule makes a choice."""
+        return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
 
     @property
     def at_start_of_step(self) -> bool:
@@ -280,13 +283,16 @@ class ZerothOrder:
     def finish_estimate(self) -> Estimate:
         """Turn the losses gathered by `probe`, on all ranks, into the gradient of this step."""
         assert self._losses is not None, "finish_estimate needs a probe first"
-        probes = self.estimator.probes()
+        probes = self._probes()
         losses = self.ranks.mean_losses(self._losses, probes).tolist()
         self._losses = None
-        curvatures = self._found_curvatures(losses)
+        here = len(self.estimator.probes())
+        curvatures = self._found_curvatures(losses[:here])
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._name_what_was_not_reached()
-        numbers = self.estimator.projected_gradients(losses)
+        numbers = self.estimator.projected_gradients(losses[:here])
+        if self.rule.points > 1:
+            numbers += self.estimator.projected_gradients(losses[-here:])
         is_finite = _all_finite([*losses, *numbers])
         try:
             self.apply(numbers, skipped=not is_finite)
@@ -296,10 +302,10 @@ class ZerothOrder:
         finally:
             self._batches = []
         found = tuple(numbers[: self.estimator.num_directions])
-        return Estimate(self.estimator.loss(losses), found, is_finite, tuple(curvatures))
+        return Estimate(self.estimator.loss(losses[:here]), found, is_finite, tuple(curvatures))
 
     def _found_curvatures(self, losses: Sequence[float]) -> list[float]:
-        """What the step has measured beside its probes; losses: at these, of all ranks."""
+        """What the step has measured beside its probes; losses: at these at the current point, of all ranks."""
         if self.curvature is None or self._curvature_losses is None:
             return []
         probes = self.curvature.probes
@@ -316,19 +322,22 @@ class ZerothOrder:
         """
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
-        found, chosen = tuple(numbers[: self.estimator.numbers]), tuple(numbers[self.estimator.numbers :])
+        count = self.estimator.numbers * self.rule.points
+        found, chosen = tuple(numbers[:count]), tuple(numbers[count:])
         if skipped:
             missing = self.numbers - len(numbers)
             self._applied = (*found, *chosen, *(math.nan,) * missing), True
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
-        gradients = list(found[: self.estimator.num_directions])
+        self.distribution.observe(self._stream(0), found[: self.estimator.num_directions])
+        slopes = self.estimator.num_directions * self.rule.points
+        gradients = list(found[:slopes])
         if self.max_projected_grad:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalisation is not None:
             gradients = self.normalisation(gradients)
-        others = found[self.estimator.num_directions :]
+        others = found[slopes:]
         self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
         if self.rule.candidates:
             if not chosen:
@@ -451,9 +460,17 @@ class ZerothOrder:
                     self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
 
 
-def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule]) -> int:
-    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+def probes_of_a_step(estimator: Estimator, rule: type[Rule], options: RuleOptions, step: int) -> list[Probe]:
+    """The estimator's probes, and the same once more around the snapshot of a rule that looks back in this step."""
     probes = estimator.probes()
+    if rule.looks_back(step, options):
+        probes += [replace(probe, at_snapshot=True) for probe in probes]
+    return probes
+
+
+def forward_passes_of_a_step(estimator: Estimator, rule: type[Rule], options: RuleOptions, step: int) -> int:
+    """Evaluations of the loss on a whole batch: the probes, and the candidates that none of them has evaluated."""
+    probes = probes_of_a_step(estimator, rule, options, step)
     has_clean = any(probe.scale == 0.0 for probe in probes)
     return len(probes) + sum(not has_clean or candidate != 0.0 for candidate in rule.candidates)
 
@@ -465,6 +482,11 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
 
 
 def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule, subspace: Subspace) -> None:
+    if rule.points > 1 and isinstance(distribution, Layers):
+        raise ValueError(
+            f"zo_rule={rule.name!r} moves along what it found in earlier steps, and zo_direction={distribution.name!r} is to "
+            "leave the layers of those where they are; use zo_direction='gaussian', or zo_rule='none'."
+        )
     if rule.fills_tensors and isinstance(distribution, Masked):
         raise ValueError(
             f"zo_rule={rule.name!r} moves whole matrices, and zo_direction={distribution.name!r} is to leave entries of them "
@@ -472,7 +494,7 @@ def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule
         )
     if estimator.needs_tangents and isinstance(distribution, Layers) and isinstance(subspace, Full):
         raise ValueError(
-            f"zo_direction='layers' leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
+            f"zo_direction={distribution.name!r} leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
             "not reach the loss; use zo_subspace='low_rank', or zo_direction='gaussian'."
         )
 

@@ -161,10 +161,11 @@ def a_loss_that_is_not_finite_writes_nothing(combination: Combination) -> None:
         it = subject(combination, fold_steps=0)  # a fold writes what was learnt before
         it.step()
         before, state = it.bits(), _copied(it.optimizer.state_dict()["state"])
-        calls = _Calls(it)
-        it.zo.probe(calls)
-        it.zo.discard()
-        for skipped, call in enumerate({1, calls.count}, start=1):
+        for skipped, last in enumerate((False, True), start=1):
+            calls = _Calls(it)
+            it.zo.probe(calls)
+            it.zo.discard()
+            call = calls.count if last else 1
             estimate = it.zo.estimate(_Calls(it, {call: bad}))
             it.optimizer.step()
             assert not estimate.is_finite and it.zo.skipped_steps == skipped

@@ -21,7 +21,7 @@ from tests.subspaces.helpers import sgd, with_scales
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES
+from zo_hf.optimizers import RULES, RuleOptions
 from zo_hf.subspaces import SUBSPACES, has_factors
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -33,6 +33,8 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
 }
 DIRECTIONS = 2  # of a step: enough for what compares them, and to be shared out between two processes
 FOLD_STEPS = 2
+# Of a rule that has a period, one that is as short as the folds here.
+SHORT: dict[str, RuleOptions] = {"svrg": RuleOptions(svrg_batches=1, svrg_steps=1)}
 ROWS, WIDTH, CLASSES, TOKENS = 4, 8, 3, 11
 
 
@@ -149,6 +151,7 @@ def subject(
         eps=eps,
         estimator=combination.estimator,
         rule=combination.rule,
+        rule_options=SHORT.get(combination.rule),
         direction=combination.direction,
         num_directions=DIRECTIONS,
         batched=batched,

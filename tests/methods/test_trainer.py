@@ -13,10 +13,11 @@ from torch import nn
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt
 from tests.distributed.launch import run
-from tests.methods.table import DIRECTIONS, Combination, one_for_every_entry
+from tests.methods.table import DIRECTIONS, SHORT, Combination, one_for_every_entry
 from tests.quantization.runs import held, load, write_base
 from tests.subspaces.helpers import prepared
 from tests.trainer.runs import SaveAt, logged, make_trainer
+from zo_hf.optimizers import RULES
 from zo_hf.subspaces import SUBSPACES, has_factors
 from zo_hf.trajectory import replay
 
@@ -36,6 +37,9 @@ def model_for(combination: Combination, folder: Path) -> nn.Module:
 def options_for(combination: Combination) -> dict[str, Any]:
     options = {f"zo_{registry}": name for registry, name in vars(combination).items()}
     folds = has_factors(SUBSPACES[combination.subspace])
+    short = SHORT.get(combination.rule)
+    if short is not None:
+        options |= {f"zo_{name}": getattr(short, name) for name in RULES[combination.rule].uses}
     return options | {
         "max_steps": STEPS,
         "learning_rate": 1e-3,

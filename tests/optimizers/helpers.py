@@ -17,6 +17,8 @@ from zo_hf.optimizers import RULES, RuleOptions
 from zo_hf.subspaces import subspace_kind
 from zo_hf.zeroth_order import ZerothOrder
 
+# Of a rule that has a period, one that is as short as the folds here.
+SHORT: dict[str, dict[str, Any]] = {"svrg": {"svrg_batches": 1, "svrg_steps": 1}}
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 
 
@@ -32,8 +34,10 @@ def options_of(rule: str, every: bool = False) -> dict[str, Any]:
         every: set the rule's own options too, each away from its default.
     """
     set_to = {"zo_momentum": 0.5, "zo_momentum_at_fold": "reset", "zo_spectral_rank": 1, "zo_curvature_rate": 1e-2}
-    set_to |= {"zo_cocd_decay": 0.5, "zo_cocd_memory": 4}
+    set_to |= {"zo_cocd_decay": 0.5, "zo_cocd_memory": 4, "zo_svrg_batches": 2, "zo_svrg_steps": 2}
     chosen = {f"zo_{name}": set_to[f"zo_{name}"] for name in RULES[rule].uses} if every else {}
+    if rule in SHORT:
+        chosen = {f"zo_{name}": value for name, value in SHORT[rule].items()} | chosen | {"zo_fold_steps": 4}
     return {"zo_rule": rule, "zo_estimator": estimator_for(rule), "zo_num_directions": 2} | chosen
 
 
@@ -83,7 +87,7 @@ def engine(
         model,
         kind(model, seed=kwargs.get("seed", 0), **shape),
         rule=rule,
-        rule_options=RuleOptions(**(options or {})),
+        rule_options=RuleOptions(**SHORT.get(rule, {}) | dict(options or {})),
         **kwargs,
     )
     return zo, sgd(zo, lr)

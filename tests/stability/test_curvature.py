@@ -38,7 +38,7 @@ def test_group_traces_are_those_of_the_blocks(subspace: str) -> None:
     model = Net()
     zo = ZerothOrder(model, subspace, seed=1)
     expected = hessian(model, zo).diagonal().split([c.numel() for c in zo.subspace.coordinates.values()])
-    blocks = {layer: 0.0 for layer in "ab"}
+    blocks = dict.fromkeys("ab", 0.0)
     for name, part in zip(zo.subspace.coordinates, expected, strict=True):
         blocks[name[0]] += float(part.sum())
     found = group_traces(zo, model, count=60, eps=1e-2)

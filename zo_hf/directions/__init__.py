@@ -1,5 +1,6 @@
 """Counter-based noise: the generator, its streams, and the distributions directions are drawn from."""
 
+from zo_hf.directions.adaptive_layers import AdaptiveLayers
 from zo_hf.directions.distribution import Distribution, Run
 from zo_hf.directions.distributions import ELEMENTWISE, GAUSSIAN, RADEMACHER, Elementwise, Gaussian, Rademacher
 from zo_hf.directions.draw import NoiseLayout, draw_half_words, draw_rows, draw_slice
@@ -12,7 +13,7 @@ from zo_hf.directions.stream import Purpose, Stream
 from zo_hf.directions.unit_vectors import ORDERS, UnitVectors, unit_vectors
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
-    kind.name: kind for kind in (Gaussian, Rademacher, Sphere, Orthogonal, Sparse, Layers)
+    kind.name: kind for kind in (Gaussian, Rademacher, Sphere, Orthogonal, Sparse, Layers, AdaptiveLayers)
 }
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GAUSSIAN",
     "ORDERS",
     "RADEMACHER",
+    "AdaptiveLayers",
     "Distribution",
     "Elementwise",
     "GivenMask",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -87,6 +87,14 @@ class Distribution:
     def moving(self, stream: Stream, dimension: int) -> float:
         """E‖z‖²: of `dimension` coordinates, about how many move."""
         return dimension
+
+    def observe(self, stream: Stream, projected_gradients: Sequence[float]) -> None:
+        """To be told what a step found along its directions, in training and in a replay; of a skipped step nothing.
+
+        Args:
+            stream: of any direction of that step.
+            projected_gradients: c of every direction, neither clipped nor normalised.
+        """
 
     def state(self) -> dict[str, float]:
         """Plain numbers that later directions depend on, by name; a checkpoint holds them."""

@@ -48,7 +48,7 @@ class Layers(Distribution):
         self._layers = sorted(set(self.layer_of.values()))
         if len(self._layers) < 2:
             raise ValueError(
-                f"zo_direction='layers' chooses among layers, and all that moves is in one, {self._layers[0]!r}; use "
+                f"zo_direction={self.name!r} chooses among layers, and all that moves is in one, {self._layers[0]!r}; use "
                 "zo_direction='gaussian'."
             )
         self._step: tuple[int, int] | None = None
@@ -57,12 +57,20 @@ class Layers(Distribution):
     def chosen(self, stream: Stream) -> set[str]:
         """The layers of a step."""
         if self._step != (stream.seed, stream.step):
-            count = max(1, round(self.active * len(self._layers)))
-            draw = Stream(stream.seed, stream.step, purpose=Purpose.LAYERS)
-            words = draw_half_words(draw, "layers", 0, 4 * len(self._layers)).view(-1, 4).tolist()
-            order = sorted(zip(words, self._layers, strict=True))
-            self._step, self._chosen = (stream.seed, stream.step), {layer for _, layer in order[:count]}
+            self._chosen = self._choose(stream)
+            self._step = stream.seed, stream.step
         return self._chosen
+
+    @property
+    def _count(self) -> int:
+        """Layers of a step."""
+        return max(1, round(self.active * len(self._layers)))
+
+    def _choose(self, stream: Stream) -> set[str]:
+        draw = Stream(stream.seed, stream.step, purpose=Purpose.LAYERS)
+        words = draw_half_words(draw, "layers", 0, 4 * len(self._layers)).view(-1, 4).tolist()
+        order = sorted(zip(words, self._layers, strict=True))
+        return {layer for _, layer in order[: self._count]}
 
     def moves(self, stream: Stream, name: str) -> bool:
         return self.layer_of[name] in self.chosen(stream)

@@ -9,9 +9,11 @@ from zo_hf.optimizers.power_iteration import PowerIteration
 from zo_hf.optimizers.rule import Rule, RuleOptions
 from zo_hf.optimizers.seeded_sgd import SeededSGD
 from zo_hf.optimizers.sign import Sign
+from zo_hf.optimizers.svrg import SVRG
 
 RULES: dict[str, type[Rule]] = {
-    kind.name: kind for kind in (Rule, Sign, Conservative, Curvature, Muon, PowerIteration, CoherentCoordinateDescent)
+    kind.name: kind
+    for kind in (Rule, Sign, Conservative, Curvature, Muon, PowerIteration, CoherentCoordinateDescent, SVRG)
 }
 
 __all__ = ["RULES", "CoherentCoordinateDescent", "Rule", "RuleOptions", "ScalarNormalisation", "SeededSGD"]

@@ -36,6 +36,8 @@ class RuleOptions:
         curvature_rate: s, the weight of one step in the running mean of the curvature.
         cocd_decay: γ, what the remembered differences are multiplied by at every step. Default: the paper's.
         cocd_memory: m, how many differences are remembered; None remembers one for every coordinate.
+        svrg_batches: N, batches that the gradient at a snapshot is estimated from, one a step.
+        svrg_steps: T, steps after them that use it. Default: the paper's.
 
     Raises:
         ValueError: a value is not usable; the message names the option.
@@ -47,6 +49,8 @@ class RuleOptions:
     curvature_rate: float = 1e-6
     cocd_decay: float = 0.99
     cocd_memory: int | None = None
+    svrg_batches: int = 9
+    svrg_steps: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
@@ -67,6 +71,10 @@ class RuleOptions:
             raise ValueError(
                 f"zo_cocd_decay={self.cocd_decay} must be from 0 (remembers nothing) to 1 (forgets nothing)."
             )
+        if self.svrg_batches < 1:
+            raise ValueError(f"zo_svrg_batches={self.svrg_batches} must be at least 1; 9 is the default.")
+        if self.svrg_steps < 1:
+            raise ValueError(f"zo_svrg_steps={self.svrg_steps} must be at least 1, which is the paper's.")
 
 
 def is_plain_descent(optimizer: Optimizer) -> bool:
@@ -103,6 +111,8 @@ class Rule:
     needs_estimator: ClassVar[tuple[str, ...]] = ()
     #: Multiples of the step of plain SGD after which it looks at the loss of the step's batches once more.
     candidates: ClassVar[tuple[float, ...]] = ()
+    #: How many sets of the estimator's numbers a step is recorded as: one at ξ, and a second one at a snapshot of ξ.
+    points: ClassVar[int] = 1
 
     def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
         self.subspace, self.estimator = subspace, estimator
@@ -144,6 +154,16 @@ class Rule:
     def settings(self) -> dict[str, Any]:
         """The options that it looks at, under their own names: a run continues, or is replayed, with the same."""
         return {f"zo_{name}": getattr(self.options, name) for name in self.uses}
+
+    @classmethod
+    def period(cls, options: RuleOptions) -> int:
+        """Steps after which those that look back come again in the same order."""
+        return 1
+
+    @classmethod
+    def looks_back(cls, step: int, options: RuleOptions) -> bool:
+        """Whether the probes of a step are evaluated at the snapshot, too; where they are not, its numbers are those at ξ."""
+        return False
 
     def write_gradient(
         self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution

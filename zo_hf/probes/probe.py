@@ -15,11 +15,13 @@ class Probe:
         scale: signed distance along z, e.g. +ε or -ε; 0 is the current point itself.
         derivative: ask for ∇L · z in place of L. It is evaluated together with the probe before it, which asks for L at the
             same point: one forward pass with tangents gives both, at the cost of two.
+        at_snapshot: go from where the coordinates were when the rule last took note of them, instead of from ξ.
     """
 
     direction: int
     scale: float
     derivative: bool = False
+    at_snapshot: bool = False
 
 
 class NotBatchable(RuntimeError):

@@ -22,10 +22,12 @@ class CoordinateBlock:
     Attributes:
         scale: what a direction is multiplied by, element by element, wherever it is used, (size,); None leaves it alone.
         learning_rates: η of every coordinate tensor, by name; for probes along the gradient.
+        snapshot: earlier values of the coordinates, (size,); for probes around them.
     """
 
     scale: Tensor | None = None
     learning_rates: Mapping[str, float] = {}
+    snapshot: Tensor | None = None
 
     def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
         self.coordinates = dict(coordinates)
@@ -62,6 +64,10 @@ class CoordinateBlock:
             views = list(self.layout.views(self.point[0]).values())
             torch._foreach_copy_(views, list(self.coordinates.values()))
             self.point[1:] = self.point[0]
+            for row, probe in zip(self.point, probes, strict=False):
+                if probe.at_snapshot:
+                    assert self.snapshot is not None, "a rule that looks at a snapshot takes one first"
+                    row.copy_(self.snapshot)
             if isinstance(distribution, UnitVectors):
                 units = [(i, p) for i, p in enumerate(probes) if p.scale and p.direction >= 0]
                 self._add_units(self.point, [(i, stream_of(p.direction), p.scale) for i, p in units], distribution)
@@ -72,6 +78,12 @@ class CoordinateBlock:
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
                 if probe.derivative:
                     self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
+
+    def take_snapshot(self) -> None:
+        """Keep the coordinates as they are now."""
+        self.snapshot = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.layout.views(self.snapshot).values()), list(self.coordinates.values()))
 
     def _step_along_gradient(self, point: Tensor, steps: float) -> None:
         """Do to a copy of the coordinates, (size,), what `steps` steps of torch's SGD would, with the same rounding."""
