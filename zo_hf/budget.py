@@ -21,6 +21,7 @@ from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES
+from zo_hf.stability.find_learning_rate import SHARE, forward_passes_of_search
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
 
@@ -80,11 +81,21 @@ class Budget(TrainerCallback):
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
         budget, passes = self.args.zo_max_forward_passes, self._passes_per_batch()
         assert budget is not None
+        if self.args.learning_rate == "auto":
+            budget -= forward_passes_of_search(int(SHARE * budget), self.args.gradient_accumulation_steps)
         accumulation = self.args.gradient_accumulation_steps
         if not self._batches:
             return max(1, budget // (passes * accumulation))
         epochs, rest = divmod(budget, passes * self._batches)
         return max(1, epochs * -(-self._batches // accumulation) + rest // (passes * accumulation))
+
+    def of_search(self, steps: int) -> int:
+        """Forward passes that a search for the learning rate may take, of a run of so many steps."""
+        limit, accumulation = self.args.zo_max_forward_passes, self.args.gradient_accumulation_steps
+        planned = steps * accumulation * self._passes_per_batch()
+        if limit is not None:
+            planned = limit if self._replaces_max_steps else min(limit, planned)
+        return int(SHARE * planned)
 
     def pays_for(self, batches: int) -> bool:
         """Whether a step of so many micro-batches can be afforded."""

@@ -21,6 +21,7 @@ from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.probes.probe import Probe
 from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
+from zo_hf.subspaces.subspace import StreamOf
 
 logger = logging.getLogger(__name__)
 
@@ -201,14 +202,36 @@ class ZerothOrder:
             self._batches.append((closure, weight))
         return losses
 
-    def _own_losses(self, closure: Callable[[], Tensor], probes: Sequence[Probe]) -> Tensor:
+    def losses(
+        self, batches: Sequence[tuple[Callable[[], Tensor], float]], probes: Sequence[Probe], stream_of: StreamOf
+    ) -> list[float]:
+        """Losses at any probes, on all ranks, outside of a step: nothing that the run depends on changes but the count.
+
+        Args:
+            batches: closures of a step's micro-batches, and the weight of each.
+            probes: evaluated one after another.
+            stream_of: the stream of each direction index; None of a step of the run, or its directions are used twice.
+        """
+        self.distribution.begin()
+        # What "auto" chooses about batched probes is left to the first step.
+        batched, self.evaluator.batched = self.evaluator.batched, False
+        try:
+            own = [self._own_losses(closure, probes, stream_of) * weight for closure, weight in batches]
+        finally:
+            self.evaluator.batched = batched
+        return self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist()
+
+    def _own_losses(
+        self, closure: Callable[[], Tensor], probes: Sequence[Probe], stream_of: StreamOf | None = None
+    ) -> Tensor:
         """The losses at those of the probes that are this rank's; the passes that all ranks make are counted."""
         own = [probes[i] for i in self.ranks.grid.own(probes)]
         if not own:
             self.evaluator.forward_passes += len(probes)
             device = next(iter(self.subspace.coordinates.values())).device
             return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        return self.evaluator.losses(self.subspace, closure, own, self._stream, self.distribution, count=len(probes))
+        stream_of = self._stream if stream_of is None else stream_of
+        return self.evaluator.losses(self.subspace, closure, own, stream_of, self.distribution, count=len(probes))
 
     @property
     def forward_passes(self) -> int:

@@ -1,0 +1,1 @@
+"""How long a step may be: what probes say about the learning rate before training."""
