@@ -35,6 +35,7 @@ from zo_hf.stability.loss_probes import (
     EVALUATIONS_OF_A_RANGE_PROBE,
     EVALUATIONS_OF_A_SLOPE,
     RISE,
+    SLOPES_BEFORE,
     Batch,
     LossProbes,
     evaluations,
@@ -177,8 +178,8 @@ def choose(
         "mini-batch": unit * descent * gradient_square / probes.slope_square,
         "curvature": unit * descent,
     }
-    # Of a mean of n squares of normal numbers, and of a sum of rises; a rate goes with the square root of either.
-    deviation = math.hypot(math.sqrt(2 / (2 * len(probes.slopes))), curvature_error / curvature) / 2
+    # Of a mean of squares of normal numbers, and of a sum of rises; a rate goes with the square root of either.
+    deviation = math.hypot(math.sqrt(2 / (len(probes.slopes) + SLOPES_BEFORE)), curvature_error / curvature) / 2
     factor = math.exp(deviation)
     doubts = []
     if factor > UNSURE**0.5:

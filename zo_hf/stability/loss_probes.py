@@ -27,10 +27,13 @@ Batch = Sequence[tuple[Callable[[], Tensor], float]]
 
 EVALUATIONS_OF_A_SLOPE = 4
 EVALUATIONS_OF_A_RANGE_PROBE = 3
+#: How many slopes it takes to outweigh the supposition that c is all noise of the batches.
+SLOPES_BEFORE = 2
 #: The rise that the distance of range probes is steered to, as a part of the loss: large enough to stand out from the
 #: differences between batches and from rounding, small enough for the loss not to be flat again.
 RISE = 0.2
-_LARGEST_CHANGE_OF_DISTANCE = 8.0
+#: A rise, as a part of the loss, beyond which only its being large is looked at.
+FLAT = 3 * RISE
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,16 @@ class LossProbes:
 
     @property
     def batch_variance(self) -> float:
-        """What of E[c²] differs between batches along the same direction."""
-        return _mean([(a - b) ** 2 / 2 for a, b in self.slopes])
+        """What of E[c²] differs between batches along the same direction; all of it, as far as few slopes say otherwise.
+
+        The geometric mean of the estimate and of E[c²], which weighs like `SLOPES_BEFORE` slopes: a rate that rests on a
+        variance that three slopes happen to understate loses the run, and one that overstates it only slows it.
+        """
+        square, count = self.slope_square, len(self.slopes)
+        if not square:
+            return 0.0
+        measured = min(_mean([(a - b) ** 2 / 2 for a, b in self.slopes]) / square, 1.0)
+        return square * measured ** (count / (count + SLOPES_BEFORE))
 
     @property
     def gradient_square(self) -> tuple[float, float]:
@@ -82,36 +93,53 @@ class LossProbes:
 
     @property
     def curvature(self) -> tuple[float, float]:
-        """Tr H as far as the range probes go, and its standard error; 0 or less where the loss did not rise.
+        """Tr H as far as the range probes go, and its standard error; 0 where the loss did not rise.
 
-        Probes weigh by δ², those that went beyond twice the loss not at all.
+        The κ for which κ·δ²/2 and the rises, both as parts of the loss and both cut off at `FLAT`, have the same sum: a
+        probe that went where the loss explodes, or is flat again, then says only that it went too far.
         """
-        weight = sum(probe.distance**2 for probe in self._usable) / 2
-        if not weight:
+        total = sum(self._shares)
+        if total <= 0:
             return 0.0, math.inf
-        curvature = sum(probe.rise for probe in self._usable) / weight
-        spread = sum((probe.rise - curvature * probe.distance**2 / 2) ** 2 for probe in self._usable)
-        return curvature, math.sqrt(spread) / weight if len(self._usable) > 1 else math.inf
+        low, high = 0.0, 2 * FLAT * abs(self.loss) / min(probe.distance for probe in self.range) ** 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(self._expected(middle)) < total else (low, middle)
+        expected = self._expected(high)
+        rising = sum(share for share in expected if share < FLAT)
+        spread = sum((seen - share) ** 2 for seen, share in zip(self._shares, expected, strict=True))
+        return high, high * math.sqrt(spread) / rising if rising else math.inf
 
     @property
     def largest_curvature(self) -> float:
         """About λmax: Σλ²/Σλ, from how much zᵀHz differs between directions; at most the trace."""
         curvature, _ = self.curvature
-        if curvature <= 0:
-            return 0.0
         # Nearer ones differ by what batches do, more than by what directions do.
-        far = max(probe.distance for probe in self._usable) / 4
-        each = [2 * probe.rise / probe.distance**2 for probe in self._usable if probe.distance >= far]
+        expected = [(probe, share) for probe, share in zip(self.range, self._expected(curvature), strict=True)]
+        each = [2 * probe.rise / probe.distance**2 for probe, share in expected if RISE / 4 < share < FLAT]
+        if curvature <= 0 or not each:
+            return curvature
         return min(curvature, _mean([(value - curvature) ** 2 for value in each]) / (2 * curvature))
 
     @property
-    def _usable(self) -> list[RangeProbe]:
-        return [probe for probe in self.range if abs(probe.rise) <= 2 * abs(probe.loss)]
+    def _shares(self) -> list[float]:
+        return [share_of(probe) for probe in self.range]
+
+    def _expected(self, curvature: float) -> list[float]:
+        loss = abs(self.loss)
+        return [min(curvature * probe.distance**2 / 2 / loss, FLAT) if loss else FLAT for probe in self.range]
+
+
+def share_of(probe: RangeProbe) -> float:
+    """The rise as a part of the loss, cut off at `FLAT` either way; what is not a number is a rise."""
+    if not math.isfinite(probe.rise) or not probe.loss:
+        return FLAT
+    return max(-FLAT, min(probe.rise / abs(probe.loss), FLAT))
 
 
 def evaluations(allowed: int) -> tuple[int, int]:
     """How many slopes and range probes so many evaluations of a batch's loss are spent on."""
-    slopes = allowed // 2 // EVALUATIONS_OF_A_SLOPE
+    slopes = allowed // (EVALUATIONS_OF_A_SLOPE + EVALUATIONS_OF_A_RANGE_PROBE)
     return slopes, (allowed - slopes * EVALUATIONS_OF_A_SLOPE) // EVALUATIONS_OF_A_RANGE_PROBE
 
 
@@ -152,13 +180,10 @@ def _losses(zo: ZerothOrder, batch: Batch, index: int, scales: Sequence[float]) 
 
 def _next_distance(ranges: Sequence[RangeProbe]) -> float:
     """Towards where the loss rises by `RISE` of itself: by ever smaller factors, as one rise may be mostly noise."""
-    last = ranges[-1]
-    share = last.rise / abs(last.loss) if last.loss else math.inf
-    if math.isnan(share):
-        share = math.inf
-    least = RISE / _LARGEST_CHANGE_OF_DISTANCE**2
-    factor = math.sqrt(RISE / min(max(share, least), RISE * _LARGEST_CHANGE_OF_DISTANCE**2))
-    near = sum(RISE / 5 <= probe.rise / abs(probe.loss) <= 3 * RISE for probe in ranges if probe.loss)
+    last, shares = ranges[-1], [share_of(probe) for probe in ranges]
+    # Where it went much too far, how far is not in what the cut leaves.
+    factor = math.sqrt(RISE / max(shares[-1], RISE / 64)) if shares[-1] < FLAT else 1 / 4
+    near = sum(RISE / 5 <= share < FLAT for share in shares)
     return last.distance * factor ** (1 / (1 + near))
 
 
