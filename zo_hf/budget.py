@@ -24,6 +24,7 @@ from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES, Rule
 from zo_hf.probes.curvature import CurvatureProbes
+from zo_hf.stability.find_learning_rate import SHARE, forward_passes_of_search
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
 # Whose steps are measured by probes of their own, from the second one on.
@@ -86,6 +87,8 @@ class Budget(TrainerCallback):
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
         budget = self.args.zo_max_forward_passes
         assert budget is not None
+        if self.args.learning_rate == "auto":
+            budget -= forward_passes_of_search(int(SHARE * budget), self.args.gradient_accumulation_steps)
         passes = [self._passes_per_batch(step) for step in range(self._rule.period(self.args.rule_options()))]
         measured = _measured_passes(self.args, self._estimator())
         steps = spent = 0
@@ -94,6 +97,14 @@ class Budget(TrainerCallback):
             if spent > budget:
                 return max(1, steps)
             steps += 1
+
+    def of_search(self, steps: int) -> int:
+        """Forward passes that a search for the learning rate may take, of a run of so many steps."""
+        limit, accumulation = self.args.zo_max_forward_passes, self.args.gradient_accumulation_steps
+        planned = steps * accumulation * self._passes_per_batch(0)
+        if limit is not None:
+            planned = limit if self._replaces_max_steps else min(limit, planned)
+        return int(SHARE * planned)
 
     def pays_for(self, batches: int) -> bool:
         """Whether a step of so many micro-batches can be afforded."""

@@ -106,6 +106,7 @@ class CheckpointWriter:
         learning_rates: list[float] | None = None,
         seconds: float = 0.0,
         write: bool = True,
+        found_learning_rate: float | None = None,
     ) -> None:
         """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
 
@@ -114,6 +115,7 @@ class CheckpointWriter:
             learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
             seconds: how long the run has taken so far.
             write: False on the processes that are only needed for their shards of the weights.
+            found_learning_rate: what `learning_rate="auto"` has found, for the run that is resumed.
         """
         subspace = zo.subspace
         base: dict[str, Tensor] = {}
@@ -125,6 +127,8 @@ class CheckpointWriter:
             return
         state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
         state["seconds"] = seconds
+        if found_learning_rate is not None:
+            state["learning_rate"] = found_learning_rate
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
         elif isinstance(subspace, Folded):

@@ -50,10 +50,11 @@ class ZOConfig(Seq2SeqTrainingArguments):
         ValueError: an option cannot work forward-only; the message names it and what to use instead.
     """
 
-    learning_rate: float | None = field(
+    learning_rate: None | str | float = field(  # noqa: RUF036
         default=None,
         metadata={
-            "help": "The initial learning rate. Its meaning is MeZO's in every subspace: the weights move by "
+            "help": "The initial learning rate; auto finds one before training, from up to 5 % of the run's forward passes "
+            "(see zo-hf find-lr). Its meaning is MeZO's in every subspace: the weights move by "
             "learning_rate x c x z. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and "
             "prompts, and for full along coordinates (zo_estimator=coordinate). The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "
             "5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes."
@@ -297,6 +298,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
         """The command line hands over words where an option is a word or a number."""
         if self.zo_eps is None:
             self.zo_eps = "auto"
+        if isinstance(self.learning_rate, str) and self.learning_rate != "auto":
+            try:
+                self.learning_rate = float(self.learning_rate)
+            except ValueError:
+                raise ValueError(
+                    f"learning_rate={self.learning_rate!r} is not a number; give one, or 'auto'."
+                ) from None
         if isinstance(self.zo_eps, str) and self.zo_eps != "auto":
             try:
                 self.zo_eps = float(self.zo_eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from zo_hf.stability.monitor import StabilityCallback
 from zo_hf.subspaces import Folded, Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, tokens_in_front
 from zo_hf.trainer_checkpoints import CheckpointsMixin
+from zo_hf.trainer_learning_rate import LearningRateMixin
 from zo_hf.trajectory import recorder
 from zo_hf.trajectory.header import weights_hash
 from zo_hf.zeroth_order import Estimate, ZerothOrder
@@ -49,7 +51,7 @@ from zo_hf.zeroth_order import Estimate, ZerothOrder
 logger = logging.getLogger(__name__)
 
 
-class ZOTrainerMixin(CheckpointsMixin):
+class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
     """Makes a Trainer subclass forward-only: `class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer)`.
 
     Takes what the Trainer takes; `args` must be a `ZOConfig`.
@@ -66,6 +68,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     _ranks = Ranks()
     _batches_compared = False
     _learning_rate_is_automatic = False
+    _learning_rate_given: str | float | None = None
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -125,6 +128,8 @@ class ZOTrainerMixin(CheckpointsMixin):
         if self.model_init is None:
             check_trainable(self.model)
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.found_learning_rate = None
         try:
             with naming_lost_ranks(), self._budget.of(self.args):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -166,9 +171,10 @@ class ZOTrainerMixin(CheckpointsMixin):
             seed=args.seed,
             ranks=self._ranks,
         )
-        if args.learning_rate is None:
+        self._finds_learning_rate = args.learning_rate == "auto"
+        if args.learning_rate is None or self._finds_learning_rate:
             # Until training ends: the same arguments may be for a model of another kind next time.
-            args.learning_rate = subspace.default_learning_rate
+            self._learning_rate_given, args.learning_rate = args.learning_rate, subspace.default_learning_rate
             if not zo.rule.divides_scale_out and zo.normalisation is None:
                 args.learning_rate = zo.estimator.learning_rate(args.learning_rate)
             self._learning_rate_is_automatic = True
@@ -180,13 +186,15 @@ class ZOTrainerMixin(CheckpointsMixin):
             subspace.name,
             f"{subspace.dimension:,}",
             zo.estimator.eps,
-            f"learning_rate={args.learning_rate:g}" if users is None else type(users).__name__,
+            self._says_learning_rate() if users is None else type(users).__name__,
             zo.forward_passes_per_step,
         )
         if users is not None:
             self._users_groups = retarget(users, subspace)
         else:
             self.optimizer = self._new_optimizer(zo)
+        if self._finds_learning_rate:
+            self._check_findable(self.optimizer)
         zo.prepare(self.optimizer)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
@@ -198,6 +206,9 @@ class ZOTrainerMixin(CheckpointsMixin):
     def _stability(self) -> StabilityCallback | None:
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
+
+    def _says_learning_rate(self) -> str:
+        return "learning_rate='auto'" if self._finds_learning_rate else f"learning_rate={self.args.learning_rate:g}"
 
     def _check_shared_forwards(self, zo: ZerothOrder) -> None:
         """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""
@@ -246,7 +257,7 @@ class ZOTrainerMixin(CheckpointsMixin):
     def _forget_engine(self) -> None:
         zo, self.zo = self.zo, None
         if self._learning_rate_is_automatic:
-            self.args.learning_rate, self._learning_rate_is_automatic = None, False
+            self.args.learning_rate, self._learning_rate_is_automatic = self._learning_rate_given, False
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

@@ -122,7 +122,8 @@ class CheckpointsMixin(_TrainerLike):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         seconds, write = self._budget.seconds, self.args.should_save
-        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, seconds, write)
+        found = float(self.args.learning_rate) if self._learning_rate_given == "auto" else None
+        self._checkpoints.save(self.zo, Path(output_dir), crc, rates, seconds, write, found)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A checkpoint without tensors is replayed once there is an engine, and one that holds only an adapter is read then.

@@ -214,22 +214,27 @@ class ZerothOrder:
 
     def losses_at(
         self,
-        closure: Callable[[], Tensor],
+        batches: Sequence[tuple[Callable[[], Tensor], float]],
         probes: Sequence[Probe],
         stream_of: StreamOf | None = None,
         distribution: Distribution | None = None,
     ) -> list[float]:
-        """Losses of a batch, on all ranks, at points around the current one that are no part of a step; they are counted.
+        """Losses on all ranks at points that are no part of a step: nothing that the run depends on changes but the count.
 
         Args:
-            closure: as for `estimate`.
-            probes: the points.
+            batches: closures of a step's micro-batches, as for `estimate`, and the weight of each.
+            probes: the points, evaluated one after another.
             stream_of: the stream of each direction index; None takes the step's.
-            distribution: what they are drawn from; None takes the step's.
+            distribution: what directions are drawn from; None takes the step's.
         """
         self.distribution.begin()
-        own = self._own_losses(closure, probes, stream_of, distribution)
-        return [float(loss) for loss in self.ranks.mean_losses(own, probes)]
+        # What "auto" chooses about batched probes is left to the first step.
+        batched, self.evaluator.batched = self.evaluator.batched, False
+        try:
+            own = [self._own_losses(closure, probes, stream_of, distribution) * weight for closure, weight in batches]
+        finally:
+            self.evaluator.batched = batched
+        return self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist()
 
     def _probes(self) -> list[Probe]:
         return probes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)

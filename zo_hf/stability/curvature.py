@@ -87,7 +87,7 @@ def hessian_trace(
     def stream_of(direction: int) -> Stream:
         return Stream(zo.seed, zo.step, direction, Purpose.CURVATURE)
 
-    losses = zo.losses_at(closure, around.probes(), stream_of, along)
+    losses = zo.losses_at(((closure, 1.0),), around.probes(), stream_of, along)
     curvatures = around.curvatures(around.projected_gradients(losses))
     rounding = 6**0.5 * torch.finfo(zo.evaluator.dtype).eps * abs(losses[0]) / around.eps**2
     if 2.0 * rounding**2 > variance(curvatures):

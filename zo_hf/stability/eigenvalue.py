@@ -124,7 +124,7 @@ def lambda_max(
         for i in range(dimension):
             both = torch.stack((v, -v))
             both[:, i] += 1.0
-            a, b, c, d = zo.losses_at(closure, probes, stream_of, Along(both.to(dtype), coordinates))
+            a, b, c, d = zo.losses_at(((closure, 1.0),), probes, stream_of, Along(both.to(dtype), coordinates))
             result[i] = ((a - b) - (c - d)) / (4.0 * h**2)
         return result
 

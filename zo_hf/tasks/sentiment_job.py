@@ -36,6 +36,7 @@ from zo_hf.directions import DISTRIBUTIONS, Run
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.memory import PeakMemory
 from zo_hf.model_setup import check_model, make_subspace
+from zo_hf.stability.found_text import one_line
 from zo_hf.tasks.assets import AssetError
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
 from zo_hf.tasks.data import LabelledSentences
@@ -147,6 +148,8 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
     after = evaluate(replace(task, model=trainer.model), batch_size)
     say(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
+    if trainer.found_learning_rate is not None:
+        say(f"rate       {one_line(trainer.found_learning_rate)}")
     say(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
     say(f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference")
 
