@@ -14,6 +14,7 @@ from zo_hf.estimators import ESTIMATORS
 from zo_hf.optimizers import RULES, CoherentCoordinateDescent, RuleOptions
 from zo_hf.stability.monitor import check_action, check_stability
 from zo_hf.subspaces import SUBSPACES
+from zo_hf.together import check_direction
 
 _NEEDS_BACKWARD = (
     OptimizerNames.LOMO,
@@ -319,11 +320,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
         RULES[self.zo_rule].check(subspace, estimator, self.zo_num_directions, self.rule_options())
         _choose("zo_coordinate_order", self.zo_coordinate_order, list(ORDERS))
         along_coordinates = ESTIMATORS[self.zo_estimator].along_coordinates
-        if along_coordinates and self.zo_direction != "gaussian":
-            raise ValueError(
-                f"zo_direction={self.zo_direction!r} has no effect on zo_estimator={self.zo_estimator!r}, whose directions are "
-                "coordinates; leave it out."
-            )
+        check_direction(self.zo_estimator, self.zo_direction)
         if self.zo_coordinate_order != "cyclic" and not along_coordinates:
             raise ValueError(
                 f"zo_coordinate_order={self.zo_coordinate_order!r} has no effect on zo_estimator={self.zo_estimator!r}; leave "

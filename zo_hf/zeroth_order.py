@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, Run, Stream, unit_vectors
-from zo_hf.directions.masked import Masked
+from zo_hf.directions import DISTRIBUTIONS, Distribution, Run, Stream, unit_vectors
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES, Rule, RuleOptions, ScalarNormalisation
 from zo_hf.probes.curvature import CurvatureProbes
 from zo_hf.probes.evaluate import ProbeEvaluator
 from zo_hf.probes.probe import Probe
-from zo_hf.subspaces import SUBSPACES, Folded, Full, Subspace, subspace_kind
+from zo_hf.subspaces import SUBSPACES, Folded, Subspace, subspace_kind
 from zo_hf.subspaces.sites import is_decayed
 from zo_hf.subspaces.subspace import StreamOf
+from zo_hf.together import check_coordinates, check_direction, check_together
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,9 @@ class ZerothOrder:
         self.estimator = kind(eps, num_directions)
         self.direction = direction if isinstance(direction, str) else direction.name
         self.coordinate_order = coordinate_order
+        check_coordinates(estimator, subspace)
+        check_direction(estimator, self.direction)
         if kind.along_coordinates:
-            _check_coordinates(subspace, estimator, self.direction)
             self.distribution: Distribution = unit_vectors(
                 subspace.coordinates, num_directions, coordinate_order, seed
             )
@@ -149,7 +150,7 @@ class ZerothOrder:
         else:
             self.distribution = direction
         self.rule = _known("rule", rule, RULES)(subspace, self.estimator, rule_options)
-        _check_together(self.estimator, self.distribution, self.rule, subspace)
+        check_together(self.estimator, self.distribution, self.rule, subspace)
         if max_projected_grad is None:
             max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
         self.max_projected_grad = max_projected_grad
@@ -484,37 +485,6 @@ def _known(argument: str, name: str, registry: Mapping[str, _Entry]) -> _Entry:
     if name not in registry:
         raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(registry)}.")
     return registry[name]
-
-
-def _check_together(estimator: Estimator, distribution: Distribution, rule: Rule, subspace: Subspace) -> None:
-    if rule.points > 1 and isinstance(distribution, Layers):
-        raise ValueError(
-            f"zo_rule={rule.name!r} moves along what it found in earlier steps, and zo_direction={distribution.name!r} is to "
-            "leave the layers of those where they are; use zo_direction='gaussian', or zo_rule='none'."
-        )
-    if rule.fills_tensors and isinstance(distribution, Masked):
-        raise ValueError(
-            f"zo_rule={rule.name!r} moves whole matrices, and zo_direction={distribution.name!r} is to leave entries of them "
-            "where they are; use zo_direction='gaussian', or zo_rule='none'."
-        )
-    if estimator.needs_tangents and isinstance(distribution, Layers) and isinstance(subspace, Full):
-        raise ValueError(
-            f"zo_direction={distribution.name!r} leaves zo_estimator={estimator.name!r} without a derivative where the layers of a step do "
-            "not reach the loss; use zo_subspace='low_rank', or zo_direction='gaussian'."
-        )
-
-
-def _check_coordinates(subspace: Subspace, estimator: str, direction: str) -> None:
-    if isinstance(subspace, Full):
-        raise ValueError(
-            f"estimator={estimator!r} needs coordinates with a gradient, which Full never holds; pass subspace='full' or a "
-            "HeldFull."
-        )
-    if direction != "gaussian":
-        raise ValueError(
-            f"zo_direction={direction!r} has no effect on zo_estimator={estimator!r}, whose directions are "
-            "coordinates; leave it out."
-        )
 
 
 def _all_finite(values: list[float]) -> bool:
