@@ -38,7 +38,7 @@ def test_group_traces_are_those_of_the_blocks(subspace: str) -> None:
     model = Net()
     zo = ZerothOrder(model, subspace, seed=1)
     expected = hessian(model, zo).diagonal().split([c.numel() for c in zo.subspace.coordinates.values()])
-    blocks = {layer: 0.0 for layer in "ab"}
+    blocks = dict.fromkeys("ab", 0.0)
     for name, part in zip(zo.subspace.coordinates, expected, strict=True):
         blocks[name[0]] += float(part.sum())
     found = group_traces(zo, model, count=60, eps=1e-2)
@@ -84,6 +84,8 @@ def test_lambda_max_is_autograds_within_its_error(subspace: str, dtype: torch.dt
     assert zo.forward_passes == (0 if autograd else 4 * zo.subspace.dimension * found.products)
     assert_same_bits(weights_of(model), before)
     assert all(p.grad is None for p in model.parameters())
+    blocks = [] if zo.subspace.materialised is None else zo.subspace.materialised.blocks
+    assert not any(block.point is not None and block.point.requires_grad for block in blocks)
     zo.estimate(model)  # the engine goes on as before
 
 

@@ -120,7 +120,7 @@ def test_what_it_finds_brackets_the_truth(direction: str) -> None:
     found = monitor.found
     assert len(monitor.probes.curvatures) == REMEMBERED == found.trace.count
     low, high = found.trace.interval(0.999)
-    assert low < trace < high or direction == "rademacher" and trace == pytest.approx(found.trace.value, rel=1e-6)
+    assert low < trace < high or (direction == "rademacher" and trace == pytest.approx(found.trace.value, rel=1e-6))
     assert found.lambda_max == pytest.approx(trace if direction == "rademacher" else norm, rel=0.4)
     assert found.lambda_max > largest
     critical = critical_step_size(model.eigenvalues, num_directions=2, direction=direction)
