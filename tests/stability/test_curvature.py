@@ -84,6 +84,8 @@ def test_lambda_max_is_autograds_within_its_error(subspace: str, dtype: torch.dt
     assert zo.forward_passes == (0 if autograd else 4 * zo.subspace.dimension * found.products)
     assert_same_bits(weights_of(model), before)
     assert all(p.grad is None for p in model.parameters())
+    blocks = [] if zo.subspace.materialised is None else zo.subspace.materialised.blocks
+    assert not any(block.point is not None and block.point.requires_grad for block in blocks)
     zo.estimate(model)  # the engine goes on as before
 
 

@@ -104,7 +104,9 @@ def test_a_discarded_step_leaves_nothing() -> None:
     _optimizer, monitor = watched(zo)
     zo.probe(model.loss)
     zo.discard()
-    assert zo.estimate(model.loss).curvatures == pytest.approx(monitor.probes.curvatures)
+    z = draw_slice(Stream(5, 0), "w", 0, 64, GAUSSIAN).double()
+    assert zo.estimate(model.loss).curvatures == pytest.approx([float(z.square().sum())], rel=1e-6)
+    assert len(monitor.probes.curvatures) == 1
 
 
 @pytest.mark.parametrize("direction", ["gaussian", "sphere", "rademacher"])
@@ -132,6 +134,18 @@ def test_what_it_finds_brackets_the_truth(direction: str) -> None:
         "zo/critical_lr_upper": found.critical_upper,
         "zo/stability_ratio": found.ratio,
     }
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "sphere"])
+@pytest.mark.parametrize("directions", [1, 4])
+def test_the_spread_is_the_frobenius_norm(direction: str, directions: int) -> None:
+    values = torch.tensor([3.0, 1.0, 0.5, 0.1], dtype=torch.float64)
+    z = torch.randn(20000, directions, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if direction == "sphere":
+        z = z / z.norm(dim=-1, keepdim=True) * 2
+    samples = (z.square() * values).sum(-1).mean(-1).tolist()
+    found = stability(samples, 1.0, measured_directions=directions, direction=direction, dimension=4)
+    assert found.lambda_max == pytest.approx(float(values.norm()), rel=0.03)
 
 
 SPECTRA = ([1.0], [4.0, 1.0], [10.0, 1.0, 0.1], [1.0] * 10, [1 / i for i in range(1, 101)], [1.0, *[0.01] * 1000])
@@ -293,12 +307,13 @@ def test_a_single_sample_must_be_clear() -> None:
 
 def test_it_says_when_rounding_dominates(caplog: pytest.LogCaptureFixture) -> None:
     model = Bowl(1.0, 50)
-    for high, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float64)):
+    cases = {(0.0, torch.float32): False, (1e4, torch.float32): True, (1e4, torch.float64): False}
+    for (offset, dtype), dominates in (cases | {(0.0, torch.bfloat16): True}).items():
         zo = engine(model, eps=3e-3)
         optimizer, _ = watched(zo)
         caplog.clear()
-        run(zo, optimizer, lambda h=high, d=dtype: (model.loss() + (1e4 if h else 0)).to(d), 8)
-        assert ("mostly the rounding" in caplog.text) == (high and dtype == torch.float32)
+        run(zo, optimizer, lambda offset=offset, dtype=dtype: (model.loss() + offset).to(dtype), 8)
+        assert ("mostly the rounding" in caplog.text) == dominates
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:

@@ -162,6 +162,15 @@ def test_a_second_training_begins_anew(tmp_path: Path) -> None:
     assert logged(trainer, "zo/hessian_trace") == pytest.approx(first)
 
 
+def test_an_optimizer_of_the_users_is_let_go(tmp_path: Path) -> None:
+    model = Bowl(1.0, 50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    more = {"train_dataset": Nothing(), "eval_dataset": None, "optimizers": (optimizer, None)}
+    trainer = trained(tmp_path, model, more=more, zo_stability_steps=1, **BEYOND)
+    assert len(logged(trainer, "zo/hessian_trace")) == 4
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 REFUSED = {
     "steps": ({"zo_stability_steps": -1}, "zo_stability_steps=-1 must be at least 1"),
     "action": ({"zo_stability_steps": 1, "zo_stability_action": "stop"}, "zo_stability_action='stop' is unknown"),
