@@ -24,6 +24,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
-from zo_hf.stability import critical_step_size_of_hessian, step_size_bounds
+from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
 from zo_hf.subspaces import HeldFull
 from zo_hf.tasks.experiments import FinishedRuns
 
@@ -46,31 +47,36 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 BETA_2 = 0.999
 POINTS = 16
-EXAMPLES = 96
+EXAMPLES = 32
 LOST = 1e3  # a run whose loss is this many times that of the start has diverged
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(all)")
+    add("--networks", nargs="+", choices=NETWORKS, default=["cnn", "vit", "lstm"], help="(%(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
     add("--steps", type=int, default=8000, help="steps of a run (%(default)s)")
-    add("--margins", type=float, nargs="+", default=[1.4, 2.0], help="η*/η at the start (%(default)s)")
+    add(
+        "--margins",
+        type=float,
+        nargs="+",
+        help="η*/η at the start; the smaller for all methods, more for gd (two of each network's own)",
+    )
     add("--eps", type=float, default=1e-3, help="distance of a probe (%(default)s: the paper's)")
     add(
         "--other-eps",
         type=float,
         nargs="*",
         default=[1e-4, 1e-2, 1e-1],
-        help="more of them, gd, first network and margin (%(default)s)",
+        help="more of them, gd, first network, smallest margin (%(default)s)",
     )
     add(
         "--raises",
         type=float,
         nargs="*",
         default=[1.5, 2.0],
-        help="factors on η half-way, gd, last margin (%(default)s)",
+        help="factors on η half-way, gd, first network, largest margin (%(default)s)",
     )
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("out/edge_of_stability"), help="folder for results (%(default)s)")
@@ -128,11 +134,17 @@ class LSTM(nn.Module):
         return state
 
 
-def cnn() -> nn.Module:
-    first, second = nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Conv2d(4, 8, 3, stride=2, padding=1)
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)), first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(32, 10)
-    )
+def cnn(activation: type[nn.Module] = nn.GELU, normalise: bool = True) -> nn.Module:
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    for channels in ((1, 4), (4, 8)):
+        layers.append(nn.Conv2d(*channels, 3, stride=2, padding=1))
+        layers += [nn.GroupNorm(1, channels[1], affine=False)] if normalise else []
+        layers.append(activation())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10))
+
+
+def plain_cnn() -> nn.Module:
+    return cnn(nn.Tanh, normalise=False)
 
 
 def vit() -> nn.Module:
@@ -160,10 +172,20 @@ def sorting() -> tuple[Tensor, Tensor]:
     return numbers, numbers.sort(dim=1).values
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
-    "cnn": (cnn, digits),
-    "vit": (vit, digits),
-    "lstm": (lstm, sorting),
+@dataclass(frozen=True)
+class Network:
+    """A problem, and margins at which its run meets the threshold and has some way to go to it."""
+
+    make: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, Tensor]]
+    margins: tuple[float, ...]
+
+
+NETWORKS = {
+    "cnn": Network(cnn, digits, (1.0, 1.3)),
+    "vit": Network(vit, digits, (1.2, 1.5)),
+    "lstm": Network(lstm, sorting, (1.4, 2.0)),
+    "plain-cnn": Network(plain_cnn, digits, (1.6, 2.0)),
 }
 
 
@@ -196,7 +218,7 @@ def hessian(loss: SquaredLoss) -> tuple[float, Tensor, Tensor]:
         return loss.of({name: v.view_as(p) for (name, p), v in zip(parameters.items(), parts, strict=True)})
 
     gradient = grad(at)
-    matrix = vmap(lambda v: jvp(gradient, (point,), (v,))[1], chunk_size=128)(torch.eye(len(point)))
+    matrix = vmap(lambda v: jvp(gradient, (point,), (v,))[1], chunk_size=128)(torch.eye(len(point), dtype=point.dtype))
     return float(at(point)), gradient(point), 0.5 * (matrix + matrix.T)
 
 
@@ -222,16 +244,19 @@ def measure(loss: SquaredLoss, optimizer: torch.optim.Optimizer, method: str, st
     critical = critical_step_size_of_hessian(matrix, scale, **METHODS[method], negative="ignore")
     found = {"step": step, "loss": value, "step_size": eta, "critical": critical}
     found |= {"trace": float(values.sum()), "largest": float(values[-1]), "negative": float(values.clamp(max=0).sum())}
-    return found | {"spread": 0.0 if scale is None else float(scale.log().std())}
+    if scale is not None:  # how far P is from a multiple of I, and what that does to η*
+        commuting = critical_step_size(values, **METHODS[method], negative="ignore")
+        found |= {"spread": float(scale.log().std()), "critical_if_commuting": commuting}
+    return found
 
 
 def train(asked: Mapping[str, Any]) -> dict[str, Any]:
     """One run: the trace, the largest eigenvalue and η* along the way."""
     torch.set_num_threads(1)
     torch.manual_seed(asked["seed"])
-    make, data = NETWORKS[asked["network"]]
-    model, method = make(), METHODS[asked["method"]]
-    loss = SquaredLoss(model, *data())
+    network = NETWORKS[asked["network"]]
+    model, method = network.make(), METHODS[asked["method"]]
+    loss = SquaredLoss(model, *network.data())
     zo = ZerothOrder(model, HeldFull(model, seed=asked["seed"]), eps=asked["eps"], seed=asked["seed"], batched=True)
     parameters = list(zo.subspace.coordinates.values())
     assert [id(p) for p in parameters] == [id(p) for p in model.parameters()]
@@ -263,33 +288,44 @@ def train(asked: Mapping[str, Any]) -> dict[str, Any]:
     return dict(asked) | found | {"seconds": time.process_time() - started}
 
 
+def margins_of(args: argparse.Namespace, network: str) -> list[float]:
+    return sorted(args.margins or NETWORKS[network].margins)
+
+
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What the arguments ask for: every method, then a raised step size, then other distances."""
     shared = {"eps": args.eps, "raised": 1.0, "seed": args.seed, "steps": args.steps}
     for network in args.networks:
+        margins = margins_of(args, network)
         for method in args.methods:
-            for margin in args.margins:
+            for margin in margins if method == "gd" else margins[:1]:
                 yield shared | {"network": network, "method": method, "margin": margin}
+    margins = margins_of(args, args.networks[0])
     plain = shared | {"network": args.networks[0], "method": "gd"}
     for raised in args.raises:
-        yield plain | {"margin": args.margins[-1], "raised": raised}
+        yield plain | {"margin": margins[-1], "raised": raised}
     for eps in args.other_eps:
-        yield plain | {"margin": args.margins[0], "eps": eps}
+        yield plain | {"margin": margins[0], "eps": eps}
+
+
+def threshold(run: Mapping[str, Any], step_size: float) -> float:
+    """The trace whose upper bound on η* is this step size."""
+    method = METHODS[run["method"]]
+    return 2 * (1.0 if method["ema"] else 1 - method["momentum"]) / step_size
 
 
 def draw_edge(axes: Any, run: Mapping[str, Any], color: str) -> None:
     """The band of trace and λmax, the trace whose bound is exact (2/η*), and the line they meet."""
     method = METHODS[run["method"]]
     whole = [point for point in run["curve"] if math.isfinite(point["loss"])]
-    unit = 1.0 if method["ema"] else 1 - method["momentum"]
     steps, traces = [p["step"] for p in whole], [p["trace"] for p in whole]
     bounds = [step_size_bounds(p["trace"], p["largest"], **method) for p in whole]
-    axes.fill_between(steps, traces, [2 * unit / lower for lower, _ in bounds], color=color, alpha=0.3, linewidth=0)
-    axes.plot(steps, traces, color=color, linewidth=1)
-    axes.plot(steps, [2 * unit / p["critical"] for p in whole], ":", color=color, linewidth=1)
-    axes.plot(
-        steps, [2 * unit / p["step_size"] for p in whole], "--", color=color, linewidth=1, drawstyle="steps-post"
+    axes.fill_between(
+        steps, traces, [threshold(run, lower) for lower, _ in bounds], color=color, alpha=0.3, linewidth=0
     )
+    axes.plot(steps, traces, color=color, linewidth=1)
+    axes.plot(steps, [threshold(run, p["critical"]) for p in whole], ":", color=color, linewidth=1)
+    axes.plot(steps, [threshold(run, p["step_size"]) for p in whole], "--", color=color, drawstyle="steps-post")
 
 
 def draw_losses(axes: Any, run: Mapping[str, Any], color: str, label: str) -> None:
@@ -315,9 +351,10 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
         )
         for run in grid:
             axes = panels[args.networks.index(run["network"])][args.methods.index(run["method"])]
-            draw_edge(axes, run, f"C{args.margins.index(run['margin'])}")
+            draw_edge(axes, run, f"C{margins_of(args, run['network']).index(run['margin'])}")
             axes.set_title(f"{run['network']}, {run['method']}", fontsize="small")
-            axes.set_ylim(bottom=0)
+            start = run["curve"][0]["step_size"]
+            axes.set_ylim(0, max(axes.get_ylim()[1] if len(axes.lines) > 3 else 0, 1.5 * threshold(run, start)))
         for axes in panels[-1]:
             axes.set_xlabel("step")
         panels[0][0].set_ylabel("Tr, and (dashed) its threshold")
@@ -325,7 +362,7 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
         figure.savefig(folder / "stability-networks.png", dpi=110)
     for name, key in (("catapult", "raised"), ("eps", "eps")):
         other = "eps" if key == "raised" else "raised"
-        margin = args.margins[-1 if key == "raised" else 0]
+        margin = margins_of(args, args.networks[0])[-1 if key == "raised" else 0]
         chosen = [
             run
             for run in found
@@ -361,7 +398,7 @@ def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
         last = whole[-1]
         lower, upper = step_size_bounds(last["trace"], last["largest"], **method)
         eta = last["step_size"]
-        peak = max(p["step_size"] / p["critical"] for p in whole)
+        peak = max(p["step_size"] / p["critical"] for p in whole if p["step"] > args.steps // 10 or p is last)
         cells = [run["network"], run["method"], *(f"{run[key]:g}" for key in ("margin", "eps", "raised"))]
         cells += [f"{last['loss']:.3g}", f"{eta / upper:.2f}", f"{eta / lower:.2f}", f"{eta / last['critical']:.2f}"]
         cells += [f"{peak:.2f}", f"diverges at {len(run['losses']) * run['every']}" if run["diverged"] else ""]
