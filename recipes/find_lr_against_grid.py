@@ -149,7 +149,7 @@ def language_models(path: str) -> list[Problem]:
     layers = {"zo_subspace": "low_rank", "zo_exclude_modules": r".*(embed|norm|lm_head).*"}
     return [
         problem("language model, low rank", [3e-7, 1e-6, 3e-6, 1e-5], layers),
-        problem("language model, norms", [3e-4, 1e-3, 3e-3, 1e-2], {"zo_subspace": "norms"}),
+        problem("language model, norms", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "norms"}),
     ]
 
 
