@@ -91,7 +91,7 @@ def digits() -> Problem:
 
     everything = list(range(len(labels)))
     rates = [1e-3, 3e-3, 1e-2, 3e-2]
-    return Problem("digits", rates, 600, 32, model, len(labels), loss, lambda m: float(loss(m, everything)))
+    return Problem("digits", rates, 1000, 32, model, len(labels), loss, lambda m: float(loss(m, everything)))
 
 
 def regression() -> Problem:
@@ -109,7 +109,7 @@ def regression() -> Problem:
 
     everything = list(range(len(outputs)))
     rates = [1e-4, 3e-4, 1e-3, 3e-3]
-    return Problem("noisy regression", rates, 600, 4, model, len(outputs), loss, lambda m: float(loss(m, everything)))
+    return Problem("noisy regression", rates, 1000, 4, model, len(outputs), loss, lambda m: float(loss(m, everything)))
 
 
 def language_models(path: str) -> list[Problem]:
@@ -149,7 +149,7 @@ def language_models(path: str) -> list[Problem]:
     layers = {"zo_subspace": "low_rank", "zo_exclude_modules": r".*(embed|norm|lm_head).*"}
     return [
         problem("language model, low rank", [3e-7, 1e-6, 3e-6, 1e-5], layers),
-        problem("language model, norms", [3e-4, 1e-3, 3e-3, 1e-2], {"zo_subspace": "norms"}),
+        problem("language model, norms", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "norms"}),
     ]
 
 

@@ -53,16 +53,16 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
 
 COMMANDS = {
     "train": Command("fine-tune a language model to label sentences", has_main("zo_hf.tasks.sentiment_job")),
-    "find-lr": Command(
-        "find a learning rate for such a training, from forward passes before it",
-        has_main("zo_hf.stability.find_learning_rate_command"),
-    ),
     "predict": Command("label sentences with the trained model", has_arguments("zo_hf.tasks.predict")),
     "replay": Command(
         "turn a base model and a run's log into the fine-tuned model", has_arguments("zo_hf.trajectory.command")
     ),
     "plan": Command(
         "say what fits on a GPU: the memory of every way to train a model", has_arguments("zo_hf.planner.command")
+    ),
+    "find-lr": Command(
+        "find a learning rate for such a training, from forward passes before it",
+        has_main("zo_hf.stability.find_learning_rate_command"),
     ),
     "methods": Command("list every method, its paper and its cost", has_arguments("zo_hf.methods_command")),
     "bench": Command("measure speed and memory beside inference", has_arguments("zo_hf.bench")),

@@ -10,8 +10,9 @@ The first is what binds on a language model. Every batch has a gradient of its o
 up to a random walk: after steps with the rates η·mₜ (m is the schedule), its length per coordinate is
 η·√(Σ mₜ²)·√(v/q), with v the variance that batches give to c and q the directions of a step. A direction is as good as
 another for such a walk, so a probe far along one direction shows at once where a whole run of noise would lead: δ is the
-distance at which the loss has risen by `RISE` of itself. A run makes good a rise that is small beside what it learns; φ
-takes the rise down to what most runs learn, with room for a curvature and a variance that grow as the model learns.
+distance at which the loss has risen by `RISE` of itself. A run makes good a rise that is small beside what it learns: φ
+takes it down to 2.5 % of the loss (φ² · `RISE`), for a curvature one standard error up. φ was set on the problems of
+docs/stability.md: curvature and variance grow as a model learns, so a rate at which the rise would be a tenth diverges.
 
 The second is the step that lowers the loss most if ‖g‖² were as large as the probes allow: few of them leave it almost
 free, as c_A·c_B has a standard error of about v/√(number of slopes).
@@ -48,7 +49,7 @@ SHARE = 0.05
 #: Evaluations of a batch's loss, at least and at most: fewer say nothing, and more say little more.
 LEAST_EVALUATIONS, MOST_EVALUATIONS = 20, 200
 #: φ: the noise of a run may lead this far, as a part of the distance at which the loss has risen by `RISE`.
-WALK = 0.25
+WALK = 0.35
 #: A rate that may be further off than by this factor is not sure.
 UNSURE = 3.0
 
@@ -169,7 +170,7 @@ def choose(
     gradient_square, error = probes.gradient_square
     gradient_square = min(max(gradient_square, 0.0) + 2 * error, probes.slope_square)
     descent = directions / (curvature + (directions + 1) * probes.largest_curvature)
-    distance = math.sqrt(2 * RISE * abs(probes.loss) / curvature)
+    distance = math.sqrt(2 * RISE * abs(probes.loss) / (curvature + curvature_error))
     furthest = max(probe.distance for probe in probes.range)
     step = math.sqrt(probes.batch_variance * steps / directions)
     rate_of_distance = unit / step if step else math.inf
@@ -179,7 +180,9 @@ def choose(
         "curvature": unit * descent,
     }
     # Of a mean of squares of normal numbers, and of a sum of rises; a rate goes with the square root of either.
-    deviation = math.hypot(math.sqrt(2 / (len(probes.slopes) + SLOPES_BEFORE)), curvature_error / curvature) / 2
+    directions_seen = len(probes.slopes) + len(probes.range)
+    variance = 2 / directions_seen + (1 - probes.common) ** 2 * 2 / (len(probes.slopes) + SLOPES_BEFORE)
+    deviation = math.sqrt(variance + (curvature_error / curvature) ** 2) / 2
     factor = math.exp(deviation)
     doubts = []
     if factor > UNSURE**0.5:

@@ -44,11 +44,13 @@ class RangeProbe:
         distance: δ.
         loss: at the point itself.
         rise: the mean of both ends, less `loss`; it may be infinite or not a number.
+        slope: their difference, divided by 2δ: c, as far as the loss is a parabola.
     """
 
     distance: float
     loss: float
     rise: float
+    slope: float
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,19 @@ class LossProbes:
 
     @property
     def slope_square(self) -> float:
-        """E[c²]."""
-        return _mean([c * c for pair in self.slopes for c in pair])
+        """E[c²] over directions, those of range probes included unless they went too far.
+
+        Along one direction c² is as good as a square of one normal number, so it takes many of them.
+        """
+        each = [(a * a + b * b) / 2 for a, b in self.slopes]
+        each += [probe.slope**2 for probe in self.range if share_of(probe) < FLAT]
+        return _mean(each)
+
+    @property
+    def common(self) -> float:
+        """‖g‖²/E[c²] as the slopes have it, from 0 (batches have nothing in common) to 1 (they are the same)."""
+        square = _mean([(a * a + b * b) / 2 for a, b in self.slopes])
+        return max(0.0, 1.0 - _mean([(a - b) ** 2 / 2 for a, b in self.slopes]) / square) if square else 1.0
 
     @property
     def batch_variance(self) -> float:
@@ -80,11 +93,8 @@ class LossProbes:
         The geometric mean of the estimate and of E[c²], which weighs like `SLOPES_BEFORE` slopes: a rate that rests on a
         variance that three slopes happen to understate loses the run, and one that overstates it only slows it.
         """
-        square, count = self.slope_square, len(self.slopes)
-        if not square:
-            return 0.0
-        measured = min(_mean([(a - b) ** 2 / 2 for a, b in self.slopes]) / square, 1.0)
-        return square * measured ** (count / (count + SLOPES_BEFORE))
+        count = len(self.slopes)
+        return self.slope_square * (1.0 - self.common) ** (count / (count + SLOPES_BEFORE))
 
     @property
     def gradient_square(self) -> tuple[float, float]:
@@ -168,7 +178,7 @@ def probe_loss(zo: ZerothOrder, draw: Callable[[], Batch], slopes: int, range_pr
     ranges: list[RangeProbe] = []
     for index in range(range_probes):
         clean, plus, minus = _losses(zo, draw(), slopes + index, [0.0, distance, -distance])
-        ranges.append(RangeProbe(distance, clean, (plus + minus) / 2 - clean))
+        ranges.append(RangeProbe(distance, clean, (plus + minus) / 2 - clean, (plus - minus) / (2 * distance)))
         distance = _next_distance(ranges)
     return LossProbes(tuple(found), tuple(ranges))
 

@@ -1,0 +1,53 @@
+"""`zo-hf find-lr` on a tiny model and a handful of sentences, and the same search inside `zo-hf train`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.tasks.conftest import model, tokenizer  # noqa: F401
+from zo_hf.cli import main as zo_hf
+from zo_hf.stability import find_learning_rate_command
+
+pytestmark = pytest.mark.parametrize("model", ["llama"], indirect=True)
+OPTIONS = {"text_column": "review", "label_column": "stars", "per_device_train_batch_size": 4, "use_cpu": True}
+
+
+@pytest.fixture
+def command_line(
+    tmp_path: Path,
+    model: PreTrainedModel,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+) -> list[str]:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [f"film {i} is {'great' if i % 2 else 'dull'},{i % 2}" for i in range(40)]
+    (tmp_path / "films.csv").write_text("\n".join(["review,stars", *rows]) + "\n")
+    folders = {"model_name_or_path": "model", "train_file": "films.csv", "output_dir": "out"}
+    options = {name: tmp_path / file for name, file in folders.items()} | OPTIONS
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_it_prints_and_plots_what_it_saw(
+    command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zo_hf(["find-lr", *command_line, "--max_steps", "220"])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("E[c^2]", "Tr H", "+-", "<- binds", "sure"))
+    assert re.search(r"^learning rate \S+, bound by \w+.*, from 21 forward passes$", shown, re.MULTILINE)
+    assert (tmp_path / "out" / "learning_rate.png").is_file()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_too_short_a_training_is_said(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    zo_hf(["find-lr", *command_line, "--max_steps", "20"])
+    shown = capsys.readouterr().out
+    assert "not sure: 2 forward passes are too few to find a learning rate with, which takes 20" in shown
+
+
+def test_what_it_refuses_ends_in_one_sentence(command_line: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^error: learning_rate='auto' .*zo_rule='muon'.*give a number.*\.$"):
+        find_learning_rate_command.main([*command_line, "--zo_rule", "muon", "--zo_num_directions", "2"])
