@@ -171,10 +171,11 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
             seed=args.seed,
             ranks=self._ranks,
         )
+        self._learning_rate_given = args.learning_rate
         self._finds_learning_rate = args.learning_rate == "auto"
         if args.learning_rate is None or self._finds_learning_rate:
             # Until training ends: the same arguments may be for a model of another kind next time.
-            self._learning_rate_given, args.learning_rate = args.learning_rate, subspace.default_learning_rate
+            args.learning_rate = subspace.default_learning_rate
             if not zo.rule.divides_scale_out and zo.normalisation is None:
                 args.learning_rate = zo.estimator.learning_rate(args.learning_rate)
             self._learning_rate_is_automatic = True

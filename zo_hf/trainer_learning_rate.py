@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ class LearningRateMixin(_TrainerLike):
         rate = torch.tensor(found.learning_rate, dtype=torch.float64)
         on_device = rate.to(self.args.device) if self.args.device.type != "mps" else rate
         self._ranks.take_from_first(on_device)
-        found = self.found_learning_rate = FoundRate(**{**vars(found), "learning_rate": float(on_device)})
+        found = self.found_learning_rate = replace(found, learning_rate=float(on_device))
         logger.info("learning_rate='auto': %s", one_line(found))
         for doubt in found.doubts:
             logger.warning("learning_rate='auto' is not sure: %s", doubt)
