@@ -187,6 +187,8 @@ def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name of a causal language model")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="some of them alone, by name")
+    parser.add_argument("--forward-passes", type=int, help="of every run; default: each problem's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("out/find_lr"), help="folder for results (%(default)s)")
     args = parser.parse_args()
@@ -194,6 +196,13 @@ def main() -> None:
     path = args.output / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     problems = [digits(), regression(), *(language_models(args.model) if args.model else [])]
+    names = [problem.name for problem in problems]
+    for name in args.problems or []:
+        if name not in names:
+            parser.error(f"--problems {name!r} is none of {', '.join(map(repr, names))}.")
+    problems = [problem for problem in problems if not args.problems or problem.name in args.problems]
+    for problem in problems:
+        problem.forward_passes = args.forward_passes or problem.forward_passes
     for problem in problems:
         kept = results.setdefault(problem.name, {})
         with torch.no_grad():
@@ -242,8 +251,10 @@ def plot(problems: list[Problem], results: dict[str, dict[str, Any]], seeds: lis
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(problems), figsize=(4 * len(problems), 3.4), layout="constrained")
-    for axes, problem in zip(panels, problems, strict=True):
+    figure, panels = pyplot.subplots(
+        1, len(problems), figsize=(4 * len(problems), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, problem in zip(panels[0], problems, strict=True):
         kept = results[problem.name]
         before = kept[BEGINNING]["loss"]
         for seed in seeds:
@@ -255,7 +266,7 @@ def plot(problems: list[Problem], results: dict[str, dict[str, Any]], seeds: lis
         axes.set_xscale("log")
         axes.set_title(problem.name, fontsize="medium")
         axes.set_xlabel("learning rate")
-    panels[0].set_ylabel("final loss (dotted: before training)")
+    panels[0][0].set_ylabel("final loss (dotted: before training)")
     figure.savefig(path, dpi=120)
 
 
