@@ -92,6 +92,7 @@ METHODS = {
     "orthogonal q4": Method("directions", 1e-4, LOW_RANK | FOUR | {"zo_direction": "orthogonal"}),
     "sparse": Method("directions", 3e-5, FULL | {"zo_direction": "sparse"}),
     "layers": Method("directions", 3e-5, LOW_RANK | {"zo_direction": "layers"}),
+    "adaptive layers": Method("directions", 3e-5, LOW_RANK | {"zo_direction": "adaptive_layers"}),
     "two_point q4": Method("estimators", 1e-4, LOW_RANK | FOUR),
     "one_sided q4": Method("estimators", 1e-4, LOW_RANK | FOUR | {"zo_estimator": "one_sided"}),
     "fzoo q8": Method(
@@ -111,6 +112,7 @@ METHODS = {
     "sign": Method("optimizers", 3e-4, LOW_RANK | {"zo_rule": "sign"}),
     "conservative": Method("rules", 3e-5, LOW_RANK | {"zo_rule": "conservative"}),
     "curvature": Method("rules", 3e-5, LOW_RANK | {"zo_estimator": "second_difference", "zo_rule": "curvature"}),
+    "svrg": Method("rules", 3e-5, LOW_RANK | {"zo_rule": "svrg"}),
     "zo-muon": Method(
         "rules",
         3e-4,
