@@ -8,7 +8,7 @@
     python recipes/edge_of_stability.py --networks cnn --methods gd adam --steps 5000
     python recipes/edge_of_stability.py --plot-only --figures docs/figures
 
-Full batch, squared loss ½|f - y|², two-point estimates along one Gaussian direction. So many weights (some hundreds)
+Full batch, squared loss ½|f - y|², two-point estimates along one Gaussian direction. So few weights (some hundreds)
 that the whole Hessian can be had by automatic differentiation: its trace, its largest eigenvalue, and η* itself.
 
     gd, gdm    Tr(H) and 2(1 - β)/η        adam    Tr(P⁻¹H) and 2/η, P of the optimizer's state
