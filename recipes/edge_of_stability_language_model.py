@@ -176,7 +176,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             below.axhline(2 / run["learning_rate"], color=f"C{color}", linestyle="--", linewidth=1)
         above.set(title=subspace, ylabel="loss", ylim=(0, 1.5 * found[0]["losses"][0]))
         above.legend(fontsize="x-small")
-        below.set(xlabel="step", ylabel="Tr to Tr + 2‖H‖, and 2/η (dashed)", yscale="symlog")
+        below.set(xlabel="step", ylabel="Tr to Tr + 2‖H‖, and 2/η (dashed)", yscale="log")
     figure.savefig(path, dpi=120)
 
 
