@@ -7,7 +7,10 @@ step, and of what is measured beside them, times micro-batches; and in the first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
@@ -43,10 +46,12 @@ class Budget(TrainerCallback):
     """
 
     def __init__(self, args: ZOConfig) -> None:
-        self._begin(args)
+        self._begin(args, args.optim in ADAM)
 
-    def _begin(self, args: ZOConfig) -> None:
-        self.args = args
+    def _begin(self, args: ZOConfig, divides: bool) -> None:
+        self.args, self._divides = args, divides
+        # Once the rate is found, the arguments hold a number, also where a restart plans anew.
+        self._searches = args.learning_rate == "auto"
         self.is_spent = False
         self.seconds_before, self._began = 0.0, monotonic()
         self._zo: ZerothOrder | None = None
@@ -55,9 +60,13 @@ class Budget(TrainerCallback):
         self._batches: int | None = None
 
     @contextmanager
-    def of(self, args: ZOConfig) -> Iterator[None]:
-        """Inside, one training is under way, and `args.max_steps` follows from the forward passes if it is not given."""
-        self._begin(args)
+    def of(self, args: ZOConfig, divides: bool) -> Iterator[None]:
+        """Inside, one training is under way, and `args.max_steps` follows from the forward passes if it is not given.
+
+        Args:
+            divides: whether the optimizer is Adam or AdamW.
+        """
+        self._begin(args, divides)
         given = args.max_steps
         try:
             if self._replaces_max_steps:
@@ -87,16 +96,22 @@ class Budget(TrainerCallback):
         """Steps that the forward passes pay for, but for a check of `zo_batched_probes="auto"`."""
         budget = self.args.zo_max_forward_passes
         assert budget is not None
-        if self.args.learning_rate == "auto":
+        if self._searches:
             budget -= forward_passes_of_search(int(SHARE * budget), self.args.gradient_accumulation_steps)
-        passes = [self._passes_per_batch(step) for step in range(self._rule.period(self.args.rule_options()))]
-        measured = _measured_passes(self.args, self._estimator())
-        steps = spent = 0
-        while True:
-            spent += (passes[steps % len(passes)] + measured(steps)) * self._next_batches(steps)
-            if spent > budget:
-                return max(1, steps)
-            steps += 1
+        accumulation, every = self.args.gradient_accumulation_steps, self.args.zo_stability_steps
+        ragged = self._batches is not None and self._batches % accumulation
+        per_epoch = -(-(self._batches or 0) // accumulation) if ragged else 1
+        period = math.lcm(self._rule.period(self.args.rule_options()), every or 1, per_epoch)
+        measured = self._measured_passes()
+        costs = [
+            (self._passes_per_batch(step) + (measured if every and step % every == 0 else 0))
+            * self._next_batches(step)
+            for step in range(period)
+        ]
+        if self._divides:  # the first step is not measured, while all periods are counted alike
+            budget += measured * self._next_batches(0)
+        periods, rest = divmod(budget, sum(costs))
+        return max(1, periods * period + bisect_right(list(itertools.accumulate(costs)), rest))
 
     def of_search(self, steps: int) -> int:
         """Forward passes that a search for the learning rate may take, of a run of so many steps."""
@@ -119,8 +134,10 @@ class Budget(TrainerCallback):
         """Refuse what pays for no step at all; a run that is resumed with nothing left ends where it is."""
         batches = self._next_batches(state.global_step)
         pays = self.pays_for(batches)
-        if not pays and not self._spent():
+        if not pays and not state.global_step:
             also = ", of which it checks one micro-batch twice" if self._checks() else ""
+            if self._spent():
+                also += f", beside the {self._spent()} of learning_rate='auto'"
             raise ValueError(
                 f"zo_max_forward_passes={args.zo_max_forward_passes} does not pay for the first step, which takes "
                 f"{self._cost(batches)}{also}; raise it."
@@ -180,12 +197,9 @@ class Budget(TrainerCallback):
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes
 
-
-def _measured_passes(args: ZOConfig, estimator: Estimator) -> Callable[[int], int]:
-    """Passes that step number i is going to take beyond its own; before the engine knows the optimizer."""
-    every = args.zo_stability_steps
-    if not every:
-        return lambda step: 0
-    divides = args.optim in ADAM
-    passes = len(CurvatureProbes(estimator, every, (lambda: None) if divides else None).probes)
-    return lambda step: 0 if step % every or (divides and not step) else passes
+    def _measured_passes(self) -> int:
+        """Passes that a step takes beyond its own where it is measured."""
+        if not self.args.zo_stability_steps:
+            return 0
+        preconditioner = (lambda: None) if self._divides else None
+        return len(CurvatureProbes(self._estimator(), self.args.zo_stability_steps, preconditioner).probes)

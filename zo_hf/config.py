@@ -290,13 +290,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._read_numbers()
+        self.read_numbers()
         self._check_zo_options()
         self._check_trainer_options()
         super().__post_init__()
 
-    def _read_numbers(self) -> None:
-        """The command line hands over words where an option is a word or a number."""
+    def read_numbers(self) -> None:
+        """Turn words into numbers: the command line, and a search for hyperparameters, hand over words where there may be one."""
         if self.zo_eps is None:
             self.zo_eps = "auto"
         if isinstance(self.learning_rate, str) and self.learning_rate != "auto":

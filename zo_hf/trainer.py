@@ -22,7 +22,7 @@ from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
-from zo_hf.budget import Budget
+from zo_hf.budget import ADAM, Budget
 from zo_hf.config import ZOConfig
 from zo_hf.directions import UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
@@ -83,7 +83,10 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
         self._budget = Budget(args)
-        with training_allowed(), self._budget.of(args):  # a dataset without a length is refused without max_steps
+        with (
+            training_allowed(),
+            self._budget.of(args, args.optim in ADAM),
+        ):  # a dataset without a length is refused without max_steps
             super().__init__(model, args, *more, **kwargs)
         self.add_callback(self._budget)
         if self._stability is None and self.args.zo_stability_steps:
@@ -131,7 +134,7 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
         self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.found_learning_rate = None
         try:
-            with naming_lost_ranks(), self._budget.of(self.args):
+            with naming_lost_ranks(), self._budget.of(self.args, self._optimizer_divides()):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._finish_zeroth_order()
@@ -139,6 +142,7 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the coordinates, and the engine that gives it gradients."""
         self._finish_last_attempt()
+        self.args.read_numbers()
         self._checkpoints = checkpoint.CheckpointWriter()
         self._batches_compared = False
         if self._sharding is not None:
@@ -207,9 +211,6 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
     def _stability(self) -> StabilityCallback | None:
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
-
-    def _says_learning_rate(self) -> str:
-        return "learning_rate='auto'" if self._finds_learning_rate else f"learning_rate={self.args.learning_rate:g}"
 
     def _check_shared_forwards(self, zo: ZerothOrder) -> None:
         """Every process of a sharded model has to make every forward pass, or the others wait for it for ever."""

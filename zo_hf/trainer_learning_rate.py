@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import get_scheduler
 from transformers.trainer_utils import has_length
 
 from zo_hf import checkpoint
-from zo_hf.budget import Budget
+from zo_hf.budget import ADAM, Budget
 from zo_hf.distributed import Ranks
 from zo_hf.stability.find_learning_rate import FoundRate, check_findable, find_learning_rate
 from zo_hf.stability.found_text import one_line
@@ -28,6 +30,8 @@ from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
+#: Of a long run the schedule is looked at in so many steps.
+MOST_MULTIPLES = 1000
 #: Schedules that follow what happens in a run, so that it cannot be said before how they multiply the rate.
 _UNFORESEEN = ("reduce_lr_on_plateau", "greedy")
 
@@ -63,7 +67,7 @@ class LearningRateMixin(_TrainerLike):
         given, self.args.learning_rate = self.args.learning_rate, "auto"
         self._resumed_from = None
         try:
-            with self._budget.of(self.args):
+            with self._budget.of(self.args, self._optimizer_divides()):
                 *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
                 self.create_optimizer()
                 with self.accelerator.autocast():
@@ -73,6 +77,17 @@ class LearningRateMixin(_TrainerLike):
             self.args.learning_rate = given
         assert self.found_learning_rate is not None
         return self.found_learning_rate
+
+    def _optimizer_divides(self) -> bool:
+        """Whether the optimizer to come is an Adam, as `Budget` has to know before there is one."""
+        if self.optimizer is not None:
+            return type(self._torch_optimizer()) in (torch.optim.Adam, torch.optim.AdamW)
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs[0] in (torch.optim.Adam, torch.optim.AdamW)
+        return self.args.optim in ADAM
+
+    def _says_learning_rate(self) -> str:
+        return "learning_rate='auto'" if self._finds_learning_rate else f"learning_rate={self.args.learning_rate:g}"
 
     def _check_findable(self, optimizer: Optimizer) -> None:
         """Refuse, before the first forward pass, what the search cannot work with."""
@@ -153,12 +168,11 @@ class LearningRateMixin(_TrainerLike):
             num_training_steps=num_training_steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
-        total = 0.0
-        for _ in range(num_training_steps):
-            total += (optimizer.param_groups[0]["lr"] / rate) ** 2
-            optimizer.step()
-            scheduler.step()
-        return total
+        assert isinstance(scheduler, LambdaLR)
+        (multiple,) = scheduler.lr_lambdas
+        count = min(num_training_steps, MOST_MULTIPLES)
+        steps = ((2 * i + 1) * num_training_steps // (2 * count) for i in range(count))
+        return sum(multiple(step) ** 2 for step in steps) * num_training_steps / count
 
     def _batches_to_search_with(self) -> Any:
         """A function that draws a step's micro-batches, without touching the order in which the run sees the data."""
@@ -168,11 +182,15 @@ class LearningRateMixin(_TrainerLike):
         data, index = self._ranks.grid.data, self._ranks.grid.data_index
 
         def draw() -> Batch:
-            order = torch.randperm(len(dataset), generator=generator)[: micro_batches * data * rows].tolist()
-            own = order[index::data] or order
+            order = torch.randperm(len(dataset), generator=generator).tolist()
+            # As many on all ranks, and as many micro-batches as a step has, however few there are to draw from.
+            own = list(itertools.islice(itertools.cycle(order), index, micro_batches * data * rows, data))
             parts = [own[i : i + rows] for i in range(0, len(own), rows)]
             batches = [collate([dataset[i] for i in part]) for part in parts]
-            batches, items = self.get_batch_samples(iter(batches), len(batches), self.args.device)
+            # Trainer's own: the budget has been asked before.
+            batches, items = super(LearningRateMixin, self).get_batch_samples(
+                iter(batches), len(batches), self.args.device
+            )
             weight = 1.0 if self._loss_is_scaled(items) else 1.0 / len(batches)
             return [(self._closure(self.model, self._prepare_inputs(batch), items), weight) for batch in batches]
 

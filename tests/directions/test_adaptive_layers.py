@@ -171,3 +171,15 @@ def test_the_fraction_of_layers_is_taken_and_one_layer_refused(tmp_path) -> None
     space = Full(seeded(Blocks), target_modules=r"blocks\.1\..*")
     with pytest.raises(ValueError, match=r"^zo_direction='adaptive_layers' chooses among layers"):
         AdaptiveLayers(Run(space))
+
+
+def test_the_length_of_a_step_counts_the_weights_of_its_layers() -> None:
+    model = nn.ModuleList(nn.Linear(64, 16, bias=False) for _ in range(LAYERS))
+    distribution = AdaptiveLayers(Run(Full(model), 1, 0.5))
+    coordinates = dict(model.named_parameters())
+    dimension = sum(p.numel() for p in coordinates.values())
+    for step in range(8):
+        stream = Stream(0, step)
+        z = [distribution.draw_slice(stream, name, 0, p.detach().flatten()) for name, p in coordinates.items()]
+        length = float(sum(part.square().sum() for part in z))
+        assert length == pytest.approx(distribution.moving(stream, dimension), rel=0.1)

@@ -87,6 +87,9 @@ class AdaptiveLayers(Layers):
                 rewards[layer] = (1 - RATE) * before + RATE * self._reward
         return rewards
 
+    def moving(self, stream: Stream, dimension: int) -> float:
+        return sum(size * self.weight(stream, name) ** 2 for name, size in self._sizes.items())
+
     def draw_layout(self, stream: Stream, layout: NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
         z = super().draw_layout(stream, layout, coordinates)
         for name, view in layout.views(z).items():
