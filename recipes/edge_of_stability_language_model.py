@@ -33,13 +33,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZerothOrder
 from zo_hf.stability.curvature import hessian_trace
-from zo_hf.stability.monitor import StabilityMonitor
+from zo_hf.stability.monitor import ACTIONS, StabilityMonitor
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.experiments import FinishedRuns, encoded_reviews
 from zo_hf.tasks.prompts import LabelWordCollator
 
-ASKED = ("model", "subspace", "margin", "steps", "sentences", "every", "seed")
+ASKED = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
 SUBSPACES = ("low_rank", "lora")
 #: Directions along which the curvature is measured before the first step.
 DIRECTIONS_BEFORE = 24
@@ -55,6 +55,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1000, help="of a run (%(default)s)")
     add("--sentences", type=int, default=8, help="in the one batch (%(default)s)")
     add("--every", type=int, default=5, help="steps between measurements (%(default)s)")
+    add("--action", choices=ACTIONS, default="warn", help="of the monitor beyond the edge (%(default)s)")
     add("--seed", type=int, default=0, help="of sentences, directions and the adapter (%(default)s)")
     add("--output", type=Path, default=Path("out/edge_of_stability_language_model"), help="folder (%(default)s)")
     add("--figures", type=Path, help="folder of the figure (OUTPUT)")
@@ -88,7 +89,7 @@ def train(asked: Mapping[str, Any]) -> dict[str, Any]:
     norm = start.standard_error * math.sqrt(start.count / 2)
     rate = 2 / (start.value + 2 * norm) / asked["margin"]
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=rate))
-    monitor = StabilityMonitor(zo, optimizer, asked["every"])
+    monitor = StabilityMonitor(zo, optimizer, asked["every"], asked["action"])
     began, losses, curve = time.process_time(), [], []
     for step in range(asked["steps"]):
         losses.append(zo.estimate(closure).loss)
@@ -125,7 +126,7 @@ def with_subspace(model: Any, name: str, seed: int) -> tuple[nn.Module, Any]:
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What the arguments ask for."""
-    shared = {name: getattr(args, name) for name in ("model", "steps", "sentences", "every", "seed")}
+    shared = {name: getattr(args, name) for name in ("model", "steps", "sentences", "every", "action", "seed")}
     for subspace in args.subspaces:
         for margin in args.margins:
             yield shared | {"subspace": subspace, "margin": margin}

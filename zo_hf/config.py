@@ -54,7 +54,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     learning_rate: None | str | float = field(  # noqa: RUF036
         default=None,
         metadata={
-            "help": "The initial learning rate; auto finds one before training, from up to 5 % of the run's forward passes "
+            "help": "The initial learning rate; auto finds one before training, from up to a twentieth of the run's forward passes "
             "(see zo-hf find-lr). Its meaning is MeZO's in every subspace: the weights move by "
             "learning_rate x c x z. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and "
             "prompts, and for full along coordinates (zo_estimator=coordinate). The best value depends on the model; MeZO's are 1e-7 to 1e-6 for all weights of large models, "

@@ -18,6 +18,7 @@ from tests.conftest import assert_same_bits
 from tests.methods.table import DIRECTIONS, ROWS, TOKENS, WIDTH, Combination, Subject, subject
 from zo_hf import checkpoint
 from zo_hf.distributed import Grid, Ranks
+from zo_hf.optimizers import RULES
 from zo_hf.zeroth_order import Step
 
 LEARNING_RATE = 0.1
@@ -56,6 +57,9 @@ def the_seed_decides(combination: Combination) -> None:
     others = subject(combination, fold_steps=0), _after(combination, 3, seed=1, fold_steps=0)
     start, one, other = (_coordinates(it) for it in (others[0], first, others[1]))
     moved = int((one != start).sum())
+    if not moved and RULES[combination.rule].candidates:
+        assert {numbers[-1] for numbers in first.numbers} == {0.0}, "it has chosen to go, and stays"
+        return
     assert moved, "three steps moved nothing"
     if torch.equal(one, other):
         assert moved <= 3 * DIRECTIONS, "only single coordinates, taken in turn, may be the same for every seed"

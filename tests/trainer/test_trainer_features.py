@@ -246,7 +246,7 @@ def test_the_mixin_makes_another_trainer_forward_only(tmp_path: Path) -> None:
 def test_data_evaluation_and_the_loop_are_the_stock_ones(kind: type[ZOTrainer]) -> None:
     stock = Seq2SeqTrainer if kind is ZOSeq2SeqTrainer else Trainer
     names = ["get_eval_dataloader", "get_test_dataloader", "evaluate"]
-    names += ["predict", "prediction_step", "evaluation_loop", "compute_loss", "create_scheduler", "push_to_hub"]
+    names += ["predict", "prediction_step", "evaluation_loop", "compute_loss", "push_to_hub"]
     names += ["create_model_card", "save_model", "hyperparameter_search", "_inner_training_loop", "_run_epoch"]
     for name in names:
         assert getattr(kind, name) is getattr(stock, name), name

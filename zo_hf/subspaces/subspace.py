@@ -44,6 +44,8 @@ class Subspace:
     #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
     default_eps = 1e-3
     default_learning_rate = 1e-5
+    # Inside of `differentiable` alone.
+    _is_differentiable = False
     #: Largest magnitude of c; 0 does not clip.
     default_max_projected_grad = 0.0
     #: Whether coordinates stand for weights, which weight decay shrinks.
@@ -69,7 +71,6 @@ class Subspace:
         self.rows_per_probe = 0
         self.clip_factor = 1.0  # what the estimate of this step was multiplied by
         self.visited: set[nn.Module] = set()
-        self._is_differentiable = False
         self._holders: dict[nn.Module, dict[str, Site]] = {}
         for site in self.sites:
             for module, attribute in site.uses:
