@@ -4,7 +4,7 @@
 # ///
 """Does a language model reach the edge of stability? (arXiv 2604.14669 has none; forward passes alone.)
 
-    python recipes/edge_of_stability_language_model.py                      # SmolLM2-135M, embedded; an hour of one core
+    python recipes/edge_of_stability_language_model.py                      # SmolLM2-135M, embedded; some hours of one core
     python recipes/edge_of_stability_language_model.py --model MODEL --subspaces low_rank --steps 2000
     python recipes/edge_of_stability_language_model.py --plot-only --figures docs/figures
 

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["zo-hf[demo]", "scikit-learn>=1.4"]
+# ///
 """`learning_rate="auto"` beside a grid of learning rates, at equal forward passes, the search's own included.
 
     python recipes/find_lr_against_grid.py                            # the small networks; five minutes of one core
