@@ -57,7 +57,8 @@ def table(found: FoundRate) -> str:
             f"{'rate':>10} {'distance':>10} {'rise of the loss':>23} probes; noise leads so far in a run at that rate",
         ]
         lines += [
-            f"{found.rate_of_distance * distance:>10.2g} {distance:>10.2g} {rise:>+11.2g} +- {error:<8.1g} {count:>2}"
+            f"{found.rate_of_distance * distance:>10.2g} {distance:>10.2g} {rise:>+11.2g} "
+            + (f"+- {error:<8.1g} {count:>6}" if count > 1 else f"{count:>18}")
             for distance, rise, error, count in rises(probes)
         ]
         lines.append("")
