@@ -46,10 +46,10 @@ class Budget(TrainerCallback):
     """
 
     def __init__(self, args: ZOConfig) -> None:
-        self._begin(args, args.optim in ADAM)
+        self._begin(args)
 
-    def _begin(self, args: ZOConfig, divides: bool) -> None:
-        self.args, self._divides = args, divides
+    def _begin(self, args: ZOConfig, divides: bool | None = None) -> None:
+        self.args, self._divides = args, args.optim in ADAM if divides is None else divides
         # Once the rate is found, the arguments hold a number, also where a restart plans anew.
         self._searches = args.learning_rate == "auto"
         self.is_spent = False
@@ -60,11 +60,11 @@ class Budget(TrainerCallback):
         self._batches: int | None = None
 
     @contextmanager
-    def of(self, args: ZOConfig, divides: bool) -> Iterator[None]:
+    def of(self, args: ZOConfig, divides: bool | None = None) -> Iterator[None]:
         """Inside, one training is under way, and `args.max_steps` follows from the forward passes if it is not given.
 
         Args:
-            divides: whether the optimizer is Adam or AdamW.
+            divides: whether the optimizer is Adam or AdamW; None: as `args.optim` says.
         """
         self._begin(args, divides)
         given = args.max_steps

@@ -22,7 +22,7 @@ from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from zo_hf import checkpoint
-from zo_hf.budget import ADAM, Budget
+from zo_hf.budget import Budget
 from zo_hf.config import ZOConfig
 from zo_hf.directions import UnitVectors
 from zo_hf.distributed import Grid, Ranks, make_grid, naming_lost_ranks, share_batches
@@ -83,10 +83,7 @@ class ZOTrainerMixin(CheckpointsMixin, LearningRateMixin):
         self._recorder: recorder.Recorder | None = None
         self._estimate: Estimate | None = None
         self._budget = Budget(args)
-        with (
-            training_allowed(),
-            self._budget.of(args, args.optim in ADAM),
-        ):  # a dataset without a length is refused without max_steps
+        with training_allowed(), self._budget.of(args):  # a dataset without a length is refused without max_steps
             super().__init__(model, args, *more, **kwargs)
         self.add_callback(self._budget)
         if self._stability is None and self.args.zo_stability_steps:

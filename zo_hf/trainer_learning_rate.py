@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import has_length
 
 from zo_hf import checkpoint
-from zo_hf.budget import ADAM, Budget
+from zo_hf.budget import Budget
 from zo_hf.distributed import Ranks
 from zo_hf.stability.find_learning_rate import FoundRate, check_findable, find_learning_rate
 from zo_hf.stability.found_text import one_line
@@ -78,13 +78,13 @@ class LearningRateMixin(_TrainerLike):
         assert self.found_learning_rate is not None
         return self.found_learning_rate
 
-    def _optimizer_divides(self) -> bool:
-        """Whether the optimizer to come is an Adam, as `Budget` has to know before there is one."""
+    def _optimizer_divides(self) -> bool | None:
+        """Whether the user's own optimizer is an Adam, as `Budget` has to know before the run; None if there is none."""
         if self.optimizer is not None:
             return type(self._torch_optimizer()) in (torch.optim.Adam, torch.optim.AdamW)
         if self.optimizer_cls_and_kwargs is not None:
             return self.optimizer_cls_and_kwargs[0] in (torch.optim.Adam, torch.optim.AdamW)
-        return self.args.optim in ADAM
+        return None
 
     def _says_learning_rate(self) -> str:
         return "learning_rate='auto'" if self._finds_learning_rate else f"learning_rate={self.args.learning_rate:g}"

@@ -188,7 +188,8 @@ def cocd_critical_step_size(lambda_max: float, num_blocks: int, decay: float) ->
         raise ValueError(f"num_blocks={num_blocks} must be at least 1.")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay} must be at least 0 and at most 1.")
-    applied = (
-        float(num_blocks) if decay == 1 else -math.expm1(num_blocks * math.log(decay)) / (1 - decay) if decay else 1
-    )
+    if decay in (0, 1):
+        applied = float(num_blocks if decay else 1)
+    else:
+        applied = -math.expm1(num_blocks * math.log(decay)) / (1 - decay)
     return 2 / lambda_max / applied if lambda_max else math.inf
