@@ -13,8 +13,9 @@ them it would change the last place of their losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,31 +32,55 @@ MEASURED = (TwoPoint.name, SecondDifference.name, OneSided.name)
 REMEMBERED = 32
 
 
+class Preconditioner(Protocol):
+    """P, the diagonal that an optimizer divides by."""
+
+    def exists(self) -> bool:
+        """Whether the optimizer has one yet."""
+
+    def inverse_root(self) -> Mapping[str, Tensor]:
+        """P^-½ over every coordinate tensor, by name, positive where a direction moves it."""
+
+
+def curvature_probes(estimator: Estimator, num_directions: int, divides: bool) -> list[Probe]:
+    """What a step that is measured evaluates beyond its own probes.
+
+    Args:
+        estimator: of the steps.
+        num_directions: how many of its directions are measured.
+        divides: whether along directions that a preconditioner scales, where the step has only L(ξ), if anything.
+    """
+    own = [probe for probe in estimator.probes() if not divides or not probe.scale]
+    return [probe for probe in SecondDifference(estimator.eps, num_directions).probes() if probe not in own]
+
+
+def measured_directions(estimator: Estimator, divides: bool) -> int:
+    """How many of a step's directions are measured: all, where the step has both sides of them."""
+    both_sides = {Probe(i, -estimator.eps) for i in range(estimator.num_directions)} <= set(estimator.probes())
+    return estimator.num_directions if both_sides and not divides else 1
+
+
 class CurvatureProbes:
     """What a step evaluates beside its own probes, and what has been found.
 
     Args:
         estimator: of the steps.
         every: steps between those that are measured; the first one is.
-        preconditioner: P^-½ over every coordinate tensor, by name, positive where a direction moves it; None where the
-            optimizer has none yet, and then nothing is measured. Without this argument P = 1.
+        preconditioner: of the optimizer; nothing is measured before it exists. None: P = 1.
 
     Attributes:
+        num_directions: how many of a step's directions are measured.
+        probes: what a step that is measured evaluates beyond its own.
         curvatures: the last steps' κ, each the mean over the step's directions, the latest last.
         rounding: about the standard deviation that rounding of the losses gives to the latest of them.
         crossed: whether the run has been found beyond its critical learning rate; here, because a checkpoint holds it.
     """
 
-    def __init__(
-        self,
-        estimator: Estimator,
-        every: int,
-        preconditioner: Callable[[], Mapping[str, Tensor] | None] | None = None,
-    ) -> None:
+    def __init__(self, estimator: Estimator, every: int, preconditioner: Preconditioner | None = None) -> None:
         self.every, self._preconditioner, self._own = every, preconditioner, estimator.probes()
-        both_sides = {Probe(i, -estimator.eps) for i in range(estimator.num_directions)} <= set(self._own)
-        #: How many of a step's directions are measured.
-        self.num_directions = estimator.num_directions if both_sides and preconditioner is None else 1
+        divides = preconditioner is not None
+        self.num_directions = measured_directions(estimator, divides)
+        self.probes = curvature_probes(estimator, self.num_directions, divides)
         self._around = SecondDifference(estimator.eps, self.num_directions)
         self.curvatures: list[float] = []
         self.rounding = 0.0
@@ -64,21 +89,15 @@ class CurvatureProbes:
 
     def due(self, step: int) -> bool:
         """Whether step number `step` is measured."""
-        return step % self.every == 0 and (self._preconditioner is None or self._preconditioner() is not None)
-
-    @property
-    def probes(self) -> list[Probe]:
-        """What a step that is measured evaluates beyond its own probes."""
-        own = [probe for probe in self._own if self._preconditioner is None or not probe.scale]
-        return [probe for probe in self._around.probes() if probe not in own]
+        return step % self.every == 0 and (self._preconditioner is None or self._preconditioner.exists())
 
     @contextmanager
     def along(self, subspace: Subspace) -> Iterator[None]:
         """Inside, directions are as `probes` means them: scaled by the preconditioner, if there is one."""
-        inverse_root = None if self._preconditioner is None else self._preconditioner()
-        if inverse_root is None:
+        if self._preconditioner is None:
             yield
             return
+        inverse_root = self._preconditioner.inverse_root()
         assert subspace.materialised is not None
         blocks = subspace.materialised.blocks
         # Every rank, whatever its number of threads, must go the same distance.

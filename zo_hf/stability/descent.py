@@ -27,7 +27,7 @@ class Descent:
         momentum: β.
         ema: whether the momentum is a moving average, the new gradient times 1 - β.
         factor: what the learning rate is multiplied by beside that.
-        divides: whether by a diagonal P, see `inverse_root`.
+        divides: whether by a diagonal P, see `AdamPreconditioner`.
     """
 
     momentum: float = 0.0
@@ -67,25 +67,36 @@ def _descent(optimizer: Optimizer, group: Mapping[str, Any]) -> Descent | None:
     return None
 
 
-@torch.no_grad()
-def inverse_root(optimizer: Optimizer, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """P^-½ of Adam's next step over every coordinate tensor, by name; zeros where it has moved nothing yet.
+@dataclass(frozen=True)
+class AdamPreconditioner:
+    """P of Adam's next step, see `zo_hf.probes.curvature.Preconditioner`.
 
-    Returns None before its first step.
+    Args:
+        optimizer: Adam or AdamW.
+        coordinates: the tensors it moves, by name.
     """
-    names = {id(coordinate): name for name, coordinate in coordinates.items()}
-    if not any(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
-        return None
-    roots: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        for parameter in group["params"]:
-            state, name = optimizer.state.get(parameter), names[id(parameter)]
-            if not state:
-                roots[name] = torch.zeros_like(parameter)
-                continue
-            steps = float(state["step"])
-            mean_square = state["exp_avg_sq"] / (1.0 - beta2**steps)
-            divisor = (mean_square.sqrt() + group["eps"]) * (1.0 - beta1 ** (steps + 1))
-            roots[name] = divisor.rsqrt()
-    return roots
+
+    optimizer: Optimizer
+    coordinates: Mapping[str, Tensor]
+
+    def exists(self) -> bool:
+        """Whether Adam has stepped."""
+        return any(self.optimizer.state.get(p) for group in self.optimizer.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def inverse_root(self) -> dict[str, Tensor]:
+        """P^-½ over every coordinate tensor, by name; zeros where Adam has moved nothing yet."""
+        names = {id(coordinate): name for name, coordinate in self.coordinates.items()}
+        roots: dict[str, Tensor] = {}
+        for group in self.optimizer.param_groups:
+            beta1, beta2 = (float(beta) for beta in group["betas"])
+            for parameter in group["params"]:
+                state, name = self.optimizer.state.get(parameter), names[id(parameter)]
+                if not state:
+                    roots[name] = torch.zeros_like(parameter)
+                    continue
+                steps = float(state["step"])
+                mean_square = state["exp_avg_sq"] / (1.0 - beta2**steps)
+                divisor = (mean_square.sqrt() + group["eps"]) * (1.0 - beta1 ** (steps + 1))
+                roots[name] = divisor.rsqrt()
+        return roots

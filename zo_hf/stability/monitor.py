@@ -26,14 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zo_hf.directions import GivenMask, Sparse
 from zo_hf.probes.curvature import MEASURED, CurvatureProbes
 from zo_hf.stability.critical import step_size_bounds
-from zo_hf.stability.descent import Descent, descent_of, inverse_root
+from zo_hf.stability.descent import AdamPreconditioner, Descent, descent_of
 from zo_hf.stability.measured import Measured, variance
 from zo_hf.zeroth_order import ZerothOrder
 
@@ -179,13 +178,9 @@ class StabilityMonitor:
                 f"{type(optimizer).__name__}; use optim='sgd', or leave zo_stability_steps out."
             )
 
-        def preconditioner() -> dict[str, torch.Tensor] | None:
-            return inverse_root(optimizer, zo.subspace.coordinates)
-
         self._zo, self._optimizer, self._action = zo, optimizer, action
-        self.probes = zo.curvature = CurvatureProbes(
-            zo.estimator, every, preconditioner if self._descent.divides else None
-        )
+        preconditioner = AdamPreconditioner(optimizer, zo.subspace.coordinates) if self._descent.divides else None
+        self.probes = zo.curvature = CurvatureProbes(zo.estimator, every, preconditioner)
         self.found: Stability | None = None
         self._capped_at: float | None = None
         self._scheduled: list[float] = []
