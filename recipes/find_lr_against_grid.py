@@ -1,24 +1,24 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["zo-hf[demo]", "scikit-learn>=1.4"]
+# dependencies = ["zo-hf[demo]", "peft", "scikit-learn>=1.4"]
 # ///
 """`learning_rate="auto"` beside a grid of learning rates, at equal forward passes, the search's own included.
 
-    python recipes/find_lr_against_grid.py                            # the small networks; five minutes of one core
-    python recipes/find_lr_against_grid.py --model path/to/model      # and two subspaces of a causal language model
+    python recipes/find_lr_against_grid.py                            # the small networks; eight minutes of one core
+    python recipes/find_lr_against_grid.py --model path/to/model      # and three subspaces of a causal language model
 
 The grid's rates are a factor of 3 apart. A run is plain SGD on two-point estimates with a constant rate; its seed decides the
-batches, the directions, and those of the search. --output gets results.json, from which an interrupted comparison
+batches, the directions, and those of the search. --output gets runs.jsonl, from which an interrupted comparison
 continues, table.md and find_lr.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from zo_hf import ZOConfig
 from zo_hf.model_setup import make_subspace
 from zo_hf.optimizers import SeededSGD
-from zo_hf.stability.find_learning_rate import SHARE, FoundRate, find_learning_rate
+from zo_hf.stability.find_learning_rate import SHARE, FoundRate, find_learning_rate, forward_passes_of_search
 from zo_hf.subspaces import Full
+from zo_hf.tasks.experiments import FinishedRuns
 from zo_hf.zeroth_order import ZerothOrder
 
-torch.set_num_threads(1)
-BEGINNING = "before"
+ASKED = ("problem", "forward_passes", "rate", "seed")
+#: In place of a rate: the loss before training, and a rate that is found.
+BEFORE, AUTO = "before", "auto"
 
 
 @dataclass
@@ -79,8 +81,8 @@ class Problem:
         return lambda: self.loss(model, rows)
 
 
-def digits() -> Problem:
-    """A network of 4,810 weights on scikit-learn's digits."""
+def _pictures(name: str, rates: list[float], make: Callable[[], nn.Module]) -> Problem:
+    """A network on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -88,14 +90,33 @@ def digits() -> Problem:
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        return make()
 
     def loss(model: nn.Module, rows: list[int]) -> Tensor:
         return F.cross_entropy(model(pictures[rows]), labels[rows])
 
     everything = list(range(len(labels)))
-    rates = [1e-3, 3e-3, 1e-2, 3e-2]
-    return Problem("digits", rates, 1000, 32, model, len(labels), loss, lambda m: float(loss(m, everything)))
+    return Problem(name, rates, 1000, 32, model, len(labels), loss, lambda m: float(loss(m, everything)))
+
+
+def digits() -> Problem:
+    """4,810 weights."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    return _pictures("digits", [1e-3, 3e-3, 1e-2, 3e-2], make)
+
+
+def convolution() -> Problem:
+    """3,314 weights."""
+
+    def make() -> nn.Module:
+        shape, first, second = nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 16, 3)
+        pooled = nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(144, 10)
+        return nn.Sequential(shape, first, nn.ReLU(), second, *pooled)
+
+    return _pictures("convolution", [3e-4, 1e-3, 3e-3, 1e-2], make)
 
 
 def regression() -> Problem:
@@ -116,8 +137,8 @@ def regression() -> Problem:
     return Problem("noisy regression", rates, 1000, 4, model, len(outputs), loss, lambda m: float(loss(m, everything)))
 
 
-def language_models(path: str) -> list[Problem]:
-    """Low-rank factors of the linear layers, and the norms, learn to say the label word after a sentence."""
+def _language_model(path: str, name: str, rates: list[float], options: dict[str, Any], lora: int = 0) -> Problem:
+    """A causal language model learns to say the label word after a sentence."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zo_hf.tasks.data import embedded_reviews
@@ -133,40 +154,66 @@ def language_models(path: str) -> list[Problem]:
     train, held_out = encode(sentences.train), encode(sentences.held_out)
 
     def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        if not lora:
+            return plain
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        return get_peft_model(plain, LoraConfig(r=lora, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])).eval()
 
     def label(model: Any, examples: list) -> Tensor:
         inputs = LabelWordCollator(tokenizer, model)(examples)
         answers = inputs.pop("labels")[:, -1]
         return F.cross_entropy(model(**inputs).logits[:, -2].float(), answers)
 
-    def problem(name: str, rates: list[float], options: dict[str, Any]) -> Problem:
-        def score(model: Any) -> float:
-            parts = [held_out[i : i + 16] for i in range(0, len(held_out), 16)]
-            return sum(float(label(model, part)) for part in parts) / len(parts)
+    def score(model: Any) -> float:
+        parts = [held_out[i : i + 16] for i in range(0, len(held_out), 16)]
+        return sum(float(label(model, part)) for part in parts) / len(parts)
 
-        def on_rows(model: Any, rows: list[int]) -> Tensor:
-            return label(model, [train[row] for row in rows])
+    def on_rows(model: Any, rows: list[int]) -> Tensor:
+        return label(model, [train[row] for row in rows])
 
-        return Problem(name, rates, 400, 4, model, len(train), on_rows, score, options)
-
-    layers = {"zo_subspace": "low_rank", "zo_exclude_modules": r".*(embed|norm|lm_head).*"}
-    return [
-        problem("language model, low rank", [3e-7, 1e-6, 3e-6, 1e-5], layers),
-        problem("language model, norms", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "norms"}),
-    ]
+    return Problem(name, rates, 400, 4, model, len(train), on_rows, score, options)
 
 
-def train(problem: Problem, rate: float | None, seed: int) -> dict[str, Any]:
-    """One run; a rate of None is found. Returns the loss it ends with, and of a search what it was."""
+def low_rank(path: str) -> Problem:
+    """Factors of the linear layers."""
+    options = {"zo_subspace": "low_rank", "zo_exclude_modules": r".*(embed|norm|lm_head).*"}
+    return _language_model(path, "language model, low rank", [3e-7, 1e-6, 3e-6, 1e-5], options)
+
+
+def norms(path: str) -> Problem:
+    """Parameters of one dimension."""
+    return _language_model(path, "language model, norms", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "norms"})
+
+
+def lora(path: str) -> Problem:
+    """An adapter of rank 8."""
+    return _language_model(path, "language model, LoRA", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "adapter"}, lora=8)
+
+
+SMALL: dict[str, Callable[[], Problem]] = {
+    "digits": digits,
+    "noisy regression": regression,
+    "convolution": convolution,
+}
+OF_A_LANGUAGE_MODEL = {
+    "language model, low rank": low_rank,
+    "language model, norms": norms,
+    "language model, LoRA": lora,
+}
+
+
+def train(problem: Problem, rate: float | str, seed: int) -> dict[str, Any]:
+    """One run. Returns the loss it ends with, and of a search what it was."""
     zo, optimizer = problem.engine(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     extra: dict[str, Any] = {}
-    if rate is None:
+    if rate == AUTO:
         found = search(problem, zo, optimizer, seed)
         rate = found.learning_rate
-        extra = {"rate": rate, "search": found.forward_passes, "bound": found.bound_by, "doubts": found.doubts}
-        extra["factor"] = found.factor
+        extra = {"found": rate, "search": found.forward_passes, "factor": found.factor, "doubts": found.doubts}
     for group in optimizer.param_groups:
         group["lr"] = rate
     while zo.forward_passes + 2 <= problem.forward_passes:
@@ -175,14 +222,14 @@ def train(problem: Problem, rate: float | None, seed: int) -> dict[str, Any]:
     passes = zo.forward_passes
     with torch.no_grad():
         loss = problem.score(zo.finish())
-    return {"loss": loss if math.isfinite(loss) else math.inf, "forward_passes": passes, **extra}
+    return {"loss": loss if math.isfinite(loss) else math.inf, "taken": passes, **extra}
 
 
 def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, seed: int) -> FoundRate:
     """A rate for a run of the problem's forward passes."""
     generator = torch.Generator().manual_seed(2000 + seed)
     allowed, default = int(SHARE * problem.forward_passes), zo.subspace.default_learning_rate
-    steps = problem.forward_passes / 2
+    steps = (problem.forward_passes - forward_passes_of_search(allowed, 1)) / 2
     return find_learning_rate(
         zo, optimizer, lambda: [(problem.batch(zo.model, generator), 1.0)], allowed, steps, default
     )
@@ -196,50 +243,59 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("out/find_lr"), help="folder for results (%(default)s)")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    problems = [digits(), regression(), *(language_models(args.model) if args.model else [])]
-    names = [problem.name for problem in problems]
+    torch.set_num_threads(1)
+    makers = dict(SMALL)
+    if args.model:
+        makers |= {name: partial(make, args.model) for name, make in OF_A_LANGUAGE_MODEL.items()}
     for name in args.problems or []:
-        if name not in names:
-            parser.error(f"--problems {name!r} is none of {', '.join(map(repr, names))}.")
-    problems = [problem for problem in problems if not args.problems or problem.name in args.problems]
+        if name not in makers:
+            parser.error(f"--problems {name!r} is none of {', '.join(map(repr, makers))}.")
+    problems = [make() for name, make in makers.items() if name in (args.problems or makers)]
+    finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
     for problem in problems:
         problem.forward_passes = args.forward_passes or problem.forward_passes
-    for problem in problems:
-        kept = results.setdefault(problem.name, {})
-        with torch.no_grad():
-            kept.setdefault(BEGINNING, {"loss": problem.score(problem.model())})
         for seed in args.seeds:
-            for rate in [None, *problem.rates]:
-                key = f"{'auto' if rate is None else f'{rate:g}'}, seed {seed}"
-                if key not in kept:
-                    kept[key] = train(problem, rate, seed)
-                    path.write_text(json.dumps(results, indent=1))
-                print(f"{problem.name}: {key}: {kept[key]}", flush=True)
-    (args.output / "table.md").write_text("\n".join(table(problems, results, args.seeds)) + "\n")
-    plot(problems, results, args.seeds, args.output / "find_lr.png")
+            for rate in [BEFORE, AUTO, *problem.rates]:
+                asked = dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True))
+                run = finished.find(asked)
+                if run is None:
+                    finished.add(run := asked | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
+                print(*(f"{name}={value}" for name, value in run.items()), flush=True)
+    (args.output / "table.md").write_text("\n".join(table(problems, finished, args.seeds)) + "\n")
+    plot(problems, finished, args.seeds, args.output / "find_lr.png")
 
 
-def table(problems: list[Problem], results: dict[str, dict[str, Any]], seeds: list[int]) -> list[str]:
+def before(problem: Problem) -> dict[str, Any]:
+    """The loss that a run begins with."""
+    with torch.no_grad():
+        return {"loss": problem.score(problem.model())}
+
+
+def of(problem: Problem, finished: FinishedRuns, rate: float | str, seed: int) -> dict[str, Any]:
+    """A run that has been made."""
+    run = finished.find(dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True)))
+    assert run is not None
+    return run
+
+
+def table(problems: list[Problem], finished: FinishedRuns, seeds: list[int]) -> list[str]:
     """Markdown: mean losses over seeds, and whether the found rates do as well as the grid's second best."""
     lines = [
-        "| problem | before | grid: rate, mean final loss | rates found | mean final loss | by seed, of the grid | passes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| problem | before | grid: rate, mean final loss | rates found | mean final loss | place | by seed | passes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for problem in problems:
-        kept = results[problem.name]
-        grid = {rate: [kept[f"{rate:g}, seed {seed}"]["loss"] for seed in seeds] for rate in problem.rates}
-        autos = [kept[f"auto, seed {seed}"] for seed in seeds]
+        grid = {rate: [of(problem, finished, rate, seed)["loss"] for seed in seeds] for rate in problem.rates}
+        autos = [of(problem, finished, AUTO, seed) for seed in seeds]
+        mean = sum(auto["loss"] for auto in autos) / len(autos)
+        place = 1 + sum(sum(losses) / len(losses) < mean for losses in grid.values())
         places = [1 + sum(losses[i] < auto["loss"] for losses in grid.values()) for i, auto in enumerate(autos)]
         means = ", ".join(f"{rate:g}: {_short(sum(losses) / len(losses))}" for rate, losses in grid.items())
-        share = max(auto["search"] / auto["forward_passes"] for auto in autos)
+        share = max(auto["search"] / auto["taken"] for auto in autos)
         lines.append(
-            f"| {problem.name} | {kept[BEGINNING]['loss']:.3f} | {means} | "
-            f"{', '.join(format(auto['rate'], '.2g') for auto in autos)} | "
-            f"{_short(sum(auto['loss'] for auto in autos) / len(autos))} | "
-            f"{', '.join(f'place {place}' for place in places)} | {share:.1%} |"
+            f"| {problem.name} | {of(problem, finished, BEFORE, seeds[0])['loss']:.3f} | {means} | "
+            f"{', '.join(format(auto['found'], '.2g') for auto in autos)} | {_short(mean)} | {place} | "
+            f"{', '.join(map(str, places))} | {share:.1%} |"
         )
     return lines
 
@@ -248,29 +304,33 @@ def _short(loss: float) -> str:
     return f"{loss:.3f}" if loss < 100 else "diverges"
 
 
-def plot(problems: list[Problem], results: dict[str, dict[str, Any]], seeds: list[int], path: Path) -> None:
+def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path: Path) -> None:
     """Final loss against the rate, the found ones among the grid's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = min(len(problems), 3)
+    rows = -(-len(problems) // columns)
     figure, panels = pyplot.subplots(
-        1, len(problems), figsize=(4 * len(problems), 3.4), layout="constrained", squeeze=False
+        rows, columns, figsize=(4 * columns, 3.4 * rows), layout="constrained", squeeze=False
     )
-    for axes, problem in zip(panels[0], problems, strict=True):
-        kept = results[problem.name]
-        before = kept[BEGINNING]["loss"]
+    for axes in panels.flat[len(problems) :]:
+        axes.set_visible(False)
+    for axes, problem in zip(panels.flat, problems, strict=False):
+        first = of(problem, finished, BEFORE, seeds[0])["loss"]
         for seed in seeds:
-            losses = [min(kept[f"{rate:g}, seed {seed}"]["loss"], 1.5 * before) for rate in problem.rates]
+            losses = [min(of(problem, finished, rate, seed)["loss"], 1.5 * first) for rate in problem.rates]
             axes.plot(problem.rates, losses, "o-", color="gray", markersize=3, linewidth=0.8)
-            auto = kept[f"auto, seed {seed}"]
-            axes.plot(auto["rate"], min(auto["loss"], 1.5 * before), "*", color="tab:red", markersize=11)
-        axes.axhline(before, linestyle=":", color="black", linewidth=0.8)
+            auto = of(problem, finished, AUTO, seed)
+            axes.plot(auto["found"], min(auto["loss"], 1.5 * first), "*", color="tab:red", markersize=11)
+        axes.axhline(first, linestyle=":", color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_title(problem.name, fontsize="medium")
         axes.set_xlabel("learning rate")
-    panels[0][0].set_ylabel("final loss (dotted: before training)")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("final loss (dotted: before training)")
     figure.savefig(path, dpi=120)
 
 

@@ -23,15 +23,17 @@ from transformers.trainer_utils import has_length
 from zo_hf import checkpoint
 from zo_hf.budget import Budget
 from zo_hf.distributed import Ranks
-from zo_hf.stability.find_learning_rate import FoundRate, check_findable, find_learning_rate
+from zo_hf.stability.find_learning_rate import FoundRate, find_learning_rate
 from zo_hf.stability.found_text import one_line
 from zo_hf.stability.loss_probes import Batch
+from zo_hf.stability.predicted_loss import CONSTANT, Schedule
+from zo_hf.stability.rate_of_optimizer import check_findable
 from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-#: Of a long run the schedule is looked at in so many steps.
-MOST_MULTIPLES = 1000
+#: The schedule is looked at in so many pieces of a run, and in each at so many moments.
+PIECES, MOMENTS = 32, 32
 #: Schedules that follow what happens in a run, so that it cannot be said before how they multiply the rate.
 _UNFORESEEN = ("reduce_lr_on_plateau", "greedy")
 
@@ -140,11 +142,16 @@ class LearningRateMixin(_TrainerLike):
     def _find(self, num_training_steps: int) -> FoundRate:
         assert self.zo is not None
         default = float(self.args.learning_rate or 0)
-        steps = self._noise_steps(num_training_steps, default)
+        steps = num_training_steps
+        if self.args.zo_max_forward_passes is not None:
+            steps = min(steps, self._budget.steps())
+        schedule = self._schedule(num_training_steps, steps, default)
         forward_passes = self._budget.of_search(num_training_steps)
         with _undisturbed(self.model):
             draw = self._batches_to_search_with()
-            found = find_learning_rate(self.zo, self._torch_optimizer(), draw, forward_passes, steps, default)
+            found = find_learning_rate(
+                self.zo, self._torch_optimizer(), draw, forward_passes, steps, default, schedule
+            )
         # All ranks have measured the same bits; their processors need not agree on a square root.
         rate = torch.tensor(found.learning_rate, dtype=torch.float64)
         on_device = rate.to(self.args.device) if self.args.device.type != "mps" else rate
@@ -155,11 +162,11 @@ class LearningRateMixin(_TrainerLike):
             logger.warning("learning_rate='auto' is not sure: %s", doubt)
         return found
 
-    def _noise_steps(self, num_training_steps: int, rate: float) -> float:
-        """Σ mₜ² over the run, where the schedule multiplies the rate by mₜ."""
+    def _schedule(self, num_training_steps: int, steps: int, rate: float) -> Schedule:
+        """What the rate is multiplied by in the first `steps` of those that the schedule is made for."""
         args = self.args
         if args.lr_scheduler_type in _UNFORESEEN:
-            return num_training_steps
+            return CONSTANT
         optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=rate)
         scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -170,9 +177,10 @@ class LearningRateMixin(_TrainerLike):
         )
         assert isinstance(scheduler, LambdaLR)
         (multiple,) = scheduler.lr_lambdas
-        count = min(num_training_steps, MOST_MULTIPLES)
-        steps = ((2 * i + 1) * num_training_steps // (2 * count) for i in range(count))
-        return sum(multiple(step) ** 2 for step in steps) * num_training_steps / count
+        count = PIECES * MOMENTS
+        each = [float(multiple((2 * i + 1) * steps // (2 * count))) for i in range(count)]
+        pieces = [each[i : i + MOMENTS] for i in range(0, count, MOMENTS)]
+        return [(sum(piece) / MOMENTS, sum(m * m for m in piece) / MOMENTS) for piece in pieces]
 
     def _batches_to_search_with(self) -> Any:
         """A function that draws a step's micro-batches, without touching the order in which the run sees the data."""

@@ -36,8 +36,8 @@ def test_it_prints_and_plots_what_it_saw(
 ) -> None:
     zo_hf(["find-lr", *command_line, "--max_steps", "220"])
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("E[c^2]", "Tr H", "+-", "<- binds", "sure"))
-    assert re.search(r"^learning rate \S+, bound by \w+.*, from 21 forward passes$", shown, re.MULTILINE)
+    assert all(word in shown for word in ("E[c^2]", "Tr H", "+-", "<- least", "sure"))
+    assert re.search(r"^learning rate \S+, to a factor of \S+, from 20 forward passes$", shown, re.MULTILINE)
     assert (tmp_path / "out" / "learning_rate.png").is_file()
     assert not (tmp_path / "out" / "metrics.json").exists()
 

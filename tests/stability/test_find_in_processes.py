@@ -20,7 +20,7 @@ from tests.trainer.runs import trained
 options = RUN | dict(parallel.split("=") for parallel in sys.argv[2:]) | {"zo_check_steps": 1}
 trainer = trained(Path(sys.argv[1]) / "run", kind=Few, learning_rate="auto", zo_num_directions=2, **options)
 found = trainer.found_learning_rate
-torch.save((found.learning_rate, found.probes, found.bounds, weights_of(trainer.model)),
+torch.save((found.learning_rate, found.probes, found.prediction, weights_of(trainer.model)),
            Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
 """
 

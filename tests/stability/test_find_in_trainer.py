@@ -57,7 +57,7 @@ def test_the_run_is_the_one_with_the_found_rate_given_by_hand(tmp_path: Path, op
     auto = trained(tmp_path / "auto", kind=Few, more=more, learning_rate="auto", **options)
     after = randomness()
     result = auto.found_learning_rate
-    assert result is not None and result.bounds
+    assert result is not None and result.prediction
     by_hand = trained(tmp_path / "hand", kind=Few, more=more, learning_rate=result.learning_rate, **options)
     assert_same_bits(weights_of(auto.model), weights_of(by_hand.model))
     assert randomness() == after
@@ -114,17 +114,22 @@ def test_searching_alone_trains_nothing(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, learning_rate=0.5, **RUN)
     before = {name: weight.clone() for name, weight in weights_of(trainer.model).items()}
     result = trainer.find_learning_rate()
-    assert result.bounds and trainer.zo is None and trainer.args.learning_rate == 0.5
+    assert result.prediction and trainer.zo is None and trainer.args.learning_rate == 0.5
     assert_same_bits(weights_of(trainer.model), before)
     auto = trained(tmp_path, kind=Few, learning_rate="auto", **RUN)
-    assert auto.found_learning_rate == result
+    assert auto.found_learning_rate.probes == result.probes
+    assert auto.found_learning_rate.learning_rate == result.learning_rate
 
 
 def test_a_schedule_that_decays_leaves_room_for_a_larger_rate(tmp_path: Path) -> None:
     constant = make_trainer(tmp_path, **RUN | {"lr_scheduler_type": "constant"})
     linear = make_trainer(tmp_path, **RUN | {"warmup_steps": 0})
-    assert constant._noise_steps(PLANNED, 1e-5) == pytest.approx(PLANNED)
-    assert linear._noise_steps(PLANNED, 1e-5) == pytest.approx(sum((i / PLANNED) ** 2 for i in range(PLANNED + 1)))
+    assert set(constant._schedule(PLANNED, PLANNED, 1e-5)) == {(1.0, 1.0)}
+    schedule = linear._schedule(PLANNED, PLANNED, 1e-5)
+    assert schedule == sorted(schedule, reverse=True)
+    assert np.mean(schedule, axis=0) == pytest.approx([1 / 2, 1 / 3], abs=0.01)
+    assert np.mean(linear._schedule(PLANNED, PLANNED // 2, 1e-5), axis=0) == pytest.approx([3 / 4, 7 / 12], abs=0.01)
+    assert linear.find_learning_rate().learning_rate > constant.find_learning_rate().learning_rate
 
 
 @pytest.mark.parametrize(

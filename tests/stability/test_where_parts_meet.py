@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import TinyTask
 from tests.trainer.runs import config, logged, make_trainer, trained
+from zo_hf import trainer_learning_rate
 from zo_hf.budget import Budget
 from zo_hf.stability.find_learning_rate import forward_passes_of_search
 
@@ -59,11 +61,35 @@ def test_a_budget_without_end_is_planned_at_once() -> None:
     assert time.process_time() - began < 5
 
 
-def test_schedules_of_long_runs_are_summed_at_once(tmp_path: Path) -> None:
+def test_schedules_of_long_runs_are_looked_at_at_once(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, lr_scheduler_type="linear")
     began = time.process_time()
-    assert trainer._noise_steps(10**9, 1e-5) == pytest.approx(10**9 / 3, rel=1e-5)
+    schedule = trainer._schedule(10**9, 10**9, 1e-5)
+    assert np.mean(schedule, axis=0) == pytest.approx([1 / 2, 1 / 3], rel=1e-3)
     assert time.process_time() - began < 5
+
+
+def test_schedules_that_restart_more_often_than_they_are_looked_at(tmp_path: Path) -> None:
+    cosine = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 64}}
+    schedule = make_trainer(tmp_path, **cosine)._schedule(10_000, 10_000, 1e-5)
+    assert np.array(schedule) == pytest.approx(np.tile([1 / 2, 3 / 8], (len(schedule), 1)), abs=0.02)
+
+
+def test_a_run_that_its_passes_end_early_is_predicted_as_long_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    search = trainer_learning_rate.find_learning_rate
+
+    def spy(*args: Any) -> Any:
+        seen["steps"], seen["schedule"] = args[4], args[6]
+        return search(*args)
+
+    monkeypatch.setattr(trainer_learning_rate, "find_learning_rate", spy)
+    options = {"zo_max_forward_passes": 800, "lr_scheduler_type": "linear", "zo_batched_probes": False}
+    make_trainer(tmp_path, max_steps=3800, **options).find_learning_rate()
+    assert seen["steps"] == (800 - 40) // 2
+    assert min(seen["schedule"])[0] == pytest.approx(0.9, abs=0.01)
 
 
 def test_a_restart_plans_for_the_search_again(tmp_path: Path) -> None:

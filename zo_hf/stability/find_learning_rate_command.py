@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     say = line_printer(config)
     say(table(found))
-    if found.probes is None or config.process_index:
+    if found.prediction is None or config.process_index:
         return
     if find_spec("matplotlib") is None:
         say("no plot    install matplotlib for learning_rate.png")

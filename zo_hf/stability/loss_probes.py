@@ -1,13 +1,12 @@
-"""What forward passes say about a loss before training: slopes on two batches, and the loss far along a direction.
+"""What forward passes say about a loss before training, along directions that each see two batches, A and B:
 
-    slopes   c = (ℓ₊ - ℓ₋) / 2ε along one direction z on two batches, A and B:
-                 ½·(c_A - c_B)²   is on average the variance that batches give to c,
-                 c_A · c_B        is on average ‖g‖², without that variance; its own noise is about the variance itself;
-    range    (ℓ(ξ + δz) + ℓ(ξ - δz)) / 2 - ℓ(ξ) on one batch, δ up to where the loss has risen by a good part of itself:
-                 on a quadratic ½·δ²·zᵀHz, whose mean is ½·δ²·Tr H.
+    near     c_A = (ℓ_A(ξ + εz) - ℓ_A(ξ - εz)) / 2ε,    as a step would find it;
+    far      c_B = (ℓ_B(ξ + δz) - ℓ_B(ξ - δz)) / 2δ,    and
+             (ℓ_B(ξ + δz) + ℓ_B(ξ - δz)) / 2 - ℓ_B(ξ),  the rise, δ up to where it is a good part of the loss.
 
-Every direction and every batch is a new one. No weight is written, and nothing that the run depends on is touched: the
-directions are those of steps before the first.
+On a quadratic the mean of the rise is ½·δ²·Tr H, that of c² is ‖g‖² + v, where v is what batches add, and that of c_A·c_B
+is ‖g‖². Every direction and every batch is a new one. No weight is written, and nothing that the run depends on is touched:
+the directions are those of steps before the first.
 """
 
 from __future__ import annotations
@@ -25,32 +24,44 @@ from zo_hf.zeroth_order import ZerothOrder
 #: A step's micro-batches: what evaluates the loss of each, and its weight in the step's.
 Batch = Sequence[tuple[Callable[[], Tensor], float]]
 
-EVALUATIONS_OF_A_SLOPE = 4
-EVALUATIONS_OF_A_RANGE_PROBE = 3
-#: How many slopes it takes to outweigh the supposition that c is all noise of the batches.
-SLOPES_BEFORE = 2
-#: The rise that the distance of range probes is steered to, as a part of the loss: large enough to stand out from the
-#: differences between batches and from rounding, small enough for the loss not to be flat again.
+EVALUATIONS_NEAR, EVALUATIONS_FAR = 2, 3
+EVALUATIONS = EVALUATIONS_NEAR + EVALUATIONS_FAR
+#: The rise that distances are steered to, as a part of the loss: large enough to stand out from the differences between
+#: batches and from rounding, small enough for the loss not to be flat again.
 RISE = 0.2
 #: A rise, as a part of the loss, beyond which only its being large is looked at.
 FLAT = 3 * RISE
 
 
 @dataclass(frozen=True)
-class RangeProbe:
-    """The loss on one batch at both ends of a direction.
+class LineProbe:
+    """The loss along one direction.
 
     Attributes:
+        near: c_A.
         distance: δ.
-        loss: at the point itself.
-        rise: the mean of both ends, less `loss`; it may be infinite or not a number.
-        slope: their difference, divided by 2δ: c, as far as the loss is a parabola.
+        loss: ℓ_B at the point itself.
+        rise: the mean of ℓ_B at both far ends, less `loss`; it may be infinite or not a number.
+        far: c_B.
     """
 
+    near: float
     distance: float
     loss: float
     rise: float
-    slope: float
+    far: float
+
+    @property
+    def share(self) -> float:
+        """The rise as a part of the loss, cut off at `FLAT` either way; what is not a number is a rise."""
+        if not math.isfinite(self.rise) or not self.loss:
+            return FLAT
+        return max(-FLAT, min(self.rise / abs(self.loss), FLAT))
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the far end is near enough for `far` to be a slope."""
+        return self.share < FLAT
 
 
 @dataclass(frozen=True)
@@ -58,66 +69,52 @@ class LossProbes:
     """All that was measured.
 
     Attributes:
-        slopes: (c_A, c_B) of every direction.
-        range: see `RangeProbe`.
+        lines: see `LineProbe`; at least one.
     """
 
-    slopes: tuple[tuple[float, float], ...]
-    range: tuple[RangeProbe, ...]
+    lines: tuple[LineProbe, ...]
 
     @property
     def loss(self) -> float:
         """Mean over batches."""
-        return sum(probe.loss for probe in self.range) / len(self.range)
+        return _mean([line.loss for line in self.lines])
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """(c_A, c_B) of the directions on which both were found."""
+        return [(line.near, line.far) for line in self.lines if line.is_straight]
 
     @property
     def slope_square(self) -> float:
-        """E[c²] over directions, those of range probes included unless they went too far.
-
-        Along one direction c² is as good as a square of one normal number, so it takes many of them.
-        """
-        each = [(a * a + b * b) / 2 for a, b in self.slopes]
-        each += [probe.slope**2 for probe in self.range if share_of(probe) < FLAT]
-        return _mean(each)
-
-    @property
-    def common(self) -> float:
-        """‖g‖²/E[c²] as the slopes have it, from 0 (batches have nothing in common) to 1 (they are the same)."""
-        square = _mean([(a * a + b * b) / 2 for a, b in self.slopes])
-        return max(0.0, 1.0 - _mean([(a - b) ** 2 / 2 for a, b in self.slopes]) / square) if square else 1.0
-
-    @property
-    def batch_variance(self) -> float:
-        """What of E[c²] differs between batches along the same direction; all of it, as far as few slopes say otherwise.
-
-        The geometric mean of the estimate and of E[c²], which weighs like `SLOPES_BEFORE` slopes: a rate that rests on a
-        variance that three slopes happen to understate loses the run, and one that overstates it only slows it.
-        """
-        count = len(self.slopes)
-        return self.slope_square * (1.0 - self.common) ** (count / (count + SLOPES_BEFORE))
+        """E[c²] over directions; along one direction c² is as good as the square of one normal number."""
+        slopes = [line.near for line in self.lines] + [line.far for line in self.lines if line.is_straight]
+        return _mean([slope * slope for slope in slopes])
 
     @property
     def gradient_square(self) -> tuple[float, float]:
         """‖g‖² of the whole loss, and the standard error of that number."""
-        return _mean_and_error([a * b for a, b in self.slopes])
+        return _mean_and_error([near * far for near, far in self.pairs])
 
     @property
     def curvature(self) -> tuple[float, float]:
-        """Tr H as far as the range probes go, and its standard error; 0 where the loss did not rise.
+        """Tr H as far as the probes go, and its standard error; 0 where the loss did not rise.
 
         The κ for which κ·δ²/2 and the rises, both as parts of the loss and both cut off at `FLAT`, have the same sum: a
-        probe that went where the loss explodes, or is flat again, then says only that it went too far.
+        probe that went where the loss explodes, or is flat again, then says only that it went too far. A sum that is lost
+        in the differences between batches is taken to be as large as these.
         """
-        total = sum(self._shares)
+        shares = [line.share for line in self.lines]
+        noise = math.hypot(*shares)
+        total = max(sum(shares), noise) if sum(shares) > -noise else 0.0
         if total <= 0:
             return 0.0, math.inf
-        low, high = 0.0, 2 * FLAT * abs(self.loss) / min(probe.distance for probe in self.range) ** 2
+        low, high = 0.0, 2 * FLAT * abs(self.loss) / min(line.distance for line in self.lines) ** 2
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if sum(self._expected(middle)) < total else (low, middle)
         expected = self._expected(high)
         rising = sum(share for share in expected if share < FLAT)
-        spread = sum((seen - share) ** 2 for seen, share in zip(self._shares, expected, strict=True))
+        spread = sum((seen - share) ** 2 for seen, share in zip(shares, expected, strict=True))
         return high, high * math.sqrt(spread) / rising if rising else math.inf
 
     @property
@@ -125,62 +122,43 @@ class LossProbes:
         """About λmax: Σλ²/Σλ, from how much zᵀHz differs between directions; at most the trace."""
         curvature, _ = self.curvature
         # Nearer ones differ by what batches do, more than by what directions do.
-        expected = [(probe, share) for probe, share in zip(self.range, self._expected(curvature), strict=True)]
-        each = [2 * probe.rise / probe.distance**2 for probe, share in expected if RISE / 4 < share < FLAT]
+        expected = [(line, share) for line, share in zip(self.lines, self._expected(curvature), strict=True)]
+        each = [2 * line.rise / line.distance**2 for line, share in expected if RISE / 4 < share < FLAT]
+        each = [value for value in each if math.isfinite(value)]
         if curvature <= 0 or not each:
             return curvature
         return min(curvature, _mean([(value - curvature) ** 2 for value in each]) / (2 * curvature))
 
-    @property
-    def _shares(self) -> list[float]:
-        return [share_of(probe) for probe in self.range]
-
     def _expected(self, curvature: float) -> list[float]:
         loss = abs(self.loss)
-        return [min(curvature * probe.distance**2 / 2 / loss, FLAT) if loss else FLAT for probe in self.range]
+        return [min(curvature * line.distance**2 / 2 / loss, FLAT) if loss else FLAT for line in self.lines]
 
 
-def share_of(probe: RangeProbe) -> float:
-    """The rise as a part of the loss, cut off at `FLAT` either way; what is not a number is a rise."""
-    if not math.isfinite(probe.rise) or not probe.loss:
-        return FLAT
-    return max(-FLAT, min(probe.rise / abs(probe.loss), FLAT))
-
-
-def evaluations(allowed: int) -> tuple[int, int]:
-    """How many slopes and range probes so many evaluations of a batch's loss are spent on."""
-    slopes = allowed // (EVALUATIONS_OF_A_SLOPE + EVALUATIONS_OF_A_RANGE_PROBE)
-    return slopes, (allowed - slopes * EVALUATIONS_OF_A_SLOPE) // EVALUATIONS_OF_A_RANGE_PROBE
-
-
-def probe_loss(zo: ZerothOrder, draw: Callable[[], Batch], slopes: int, range_probes: int) -> LossProbes:
+def probe_loss(zo: ZerothOrder, draw: Callable[[], Batch], directions: int) -> LossProbes:
     """Measure.
 
     Args:
         zo: the engine, before its first step.
         draw: a new batch, one of a step of the run.
-        slopes: how many; `EVALUATIONS_OF_A_SLOPE` each.
-        range_probes: how many; `EVALUATIONS_OF_A_RANGE_PROBE` each.
+        directions: how many; `EVALUATIONS` each, of a batch.
     """
     eps, limit = zo.estimator.eps, zo.max_projected_grad or math.inf
-    found: list[tuple[float, float]] = []
+    near: list[float] = []
     loss = 0.0
-    for index in range(slopes):
-        pair = []
-        for _ in range(2):
-            plus, minus = _losses(zo, draw(), index, [eps, -eps])
-            pair.append(max(-limit, min((plus - minus) / (2 * eps), limit)))
-            loss += (plus + minus) / 4 / slopes
-        found.append((pair[0], pair[1]))
-    length = math.sqrt(_mean([c * c for pair in found for c in pair]))
+    for index in range(directions):
+        plus, minus = _losses(zo, draw(), index, [eps, -eps])
+        near.append(_within((plus - minus) / (2 * eps), limit))
+        loss += (plus + minus) / 2 / directions
+    length = math.sqrt(_mean([c * c for c in near]))
     # As far as a straight line would have to go; not less than a probe, nor where the slope says nothing.
-    distance = max(RISE * abs(loss) / length, eps) if math.isfinite(length) and length > 0 else eps
-    ranges: list[RangeProbe] = []
-    for index in range(range_probes):
-        clean, plus, minus = _losses(zo, draw(), slopes + index, [0.0, distance, -distance])
-        ranges.append(RangeProbe(distance, clean, (plus + minus) / 2 - clean, (plus - minus) / (2 * distance)))
-        distance = _next_distance(ranges)
-    return LossProbes(tuple(found), tuple(ranges))
+    distance = max(RISE * abs(loss) / length, eps) if math.isfinite(loss) and 0 < length < math.inf else eps
+    lines: list[LineProbe] = []
+    for index, slope in enumerate(near):
+        clean, plus, minus = _losses(zo, draw(), index, [0.0, distance, -distance])
+        far = _within((plus - minus) / (2 * distance), limit)
+        lines.append(LineProbe(slope, distance, clean, (plus + minus) / 2 - clean, far))
+        distance = _next_distance(lines)
+    return LossProbes(tuple(lines))
 
 
 def _losses(zo: ZerothOrder, batch: Batch, index: int, scales: Sequence[float]) -> list[float]:
@@ -188,13 +166,19 @@ def _losses(zo: ZerothOrder, batch: Batch, index: int, scales: Sequence[float]) 
     return zo.losses_at(batch, [Probe(0, scale) for scale in scales], lambda direction: stream)
 
 
-def _next_distance(ranges: Sequence[RangeProbe]) -> float:
+def _next_distance(lines: Sequence[LineProbe]) -> float:
     """Towards where the loss rises by `RISE` of itself: by ever smaller factors, as one rise may be mostly noise."""
-    last, shares = ranges[-1], [share_of(probe) for probe in ranges]
-    # Where it went much too far, how far is not in what the cut leaves.
-    factor = math.sqrt(RISE / max(shares[-1], RISE / 64)) if shares[-1] < FLAT else 1 / 4
+    last, shares = lines[-1], [line.share for line in lines]
+    # A rise that is lost in the differences between batches says nothing of how much further to go, and where it went much
+    # too far, how far is not in what the cut leaves.
+    factor = math.sqrt(RISE / max(shares[-1], RISE / 9)) if shares[-1] < FLAT else 1 / 4
     near = sum(RISE / 5 <= share < FLAT for share in shares)
     return last.distance * factor ** (1 / (1 + near))
+
+
+def _within(slope: float, limit: float) -> float:
+    """As a step would clip it; what is not a number stays so."""
+    return slope if math.isnan(slope) else max(-limit, min(slope, limit))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -202,7 +186,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    mean = _mean(values)
     if len(values) < 2:
-        return mean, math.inf
+        return _mean(values) if values else 0.0, math.inf
+    mean = _mean(values)
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
