@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import assert_same_bits
 from tests.stability.noisy_bowl import DIMENSION, Bowl, after_training, batches, engine, square
 from zo_hf.stability.find_learning_rate import (
+    BENT,
     LEAST_EVALUATIONS,
     FoundRate,
     Prediction,
@@ -25,7 +27,7 @@ from zo_hf.stability.find_learning_rate import (
 )
 from zo_hf.stability.found_text import rises, table
 from zo_hf.stability.loss_probes import LineProbe, LossProbes
-from zo_hf.subspaces import LowRank
+from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.zeroth_order import ZerothOrder
 
 
@@ -223,6 +225,15 @@ def test_whatever_was_measured_there_is_a_rate(lines: list[LineProbe], steps: in
         assert 0 < result.learning_rate < math.inf and result.factor >= 1
         assert all(math.isfinite(loss) for loss in result.prediction.losses)
     assert table(result)
+
+
+@pytest.mark.parametrize(("initial", "bent"), [(True, True), ("gaussian", True), (False, False)])
+def test_an_adapter_that_begins_at_zero_is_said_to_bend_the_loss(initial: Any, bent: bool) -> None:
+    settings = LoraConfig(r=2, target_modules=["0"], init_lora_weights=initial)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), settings)
+    zo = ZerothOrder(model, Adapter(model), batched=False)
+    optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1.0))
+    assert (BENT in choose(zo, optimizer, PROBES, 20, 100, 1e-5).doubts) == bent
 
 
 def test_rises_are_grouped_by_distance() -> None:

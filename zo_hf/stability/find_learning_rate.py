@@ -24,6 +24,7 @@ from zo_hf.stability.predicted_loss import (
     rates_to_look_at,
 )
 from zo_hf.stability.rate_of_optimizer import check_findable, divides_scale_out, unit_of_rate
+from zo_hf.subspaces import Adapter
 from zo_hf.zeroth_order import ZerothOrder
 
 #: Of a run's forward passes, what the search may take.
@@ -32,6 +33,11 @@ SHARE = 0.05
 LEAST_EVALUATIONS, MOST_EVALUATIONS = 20, 200
 #: A rate that may be further off than by this factor is not sure.
 UNSURE = 3.0
+#: What is said of LoRA and the like: a factor that is 0 beside a small one makes the loss anything but a parabola.
+BENT = (
+    "weights of the adapter that are 0, as LoRA's, bend the loss as soon as they move, and rates are found a third to a tenth "
+    "of the best; try three times as much."
+)
 #: A run that is not predicted to lose this part of its loss may as well not be begun.
 LITTLE = 0.02
 
@@ -147,6 +153,8 @@ def choose(
     seen = np.stack([mean, *quantiles(parts, posterior.weight, (0.1, 0.9))]) * probes.loss
     prediction = Prediction(own_rates, *map(tuple, seen.tolist()))
     doubts = _doubts(probes, posterior, factor, float(mean[best]), best in (0, len(rates) - 1))
+    if isinstance(zo.subspace, Adapter) and not all(tensor.any() for tensor in zo.subspace.coordinates.values()):
+        doubts = (*doubts, BENT)
     return FoundRate(own_rates[best], probes, forward_passes, prediction, factor, doubts)
 
 
