@@ -14,6 +14,7 @@ def plot_found(found: FoundRate, path: Path) -> None:
     """Draw them and write them to `path`, whose suffix chooses the format; of a rate that was found, not of a default."""
     # Imported here, and drawn on a bare Figure: no display is needed and no global backend is chosen.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     assert found.probes is not None and found.prediction is not None
     probes, prediction, loss = found.probes, found.prediction, found.probes.loss
@@ -23,10 +24,11 @@ def plot_found(found: FoundRate, path: Path) -> None:
     distances = np.array([line.distance for line in probes.lines])
     along.plot(distances, [line.rise for line in probes.lines], "o", label="measured, a direction each")
     curvature, _ = probes.curvature
-    line = np.geomspace(distances.min() / 4, distances.max(), 100)
+    line = np.geomspace(distances.min() / 10, distances.max() * 2, 100)  # a decade at least, for the ticks
     along.plot(line, curvature * line**2 / 2, color="gray", label="½·δ²·Tr H")
     along.axhline(RISE * loss, color="gray", linestyle=":", label=f"{RISE:.0%} of the loss")
     along.set_xscale("log")
+    along.xaxis.set_minor_formatter(NullFormatter())
     along.set_yscale("symlog", linthresh=0.01 * loss)
     along.set_xlabel("distance δ along a direction")
     along.set_ylabel("rise of the loss")
