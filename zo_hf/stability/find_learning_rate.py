@@ -164,8 +164,10 @@ def _why_not(probes: LossProbes, schedule: Schedule) -> str | None:
     if not math.isfinite(probes.loss) or not math.isfinite(probes.slope_square):
         return "the loss is not finite"
     if min(line.loss for line in probes.lines) <= 0:
-        return "the loss is not positive, and what part of it a run loses cannot be said"
-    if probes.slope_square <= 0 or curvature <= 0:
+        return "the loss of a batch is not positive, and what part of it a run loses cannot be said"
+    if probes.slope_square <= 0:
+        return "the loss has no slope along the directions that were probed"
+    if curvature <= 0:
         return "the loss did not rise along the directions that were probed, so there is nothing to find a learning rate from"
     if not math.isfinite(curvature) or not math.isfinite(error):
         return "the loss was too large wherever it was probed"
@@ -187,9 +189,10 @@ def _doubts(probes: LossProbes, posterior: Posterior, factor: float, part: float
     if at_the_end:
         doubts.append("the best rate is outside of those that were looked at.")
     if part > 1 - LITTLE:
+        common = posterior.weight @ (posterior.gradient / (posterior.gradient + posterior.noise))
         doubts.append(
-            f"a run of so many steps is not expected to lower the loss by {LITTLE:.0%}, as batches differ by much more than "
-            "they have in common; larger batches, or more steps, would help."
+            f"a run of so many steps is not expected to lower the loss by {LITTLE:.0%}; more steps would help"
+            + (", or larger batches, as they differ by much more than they have in common." if common < 0.1 else ".")
         )
     furthest = max(line.distance for line in probes.lines)
     if math.sqrt(2 * RISE * probes.loss / curvature) > 2 * furthest:

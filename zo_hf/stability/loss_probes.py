@@ -112,6 +112,8 @@ class LossProbes:
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if sum(self._expected(middle)) < total else (low, middle)
+        if min(shares) >= FLAT:  # at least so large, and nobody knows how much larger
+            return high, math.inf
         expected = self._expected(high)
         rising = sum(share for share in expected if share < FLAT)
         spread = sum((seen - share) ** 2 for seen, share in zip(shares, expected, strict=True))
@@ -119,15 +121,15 @@ class LossProbes:
 
     @property
     def largest_curvature(self) -> float:
-        """About λmax: Σλ²/Σλ, from how much zᵀHz differs between directions; at most the trace."""
+        """About λmax: Σλ²/Σλ, from how much zᵀHz differs between directions; at most the trace, as with one far outlier."""
         curvature, _ = self.curvature
         # Nearer ones differ by what batches do, more than by what directions do.
         expected = [(line, share) for line, share in zip(self.lines, self._expected(curvature), strict=True)]
         each = [2 * line.rise / line.distance**2 for line, share in expected if RISE / 4 < share < FLAT]
-        each = [value for value in each if math.isfinite(value)]
-        if curvature <= 0 or not each:
+        away = [value - curvature for value in each if math.isfinite(value)]
+        if curvature <= 0 or not away:
             return curvature
-        return min(curvature, _mean([(value - curvature) ** 2 for value in each]) / (2 * curvature))
+        return min(curvature, _mean([value * value for value in away]) / (2 * curvature))
 
     def _expected(self, curvature: float) -> list[float]:
         loss = abs(self.loss)

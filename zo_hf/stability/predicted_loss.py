@@ -94,11 +94,13 @@ def posterior_of(probes: LossProbes, num_directions: int) -> Posterior:
     # If that is possible nowhere, what is the least impossible is taken.
     ratio = gradient / curvature_of_each
     most = max(2.0, float(ratio.min()))
+    likeliest = float(log_weight.max())
     log_weight = np.where(ratio <= most, log_weight, -np.inf)
+    at_odds = most > 2.0 or bool(log_weight.max() < likeliest + math.log(NEGLIGIBLE))
     weight = np.exp(log_weight - log_weight.max())
     keep = weight > NEGLIGIBLE
     weight = weight[keep] / weight[keep].sum()
-    return Posterior(gradient[keep], noise[keep], curvature_of_each[keep], weight, most > 2.0)
+    return Posterior(gradient[keep], noise[keep], curvature_of_each[keep], weight, at_odds)
 
 
 def _log_likelihood(probes: LossProbes, squares: Array, correlations: Array) -> Array:

@@ -15,6 +15,9 @@ from zo_hf.optimizers import SeededSGD
 from zo_hf.optimizers.sign import Sign
 from zo_hf.zeroth_order import ZerothOrder
 
+#: Both, as not every torch makes the second one of the first.
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
 
 def check_findable(zo: ZerothOrder, optimizer: Optimizer) -> None:
     """Refuse a run whose rate these probes say nothing about.
@@ -33,7 +36,7 @@ def check_findable(zo: ZerothOrder, optimizer: Optimizer) -> None:
         raise ValueError(
             f"learning_rate='auto' does not know how long the steps of zo_rule={rule.name!r} are; {way_out}."
         )
-    if not isinstance(optimizer, (torch.optim.SGD, SeededSGD, torch.optim.Adam)):
+    if not isinstance(optimizer, (torch.optim.SGD, SeededSGD, *ADAM)):
         raise ValueError(
             f"learning_rate='auto' does not know how long the steps of {type(optimizer).__name__} are; use optim='sgd' or "
             f"'adamw_torch', or {way_out}."
@@ -42,13 +45,13 @@ def check_findable(zo: ZerothOrder, optimizer: Optimizer) -> None:
 
 def divides_scale_out(zo: ZerothOrder, optimizer: Optimizer) -> bool:
     """Whether the size of c is divided out on the way to a step."""
-    return zo.rule.divides_scale_out or zo.normalisation is not None or isinstance(optimizer, torch.optim.Adam)
+    return zo.rule.divides_scale_out or zo.normalisation is not None or isinstance(optimizer, ADAM)
 
 
 def unit_of_rate(zo: ZerothOrder, optimizer: Optimizer, slope_square: float) -> float:
     """What a rate of plain SGD is multiplied by to make steps as long with this optimizer where E[c²] is `slope_square`."""
     length = math.sqrt(slope_square) if divides_scale_out(zo, optimizer) else 1.0
-    if isinstance(optimizer, torch.optim.Adam):
+    if isinstance(optimizer, ADAM):
         return length / math.sqrt(zo.estimator.num_directions)
     group = optimizer.param_groups[0]
     momentum = group.get("momentum", 0.0)
