@@ -254,13 +254,13 @@ def main() -> None:
     finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
     for problem in problems:
         problem.forward_passes = args.forward_passes or problem.forward_passes
-        for seed in args.seeds:
-            for rate in [BEFORE, AUTO, *problem.rates]:
-                asked = dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True))
-                run = finished.find(asked)
-                if run is None:
-                    finished.add(run := asked | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
-                print(*(f"{name}={value}" for name, value in run.items()), flush=True)
+        runs = [(rate, seed) for seed in args.seeds for rate in (AUTO, *problem.rates)]
+        for rate, seed in [(BEFORE, args.seeds[0]), *runs]:
+            asked = dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True))
+            run = finished.find(asked)
+            if run is None:
+                finished.add(run := asked | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
+            print(*(f"{name}={value}" for name, value in run.items()), flush=True)
     (args.output / "table.md").write_text("\n".join(table(problems, finished, args.seeds)) + "\n")
     plot(problems, finished, args.seeds, args.output / "find_lr.png")
 

@@ -26,7 +26,7 @@ from zo_hf.config import ZOConfig
 from zo_hf.distributed import Ranks
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.optimizers import RULES, Rule
-from zo_hf.probes.curvature import curvature_probes, measured_directions
+from zo_hf.probes.curvature import curvature_probes
 from zo_hf.stability.find_learning_rate import SHARE, forward_passes_of_search
 from zo_hf.zeroth_order import ZerothOrder, forward_passes_of_a_step
 
@@ -201,5 +201,4 @@ class Budget(TrainerCallback):
         """Passes that a step takes beyond its own where it is measured."""
         if not self.args.zo_stability_steps:
             return 0
-        estimator = self._estimator()
-        return len(curvature_probes(estimator, measured_directions(estimator, self._divides), self._divides))
+        return len(curvature_probes(self._estimator(), self._divides))

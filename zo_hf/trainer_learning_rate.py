@@ -23,6 +23,7 @@ from transformers.trainer_utils import has_length
 from zo_hf import checkpoint
 from zo_hf.budget import Budget
 from zo_hf.distributed import Ranks
+from zo_hf.stability.descent import ADAM
 from zo_hf.stability.find_learning_rate import FoundRate, find_learning_rate
 from zo_hf.stability.found_text import one_line
 from zo_hf.stability.loss_probes import Batch
@@ -83,9 +84,9 @@ class LearningRateMixin(_TrainerLike):
     def _optimizer_divides(self) -> bool | None:
         """Whether the user's own optimizer is an Adam, as `Budget` has to know before the run; None if there is none."""
         if self.optimizer is not None:
-            return type(self._torch_optimizer()) in (torch.optim.Adam, torch.optim.AdamW)
+            return type(self._torch_optimizer()) in ADAM
         if self.optimizer_cls_and_kwargs is not None:
-            return self.optimizer_cls_and_kwargs[0] in (torch.optim.Adam, torch.optim.AdamW)
+            return self.optimizer_cls_and_kwargs[0] in ADAM
         return None
 
     def _says_learning_rate(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,16 +9,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.recipe_module import recipe_module
+
 SHORT = ["recipe", "--problems", "noisy regression", "--forward-passes", "400", "--seeds", "0"]
 
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "recipes" / "find_lr_against_grid.py"
-    spec = importlib.util.spec_from_file_location("find_lr_against_grid", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = recipe_module("find_lr_against_grid")
     whole = module.regression
 
     def few_rates():

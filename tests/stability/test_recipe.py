@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from tests.recipe_module import recipe_module
 from zo_hf import ZerothOrder
 from zo_hf.stability import critical_step_size_of_hessian
 from zo_hf.subspaces import HeldFull
@@ -23,11 +23,7 @@ SHORT += ["--raises", "3", "--other-eps", "0.1"]
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "recipes" / "edge_of_stability.py"
-    spec = importlib.util.spec_from_file_location("edge_of_stability", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = recipe_module("edge_of_stability")
     monkeypatch.setattr(module, "EXAMPLES", 6)
     monkeypatch.setattr(module, "POINTS", 1)
     lstm = module.Network(lambda: nn.Sequential(module.LSTM(3), nn.Linear(3, 5)), module.sorting, (2.0, 3.0))

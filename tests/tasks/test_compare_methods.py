@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.recipe_module import recipe_module
 from zo_hf.tasks import method_runs
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.method_report import Result, share_of_budget, smoothed_mean
@@ -25,12 +24,7 @@ from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, encode_example, lab
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    path = Path(__file__).parents[2] / "recipes" / "compare_methods.py"
-    spec = importlib.util.spec_from_file_location("compare_methods", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["compare_methods"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_module("compare_methods")
 
 
 def job(model: str, **options: Any) -> Job:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.recipe_module import recipe_module
+
 
 @pytest.fixture
 def recipe() -> ModuleType:
-    path = Path(__file__).parents[2] / "recipes" / "edge_of_stability_language_model.py"
-    spec = importlib.util.spec_from_file_location("edge_of_stability_language_model", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_module("edge_of_stability_language_model")
 
 
 def test_it_measures_counts_and_goes_on(recipe: ModuleType, model_folder: str, tmp_path: Path) -> None:

@@ -42,16 +42,16 @@ class Preconditioner(Protocol):
         """P^-½ over every coordinate tensor, by name, positive where a direction moves it."""
 
 
-def curvature_probes(estimator: Estimator, num_directions: int, divides: bool) -> list[Probe]:
+def curvature_probes(estimator: Estimator, divides: bool) -> list[Probe]:
     """What a step that is measured evaluates beyond its own probes.
 
     Args:
         estimator: of the steps.
-        num_directions: how many of its directions are measured.
         divides: whether along directions that a preconditioner scales, where the step has only L(ξ), if anything.
     """
     own = [probe for probe in estimator.probes() if not divides or not probe.scale]
-    return [probe for probe in SecondDifference(estimator.eps, num_directions).probes() if probe not in own]
+    around = SecondDifference(estimator.eps, measured_directions(estimator, divides))
+    return [probe for probe in around.probes() if probe not in own]
 
 
 def measured_directions(estimator: Estimator, divides: bool) -> int:
@@ -80,7 +80,7 @@ class CurvatureProbes:
         self.every, self._preconditioner, self._own = every, preconditioner, estimator.probes()
         divides = preconditioner is not None
         self.num_directions = measured_directions(estimator, divides)
-        self.probes = curvature_probes(estimator, self.num_directions, divides)
+        self.probes = curvature_probes(estimator, divides)
         self._around = SecondDifference(estimator.eps, self.num_directions)
         self.curvatures: list[float] = []
         self.rounding = 0.0

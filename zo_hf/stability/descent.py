@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 
 from zo_hf.optimizers import SeededSGD
 
+#: Both, as not every torch makes the second one of the first.
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -62,7 +65,7 @@ def _descent(optimizer: Optimizer, group: Mapping[str, Any]) -> Descent | None:
     if type(optimizer) is torch.optim.SGD and not group["nesterov"]:
         factor = 1.0 - group["dampening"] if group["momentum"] else 1.0
         return Descent(group["momentum"], factor=factor)
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not group["amsgrad"]:
+    if type(optimizer) in ADAM and not group["amsgrad"]:
         return Descent(float(group["betas"][0]), ema=True, divides=True)
     return None
 

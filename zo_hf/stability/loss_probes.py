@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class LossProbes:
         """‖g‖² of the whole loss, and the standard error of that number."""
         return _mean_and_error([near * far for near, far in self.pairs])
 
-    @property
+    @cached_property
     def curvature(self) -> tuple[float, float]:
         """Tr H as far as the probes go, and its standard error; 0 where the loss did not rise.
 

@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 
 from zo_hf.optimizers import SeededSGD
 from zo_hf.optimizers.sign import Sign
+from zo_hf.stability.descent import ADAM
 from zo_hf.zeroth_order import ZerothOrder
-
-#: Both, as not every torch makes the second one of the first.
-ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def check_findable(zo: ZerothOrder, optimizer: Optimizer) -> None:
