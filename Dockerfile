@@ -29,10 +29,10 @@ ENV ZO_HF_VENV=/opt/venv \
 # What decides which packages are installed comes first, so that a change of the code does not repeat it.
 WORKDIR /opt/zo_hf
 COPY pyproject.toml constraints.txt run.py README.md LICENSE ./
-COPY zo_hf/__init__.py zo_hf/__init__.py
+COPY zo_hf/__init__.py zo_hf/version.py zo_hf/
 RUN PIP_NO_CACHE_DIR=1 python3 run.py install demo peft quantization
 COPY . .
-RUN python -c "import torch, zo_hf.cli; assert not torch.__file__.startswith('/opt/venv'), torch.__file__"
+RUN python -c "import torch, zo_hf.cli.main; assert not torch.__file__.startswith('/opt/venv'), torch.__file__"
 
 # id 1000 may be taken already in the image
 RUN (getent passwd 1000 >/dev/null || useradd --uid 1000 --create-home zo) \

@@ -5,6 +5,7 @@
     python3 run.py launch SCRIPT [ARGS…]   run a recipe through `accelerate launch`
     python3 run.py test [ARGS…]            run the tests, on up to four cores; ARGS go to pytest (-m slow, -n 0, -k NAME, …)
     python3 run.py check                   ruff check, ruff format --check, mypy
+    python3 run.py docs [--serve]          build the documentation into site/; --serve shows it and follows changes
     python3 run.py install [EXTRA…]        only install, with these extras of pyproject.toml
 
 The first run makes a virtual environment in .venv beside this file and installs the package there,
@@ -34,7 +35,13 @@ MIN_PYTHON = (3, 10)
 ROOT = os.path.dirname(os.path.abspath(__file__))
 RECIPE = os.path.join("recipes", "opt_sst2.py")
 STAMP = "zo_hf-install.json"
-EXTRAS = {"demo": ["demo", "peft"], "launch": ["demo", "peft"], "test": ["demo", "peft", "test"], "check": ["dev"]}
+EXTRAS = {
+    "demo": ["demo", "peft"],
+    "launch": ["demo", "peft"],
+    "test": ["demo", "peft", "test"],
+    "check": ["dev"],
+    "docs": ["docs"],
+}
 
 
 class Failure(Exception):
@@ -260,7 +267,8 @@ def demo(arguments):
 def test(arguments):
     install(EXTRAS["test"])
     if not any(word.startswith("-n") or word == "--collect-only" for word in arguments):
-        arguments = ["-n", str(min(4, os.cpu_count() or 1)), *arguments]
+        # A file's tests stay in one process, so that what they share is computed once.
+        arguments = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", *arguments]
     return become([venv_python(venv_dir()), "-m", "pytest", *arguments], cwd=ROOT)
 
 
@@ -281,12 +289,25 @@ def check(arguments):
     return 1 if failed else 0
 
 
+def docs(arguments):
+    if arguments not in ([], ["--serve"]):
+        raise Failure("docs takes no arguments other than --serve")
+    install(EXTRAS["docs"])
+    # Any link, anchor or reference that leads nowhere is an error.
+    mkdocs = [venv_python(venv_dir()), "-m", "mkdocs", *(["serve"] if arguments else ["build", "--strict", "--clean"])]
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # the theme's notice about a tool that is not used here
+    if not arguments:
+        say("building the site; open " + os.path.join(ROOT, "site", "index.html"))
+        mkdocs.append("--quiet")
+    return become(mkdocs, cwd=ROOT)
+
+
 def main(arguments):
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0 if arguments else 2
     command, *rest = arguments
-    commands = {"demo": demo, "launch": launch, "test": test, "check": check, "install": install}
+    commands = {"demo": demo, "launch": launch, "test": test, "check": check, "docs": docs, "install": install}
     try:
         if command not in commands:
             raise Failure("there is no command {!r}; it is one of {}".format(command, ", ".join(commands)))

@@ -2,14 +2,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[plot]", "scikit-learn>=1.4"]
 # ///
-"""Coherent coordinate descent on scikit-learn's digits, beside what it adds its memory to, at equal forward passes.
+"""Compare coherent coordinate descent with methods without its memory, on scikit-learn's digits.
 
     python recipes/cocd_digits.py                          # a network of 4,810 weights; ten minutes of one core
     python recipes/cocd_digits.py --processes 1 --forwards 40000 --seeds 0
 
-Every method first trains with each learning rate on the first seed, to the end: a rate that is the best for a third of the
-way may diverge later. The one with the lowest training loss, and the one that all methods share as in the paper
-(arXiv 2605.14373), then train with every seed. OUTPUT gets runs.jsonl, from which an
+First, every method makes a full run with each learning rate on the first seed, since a rate that is the best for a
+third of a run may diverge later. The rate with the lowest training loss then trains with every seed. So does the rate
+that all methods share, as in the paper (arXiv 2605.14373). The results in OUTPUT are runs.jsonl, from which an
 interrupted comparison continues, table.md and digits.png.
 """
 
@@ -27,26 +27,25 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from common.experiments import FinishedRuns
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
-from zo_hf.optimizers import RuleOptions
-from zo_hf.subspaces import HeldFull
-from zo_hf.tasks.experiments import FinishedRuns
+from zo_hf.subspaces import FullInMemory
 
-ASKED = ("method", "learning_rate", "eps", "seed", "forwards")
+SETTINGS = ("method", "learning_rate", "eps", "seed", "forwards")
 COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directions": 64}
 # Arguments of the engine.
 METHODS: dict[str, dict[str, Any]] = {
     "two-point": {"estimator": "two_point", "num_directions": 16, "direction": "rademacher"},
     "BCCD (γ = 0)": COCD | {"rule": "none"},
-    "CoCD γ = 0.9": COCD | {"rule_options": RuleOptions(cocd_decay=0.9)},
-    "CoCD γ = 0.99": COCD | {"rule_options": RuleOptions(cocd_decay=0.99)},
-    "CoCD γ = 1": COCD | {"rule_options": RuleOptions(cocd_decay=1.0)},
-    "CoCD γ = 0.99, forward": COCD | {"rule_options": RuleOptions(cocd_decay=0.99), "estimator": "coordinate_forward"},
+    "CoCD γ = 0.9": COCD | {"cocd_decay": 0.9},
+    "CoCD γ = 0.99": COCD | {"cocd_decay": 0.99},
+    "CoCD γ = 1": COCD | {"cocd_decay": 1.0},
+    "CoCD γ = 0.99, forward": COCD | {"cocd_decay": 0.99, "estimator": "coordinate_forward"},
 }
 ABLATED = "CoCD γ = 0.99"
 POINTS = 20
@@ -56,18 +55,19 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--forwards", type=int, default=100_000, help="forward passes of a run (%(default)s)")
-    add("--learning-rates", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3, 1, 3], help="(%(default)s)")
-    add("--shared-rate", type=float, default=0.01, help="one for all methods, of the list (%(default)s: the paper's)")
+    rates = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]
+    add("--learning-rates", type=float, nargs="+", default=rates, help="learning rates to try (%(default)s)")
+    add("--shared-rate", type=float, default=0.01, help="the rate shared by all methods (%(default)s: the paper's)")
     add("--eps", type=float, default=0.1, help="distance of a probe (%(default)s: the paper's)")
-    add("--other-eps", type=float, nargs="*", default=[0.01, 1.0], help=f"more of them for {ABLATED} (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
-    add("--processes", type=int, default=os.cpu_count(), help="runs at a time (%(default)s: one for each core)")
+    add("--other-eps", type=float, nargs="*", default=[0.01, 1.0], help=f"other distances for {ABLATED} (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
+    add("--processes", type=int, default=os.cpu_count(), help="parallel runs (%(default)s: one for each core)")
     add("--output", type=Path, default=Path("out/cocd_digits"), help="folder for results (%(default)s)")
     return parser.parse_args()
 
 
 class Digits:
-    """1,437 training pictures of 8 x 8 and 360 others; the same ones for all runs."""
+    """1,437 training pictures of 8 x 8 pixels and 360 held-out ones, the same for all runs."""
 
     def __init__(self) -> None:
         data = load_digits()
@@ -78,7 +78,7 @@ class Digits:
         self.held_out = pictures[1437:], labels[1437:]
 
     def batches(self, seed: int, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-        """Without end; epochs in a new order each."""
+        """Yield batches without end, with a new order in every epoch."""
         generator = torch.Generator().manual_seed(seed)
         pictures, labels = self.train
         while True:
@@ -103,57 +103,57 @@ class BatchLoss:
         return F.cross_entropy(self.model(self.pictures), self.labels)
 
     def batched(self, copies: int) -> Tensor:
-        """(copies,)"""
+        """Return the losses of `copies` probes, (copies,), from one forward pass."""
         logits = self.model(self.pictures.repeat(copies, 1))
         return F.cross_entropy(logits, self.labels.repeat(copies), reduction="none").view(copies, -1).mean(1)
 
 
-def train(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """One run: the loss on all training pictures and the held-out accuracy along the way."""
+def train(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make one run, and measure the loss on all training pictures and the held-out accuracy during it."""
     torch.set_num_threads(1)
-    torch.manual_seed(asked["seed"])
+    torch.manual_seed(settings["seed"])
     digits, model = Digits(), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    subspace = HeldFull(model, seed=asked["seed"])
-    options = {"eps": asked["eps"], "seed": asked["seed"], "batched": True} | METHODS[asked["method"]]
+    subspace = FullInMemory(model, seed=settings["seed"])
+    options = {"eps": settings["eps"], "seed": settings["seed"], "batched_probes": True} | METHODS[settings["method"]]
     zo = ZerothOrder(model, subspace, **options)
-    optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=asked["learning_rate"]))
+    optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=settings["learning_rate"]))
     started, curve = time.process_time(), [measure(model, digits)]
-    every = asked["forwards"] / POINTS
-    for pictures, labels in digits.batches(asked["seed"]):
+    every = settings["forwards"] / POINTS
+    for pictures, labels in digits.batches(settings["seed"]):
         zo.estimate(BatchLoss(model, pictures, labels))
         optimizer.step()
         if zo.forward_passes >= every * len(curve):
-            found = measure(model, digits)
+            point = measure(model, digits)
             while zo.forward_passes >= every * len(curve):  # a step may take more passes than lie between two points
-                curve.append(found)
+                curve.append(point)
             del curve[POINTS + 1 :]
-            if not found[0] < 10 * curve[0][0] or len(curve) > POINTS:
+            if not point[0] < 10 * curve[0][0] or len(curve) > POINTS:
                 break
-    return dict(asked) | {"curve": curve, "steps": zo.step, "seconds": time.process_time() - started}
+    return dict(settings) | {"curve": curve, "steps": zo.step, "seconds": time.process_time() - started}
 
 
 @torch.no_grad()
 def measure(model: nn.Module, digits: Digits) -> tuple[float, float]:
-    """The loss on the training pictures, and the accuracy on the others."""
+    """Return the loss on the training pictures, and the accuracy on the held-out ones."""
     pictures, labels = digits.held_out
     loss = float(F.cross_entropy(model(digits.train[0]), digits.train[1]))
     return loss, float((model(pictures).argmax(1) == labels).float().mean())
 
 
 class Comparison:
-    """The runs that were asked for, made or looked up."""
+    """The requested runs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+        self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
 
-    def asked(self, method: str, learning_rate: float, seed: int, eps: float | None = None) -> dict[str, Any]:
-        """What identifies a run."""
+    def settings(self, method: str, learning_rate: float, seed: int, eps: float | None = None) -> dict[str, Any]:
+        """Return the settings that identify a run."""
         values = (method, learning_rate, eps or self.args.eps, seed, self.args.forwards)
-        return dict(zip(ASKED, values, strict=True))
+        return dict(zip(SETTINGS, values, strict=True))
 
     def make(self, runs: list[dict[str, Any]]) -> None:
-        """Make those that are missing, several at a time."""
+        """Make the missing runs, several in parallel."""
         missing = {tuple(run.values()): run for run in runs if self.finished.find(run) is None}
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.args.processes, mp_context=spawn) as pool:
@@ -162,17 +162,17 @@ class Comparison:
                 self.finished.add(job.result())
 
     def curves(self, method: str, learning_rate: float, eps: float | None = None) -> list[list[tuple[float, float]]]:
-        """Of every seed."""
-        runs = [self.finished.find(self.asked(method, learning_rate, seed, eps)) for seed in self.args.seeds]
+        """Return the curve of every seed."""
+        runs = [self.finished.find(self.settings(method, learning_rate, seed, eps)) for seed in self.args.seeds]
         return [run["curve"] for run in runs if run is not None]
 
     def tune(self) -> dict[str, float]:
-        """The learning rate of each method with which the first seed ends at the lowest loss."""
+        """Return the learning rate of each method for which the first seed ends at the lowest loss."""
         rates, first = self.args.learning_rates, self.args.seeds[0]
-        self.make([self.asked(method, rate, first) for method in METHODS for rate in rates])
+        self.make([self.settings(method, rate, first) for method in METHODS for rate in rates])
 
         def end(method: str, rate: float) -> float:
-            run = self.finished.find(self.asked(method, rate, first))
+            run = self.finished.find(self.settings(method, rate, first))
             assert run is not None
             return final(run["curve"])[0]
 
@@ -180,13 +180,13 @@ class Comparison:
 
 
 def final(curve: list[tuple[float, float]]) -> tuple[float, float]:
-    """Loss and accuracy at the end; those of a run that was lost are infinite and nothing."""
+    """Return the final loss and accuracy; infinity and 0 for a diverged run."""
     done = len(curve) > POINTS and math.isfinite(curve[-1][0])
     return (curve[-1][0], curve[-1][1]) if done else (math.inf, 0.0)
 
 
 def cell(curves: list[list[tuple[float, float]]]) -> str:
-    """Two columns: loss and accuracy, mean ± standard deviation over seeds."""
+    """Return two table cells: loss and accuracy, mean ± standard deviation over seeds."""
     ends = [final(curve) for curve in curves]
     if not all(math.isfinite(loss) for loss, _ in ends):
         return "diverges | |"
@@ -196,7 +196,7 @@ def cell(curves: list[list[tuple[float, float]]]) -> str:
 
 
 def table(comparison: Comparison, best: dict[str, float]) -> str:
-    """A row for each method, then one for each distance."""
+    """Return a table with a row for each method, and one with a row for each distance."""
     args, shared = comparison.args, comparison.args.shared_rate
     lines = [
         f"| method | tuned α | loss | accuracy | loss at α = {shared:g} | accuracy at α = {shared:g} |",
@@ -212,7 +212,7 @@ def table(comparison: Comparison, best: dict[str, float]) -> str:
 
 
 def plot(comparison: Comparison, best: dict[str, float], path: Path) -> None:
-    """Loss and accuracy against forward passes: the mean over seeds, and between which values they lie."""
+    """Draw loss and accuracy against forward passes: the mean and the range over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,14 +225,14 @@ def plot(comparison: Comparison, best: dict[str, float], path: Path) -> None:
         for index, (method, rate) in enumerate(best.items()):
             rate = args.shared_rate if column else rate
             curves = comparison.curves(method, rate)
-            whole = min(map(len, curves))
+            shortest = min(map(len, curves))
             for row in range(2):
-                values = [[point[row] for point in curve[:whole]] for curve in curves]
-                across = list(zip(*values, strict=True))
+                values = [[point[row] for point in curve[:shortest]] for curve in curves]
+                over_seeds = list(zip(*values, strict=True))
                 axes, color = panels[row][column], f"C{index}"
-                axes.plot(forwards[:whole], [mean(v) for v in across], color=color, label=f"{method}, {rate:g}")
-                low, high = [min(v) for v in across], [max(v) for v in across]
-                axes.fill_between(forwards[:whole], low, high, color=color, alpha=0.2, linewidth=0)
+                axes.plot(forwards[:shortest], [mean(v) for v in over_seeds], color=color, label=f"{method}, {rate:g}")
+                low, high = [min(v) for v in over_seeds], [max(v) for v in over_seeds]
+                axes.fill_between(forwards[:shortest], low, high, color=color, alpha=0.2, linewidth=0)
         panels[0][column].set_title(title)
         panels[0][column].legend(fontsize="x-small")
         panels[1][column].set_xlabel("forward passes")
@@ -252,7 +252,9 @@ def main() -> None:
     best = comparison.tune()
     rates = [(method, rate, None) for method in METHODS for rate in {best[method], args.shared_rate}]
     rates += [(ABLATED, best[ABLATED], eps) for eps in args.other_eps]
-    comparison.make([comparison.asked(method, rate, seed, eps) for method, rate, eps in rates for seed in args.seeds])
+    comparison.make(
+        [comparison.settings(method, rate, seed, eps) for method, rate, eps in rates for seed in args.seeds]
+    )
     text = table(comparison, best)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     plot(comparison, best, args.output / "digits.png")

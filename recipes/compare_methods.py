@@ -2,22 +2,25 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[demo,peft]"]
 # ///
-"""Compare methods fairly: the same sentences, batches, loss and number of forward passes, and a tuned step size for each.
+"""Compare methods at the same sentences, batches, loss and number of forward passes, with tuned learning rates.
 
     python recipes/compare_methods.py                                  # SmolLM2-135M, embedded; needs no hub; many hours
     python recipes/compare_methods.py --model MODEL --methods mezo 'low_rank.*' --forward-passes 1000 --seeds 0 1 2
     python recipes/compare_methods.py --add 'sign q4' 3e-4 zo_rule=sign zo_num_directions=4 --methods mezo 'sign q4'
     python recipes/compare_methods.py --plot-only --figures docs/figures
 
-First every method makes the same number of short trials, whose seed is used for nothing else: with the learning rate at the
-centre of its grid, with one --ratio times larger and smaller, and then one step further where the best lies at an end of
-those tried, or between it and its better neighbour where it does not. The rate with the lowest loss on development
-sentences then trains from the start with each of --seeds, which decide the order of sentences and the directions, and is
-scored on test sentences as it goes. The learning rate is constant, and the matrices of the embeddings and the norms stay as
-they are unless the method's name says otherwise.
+First every method makes the same number of short trials, with a seed of their own. The first trials use the learning
+rate at the center of the method's grid, and rates that are --ratio times larger and smaller. If the best rate is the
+largest or the smallest, the next trial goes one step further; otherwise it lies between the best rate and its better
+neighbor.
 
-OUTPUT gets runs.jsonl, a line for each finished run, from which an interrupted comparison goes on, and table.md; --figures
-gets methods-forward-passes.png and methods-time.png. What the columns mean is in docs/methods.md.
+The rate with the lowest loss on development sentences then trains from the start with each of --seeds, which determine
+the order of sentences and the directions. These runs are scored on test sentences as they train. The learning rate is
+constant. The embeddings and the norms do not train unless the method's name says otherwise.
+
+The results in OUTPUT are runs.jsonl, a line for each finished run from which an interrupted comparison continues, and
+table.md. The figures, methods-forward-passes.png and methods-time.png, are saved in --figures. docs/methods.md
+explains the columns of the table.
 """
 
 from __future__ import annotations
@@ -39,18 +42,18 @@ from typing import Any
 import datasets
 import torch
 import yaml
+from common.experiments import FinishedRuns
+from common.method_report import REFERENCE, Result, plot, table
+from common.method_runs import SETTINGS, Job, run
 from tqdm import tqdm
 from transformers.utils import logging
 
 from zo_hf import ZOConfig
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES
+from zo_hf.rules import RULES
 from zo_hf.subspaces import SUBSPACES
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.experiments import FinishedRuns
-from zo_hf.tasks.method_report import REFERENCE, Result, plot, table
-from zo_hf.tasks.method_runs import ASKED, Job, run
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "zo_subspace": SUBSPACES,
@@ -61,6 +64,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
 MATRICES = {"zo_exclude_modules": r".*(embed|norm).*"}
 LOW_RANK = {"zo_subspace": "low_rank"} | MATRICES
 FULL = {"zo_subspace": "full"} | MATRICES
+ROWS = {"zo_rows_per_direction": 1, "zo_direction": "rademacher"}
 FOUR = {"zo_num_directions": 4}
 TRIAL_SEED = 12_345
 
@@ -70,9 +74,9 @@ class Method:
     """A row of the table.
 
     Attributes:
-        group: the panel that it is drawn in.
-        rate: the centre of its grid of learning rates.
-        options: of ZOConfig; `"backward": True` is a plain Trainer.
+        group: the panel of the figures in which the method is drawn.
+        rate: the center of its grid of learning rates.
+        options: options of ZOConfig; `"backward": True` is a plain Trainer.
     """
 
     group: str
@@ -101,6 +105,8 @@ METHODS = {
         LOW_RANK | {"zo_estimator": "fzoo", "zo_direction": "rademacher", "zo_num_directions": 8},
     ),
     "evolution q4": Method("estimators", 3e-4, LOW_RANK | FOUR | {"zo_estimator": "evolution"}),
+    "rows": Method("estimators", 1e-4, LOW_RANK | ROWS),
+    "rows adamw": Method("optimizers", 1e-3, LOW_RANK | ROWS | {"optim": "adamw_torch"}),
     "cocd": Method(
         "estimators",
         1e-3,
@@ -133,38 +139,44 @@ METHODS = {
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a causal model, a folder or a name; default: the embedded SmolLM2-135M")
-    add("--methods", nargs="+", metavar="METHOD", help=f"regular expressions; default: all ({', '.join(METHODS)})")
+    add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
+    names = ", ".join(METHODS)
+    add("--methods", nargs="+", metavar="METHOD", help=f"regular expressions of method names; default: all ({names})")
     add(
         "--add",
         nargs="+",
         action="append",
         default=[],
         metavar="WORD",
-        help="another method: its name, the centre of its learning rates, and OPTION=VALUE ... of ZOConfig",
+        help="another method: its name, the center of its learning rates, and OPTION=VALUE ... of ZOConfig",
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the full runs (%(default)s)")
-    add("--forward-passes", type=int, default=2000, help="of a full run (%(default)s)")
-    add("--trial-forward-passes", type=int, default=500, help="of a trial (%(default)s)")
-    add("--rates", type=int, default=5, help="trials of each method (%(default)s)")
-    add("--factor", type=float, default=1.0, help="of all grids' centres, for another model or loss (%(default)s)")
-    add("--ratio", type=float, default=4.0, help="between the learning rates of the first trials (%(default)s)")
-    add("--evaluations", type=int, default=20, help="scores along a full run (%(default)s)")
-    add("--batch-size", type=int, default=8, help="sentences of a forward pass (%(default)s)")
-    add("--train-rows", type=int, default=1000, help="training sentences (%(default)s)")
-    add("--eval-rows", type=int, default=200, help="development sentences, and as many for tests (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the full runs (%(default)s)")
+    add("--forward-passes", type=int, default=2000, help="forward passes of a full run (%(default)s)")
+    add("--trial-forward-passes", type=int, default=500, help="forward passes of a trial (%(default)s)")
+    add("--rates", type=int, default=5, help="number of trials of each method (%(default)s)")
+    add(
+        "--factor",
+        type=float,
+        default=1.0,
+        help="factor on all grids' centers, for another model or loss (%(default)s)",
+    )
+    add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
+    add("--evaluations", type=int, default=20, help="number of scores during a full run (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sentences in a forward pass (%(default)s)")
+    add("--train-rows", type=int, default=1000, help="number of training sentences (%(default)s)")
+    add("--eval-rows", type=int, default=200, help="number of development and of test sentences (%(default)s)")
     add(
         "--loss",
         choices=("label_words", "vocabulary"),
         default="label_words",
         help="the cross entropy of the label word among the label words, or among all (%(default)s)",
     )
-    add("--max-words", type=int, default=16, help="longest sentence (%(default)s)")
+    add("--max-words", type=int, default=16, help="maximum number of words in a sentence (%(default)s)")
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    add("--processes", type=int, default=cores, help="runs at a time, of one thread each (%(default)s)")
-    add("--output", type=Path, default=Path("out/compare_methods"), help="folder of the results (%(default)s)")
-    add("--figures", type=Path, help="folder of the figures (OUTPUT)")
-    add("--plot-only", action="store_true", help="make the table and the figures of the runs that there are")
+    add("--processes", type=int, default=cores, help="parallel runs, of one thread each (%(default)s)")
+    add("--output", type=Path, default=Path("out/compare_methods"), help="folder for results (%(default)s)")
+    add("--figures", type=Path, help="folder for figures (OUTPUT)")
+    add("--plot-only", action="store_true", help="only write the table and the figures of the finished runs")
     args = parser.parse_args(argv)
     for option in ("forward_passes", "trial_forward_passes", "rates", "evaluations", "batch_size", "processes"):
         if getattr(args, option) < 1:
@@ -183,20 +195,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def added_method(words: list[str]) -> tuple[str, Method]:
-    """The method that `--add` describes.
+    """Return the method that `--add` describes.
 
     Raises:
-        ValueError: a word is not as it must be.
+        ValueError: the words are not a name, a learning rate, and options.
     """
     name, *numbers = words[:2]
     pairs = [word.partition("=") for word in words[2:]]
     if not numbers or not all(separator for _, separator, _ in pairs):
-        raise ValueError(f"--add {' '.join(words)} must be a name, a learning rate, and words OPTION=VALUE.")
+        raise ValueError(f"--add {' '.join(words)} must be a name, a learning rate, and OPTION=VALUE words.")
     return name, Method("added", float(numbers[0]), {option: read_value(value) for option, _, value in pairs})
 
 
 def read_value(word: str) -> Any:
-    """A word of the command line as YAML has it, and 1e-8 as a number too."""
+    """Parse a word of the command line as YAML, and a number like 1e-8 as a number."""
     value = yaml.safe_load(word)
     try:
         return float(value) if isinstance(value, str) else value
@@ -205,10 +217,10 @@ def read_value(word: str) -> Any:
 
 
 def choose(patterns: list[str] | None, methods: dict[str, Method]) -> dict[str, Method]:
-    """The methods whose whole name a pattern matches; those that need what is not there are named and left out.
+    """Return the methods whose whole name matches a pattern; skip those that this version of zo_hf does not have.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: a pattern matches no method.
     """
     for pattern in patterns or []:
         if not any(re.fullmatch(pattern, name) for name in methods):
@@ -217,7 +229,7 @@ def choose(patterns: list[str] | None, methods: dict[str, Method]) -> dict[str, 
     for name, method in methods.items():
         if patterns is not None and not any(re.fullmatch(pattern, name) for pattern in patterns):
             continue
-        missing = what_is_missing(method.options)
+        missing = missing_options(method.options)
         if missing:
             print(f"skipped {name}: this version of zo_hf has no {', '.join(missing)}")
         else:
@@ -225,8 +237,8 @@ def choose(patterns: list[str] | None, methods: dict[str, Method]) -> dict[str, 
     return chosen
 
 
-def what_is_missing(options: Mapping[str, Any]) -> list[str]:
-    """The options of a method that do not exist here, or not with this value."""
+def missing_options(options: Mapping[str, Any]) -> list[str]:
+    """Return the options of a method that this version of zo_hf does not have, or not with this value."""
     known = {field.name for field in fields(ZOConfig)} | {"backward"}
     return [
         f"{option}={value}"
@@ -237,12 +249,12 @@ def what_is_missing(options: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one method stands.
+    """The progress of one method.
 
     Attributes:
         wanted: runs that can start now.
-        made: how many runs there are.
-        result: once all full runs are there.
+        made: number of finished runs.
+        result: the method's result, once all full runs are finished.
     """
 
     wanted: list[Job]
@@ -251,15 +263,19 @@ class Plan:
 
 
 class Comparison:
-    """What has been run, and what is to be run next."""
+    """The finished runs, and those that still have to be made.
+
+    Attributes:
+        failed: the errors of methods that failed, by name.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+        self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
         self.failed: dict[str, str] = {}
 
     def job(self, method: str, rate: float, seed: int, budget: int, evaluations: int) -> Job:
-        """A run of a method."""
+        """Return a run of a method."""
         args = self.args
         options = json.dumps(dict(args.methods[method].options), sort_keys=True) if method in args.methods else "{}"
         task = (args.batch_size, args.train_rows, args.eval_rows, args.max_words, args.loss)
@@ -267,15 +283,15 @@ class Comparison:
 
     @property
     def zero_shot(self) -> Job:
-        """The evaluation of the model as it is."""
+        """The evaluation of the untrained model."""
         return self.job("zero-shot", 0.0, 0, 0, 1)
 
     def find(self, job: Job) -> dict[str, Any] | None:
-        """The finished run of a job."""
+        """Return the finished run of a job, or None."""
         return self.finished.find(asdict(job))
 
     def plan(self, method: str) -> Plan:
-        """What a method's finished runs say it needs next."""
+        """Return which runs of a method can start next, given its finished runs."""
         args = self.args
 
         def trial(rate: float) -> Job:
@@ -283,8 +299,8 @@ class Comparison:
 
         rates = first_rates(args.methods[method].rate * args.factor, args.ratio, args.rates)
         while True:
-            found = {rate: self.find(trial(rate)) for rate in rates}
-            losses = {rate: made["scores"][-1]["loss"] for rate, made in found.items() if made is not None}
+            trials = {rate: self.find(trial(rate)) for rate in rates}
+            losses = {rate: made["scores"][-1]["loss"] for rate, made in trials.items() if made is not None}
             if len(losses) < len(rates):
                 return Plan([trial(rate) for rate in rates if rate not in losses], len(losses))
             if len(losses) == args.rates:
@@ -300,11 +316,11 @@ class Comparison:
         return Plan([], made, Result(args.methods[method].group, best, at_edge, runs))
 
     def made(self) -> int:
-        """How many of the runs there are."""
+        """Return the number of finished runs."""
         return (self.find(self.zero_shot) is not None) + sum(self.plan(method).made for method in self.args.methods)
 
     def wanted(self) -> list[Job]:
-        """All runs that can start now, methods in the order of the table."""
+        """Return all runs that can start now, in the order of the methods in the table."""
         jobs = [] if self.find(self.zero_shot) else [self.zero_shot]
         for method in self.args.methods:
             if method not in self.failed:
@@ -312,7 +328,7 @@ class Comparison:
         return jobs
 
     def run_all(self, executor: Executor, done: Callable[[Job], None]) -> None:
-        """Make all runs, as many at a time as there are processes; `done` is called after each."""
+        """Make all runs, as many in parallel as `--processes` allows, and call `done` after each."""
         pending: dict[Future[dict[str, Any]], Job] = {}
         while True:
             for job in self.wanted():
@@ -327,7 +343,7 @@ class Comparison:
                     self.finished.add(asdict(job) | future.result())
                 elif isinstance(error, BrokenProcessPool):
                     raise SystemExit(
-                        "A process was killed, probably for memory: use fewer --processes. Finished runs are kept."
+                        "A process was killed, probably for lack of memory; use fewer --processes. Finished runs are kept."
                     )
                 elif isinstance(error, Exception) and job != self.zero_shot:
                     self.failed[job.method] = f"{type(error).__name__}: {error}"
@@ -336,12 +352,12 @@ class Comparison:
                 done(job)
 
     def report(self) -> str:
-        """Write the table and the figures of the methods that have all their runs; returns the table."""
+        """Write the table and the figures of the methods whose runs are all finished; return the table."""
         args = self.args
         zero_shot = self.find(self.zero_shot)
         results = {name: result for name in args.methods if (result := self.plan(name).result) is not None}
         if zero_shot is None or not results:
-            return "no method has all its runs yet\n"
+            return "the runs of no method are finished yet\n"
         text = (
             f"{Path(args.model).name}, {args.forward_passes} forward passes of {args.batch_size} sentences, "
             f"{args.rates} trials of {args.trial_forward_passes} for each learning rate, {args.eval_rows} test "
@@ -354,30 +370,30 @@ class Comparison:
         return text
 
 
-def first_rates(centre: float, ratio: float, trials: int) -> list[float]:
-    """The learning rates that every method begins with."""
-    return [centre, centre * ratio, centre / ratio][:trials]
+def first_rates(center: float, ratio: float, trials: int) -> list[float]:
+    """Return the learning rates of a method's first trials."""
+    return [center, center * ratio, center / ratio][:trials]
 
 
 def next_rate(losses: Mapping[float, float], ratio: float) -> float:
-    """Beyond the best rate where it lies at an end, else between it and its better neighbour."""
+    """Return a rate beyond the best one if that is at an end, else between the best one and its better neighbor."""
     rates = sorted(losses)
     at = min(range(len(rates)), key=lambda i: finite(losses[rates[i]]))
     if at == len(rates) - 1:
         return rates[at] * ratio
     if at == 0:
         return rates[at] / ratio
-    neighbour = min(rates[at - 1], rates[at + 1], key=lambda rate: finite(losses[rate]))
-    return math.sqrt(rates[at] * neighbour)
+    neighbor = min(rates[at - 1], rates[at + 1], key=lambda rate: finite(losses[rate]))
+    return math.sqrt(rates[at] * neighbor)
 
 
 def finite(loss: float) -> float:
-    """A loss that can be compared: nan is the worst."""
+    """Return the loss, or infinity if it is not finite, so that losses can be compared."""
     return loss if math.isfinite(loss) else math.inf
 
 
-class Here(Executor):
-    """Runs a job in this process, at once."""
+class InThisProcess(Executor):
+    """An executor that runs a job at once, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -389,7 +405,7 @@ class Here(Executor):
 
 
 def prepare_process() -> None:
-    """One thread and no progress bars; a process of a pool ends with the one that started it, however that ended."""
+    """Set up a process that makes runs: one thread, no progress bars, and an end together with the parent process."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -397,11 +413,11 @@ def prepare_process() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
 
-        def follow() -> None:
+        def exit_with_parent() -> None:
             parent.join()
             os._exit(1)
 
-        threading.Thread(target=follow, daemon=True).start()
+        threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -411,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
         executor: Executor
         if args.processes == 1:
             prepare_process()
-            executor = Here()
+            executor = InThisProcess()
         else:
             spawn = multiprocessing.get_context("spawn")
             executor = ProcessPoolExecutor(args.processes, mp_context=spawn, initializer=prepare_process)

@@ -2,20 +2,21 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[plot]", "scikit-learn>=1.4"]
 # ///
-"""Small networks at the edge of stability, beside the bounds of `zo_hf.stability` (arXiv 2604.14669).
+"""Train small networks at the edge of stability, and compare them with the bounds of arXiv 2604.14669.
 
     python recipes/edge_of_stability.py                                # every question; seven minutes of a free core
     python recipes/edge_of_stability.py --networks cnn --methods gd adam --steps 5000
     python recipes/edge_of_stability.py --plot-only --figures docs/figures
 
-Full batch, squared loss ½|f - y|², two-point estimates along one Gaussian direction. So few weights (some hundreds)
-that the whole Hessian can be had by automatic differentiation: its trace, its largest eigenvalue, and η* itself.
+The setting is the full batch, the squared loss ½|f - y|², and two-point estimates along one Gaussian direction. The
+networks have only some hundreds of weights. So automatic differentiation gives the whole Hessian: its trace, its
+largest eigenvalue, and η* itself.
 
     gd, gdm    Tr(H) and 2(1 - β)/η        adam    Tr(P⁻¹H) and 2/η, P of the optimizer's state
 
-The step size of a run is η* of the network as it starts, divided by a margin (for adam with P = |∇L|, which is what the
-noise makes of √v̂). OUTPUT gets runs.jsonl, from which an interrupted
-comparison continues; FIGURES gets stability-networks.png, stability-catapult.png and stability-eps.png.
+The step size of a run is η* of the initial network, divided by a margin. For adam, η* is computed with P = |∇L|,
+because the noise makes √v̂ approximately that. The results are runs.jsonl in OUTPUT, from which an interrupted
+comparison continues, and stability-networks.png, stability-catapult.png and stability-eps.png in FIGURES.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.experiments import FinishedRuns
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
 from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
-from zo_hf.subspaces import HeldFull
-from zo_hf.tasks.experiments import FinishedRuns
+from zo_hf.subspaces import FullInMemory
 
-ASKED = ("network", "method", "margin", "eps", "raised", "seed", "steps")
+SETTINGS = ("network", "method", "margin", "eps", "raised", "seed", "steps")
 METHODS: dict[str, dict[str, Any]] = {
     "gd": {"momentum": 0.0, "ema": False},
     "gdm-0.5": {"momentum": 0.5, "ema": False},
@@ -48,20 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {
 BETA_2 = 0.999
 POINTS = 16
 EXAMPLES = 32
-LOST = 1e3  # a run whose loss is this many times that of the start has diverged
+DIVERGED = 1e3  # a run has diverged when its loss is this many times the initial loss
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=["cnn", "vit", "lstm"], help="(%(default)s)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    add("--networks", nargs="+", choices=NETWORKS, default=["cnn", "vit", "lstm"], help="networks (%(default)s)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods (all)")
     add("--steps", type=int, default=8000, help="steps of a run (%(default)s)")
     add(
         "--margins",
         type=float,
         nargs="+",
-        help="η*/η at the start; the first for all methods, others for gd (each network's own)",
+        help="η*/η at the start: the first for all methods, others for gd (the network's own margins)",
     )
     add("--eps", type=float, default=1e-3, help="distance of a probe (%(default)s: the paper's)")
     add(
@@ -69,24 +70,24 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs="*",
         default=[1e-4, 1e-2, 1e-1],
-        help="more of them, gd, first network and margin (%(default)s)",
+        help="other distances, for gd with the first network and margin (%(default)s)",
     )
     add(
         "--raises",
         type=float,
         nargs="*",
         default=[1.5, 2.0],
-        help="factors on η half-way, gd, first network, largest margin (%(default)s)",
+        help="factors on η half-way, for gd with the first network and the largest margin (%(default)s)",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of weights and directions (%(default)s)")
     add("--output", type=Path, default=Path("out/edge_of_stability"), help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for plots (OUTPUT)")
-    add("--plot-only", action="store_true", help="plot the runs that are done")
+    add("--figures", type=Path, help="folder for figures (OUTPUT)")
+    add("--plot-only", action="store_true", help="only write the table and the figures of the finished runs")
     return parser.parse_args(words)
 
 
 class Attention(nn.Module):
-    """One pre-norm block of a transformer. (rows, tokens, width) -> the same"""
+    """One pre-norm block of a transformer, (rows, tokens, width) -> (rows, tokens, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 
 
 class Patches(nn.Module):
-    """Four patches of 4 x 4 pixels and where they are. (rows, 64) -> (rows, 4, 20)"""
+    """Four patches of 4 x 4 pixels with their one-hot positions, (rows, 64) -> (rows, 4, 20)."""
 
     def forward(self, x: Tensor) -> Tensor:
         patches = x.view(-1, 2, 4, 2, 4).transpose(2, 3).reshape(-1, 4, 16)
@@ -119,7 +120,7 @@ class MeanOfTokens(nn.Module):
 
 
 class LSTM(nn.Module):
-    """The last state of an LSTM, of two linear maps. (rows, time) -> (rows, width)"""
+    """The last state of an LSTM, (rows, time) -> (rows, width)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,23 +129,23 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = cell = torch.zeros(len(x), self.width, dtype=x.dtype)
         for value in x.unbind(1):
-            enter, forget, new, out = self.gates(torch.cat([value[:, None], state], dim=1)).chunk(4, dim=1)
-            cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
-            state = out.sigmoid() * cell.tanh()
+            input_, forget, new, output = self.gates(torch.cat([value[:, None], state], dim=1)).chunk(4, dim=1)
+            cell = forget.sigmoid() * cell + input_.sigmoid() * new.tanh()
+            state = output.sigmoid() * cell.tanh()
         return state
 
 
-def cnn(activation: type[nn.Module] = nn.GELU, normalise: bool = True) -> nn.Module:
+def cnn(activation: type[nn.Module] = nn.GELU, normalize: bool = True) -> nn.Module:
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
     for channels in ((1, 4), (4, 8)):
         layers.append(nn.Conv2d(*channels, 3, stride=2, padding=1))
-        layers += [nn.GroupNorm(1, channels[1], affine=False)] if normalise else []
+        layers += [nn.GroupNorm(1, channels[1], affine=False)] if normalize else []
         layers.append(activation())
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10))
 
 
 def plain_cnn() -> nn.Module:
-    return cnn(nn.Tanh, normalise=False)
+    return cnn(nn.Tanh, normalize=False)
 
 
 def vit() -> nn.Module:
@@ -156,25 +157,25 @@ def lstm() -> nn.Module:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Standardised pictures of 8 x 8 (rows, 64), and classes (rows, 10)."""
+    """Return standardized pictures of 8 x 8 pixels, (rows, 64), and one-hot classes, (rows, 10)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     pictures = torch.tensor(data.data[:EXAMPLES], dtype=torch.float32)
-    # What all pictures have in common would be one direction of a curvature far above the others'.
+    # Without this, the mean picture would be one direction with a curvature far above that of all others.
     pictures = (pictures - pictures.mean(0)) / (pictures.std(0) + 1)
     return pictures, torch.eye(10)[torch.tensor(data.target[:EXAMPLES])]
 
 
 def sorting() -> tuple[Tensor, Tensor]:
-    """Five numbers between -1 and 1, and the same ones in order."""
+    """Return rows of five numbers between -1 and 1, (rows, 5), and the same numbers in ascending order."""
     numbers = 2 * torch.rand(EXAMPLES, 5, generator=torch.Generator().manual_seed(0)) - 1
     return numbers, numbers.sort(dim=1).values
 
 
 @dataclass(frozen=True)
 class Network:
-    """A problem, and margins for its runs: the first for all methods, the others for gd alone."""
+    """A network with its data, and the margins of its runs: the first for all methods, the others for gd alone."""
 
     make: Callable[[], nn.Module]
     data: Callable[[], tuple[Tensor, Tensor]]
@@ -190,7 +191,7 @@ NETWORKS = {
 
 
 class SquaredLoss:
-    """½|f - y|², the mean over examples, at one probe or at several in one forward pass."""
+    """½|f - y|², averaged over examples, for one probe or for several in one forward pass."""
 
     def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         self.model, self.inputs, self.targets, self.rows = model, inputs, targets, len(inputs)
@@ -199,7 +200,7 @@ class SquaredLoss:
         return self.of(dict(self.model.named_parameters()))
 
     def batched(self, copies: int) -> Tensor:
-        """(copies,)"""
+        """Return the losses of `copies` probes, (copies,), from one forward pass."""
         outputs = self.model(self.inputs.repeat(copies, 1)).view(copies, self.rows, -1)
         return 0.5 * (outputs - self.targets).square().sum(-1).mean(1)
 
@@ -209,7 +210,7 @@ class SquaredLoss:
 
 
 def hessian(loss: SquaredLoss) -> tuple[float, Tensor, Tensor]:
-    """Loss, gradient (d,) and Hessian (d, d) at the model's parameters, in their order."""
+    """Return the loss, the gradient (d,) and the Hessian (d, d) at the model's parameters, in their order."""
     parameters = {name: p.detach() for name, p in loss.model.named_parameters()}
     point = torch.cat([p.flatten() for p in parameters.values()])
 
@@ -223,7 +224,7 @@ def hessian(loss: SquaredLoss) -> tuple[float, Tensor, Tensor]:
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, step: int) -> Tensor | None:
-    """P of x ← x - η·P⁻¹·m, in the parameters' order; None where the optimizer has none."""
+    """Return P of x ← x - η·P⁻¹·m, (d,), in the parameters' order; None if the optimizer has none."""
     if not isinstance(optimizer, torch.optim.Adam):
         return None
     group = optimizer.param_groups[0]
@@ -233,7 +234,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, step: int) -> Tensor | None
 
 
 def measure(loss: SquaredLoss, optimizer: torch.optim.Optimizer, method: str, step: int) -> dict[str, float]:
-    """What a figure shows of one moment: of H, or of P⁻¹H."""
+    """Measure loss, trace, largest eigenvalue and η* after a step; of H, or of P⁻¹H for adam."""
     value, _, matrix = hessian(loss)
     scale = preconditioner(optimizer, step)
     if not torch.isfinite(matrix).all():
@@ -242,26 +243,27 @@ def measure(loss: SquaredLoss, optimizer: torch.optim.Optimizer, method: str, st
     values = torch.linalg.eigvalsh(similar.double())
     eta = optimizer.param_groups[0]["lr"]
     critical = critical_step_size_of_hessian(matrix, scale, **METHODS[method], negative="ignore")
-    found = {"step": step, "loss": value, "step_size": eta, "critical": critical}
-    found |= {"trace": float(values.sum()), "largest": float(values[-1]), "negative": float(values.clamp(max=0).sum())}
-    if scale is not None:  # how far P is from a multiple of I, and what that does to η*
+    point = {"step": step, "loss": value, "step_size": eta, "critical": critical}
+    point |= {"trace": float(values.sum()), "largest": float(values[-1]), "negative": float(values.clamp(max=0).sum())}
+    if scale is not None:  # the distance of P from a multiple of I, and its effect on η*
         commuting = critical_step_size(values, **METHODS[method], negative="ignore")
-        found |= {"spread": float(scale.log().std()), "critical_if_commuting": commuting}
-    return found
+        point |= {"spread": float(scale.log().std()), "critical_if_commuting": commuting}
+    return point
 
 
-def train(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """One run: the trace, the largest eigenvalue and η* along the way."""
+def train(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make one run, and measure the trace, the largest eigenvalue and η* during it."""
     torch.set_num_threads(1)
-    torch.manual_seed(asked["seed"])
-    network = NETWORKS[asked["network"]]
-    model, method = network.make(), METHODS[asked["method"]]
+    seed = settings["seed"]
+    torch.manual_seed(seed)
+    network = NETWORKS[settings["network"]]
+    model, method = network.make(), METHODS[settings["method"]]
     loss = SquaredLoss(model, *network.data())
-    zo = ZerothOrder(model, HeldFull(model, seed=asked["seed"]), eps=asked["eps"], seed=asked["seed"], batched=True)
+    zo = ZerothOrder(model, FullInMemory(model, seed=seed), eps=settings["eps"], seed=seed, batched_probes=True)
     parameters = list(zo.subspace.coordinates.values())
     assert [id(p) for p in parameters] == [id(p) for p in model.parameters()]
     start, gradient, matrix = hessian(loss)
-    rate = critical_step_size_of_hessian(matrix, **method, negative="ignore") / asked["margin"]
+    rate = critical_step_size_of_hessian(matrix, **method, negative="ignore") / settings["margin"]
     optimizer: torch.optim.Optimizer
     if method["ema"]:
         rate *= float(gradient.norm())
@@ -269,23 +271,23 @@ def train(asked: Mapping[str, Any]) -> dict[str, Any]:
     else:
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=method["momentum"])
     zo.prepare(optimizer)
-    steps, started = asked["steps"], time.process_time()
-    moments = sorted({max(1, round(steps * i / POINTS)) for i in range(POINTS + 1)})
+    steps, started = settings["steps"], time.process_time()
+    measured_steps = {max(1, round(steps * i / POINTS)) for i in range(POINTS + 1)}
     curve, losses = [], []
     for step in range(1, steps + 1):
-        if asked["raised"] != 1 and step == steps // 2 + 1:
-            optimizer.param_groups[0]["lr"] *= asked["raised"]
+        if settings["raised"] != 1 and step == steps // 2 + 1:
+            optimizer.param_groups[0]["lr"] *= settings["raised"]
         losses.append(zo.estimate(loss).loss)
         optimizer.step()
-        if step in moments:
-            curve.append(measure(loss, optimizer, asked["method"], step))
-        if not losses[-1] < LOST * start:
+        if step in measured_steps:
+            curve.append(measure(loss, optimizer, settings["method"], step))
+        if not losses[-1] < DIVERGED * start:
             break
     every = max(1, steps // 500)
-    found = {"parameters": sum(p.numel() for p in parameters), "initial_trace": float(matrix.trace())}
-    found |= {"curve": curve, "losses": losses[::every], "every": every, "diverged": len(losses) < steps}
+    result = {"parameters": sum(p.numel() for p in parameters), "initial_trace": float(matrix.trace())}
+    result |= {"curve": curve, "losses": losses[::every], "every": every, "diverged": len(losses) < steps}
     zo.finish()
-    return dict(asked) | found | {"seconds": time.process_time() - started}
+    return dict(settings) | result | {"seconds": time.process_time() - started}
 
 
 def margins_of(args: argparse.Namespace, network: str) -> tuple[float, ...]:
@@ -293,7 +295,7 @@ def margins_of(args: argparse.Namespace, network: str) -> tuple[float, ...]:
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the arguments ask for: every method, then a raised step size, then other distances."""
+    """Yield the settings of the requested runs: every method, then a raised step size, then other distances."""
     shared = {"eps": args.eps, "raised": 1.0, "seed": args.seed, "steps": args.steps}
     for network in args.networks:
         margins = margins_of(args, network)
@@ -309,23 +311,23 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def threshold(run: Mapping[str, Any], step_size: float) -> float:
-    """The trace whose upper bound on η* is this step size."""
+    """Return the trace whose upper bound on η* is this step size."""
     method = METHODS[run["method"]]
     return 2 * (1.0 if method["ema"] else 1 - method["momentum"]) / step_size
 
 
 def draw_edge(axes: Any, run: Mapping[str, Any], color: str) -> None:
-    """The band of trace and λmax, the trace whose bound is exact (2/η*), and the line they meet."""
+    """Draw the band from Tr to Tr + 2λmax/(1+β), and the thresholds of η* (dotted) and of the step size (dashed)."""
     method = METHODS[run["method"]]
-    whole = [point for point in run["curve"] if math.isfinite(point["loss"])]
-    steps, traces = [p["step"] for p in whole], [p["trace"] for p in whole]
-    bounds = [step_size_bounds(p["trace"], p["largest"], **method) for p in whole]
+    points = [point for point in run["curve"] if math.isfinite(point["loss"])]
+    steps, traces = [p["step"] for p in points], [p["trace"] for p in points]
+    bounds = [step_size_bounds(p["trace"], p["largest"], **method) for p in points]
     axes.fill_between(
         steps, traces, [threshold(run, lower) for lower, _ in bounds], color=color, alpha=0.3, linewidth=0
     )
     axes.plot(steps, traces, color=color, linewidth=1)
-    axes.plot(steps, [threshold(run, p["critical"]) for p in whole], ":", color=color, linewidth=1)
-    axes.plot(steps, [threshold(run, p["step_size"]) for p in whole], "--", color=color, drawstyle="steps-pre")
+    axes.plot(steps, [threshold(run, p["critical"]) for p in points], ":", color=color, linewidth=1)
+    axes.plot(steps, [threshold(run, p["step_size"]) for p in points], "--", color=color, drawstyle="steps-pre")
 
 
 def draw_losses(axes: Any, run: Mapping[str, Any], color: str, label: str) -> None:
@@ -334,7 +336,7 @@ def draw_losses(axes: Any, run: Mapping[str, Any], color: str, label: str) -> No
 
 
 def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
-    """A figure for each question whose runs are done."""
+    """Draw a figure for each question with finished runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,8 +344,8 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
 
     folder = args.figures or args.output
     folder.mkdir(parents=True, exist_ok=True)
-    found = [run for asked in runs(args) if (run := finished.find(asked)) is not None]
-    grid = [run for run in found if run["raised"] == 1 and run["eps"] == args.eps]
+    available = [run for settings in runs(args) if (run := finished.find(settings)) is not None]
+    grid = [run for run in available if run["raised"] == 1 and run["eps"] == args.eps]
     if grid:
         rows, columns = len(args.networks), len(args.methods)
         figure, panels = pyplot.subplots(
@@ -366,7 +368,7 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
         margin = max(margins) if key == "raised" else margins[0]
         chosen = [
             run
-            for run in found
+            for run in available
             if (run["network"], run["method"], run["margin"]) == (args.networks[0], "gd", margin)
             and run[other] == {"eps": args.eps, "raised": 1.0}[other]
         ]
@@ -385,21 +387,21 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
 
 
 def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
-    """Where the runs end, in units of their threshold: 1 is the edge."""
+    """Return a table of the runs' ends in units of their threshold, so that 1 is the edge of stability."""
     lines = [
         "| network | method | margin | ε | η raised | loss | Tr | Tr + 2λmax/(1+β) | η/η* | largest η/η* | |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for asked in runs(args):
-        run = finished.find(asked)
+    for settings in runs(args):
+        run = finished.find(settings)
         if run is None:
             continue
         method = METHODS[run["method"]]
-        whole = [p for p in run["curve"] if math.isfinite(p["loss"])]
-        last = whole[-1]
+        points = [p for p in run["curve"] if math.isfinite(p["loss"])]
+        last = points[-1]
         lower, upper = step_size_bounds(last["trace"], last["largest"], **method)
         eta = last["step_size"]
-        peak = max(p["step_size"] / p["critical"] for p in whole if p["step"] > args.steps // 10 or p is last)
+        peak = max(p["step_size"] / p["critical"] for p in points if p["step"] > args.steps // 10 or p is last)
         cells = [run["network"], run["method"], *(f"{run[key]:g}" for key in ("margin", "eps", "raised"))]
         cells += [f"{last['loss']:.3g}", f"{eta / upper:.2f}", f"{eta / lower:.2f}", f"{eta / last['critical']:.2f}"]
         cells += [f"{peak:.2f}", f"diverges at {len(run['losses']) * run['every']}" if run["diverged"] else ""]
@@ -409,10 +411,10 @@ def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
 
 def main() -> None:
     args = arguments()
-    finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+    finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     if not args.plot_only:
-        for asked in tqdm([asked for asked in runs(args) if finished.find(asked) is None], unit="run"):
-            finished.add(train(asked))
+        for settings in tqdm([settings for settings in runs(args) if finished.find(settings) is None], unit="run"):
+            finished.add(train(settings))
     text = table(args, finished)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     plot(args, finished)

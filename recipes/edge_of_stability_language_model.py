@@ -2,19 +2,20 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[demo,peft]"]
 # ///
-"""Does a language model reach the edge of stability? (arXiv 2604.14669 has none; forward passes alone.)
+"""Test whether a language model reaches the edge of stability, which arXiv 2604.14669 does not, with forward passes.
 
     python recipes/edge_of_stability_language_model.py                      # SmolLM2-135M, embedded; some hours of one core
     python recipes/edge_of_stability_language_model.py --model MODEL --subspaces low_rank --steps 2000
     python recipes/edge_of_stability_language_model.py --plot-only --figures docs/figures
 
-One batch of sentences is all the data there is, so that no noise but the directions' is left, and zeroth-order gradient
-descent (SGD, no momentum) lowers the model's own loss of the label word on it, in a low-rank subspace that is never folded,
-or in a LoRA adapter. The step size is the lower bound on the critical one, 2/(Tr + 2‖H‖), of the model as it begins,
-divided by a margin. The stability monitor measures the trace and ‖H‖, which is at least λmax, along the way.
+The data is one batch of sentences, so that the directions are the only noise. Zeroth-order gradient descent (SGD
+without momentum) lowers the model's own loss of the label word. It moves a low-rank subspace that is never folded, or
+a LoRA adapter. The step size is the lower bound on the critical step size of the initial model, 2/(Tr + 2‖H‖), divided
+by a margin. During a run, the stability monitor measures the trace and ‖H‖, which is at least λmax.
 
-OUTPUT gets runs.jsonl, from which an interrupted comparison continues, and table.md; FIGURES gets
-stability-language-model.png: where the band [Tr, Tr + 2‖H‖] comes up to the dashed 2/η, a run is at the edge.
+The results are runs.jsonl in OUTPUT, from which an interrupted comparison continues, table.md, and the figure
+stability-language-model.png in FIGURES. A run is at the edge where the band [Tr, Tr + 2‖H‖] reaches the dashed line
+2/η.
 """
 
 from __future__ import annotations
@@ -27,39 +28,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.experiments import FinishedRuns, encoded_reviews
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZerothOrder
+from zo_hf.stability.actions import ACTIONS
 from zo_hf.stability.curvature import hessian_trace
-from zo_hf.stability.monitor import ACTIONS, StabilityMonitor
+from zo_hf.stability.monitor import StabilityMonitor
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.experiments import FinishedRuns, encoded_reviews
 from zo_hf.tasks.prompts import LabelWordCollator
 
-ASKED = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
+SETTINGS = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
 SUBSPACES = ("low_rank", "lora")
-#: Directions along which the curvature is measured before the first step.
+#: Number of directions along which the curvature is measured before the first step.
 DIRECTIONS_BEFORE = 24
-LOST = 10.0  # a run whose loss is this many times that of the start has diverged
+DIVERGED = 10.0  # a run has diverged when its loss is this many times the initial loss
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a causal model, a folder or a name; default: the embedded SmolLM2-135M")
-    add("--subspaces", nargs="+", choices=SUBSPACES, default=list(SUBSPACES), help="(all)")
+    add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
+    add("--subspaces", nargs="+", choices=SUBSPACES, default=list(SUBSPACES), help="subspaces (all)")
     add("--margins", type=float, nargs="+", default=[0.7, 1.5, 4.0], help="bound / η at the start (%(default)s)")
-    add("--steps", type=int, default=1000, help="of a run (%(default)s)")
-    add("--sentences", type=int, default=8, help="in the one batch (%(default)s)")
+    add("--steps", type=int, default=1000, help="steps of a run (%(default)s)")
+    add("--sentences", type=int, default=8, help="sentences in the batch (%(default)s)")
     add("--every", type=int, default=5, help="steps between measurements (%(default)s)")
-    add("--action", choices=ACTIONS, default="warn", help="of the monitor beyond the edge (%(default)s)")
-    add("--seed", type=int, default=0, help="of sentences, directions and the adapter (%(default)s)")
-    add("--output", type=Path, default=Path("out/edge_of_stability_language_model"), help="folder (%(default)s)")
-    add("--figures", type=Path, help="folder of the figure (OUTPUT)")
-    add("--plot-only", action="store_true", help="make the table and the figure of the runs that there are")
+    add("--action", choices=ACTIONS, default="warn", help="action of the monitor beyond the edge (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of sentences, directions and the adapter (%(default)s)")
+    output = Path("out/edge_of_stability_language_model")
+    add("--output", type=Path, default=output, help="folder for results (%(default)s)")
+    add("--figures", type=Path, help="folder for the figure (OUTPUT)")
+    add("--plot-only", action="store_true", help="only write the table and the figure of the finished runs")
     args = parser.parse_args(words)
     for option in ("steps", "sentences", "every"):
         if getattr(args, option) < 1:
@@ -71,36 +74,36 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """One run, and what was measured along it."""
+def train(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make one run, and return its settings and measurements."""
     torch.set_num_threads(1)
-    seed = asked["seed"]
-    model: Any = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-    rows, _ = encoded_reviews(tokenizer, asked["sentences"], 1, seed, range(8, 13))
+    seed, every = settings["seed"], settings["every"]
+    model: Any = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    rows, _ = encoded_reviews(tokenizer, settings["sentences"], 1, seed, range(8, 13))
     batch = LabelWordCollator(tokenizer, model)(list(rows))
-    model, subspace = with_subspace(model, asked["subspace"], seed)
+    model, subspace = with_subspace(model, settings["subspace"], seed)
 
     def closure() -> torch.Tensor:
         return model(**batch).loss
 
-    zo = ZerothOrder(model, subspace, seed=seed, batched=False)
+    zo = ZerothOrder(model, subspace, seed=seed, batched_probes=False)
     start = hessian_trace(zo, closure, DIRECTIONS_BEFORE)
     norm = start.standard_error * math.sqrt(start.count / 2)
-    rate = 2 / (start.value + 2 * norm) / asked["margin"]
+    rate = 2 / (start.value + 2 * norm) / settings["margin"]
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=rate))
-    monitor = StabilityMonitor(zo, optimizer, asked["every"], asked["action"])
-    began, losses, curve = time.process_time(), [], []
-    for step in range(asked["steps"]):
+    monitor = StabilityMonitor(zo, optimizer, every, settings["action"])
+    started, losses, curve = time.process_time(), [], []
+    for step in range(settings["steps"]):
         losses.append(zo.estimate(closure).loss)
         optimizer.step()
         found = monitor.found
-        if step % asked["every"] == 0 and found is not None and math.isfinite(losses[-1]):
+        if step % every == 0 and found is not None and math.isfinite(losses[-1]):
             trace = {"trace": found.trace.value, "error": found.trace.standard_error, "norm": found.lambda_max}
             curve.append({"step": step, "loss": losses[-1]} | trace)
-        if not losses[-1] < LOST * losses[0]:
+        if not losses[-1] < DIVERGED * losses[0]:
             break
-    return dict(asked) | {
+    return dict(settings) | {
         "learning_rate": rate,
         "dimension": subspace.dimension,
         "initial_trace": start.value,
@@ -109,12 +112,12 @@ def train(asked: Mapping[str, Any]) -> dict[str, Any]:
         "curve": curve,
         "losses": losses,
         "forward_passes": zo.forward_passes,
-        "seconds": time.process_time() - began,
+        "seconds": time.process_time() - started,
     }
 
 
 def with_subspace(model: Any, name: str, seed: int) -> tuple[nn.Module, Any]:
-    """The model, with an adapter if need be, and the coordinates that move: the same ones throughout a run."""
+    """Return the model, with an adapter if the subspace needs one, and the subspace, whose basis never changes."""
     if name == "low_rank":
         return model, LowRank(model, seed=seed, fold_steps=0, exclude_modules=r".*(embed|norm).*")
     from peft import LoraConfig, get_peft_model
@@ -125,20 +128,20 @@ def with_subspace(model: Any, name: str, seed: int) -> tuple[nn.Module, Any]:
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the arguments ask for."""
+    """Yield the settings of the requested runs."""
     shared = {name: getattr(args, name) for name in ("model", "steps", "sentences", "every", "action", "seed")}
     for subspace in args.subspaces:
         for margin in args.margins:
             yield shared | {"subspace": subspace, "margin": margin}
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Where the runs begin and end; η·(Tr + 2‖H‖)/2 and η·Tr/2 are 1 at the bounds of the edge."""
+def table(finished: list[dict[str, Any]]) -> str:
+    """Return a table of the runs' starts and ends; η·(Tr + 2‖H‖)/2 and η·Tr/2 are 1 at the bounds of the edge."""
     lines = [
         "| subspace | margin | η | loss | Tr | ‖H‖ | η·Tr/2 at the end | its maximum | η·(Tr + 2‖H‖)/2 at the end | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for run in found:
+    for run in finished:
         last, eta = run["curve"][-1], run["learning_rate"]
         highest = max(point["trace"] for point in run["curve"])
         cells = [
@@ -157,16 +160,16 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Loss above, and the band of the trace beside its threshold below; a column for each subspace."""
+def plot(finished: list[dict[str, Any]], path: Path) -> None:
+    """Draw the loss, and below it the band of the trace with its threshold, in a column for each subspace."""
     from matplotlib.figure import Figure
 
-    subspaces = list(dict.fromkeys(run["subspace"] for run in found))
+    subspaces = list(dict.fromkeys(run["subspace"] for run in finished))
     figure = Figure(figsize=(5 * len(subspaces), 6), layout="constrained")
     panels = figure.subplots(2, len(subspaces), squeeze=False, sharex=True)
     for column, subspace in enumerate(subspaces):
         above, below = panels[:, column]
-        for color, run in enumerate(run for run in found if run["subspace"] == subspace):
+        for color, run in enumerate(run for run in finished if run["subspace"] == subspace):
             steps = [point["step"] for point in run["curve"]]
             traces = [point["trace"] for point in run["curve"]]
             tops = [point["trace"] + 2 * point["norm"] for point in run["curve"]]
@@ -175,7 +178,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             below.fill_between(steps, traces, tops, color=f"C{color}", alpha=0.25, linewidth=0)
             below.plot(steps, traces, color=f"C{color}", linewidth=1)
             below.axhline(2 / run["learning_rate"], color=f"C{color}", linestyle="--", linewidth=1)
-        above.set(title=subspace, ylabel="loss", ylim=(0, 1.5 * found[0]["losses"][0]))
+        above.set(title=subspace, ylabel="loss", ylim=(0, 1.5 * finished[0]["losses"][0]))
         above.legend(fontsize="x-small")
         below.set(xlabel="step", ylabel="Tr to Tr + 2‖H‖, and 2/η (dashed)", yscale="log")
     figure.savefig(path, dpi=120)
@@ -183,18 +186,18 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
-    finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+    log = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     if not args.plot_only:
-        for asked in tqdm([asked for asked in runs(args) if finished.find(asked) is None], unit="run"):
-            finished.add(train(asked))
-    found = [run for asked in runs(args) if (run := finished.find(asked)) is not None]
-    if not found:
+        for settings in tqdm([settings for settings in runs(args) if log.find(settings) is None], unit="run"):
+            log.add(train(settings))
+    finished = [run for settings in runs(args) if (run := log.find(settings)) is not None]
+    if not finished:
         print("no run is finished yet")
         return
-    text = table(found)
+    text = table(finished)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     args.figures.mkdir(parents=True, exist_ok=True)
-    plot(found, args.figures / "stability-language-model.png")
+    plot(finished, args.figures / "stability-language-model.png")
     print(text)
 
 

@@ -2,14 +2,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[demo]", "peft", "scikit-learn>=1.4"]
 # ///
-"""`learning_rate="auto"` beside a grid of learning rates, at equal forward passes, the search's own included.
+"""Compare `learning_rate="auto"` with a grid of learning rates, at equal forward passes including those of the search.
 
     python recipes/find_lr_against_grid.py                            # the small networks; eight minutes of one core
     python recipes/find_lr_against_grid.py --model path/to/model      # and three subspaces of a causal language model
 
-The grid's rates are a factor of 3 apart. A run is plain SGD on two-point estimates with a constant rate; its seed decides the
-batches, the directions, and those of the search. --output gets runs.jsonl, from which an interrupted comparison
-continues, table.md and find_lr.png.
+The rates of the grid are a factor of 3 apart. A run is plain SGD on two-point estimates with a constant rate. Its seed
+determines the batches and the directions, also those of the search. The results in --output are runs.jsonl, from which
+an interrupted comparison continues, table.md and find_lr.png.
 """
 
 from __future__ import annotations
@@ -24,35 +24,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common.experiments import FinishedRuns
 from torch import Tensor, nn
 
 from zo_hf import ZOConfig
-from zo_hf.model_setup import make_subspace
-from zo_hf.optimizers import SeededSGD
-from zo_hf.stability.find_learning_rate import SHARE, FoundRate, find_learning_rate, forward_passes_of_search
+from zo_hf.engine import ZerothOrder
+from zo_hf.lr_finder.find import SHARE, LRFinderResult, find_learning_rate, forward_passes_of_search
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
-from zo_hf.tasks.experiments import FinishedRuns
-from zo_hf.zeroth_order import ZerothOrder
 
-ASKED = ("problem", "forward_passes", "rate", "seed")
-#: In place of a rate: the loss before training, and a rate that is found.
+SETTINGS = ("problem", "forward_passes", "rate", "seed")
+#: Values in place of a rate: no training, and a rate from the LR finder.
 BEFORE, AUTO = "before", "auto"
 
 
 @dataclass
 class Problem:
-    """Something to train.
+    """A training problem.
 
     Args:
-        name: for people.
-        rates: the grid.
-        forward_passes: of a run.
-        rows: of a batch.
-        model: makes it, the same one every time.
-        examples: how many to draw batches from.
-        loss: of some examples, by number.
-        score: a model's loss on a fixed set.
-        options: of the subspace, as in ZOConfig.
+        name: the name for display.
+        rates: the grid of learning rates.
+        forward_passes: number of forward passes of a run.
+        rows: rows of a batch.
+        model: creates the model, the same every time.
+        examples: number of training examples.
+        loss: returns a model's loss on the examples with the given indices.
+        score: returns a model's loss on a fixed set.
+        options: options of ZOConfig for the subspace.
     """
 
     name: str
@@ -66,23 +65,23 @@ class Problem:
     options: dict[str, Any] = field(default_factory=lambda: {"zo_subspace": "full"})
 
     def engine(self, seed: int) -> tuple[ZerothOrder, torch.optim.Optimizer]:
-        """A new model inside a new engine."""
+        """Return a new engine for a new model, and its optimizer."""
         model = self.model()
         config = ZOConfig("unused", use_cpu=True, report_to=[], seed=seed, **self.options)
-        zo = ZerothOrder(model, make_subspace(model, config, None), batched=False, seed=seed)
+        zo = ZerothOrder(model, config.settings().make_subspace(model), batched_probes=False, seed=seed)
         subspace = zo.subspace
         if isinstance(subspace, Full):
             return zo, zo.prepare(SeededSGD(zo.coordinates(), subspace, lr=1.0))
         return zo, zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1.0))
 
     def batch(self, model: Any, generator: torch.Generator) -> Callable[[], Tensor]:
-        """The loss of a random batch."""
+        """Return a function that evaluates the loss of a random batch."""
         rows = torch.randperm(self.examples, generator=generator)[: self.rows].tolist()
         return lambda: self.loss(model, rows)
 
 
 def _pictures(name: str, rates: list[float], make: Callable[[], nn.Module]) -> Problem:
-    """A network on scikit-learn's digits."""
+    """Return the problem of training a network on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -100,7 +99,7 @@ def _pictures(name: str, rates: list[float], make: Callable[[], nn.Module]) -> P
 
 
 def digits() -> Problem:
-    """4,810 weights."""
+    """Return a problem with a network of 4,810 weights on pictures."""
 
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -109,7 +108,7 @@ def digits() -> Problem:
 
 
 def convolution() -> Problem:
-    """3,314 weights."""
+    """Return a problem with a convolutional network of 3,314 weights on pictures."""
 
     def make() -> nn.Module:
         shape, first, second = nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 16, 3)
@@ -120,7 +119,7 @@ def convolution() -> Problem:
 
 
 def regression() -> Problem:
-    """A network of 705 weights on numbers that are mostly noise, four at a time."""
+    """Return a problem with a network of 705 weights on very noisy data, in batches of four."""
     generator = torch.Generator().manual_seed(0)
     inputs, weights = torch.randn(2000, 20, generator=generator), torch.randn(20, generator=generator)
     outputs = torch.sin(inputs @ weights / 20**0.5) + torch.randn(2000, generator=generator)
@@ -138,7 +137,7 @@ def regression() -> Problem:
 
 
 def _language_model(path: str, name: str, rates: list[float], options: dict[str, Any], lora: int = 0) -> Problem:
-    """A causal language model learns to say the label word after a sentence."""
+    """Return the problem of training a causal language model to predict the label word after a sentence."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zo_hf.tasks.data import embedded_reviews
@@ -178,18 +177,18 @@ def _language_model(path: str, name: str, rates: list[float], options: dict[str,
 
 
 def low_rank(path: str) -> Problem:
-    """Factors of the linear layers."""
+    """Return a problem that moves low-rank factors of the linear layers."""
     options = {"zo_subspace": "low_rank", "zo_exclude_modules": r".*(embed|norm|lm_head).*"}
     return _language_model(path, "language model, low rank", [3e-7, 1e-6, 3e-6, 1e-5], options)
 
 
 def norms(path: str) -> Problem:
-    """Parameters of one dimension."""
+    """Return a problem that moves the parameters of one dimension."""
     return _language_model(path, "language model, norms", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "norms"})
 
 
 def lora(path: str) -> Problem:
-    """An adapter of rank 8."""
+    """Return a problem that moves a LoRA adapter of rank 8."""
     return _language_model(path, "language model, LoRA", [1e-3, 3e-3, 1e-2, 3e-2], {"zo_subspace": "adapter"}, lora=8)
 
 
@@ -206,14 +205,14 @@ OF_A_LANGUAGE_MODEL = {
 
 
 def train(problem: Problem, rate: float | str, seed: int) -> dict[str, Any]:
-    """One run. Returns the loss it ends with, and of a search what it was."""
+    """Make one run, and return its final loss, its forward passes and the result of a search."""
     zo, optimizer = problem.engine(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     extra: dict[str, Any] = {}
     if rate == AUTO:
-        found = search(problem, zo, optimizer, seed)
-        rate = found.learning_rate
-        extra = {"found": rate, "search": found.forward_passes, "factor": found.factor, "doubts": found.doubts}
+        result = search(problem, zo, optimizer, seed)
+        rate = result.learning_rate
+        extra = {"found": rate, "search": result.forward_passes, "factor": result.factor, "warnings": result.warnings}
     for group in optimizer.param_groups:
         group["lr"] = rate
     while zo.forward_passes + 2 <= problem.forward_passes:
@@ -225,8 +224,8 @@ def train(problem: Problem, rate: float | str, seed: int) -> dict[str, Any]:
     return {"loss": loss if math.isfinite(loss) else math.inf, "taken": passes, **extra}
 
 
-def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, seed: int) -> FoundRate:
-    """A rate for a run of the problem's forward passes."""
+def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, seed: int) -> LRFinderResult:
+    """Search a learning rate for a run with the problem's number of forward passes."""
     generator = torch.Generator().manual_seed(2000 + seed)
     allowed, default = int(SHARE * problem.forward_passes), zo.subspace.default_learning_rate
     steps = (problem.forward_passes - forward_passes_of_search(allowed, 1)) / 2
@@ -238,9 +237,11 @@ def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name of a causal language model")
-    parser.add_argument("--problems", nargs="+", metavar="NAME", help="some of them alone, by name")
-    parser.add_argument("--forward-passes", type=int, help="of every run; default: each problem's own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="names of the problems; default: all")
+    parser.add_argument(
+        "--forward-passes", type=int, help="forward passes of a run; default: the problem's own number"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/find_lr"), help="folder for results (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,51 +250,53 @@ def main() -> None:
         makers |= {name: partial(make, args.model) for name, make in OF_A_LANGUAGE_MODEL.items()}
     for name in args.problems or []:
         if name not in makers:
-            parser.error(f"--problems {name!r} is none of {', '.join(map(repr, makers))}.")
+            parser.error(f"--problems {name!r} is unknown; choose among {', '.join(map(repr, makers))}.")
     problems = [make() for name, make in makers.items() if name in (args.problems or makers)]
-    finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+    finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     for problem in problems:
         problem.forward_passes = args.forward_passes or problem.forward_passes
         runs = [(rate, seed) for seed in args.seeds for rate in (AUTO, *problem.rates)]
         for rate, seed in [(BEFORE, args.seeds[0]), *runs]:
-            asked = dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True))
-            run = finished.find(asked)
+            settings = dict(zip(SETTINGS, (problem.name, problem.forward_passes, rate, seed), strict=True))
+            run = finished.find(settings)
             if run is None:
-                finished.add(run := asked | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
+                finished.add(run := settings | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
             print(*(f"{name}={value}" for name, value in run.items()), flush=True)
     (args.output / "table.md").write_text("\n".join(table(problems, finished, args.seeds)) + "\n")
     plot(problems, finished, args.seeds, args.output / "find_lr.png")
 
 
 def before(problem: Problem) -> dict[str, Any]:
-    """The loss that a run begins with."""
+    """Return the initial loss of a run."""
     with torch.no_grad():
         return {"loss": problem.score(problem.model())}
 
 
-def of(problem: Problem, finished: FinishedRuns, rate: float | str, seed: int) -> dict[str, Any]:
-    """A run that has been made."""
-    run = finished.find(dict(zip(ASKED, (problem.name, problem.forward_passes, rate, seed), strict=True)))
+def finished_run(problem: Problem, finished: FinishedRuns, rate: float | str, seed: int) -> dict[str, Any]:
+    """Return a finished run."""
+    run = finished.find(dict(zip(SETTINGS, (problem.name, problem.forward_passes, rate, seed), strict=True)))
     assert run is not None
     return run
 
 
 def table(problems: list[Problem], finished: FinishedRuns, seeds: list[int]) -> list[str]:
-    """Markdown: mean losses over seeds, and whether the found rates do as well as the grid's second best."""
+    """Return a Markdown table of mean losses over seeds, with the place of "auto" among the rates of the grid."""
     lines = [
         "| problem | before | grid: rate, mean final loss | rates found | mean final loss | place | by seed | passes |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for problem in problems:
-        grid = {rate: [of(problem, finished, rate, seed)["loss"] for seed in seeds] for rate in problem.rates}
-        autos = [of(problem, finished, AUTO, seed) for seed in seeds]
+        grid = {
+            rate: [finished_run(problem, finished, rate, seed)["loss"] for seed in seeds] for rate in problem.rates
+        }
+        autos = [finished_run(problem, finished, AUTO, seed) for seed in seeds]
         mean = sum(auto["loss"] for auto in autos) / len(autos)
         place = 1 + sum(sum(losses) / len(losses) < mean for losses in grid.values())
         places = [1 + sum(losses[i] < auto["loss"] for losses in grid.values()) for i, auto in enumerate(autos)]
         means = ", ".join(f"{rate:g}: {_short(sum(losses) / len(losses))}" for rate, losses in grid.items())
         share = max(auto["search"] / auto["taken"] for auto in autos)
         lines.append(
-            f"| {problem.name} | {of(problem, finished, BEFORE, seeds[0])['loss']:.3f} | {means} | "
+            f"| {problem.name} | {finished_run(problem, finished, BEFORE, seeds[0])['loss']:.3f} | {means} | "
             f"{', '.join(format(auto['found'], '.2g') for auto in autos)} | {_short(mean)} | {place} | "
             f"{', '.join(map(str, places))} | {share:.1%} |"
         )
@@ -305,7 +308,7 @@ def _short(loss: float) -> str:
 
 
 def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path: Path) -> None:
-    """Final loss against the rate, the found ones among the grid's."""
+    """Draw the final loss against the learning rate, for the grid and for "auto"."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -319,11 +322,11 @@ def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path
     for axes in panels.flat[len(problems) :]:
         axes.set_visible(False)
     for axes, problem in zip(panels.flat, problems, strict=False):
-        first = of(problem, finished, BEFORE, seeds[0])["loss"]
+        first = finished_run(problem, finished, BEFORE, seeds[0])["loss"]
         for seed in seeds:
-            losses = [min(of(problem, finished, rate, seed)["loss"], 1.5 * first) for rate in problem.rates]
+            losses = [min(finished_run(problem, finished, rate, seed)["loss"], 1.5 * first) for rate in problem.rates]
             axes.plot(problem.rates, losses, "o-", color="gray", markersize=3, linewidth=0.8)
-            auto = of(problem, finished, AUTO, seed)
+            auto = finished_run(problem, finished, AUTO, seed)
             axes.plot(auto["found"], min(auto["loss"], 1.5 * first), "*", color="tab:red", markersize=11)
         axes.axhline(first, linestyle=":", color="black", linewidth=0.8)
         axes.set_xscale("log")

@@ -3,14 +3,14 @@
     python recipes/fleet_simulation.py
     python recipes/fleet_simulation.py --workers 1000 --forward-seconds 0.5 --output docs/figures/fleet.json
 
-Nothing is trained and nothing is sent: times are drawn at random, and what a message holds is counted. The protocol is
-that of a synchronous step. Every worker evaluates ± of its direction on its rows and sends two losses to a coordinator;
-when a quorum has answered, the coordinator sends the losses of all to everybody; each worker makes the same update. An
-answer that comes after the quorum is dropped, and its worker goes on with the next step as soon as it has made it up by
-applying the updates that it missed.
+Nothing is trained and nothing is sent: times are random, and the bytes of messages are counted. The protocol is that
+of a synchronous step. Every worker evaluates its direction with both signs on its rows, and sends two losses to a
+coordinator. When a quorum has answered, the coordinator sends the losses of all to every worker, and each worker makes
+the same update. An answer after the quorum is dropped. Its worker applies the updates that it missed, and then begins
+the next step.
 
-A worker's forward time is lognormal: some machines are slower than others (`--machine-spread`), and each is slower at
-some times than at others (`--jitter`). In a small share of its steps it stalls for a time (`--stall-share`).
+A worker's forward time is lognormal: some machines are slower than others (`--machine-spread`), and the speed of each
+varies from step to step (`--jitter`). In a small share of its steps a worker stalls for some time (`--stall-share`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 LOSSES_BYTES = 16  # two float64
-RECORD_BYTES = 8  # a projected gradient, for each direction, on the way back
+RECORD_BYTES = 8  # a projected gradient for each direction, in the coordinator's reply
 ENVELOPE_BYTES = 100  # TCP/IP headers, TLS record, and acknowledgement of a small message
 QUORUMS = (1.0, 0.99, 0.95, 0.9, 0.75)
 
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[1, 8, 1000],
-        help="directions a step, each shared by as many workers",
+        help="numbers of directions in a step, to be simulated in turn; every direction has as many workers (%(default)s)",
     )
     add("--forward-seconds", type=float, default=1.0, help="median time of a worker's two probes (%(default)s)")
     add("--draw-seconds", type=float, default=0.005, help="time to draw and add one direction (%(default)s)")
@@ -53,15 +53,17 @@ def arguments() -> argparse.Namespace:
         help="a worker's bytes per second up; down is ten times (%(default)s)",
     )
     add("--late-by", type=int, default=10_000, help="steps that a late joiner has missed (%(default)s)")
-    add("--parameters", type=float, default=13e9, help="weights, for what data-parallel SGD would send (%(default)s)")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, help="write the figures there as JSON, and a plot beside it")
+    add(
+        "--parameters", type=float, default=13e9, help="weights, for a comparison with data-parallel SGD (%(default)s)"
+    )
+    add("--seed", type=int, default=0, help="seed of the random times (%(default)s)")
+    add("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
     return parser.parse_args()
 
 
 def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[str, float]:
-    """Mean time of a step, and how much of the fleet's work it uses."""
-    random = np.random.default_rng(args.seed)  # the same machines and moments for every quorum
+    """Return the mean time of a step, the share of the fleet's answers that it uses, and the bytes of its messages."""
+    random = np.random.default_rng(args.seed)  # the same times for every quorum
     machines = np.exp(args.machine_spread * random.standard_normal(args.workers))
     needed = max(1, int(np.ceil(quorum * args.workers)))
     reply = RECORD_BYTES * directions + ENVELOPE_BYTES
@@ -77,7 +79,7 @@ def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[s
         complete = np.partition(answer, needed - 1)[needed - 1]
         in_time = answer <= complete
         received = complete + latency[1] + reply / (10 * args.uplink_bytes)
-        # One who is late finds the update waiting, and begins the next step with what it has missed applied.
+        # A late worker has already received the update, and applies it before the next step.
         ready = np.maximum(received, answer) + update
         used += int(in_time.sum())
         clock = complete
@@ -97,7 +99,7 @@ def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[s
 
 
 def catch_up(missed: int, update_seconds: float, step_seconds: float) -> float:
-    """Seconds until one who replays faster than the fleet goes on has reached it; infinite if it is not faster."""
+    """Return the seconds until a late joiner has caught up with the fleet; infinity if its replay is too slow."""
     return missed * update_seconds / (1 - update_seconds / step_seconds) if update_seconds < step_seconds else np.inf
 
 
@@ -128,7 +130,7 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
         own = [row for row in rows if row["directions"] == directions]
         seconds = [row["seconds_per_step"] for row in own]
         axis.plot([row["quorum"] for row in own], seconds, "o-", label=f"{directions:.0f} directions")
-    axis.set(xlabel="share of answers waited for", ylabel="seconds per step", yscale="log")
+    axis.set(xlabel="quorum", ylabel="seconds per step", yscale="log")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

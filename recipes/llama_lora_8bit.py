@@ -2,14 +2,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[demo,peft,quantization]"]
 # ///
-"""Train a LoRA adapter over an 8-bit model with forward passes only. Any causal language model will do:
+"""Train a LoRA adapter on an 8-bit model with forward passes only. Any causal language model works:
 
     accelerate launch recipes/llama_lora_8bit.py --model_name_or_path meta-llama/Llama-3.1-8B --dtype bfloat16
     accelerate launch recipes/llama_lora_8bit.py --offline        the embedded SmolLM2-135M, of Llama's architecture
-    python recipes/llama_lora_8bit.py --help                      every option, the trainer's included
+    python recipes/llama_lora_8bit.py --help                      all options, including those of the trainer
 
-The 8-bit weights are only ever read, once for both probes of a step. The adapter is saved in PEFT's format. The settings
-are in llama_lora_8bit.yaml beside this file; copy it, change it and name it with --config. The command line wins.
+A step reads the 8-bit weights once for both probes, and never writes them. The adapter is saved in PEFT's format. The
+settings are in llama_lora_8bit.yaml next to this file. To change them, copy that file and pass the copy with --config,
+or give options on the command line, which override the file.
 """
 
 from pathlib import Path

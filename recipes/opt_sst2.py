@@ -4,13 +4,13 @@
 # ///
 """Fine-tune OPT-125M on SST-2 with forward passes only, at the memory of inference.
 
-    accelerate launch recipes/opt_sst2.py                  from the hub; without one, the embedded default
+    accelerate launch recipes/opt_sst2.py                  from the hub; without a hub, the embedded default
     accelerate launch recipes/opt_sst2.py --offline        the embedded model and sentences
-    python recipes/opt_sst2.py --help                      every option, the trainer's included
+    python recipes/opt_sst2.py --help                      all options, including those of the trainer
 
-It asks "{text} It was" and trains the words " terrible" and " great" on 1,000 sentences, as MeZO does, with the cross
-entropy among these words (--loss vocabulary: among all words). Any causal language model, sentences and prompt can be
-named instead:
+As in MeZO, the prompt is "{text} It was" and the label words are " terrible" and " great", with 1,000 training
+sentences. The loss is the cross entropy among these words; --loss vocabulary takes it over all words. Any causal
+language model, any sentences and any prompt can be used instead:
 
     accelerate launch recipes/opt_sst2.py --model_name_or_path MODEL --train_file reviews.csv --text_column review \\
         --template "Review: {text} Sentiment:" --verbalizers " negative" " positive"

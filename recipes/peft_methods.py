@@ -1,11 +1,12 @@
-"""Train PEFT's methods on the same sentences with forward passes only, and say what each ends at.
+"""Train the methods of PEFT on the same sentences with forward passes only, and compare their final losses.
 
     python recipes/peft_methods.py                                     # SmolLM2-135M, embedded; needs no hub
     python recipes/peft_methods.py --model MODEL --output out/peft     # another causal model, a folder or a name
 
-Every method first takes a few steps with each of several learning rates, multiples of its family's default. The one with
-the lowest loss then trains from the start. Losses are the cross entropy of the label word over the whole vocabulary, on
-held-out sentences. OUTPUT gets runs.jsonl, from which a run that was interrupted continues, table.md and losses.png.
+First every method takes a few steps with each of several learning rates, which are multiples of its family's default.
+The rate with the lowest loss then trains from the start. Losses are the cross entropy of the label word over the whole
+vocabulary, on held-out sentences. The results in OUTPUT are runs.jsonl, from which an interrupted comparison
+continues, table.md and losses.png.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -30,12 +32,11 @@ from peft import (
     get_peft_model,
 )
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.experiments import FinishedRuns, encoded_reviews
 from zo_hf.tasks.prompts import LabelWordCollator
 
 CAUSAL = TaskType.CAUSAL_LM
@@ -56,49 +57,51 @@ METHODS = {
     "p-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=64, task_type=CAUSAL),
 }
 
-# Options of ZOConfig beside the learning rate.
+# Options of ZOConfig in addition to the learning rate.
 OPTIONS: dict[str, dict[str, Any]] = {"LoRA, A and B": {"zo_target_modules": r".*lora_.*"}}
-ASKED = ("model", "method", "factor", "steps", "seed", "batch_size")
+SETTINGS = ("model", "method", "factor", "steps", "seed", "batch_size")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a causal model with Llama's layers; default: the embedded SmolLM2-135M")
-    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD", help="which to train")
-    add("--steps", type=int, default=300, help="steps of the full run (%(default)s)")
+    add("--model", help="a causal language model with Llama's layers; default: the embedded SmolLM2-135M")
+    names = list(METHODS)
+    add("--methods", nargs="+", default=names, choices=names, metavar="METHOD", help="methods: %(choices)s (all)")
+    add("--steps", type=int, default=300, help="steps of a full run (%(default)s)")
     add("--trial-steps", type=int, default=40, help="steps with each learning rate (%(default)s)")
-    add("--factors", type=float, nargs="+", default=[0.3, 1, 3, 10], help="of the default learning rate (%(default)s)")
-    add("--batch-size", type=int, default=8, help="sentences a step (%(default)s)")
+    factors = [0.3, 1, 3, 10]
+    add("--factors", type=float, nargs="+", default=factors, help="factors on the default learning rate (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sentences in a step (%(default)s)")
     add(
         "--seeds",
         type=int,
         nargs="+",
         default=[0],
-        help="each trains with the rate that the first chose (%(default)s)",
+        help="seeds of the full runs; the first one selects the learning rate (%(default)s)",
     )
     add("--output", type=Path, default=Path("out/peft_methods"), help="folder for results (%(default)s)")
     return parser.parse_args()
 
 
-class Bench:
-    """The model, the sentences, and what has been run so far."""
+class Comparison:
+    """The model, the sentences and the finished runs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.path = args.model or str(default_model())
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+        self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
 
     def run(self, method: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
-        """Train with `factor` times the method's default learning rate, or look up the run that did."""
+        """Return the run with `factor` times the method's default learning rate; train it unless it is finished."""
         values = (self.path, method, factor, steps, seed, self.args.batch_size)
-        asked = dict(zip(ASKED, values, strict=True))
-        found = self.finished.find(asked)
-        if found is None:
-            found = asked | self._train(method, factor, seed, steps)
-            self.finished.add(found)
-        return found
+        settings = dict(zip(SETTINGS, values, strict=True))
+        run = self.finished.find(settings)
+        if run is None:
+            run = settings | self._train(method, factor, seed, steps)
+            self.finished.add(run)
+        return run
 
     def _train(self, method: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
         train, held_out = encoded_reviews(self.tokenizer, 512, 128, seed, words=range(8, 11))
@@ -110,6 +113,7 @@ class Bench:
             output_dir=str(self.args.output / "trainer"),
             learning_rate=rate,
             max_steps=steps,
+            zo_rows_per_direction=0,
             per_device_train_batch_size=self.args.batch_size,
             per_device_eval_batch_size=64,
             seed=seed,
@@ -122,10 +126,10 @@ class Bench:
             **OPTIONS.get(method, {}),
         )
         collator = LabelWordCollator(self.tokenizer, base)
-        # PEFT puts labels for these prompts in front, so that there must be logits at every position.
+        # For these methods PEFT puts labels of the prompt in front, so logits are needed at every position.
         collator.takes_logits_to_keep &= method not in ("prompt tuning", "p-tuning")
         data = {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
-        stop = _StopWhenLost()
+        stop = StopAndNoteDistance()
         trainer = ZOTrainer(model, config, **data, callbacks=[stop])
         before = trainer.evaluate()["eval_loss"]
         stop.limit = 2 * before
@@ -143,22 +147,19 @@ class Bench:
         }
 
 
-class _StopWhenLost(TrainerCallback):
-    """Ends a run whose loss has left for good; also notes the distance of its probes."""
+class StopAndNoteDistance(StopWhenDiverged):
+    """Ends a diverged run, and notes the distance of the probes in `eps`."""
 
-    limit = math.inf
     eps: float | None = None
 
     def on_train_begin(self, args: ZOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the distance."""
         model = kwargs["model"]
         self.eps = family(model).eps if args.zo_eps == "auto" else float(args.zo_eps)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        control.should_training_stop |= not logs.get("loss", 0.0) < self.limit
-
 
 def write_table(runs: list[dict[str, Any]], folder: Path) -> str:
-    """A row for each full run."""
+    """Write a table with a row for each full run, and return it."""
     lines = [
         "| method | weights that move | ε | learning rate | seed | loss before | after |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -174,7 +175,7 @@ def write_table(runs: list[dict[str, Any]], folder: Path) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Training loss against steps."""
+    """Draw the training loss against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,19 +197,19 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    bench = Bench(args)
+    comparison = Comparison(args)
     runs: list[dict[str, Any]] = []
     with tqdm(total=len(args.methods) * (len(args.factors) + len(args.seeds)), unit="run") as bar:
         for method in args.methods:
             trials = []
             for factor in args.factors:
                 bar.set_description(f"{method}, learning rate x {factor:g}")
-                trials.append(bench.run(method, factor, args.seeds[0], args.trial_steps))
+                trials.append(comparison.run(method, factor, args.seeds[0], args.trial_steps))
                 bar.update()
             best = min(trials, key=lambda run: run["after"] if math.isfinite(run["after"]) else math.inf)
             for seed in args.seeds:
                 bar.set_description(f"{method}, seed {seed}, {args.steps} steps")
-                runs.append(bench.run(method, best["factor"], seed, args.steps))
+                runs.append(comparison.run(method, best["factor"], seed, args.steps))
                 bar.update()
             write_table(runs, args.output)
     print(write_table(runs, args.output))

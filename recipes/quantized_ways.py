@@ -2,14 +2,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["zo-hf[demo,peft,quantization]"]
 # ///
-"""Train an 8-bit and a 4-bit model in every way there is, with forward passes only, and say what each ends at.
+"""Train an 8-bit and a 4-bit model with forward passes only in several ways, and compare their final losses.
 
     python recipes/quantized_ways.py                              # SmolLM2-135M, embedded; needs no hub
     python recipes/quantized_ways.py --model MODEL --ways scales fold --formats nf4 --seeds 0
 
-Each way takes a few steps with each of several learning rates on the first seed; the one with the lowest loss then trains
-from the start with every seed. Losses are the cross entropy of the label word over the whole vocabulary, on held-out
-sentences. OUTPUT gets runs.jsonl, from which an interrupted comparison continues, table.md and losses.png.
+A way is a subspace with its options. First every way takes a few steps with each of several learning rates on the
+first seed. The rate with the lowest loss then trains from the start with every seed. Losses are the cross entropy of
+the label word over the whole vocabulary, on held-out sentences. The results in OUTPUT are runs.jsonl, from which an
+interrupted comparison continues, table.md and losses.png.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.trainer_callback import PrinterCallback
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.experiments import FinishedRuns, encoded_reviews
 from zo_hf.tasks.prompts import LabelWordCollator
-from zo_hf.trajectory.header import tensors_hash
 
 FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
@@ -43,7 +44,7 @@ FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
 }
-# A middle learning rate, and the options of ZOConfig.
+# For each way, the center of its learning rates, and its options of ZOConfig.
 WAYS: dict[str, tuple[float, dict[str, Any]]] = {
     "adapter": (1e-4, {"zo_subspace": "adapter", "zo_target_modules": r".*lora_.*"}),
     "factors": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 0}),
@@ -51,48 +52,57 @@ WAYS: dict[str, tuple[float, dict[str, Any]]] = {
     "scales": (3e-3, {"zo_subspace": "scales"}),
     "norms": (1e-2, {"zo_subspace": "norms"}),
 }
-ASKED = ("model", "way", "format", "seed", "learning_rate", "steps", "batch_size")
+SETTINGS = ("model", "way", "format", "seed", "learning_rate", "steps", "batch_size")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a causal model, a folder or a name; default: the embedded SmolLM2-135M")
-    add("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="%(choices)s")
-    add("--formats", nargs="+", default=["int8", "nf4"], choices=list(FORMATS), metavar="FORMAT", help="%(choices)s")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
+    ways, formats = list(WAYS), list(FORMATS)
+    add("--ways", nargs="+", default=ways, choices=ways, metavar="WAY", help="ways: %(choices)s (all)")
+    add(
+        "--formats",
+        nargs="+",
+        default=["int8", "nf4"],
+        choices=formats,
+        metavar="FORMAT",
+        help="formats of the weights: %(choices)s (%(default)s)",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the full runs (%(default)s)")
     add("--steps", type=int, default=300, help="steps of a full run (%(default)s)")
     add("--trial-steps", type=int, default=60, help="steps with each learning rate (%(default)s)")
-    add("--factors", type=float, nargs="+", default=[0.1, 0.3, 1, 3], help="of the way's middle learning rate")
-    add("--batch-size", type=int, default=8, help="sentences a step (%(default)s)")
+    factors = [0.1, 0.3, 1, 3]
+    add("--factors", type=float, nargs="+", default=factors, help="factors on the way's center rate (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sentences in a step (%(default)s)")
     add("--output", type=Path, default=Path("out/quantized_ways"), help="folder for results (%(default)s)")
     return parser.parse_args()
 
 
 class Comparison:
-    """The model, the sentences, and what has been run so far."""
+    """The model, the sentences and the finished runs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.path = args.model or str(default_model())
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.finished = FinishedRuns(args.output / "runs.jsonl", ASKED)
+        self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
 
     def run(self, way: str, kind: str, seed: int, learning_rate: float, steps: int) -> dict[str, Any]:
-        """Train, or look up the run that did."""
+        """Return the run with these settings; train it unless it is finished."""
         values = (self.path, way, kind, seed, learning_rate, steps, self.args.batch_size)
-        asked = dict(zip(ASKED, values, strict=True))
-        found = self.finished.find(asked)
-        if found is None:
-            found = asked | self._train(way, kind, seed, learning_rate, steps)
-            self.finished.add(found)
-        return found
+        settings = dict(zip(SETTINGS, values, strict=True))
+        run = self.finished.find(settings)
+        if run is None:
+            run = settings | self._train(way, kind, seed, learning_rate, steps)
+            self.finished.add(run)
+        return run
 
     def _train(self, way: str, kind: str, seed: int, learning_rate: float, steps: int) -> dict[str, Any]:
         train, held_out = encoded_reviews(self.tokenizer, 1024, 128, seed, words=range(8, 13))
         model = load(self.path, kind, way, seed)
         codes = codes_hash(model)
-        stop = StopWhenLost()
+        stop = StopWhenDiverged()
         trainer = ZOTrainer(
             model,
             config(self.args.output, way, seed, learning_rate, steps, self.args.batch_size),
@@ -119,7 +129,7 @@ class Comparison:
 
 
 def load(path: str, kind: str, way: str, seed: int) -> nn.Module:
-    """The quantised model, with an adapter where the way needs one."""
+    """Load the quantized model, with an adapter if the way needs one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -139,6 +149,7 @@ def config(output: Path, way: str, seed: int, learning_rate: float, steps: int, 
         seed=seed,
         learning_rate=learning_rate,
         max_steps=steps,
+        zo_rows_per_direction=0,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
         logging_steps=10,
@@ -152,7 +163,7 @@ def config(output: Path, way: str, seed: int, learning_rate: float, steps: int, 
 
 
 def codes_hash(model: nn.Module) -> str:
-    """Of all codes, which only a fold may write."""
+    """Return a hash of all quantization codes, which only a fold may change."""
     names = {module: name for name, module in model.named_modules()}
     layers = quantized_layers(model).items()
     plain = {
@@ -161,17 +172,8 @@ def codes_hash(model: nn.Module) -> str:
     return tensors_hash({name: layer.storage()["weight"] for name, layer in plain.items()})
 
 
-class StopWhenLost(TrainerCallback):
-    """Ends a run whose loss has left for good."""
-
-    limit = math.inf
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        control.should_training_stop |= not logs.get("loss", 0.0) < self.limit
-
-
 def write_table(results: list[list[dict[str, Any]]], folder: Path) -> str:
-    """A row for each way and format, over the seeds."""
+    """Write a table with a row for each way and format, over the seeds, and return it."""
     lines = [
         "| way | format | learning rate | loss before | after, mean ± std | each seed | codes | last fold's error |",
         "|---|---|---:|---:|---:|---|---|---:|",
@@ -192,7 +194,7 @@ def write_table(results: list[list[dict[str, Any]]], folder: Path) -> str:
 
 
 def plot(results: list[list[dict[str, Any]]], path: Path) -> None:
-    """Training loss against steps, the mean of the seeds and each of them."""
+    """Draw the training loss against steps: the mean over seeds, and each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,7 +222,7 @@ def plot(results: list[list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an input
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about every cast of an input
     comparison = Comparison(args)
     pairs = [(way, kind) for kind in args.formats for way in args.ways]
     results = []

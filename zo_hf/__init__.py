@@ -2,28 +2,39 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from zo_hf.version import __version__
 
-__all__ = ["ZOConfig", "ZOSeq2SeqTrainer", "ZOTrainer", "ZOTrainerMixin", "ZerothOrder"]
+__all__ = ["ZOConfig", "ZOSeq2SeqTrainer", "ZOTrainer", "ZerothOrder", "__version__", "forward_only"]
 
 if TYPE_CHECKING:
-    from zo_hf.config import ZOConfig
-    from zo_hf.trainer import ZOSeq2SeqTrainer, ZOTrainer, ZOTrainerMixin
-    from zo_hf.zeroth_order import ZerothOrder
+    from zo_hf.engine import ZerothOrder
+    from zo_hf.trainer.config import ZOConfig
+    from zo_hf.trainer.forward_only import forward_only
+    from zo_hf.trainer.seq2seq import ZOSeq2SeqTrainer
+    from zo_hf.trainer.trainer import ZOTrainer
 
 _HOME = {
-    "ZOConfig": "zo_hf.config",
-    "ZOTrainer": "zo_hf.trainer",
-    "ZOSeq2SeqTrainer": "zo_hf.trainer",
-    "ZOTrainerMixin": "zo_hf.trainer",
-    "ZerothOrder": "zo_hf.zeroth_order",
+    "ZOConfig": "zo_hf.trainer.config",
+    "ZOTrainer": "zo_hf.trainer.trainer",
+    "ZOSeq2SeqTrainer": "zo_hf.trainer.seq2seq",
+    "ZerothOrder": "zo_hf.engine",
+    "forward_only": "zo_hf.trainer.forward_only",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line's --help and the version need neither torch nor transformers.
-    if name not in _HOME:
-        raise AttributeError(f"module 'zo_hf' has no attribute {name!r}")
     import importlib
 
+    if name == "ZOTrainerMixin":
+        import warnings
+
+        warnings.warn(
+            "ZOTrainerMixin is deprecated; make a forward-only class with zo_hf.forward_only(TrainerClass, ConfigClass).",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return importlib.import_module("zo_hf.trainer.trainer").ZOTrainer
+    if name not in _HOME:
+        raise AttributeError(f"module 'zo_hf' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

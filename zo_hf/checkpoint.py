@@ -1,20 +1,20 @@
-"""What a checkpoint holds beside the model: enough to continue with the same bits.
+"""Checkpoints: the engine's files beside the model, from which a run continues with the same bits.
 
-    model.safetensors              the model of that step, coordinates folded in: loads with `from_pretrained`
-    zo_state.json                  the engine's numbers, and the settings they belong to
+    model.safetensors              the model of that step, with the coordinates folded in, for `from_pretrained`
+    zo_state.json                  the engine's numbers, and the settings of the run
     zo_coordinates.safetensors     the coordinates
-    zo_rule.safetensors            what the rule remembers, where it does
-    zo_base.safetensors            the weights as of the last fold; only where the coordinates are not zero, and are folded
+    zo_rule.safetensors            the rule's memory, if it has one
+    zo_base.safetensors            the weights as of the last fold, if the subspace folds and the coordinates are not zero
 
-At a step that folds, the coordinates are zero and the model itself is the base: nothing large is written twice. Several
-checkpoints between two folds share one base file (a hard link). The adapter subspace needs none of this, nor does full:
+At a step that folds, the coordinates are zero and the model itself is the base, so nothing large is written twice. Several
+checkpoints between two folds share one base file (a hard link). The subspaces adapter and full need no base file, because
 their coordinates are the model's own weights.
 
-With `save_only_trajectory` there are no tensors: only the engine's numbers and a copy of the trajectory, from which the
-rest is replayed (see `trajectory/recorder.py`).
+With `save_only_trajectory` a checkpoint holds no tensors, only the engine's numbers and a copy of the trajectory. Resuming
+replays that trajectory (see `trajectory/recorder.py`).
 
-It is written in a folder of its own, flushed to the disk, and then renamed: a checkpoint is whole or not there. Folders of
-other origin may be cut off; Trainer writes its trainer_state.json after everything else, so one in which that file is
+A checkpoint is written in a staging folder, flushed to the disk, and then renamed, so that it is complete or absent. A
+folder that something else wrote may be cut off. Trainer writes trainer_state.json last: a folder in which that file is
 readable is complete.
 """
 
@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zo_hf.directions import Layers
-from zo_hf.sharding import local_part, part_of, reshard
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.checksum import saved_hash
+from zo_hf.parallel.shards import is_sharded, local_part, part_of, reshard
+from zo_hf.settings import SAVED_DEFAULTS
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
-from zo_hf.subspaces.peft_methods import computes_its_prompt
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,11 @@ STAGING = "_unfinished-checkpoint"  # begins with _, which Trainer does not uplo
 
 
 class Staging:
-    """Where a checkpoint is written before it takes its place, so that nobody ever sees a part of one.
+    """The folder in which a checkpoint is written before it takes its place, so that nobody sees an incomplete one.
 
     Args:
-        run_folder: where the run keeps its checkpoints.
-        name: the checkpoint's.
+        run_folder: the folder of the run's checkpoints.
+        name: the name of the checkpoint's folder.
     """
 
     def __init__(self, run_folder: Path, name: str) -> None:
@@ -68,12 +70,12 @@ class Staging:
         self.final = run_folder / name
 
     def clear(self) -> None:
-        """Remove what a run that was killed has left."""
+        """Remove what a killed run has left, and make the folder."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
     def publish(self) -> None:
-        """Move the checkpoint to its place; only what is safely on the disk goes there."""
+        """Flush the checkpoint to the disk, and then move it to its place."""
         for path in (*self.folder.rglob("*"), self.folder):
             _flush(path)
         clear(self.final)
@@ -83,7 +85,7 @@ class Staging:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+    if path.is_dir() and os.name != "posix":  # other systems cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -93,7 +95,7 @@ def _flush(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Writes an engine's part of checkpoints, and remembers the last base file so that the next can share it."""
+    """Writes the engine's files of checkpoints, and remembers the last base file so that the next checkpoint shares it."""
 
     def __init__(self) -> None:
         self._last_base: tuple[int, Path] | None = None
@@ -107,26 +109,30 @@ class CheckpointWriter:
         seconds: float = 0.0,
         write: bool = True,
         found_learning_rate: float | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the engine's files into `folder`; the state file comes last, so that its presence means the rest.
+        """Write the engine's files into `folder`; the state file comes last, so that it exists only if all others do.
 
         Args:
-            trajectory: the CRC that the chain of the run's log has at this step.
-            learning_rates: of the next step, where the checkpoint holds no tensors and no optimizer.
-            seconds: how long the run has taken so far.
-            write: False on the processes that are only needed for their shards of the weights.
-            found_learning_rate: what `learning_rate="auto"` has found, for the run that is resumed.
+            zo: the engine.
+            folder: the checkpoint's folder.
+            trajectory: CRC-32 of the run's log at this step; None without a log.
+            learning_rates: learning rates of the next step, for a checkpoint without tensors; None for all others.
+            seconds: time that the run has taken so far, in seconds.
+            write: False on processes that contribute their shards of the weights and write nothing.
+            found_learning_rate: the rate that `learning_rate="auto"` has found; None without a search.
+            more: more entries of the state file, as JSON has them.
         """
         subspace = zo.subspace
         base: dict[str, Tensor] = {}
-        # What becomes an adapter never writes its base, and nothing else does.
+        # Factors that become an adapter are never folded: the base is the model that the run began with.
         keeps_base = isinstance(subspace, LowRank) and subspace.becomes_adapter
         if learning_rates is None and isinstance(subspace, Folded) and not subspace.at_origin and not keeps_base:
             base = subspace.base_state()
         if not write:
             return
-        state: dict[str, Any] = {"settings": settings(zo), "engine": zo.state_dict(), "trajectory": trajectory}
-        state["seconds"] = seconds
+        state: dict[str, Any] = {"settings": zo.saved_settings(), "engine": zo.state_dict(), "trajectory": trajectory}
+        state |= {"seconds": seconds, **(more or {})}
         if found_learning_rate is not None:
             state["learning_rate"] = found_learning_rate
         if learning_rates is not None:
@@ -139,7 +145,7 @@ class CheckpointWriter:
                 if base:
                     self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
         elif isinstance(subspace, Adapter):
-            # PEFT saves what its method needs, not always every trainable tensor: keep the coordinates themselves.
+            # PEFT does not save every trainable tensor with every method.
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
         remembered = zo.rule.state()
         if remembered and learning_rates is None:
@@ -147,7 +153,7 @@ class CheckpointWriter:
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
 
     def moved(self, before: Path, after: Path) -> None:
-        """To be told when a folder written by `save` gets its final place."""
+        """Take note that a folder written by `save` has moved to its final place."""
         if self._last_base is not None and self._last_base[1].parent == before:
             self._last_base = (self._last_base[0], after / self._last_base[1].name)
 
@@ -157,7 +163,7 @@ class CheckpointWriter:
             if last_drawn_at == drawn_at and previous.exists():
                 try:
                     os.link(previous, path)
-                except OSError:  # a file system without hard links
+                except OSError:  # the file system has no hard links
                     shutil.copyfile(previous, path)
                 self._last_base = (drawn_at, path)  # the previous folder may be rotated away before the next
                 return
@@ -166,10 +172,14 @@ class CheckpointWriter:
 
 
 def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
-    """The checkpoint folder to resume from: the one asked for, or for True the last complete one in `output_dir`.
+    """Return the checkpoint folder to resume from.
+
+    Args:
+        asked: a folder, or True for the last complete checkpoint in `output_dir`.
+        output_dir: the run's folder.
 
     Raises:
-        ValueError: the folder asked for, or every one there is, was cut off while it was written.
+        ValueError: the given folder, or every checkpoint in `output_dir`, was cut off while it was written.
     """
     if asked is True:
         folders = _folders(Path(output_dir))
@@ -178,7 +188,9 @@ def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
                 return str(folder)
             logger.warning("%s was cut off while it was written; resuming from the checkpoint before it", folder)
         if folders:
-            raise ValueError(f"resume_from_checkpoint=True finds no complete checkpoint in {output_dir}; start anew.")
+            raise ValueError(
+                f"resume_from_checkpoint=True finds no complete checkpoint in {output_dir}; leave it out to start anew."
+            )
     elif asked and Path(asked).is_dir() and not is_complete(Path(asked)):
         raise ValueError(
             f"resume_from_checkpoint={str(asked)!r} has no readable {TRAINER_STATE_NAME}, so it was cut off while it was "
@@ -188,7 +200,7 @@ def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Return whether a checkpoint is complete."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -197,16 +209,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run left where a checkpoint is about to be written: nothing of it may mix with the new.
+    """Remove an earlier run's folder from where a checkpoint is about to be written, so that their files do not mix.
 
-    Its files may be hard links that complete checkpoints share, so they must not be written over either.
+    Overwriting the files instead would damage complete checkpoints, which may share them as hard links.
     """
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first: what is half removed must not look complete
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first, so that a half-removed folder looks incomplete
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    """Trainer's checkpoint folders, the last step's first."""
+    """Return Trainer's checkpoint folders, last step first."""
     steps = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
@@ -216,9 +228,10 @@ def _folders(output_dir: Path) -> list[Path]:
 
 
 def load(zo: ZerothOrder, folder: Path) -> bool:
-    """Put the engine, its coordinates and the model's base weights in the state that `folder` holds.
+    """Load the engine's state, its coordinates and the model's base weights from `folder`, without an optimizer's state.
 
-    The optimizer's state is not part of it. Returns False, and changes nothing, where the folder has no engine state.
+    Returns:
+        False, with nothing changed, if the folder has no engine state.
 
     Raises:
         ValueError: the checkpoint was written with other settings; the message names the first that differs.
@@ -242,13 +255,50 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     zo.load_state_dict(state["engine"])
     if (folder / RULE_FILE).exists():
         zo.rule.load_state(load_file(folder / RULE_FILE))
+    if isinstance(subspace, Adapter):  # only now, because the adapter's weights have had another dtype until training
+        check_weights(zo.model, folder)
     return True
 
 
-def load_adapter(model: nn.Module, folder: Path) -> bool:
-    """Put an adapter's coordinates into its model, where PEFT's own file does not hold all of them.
+def weights_hash_of(model: nn.Module, state: Mapping[str, Any]) -> str | None:
+    """Return the hash of what a checkpoint holds of a model: of the trainable weights only, if the model has adapters.
 
-    Returns False, and changes nothing, where they all come from PEFT's file.
+    Args:
+        model: the model.
+        state: its state dict.
+
+    Returns:
+        The hash; None if this process does not hold all of the weights.
+    """
+    if is_peft(model):
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = {name: tensor for name, tensor in state.items() if name in trainable}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if any(tensor.is_meta or is_sharded(tensor) for tensor in tensors.values()):
+        return None
+    return saved_hash(tensors)
+
+
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Compare a model's weights with those that a checkpoint was written with, if its state file knows them.
+
+    Raises:
+        ValueError: the weights differ.
+    """
+    written = read_state(folder).get("weights")
+    found = None if written is None else weights_hash_of(model, model.state_dict())
+    if found is not None and found != written:
+        raise ValueError(
+            f"{folder} does not give the weights that were saved there: its weights, the dtype or class of this model, or "
+            "what is not saved of it (frozen or computed buffers) have changed; resume from another checkpoint."
+        )
+
+
+def load_adapter(model: nn.Module, folder: Path) -> bool:
+    """Load an adapter's coordinates into its model if PEFT's own file does not hold all of them.
+
+    Returns:
+        False, with nothing changed, if PEFT's file holds them all.
     """
     path = folder / COORDINATES_FILE
     if not computes_its_prompt(model) or not path.exists():
@@ -261,22 +311,29 @@ def load_adapter(model: nn.Module, folder: Path) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The engine's numbers in a checkpoint; none where it has none."""
+    """Return the content of a checkpoint's state file; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = folder / STATE_FILE
     try:
         state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged; resume from another checkpoint.") from error
+    engine = state.get("engine", {})
+    if "normalisation" in engine:  # as zo_hf 0.1.0 spelled it
+        engine["normalization"] = engine.pop("normalisation")
     return state
 
 
 def is_only_trajectory(folder: Path) -> bool:
-    """Whether a checkpoint holds a log in place of tensors."""
+    """Return whether a checkpoint holds a log instead of tensors."""
     return "learning_rates" in read_state(folder)
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether a checkpoint's model is an adapter in PEFT's format."""
+    """Return whether a checkpoint's model is an adapter in PEFT's format."""
     return (folder / ADAPTER_CONFIG_NAME).exists()
 
 
@@ -284,37 +341,17 @@ def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None
     """Refuse a checkpoint that was written with other settings than this run's.
 
     Raises:
-        ValueError: the message names the first that differs.
+        ValueError: a setting differs; the message names the first one.
     """
-    for name, now in settings(zo).items():
-        then = state["settings"].get(name)
+    # An option that is newer than the checkpoint had no other value than its default then.
+    saved = SAVED_DEFAULTS | state["settings"]
+    # The rows of a direction may follow from the other settings.
+    for name, now in sorted(zo.saved_settings().items(), key=lambda item: item[0] == "zo_rows_per_direction"):
+        then = saved.get(name)
         if then != now:
             raise ValueError(
                 f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
             )
-
-
-def settings(zo: ZerothOrder) -> dict[str, Any]:
-    """What must be the same for a run to continue, under the names of the options."""
-    subspace = zo.subspace
-    low_rank = subspace if isinstance(subspace, LowRank) else None
-    return {
-        "zo_subspace": subspace.name,
-        "zo_rank": low_rank.rank if low_rank else None,
-        "zo_fold_steps": low_rank.fold_steps if low_rank else None,
-        "zo_eps": zo.estimator.eps,
-        "zo_estimator": zo.estimator.name,
-        "zo_num_directions": zo.estimator.num_directions,
-        "zo_direction": zo.direction,
-        "zo_active_layers": zo.distribution.active if isinstance(zo.distribution, Layers) else None,
-        "zo_rule": zo.rule.name,
-        "zo_max_projected_grad": zo.max_projected_grad,
-        "zo_normalize": zo.normalisation is not None,
-        "seed": zo.seed,
-        "coordinates": subspace.dimension,
-        "zo_coordinate_order": zo.coordinate_order if zo.estimator.along_coordinates else None,
-        **zo.rule.settings(),
-    }
 
 
 def _detached(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -22,12 +22,14 @@ from tests.conftest import (
 )
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import config, with_lora
-from zo_hf.directions import Layers, Run, Stream, draw
+from zo_hf.directions import Layers
 from zo_hf.directions.layers import layers_of
-from zo_hf.optimizers import SeededSGD
-from zo_hf.probes import Probe
+from zo_hf.directions.options import DirectionOptions
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.rng import Stream, draw
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full, LowRank
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def layers_in(model: nn.Module) -> set[str]:
@@ -65,7 +67,7 @@ def test_both_halves_of_an_encoder_decoder_have_blocks() -> None:
 @pytest.mark.parametrize(("fraction", "count"), [(0.25, 1), (0.4, 2), (0.5, 2), (0.7, 4), (1.0, 5), (0.01, 1)])
 def test_a_step_moves_its_share_of_the_layers(fraction: float, count: int) -> None:
     space = Full(seeded(tiny_llama))
-    drawer = Layers(Run(space, 2, fraction))
+    drawer = Layers(space.direction_context(2, DirectionOptions(active_layers=fraction)))
     for step in range(5):
         assert len(drawer.chosen(Stream(0, step, 1))) == count
         assert drawer.chosen(Stream(0, step, 0)) == drawer.chosen(Stream(0, step, 1))
@@ -75,7 +77,7 @@ def test_a_step_moves_its_share_of_the_layers(fraction: float, count: int) -> No
 
 def test_all_layers_have_the_same_chance_independently_of_the_step_before() -> None:
     """E[z zᵀ] = a · I with a = 2/5."""
-    drawer, steps = Layers(Run(Full(seeded(tiny_llama)), 1, 0.4)), 3000
+    drawer, steps = Layers(Full(seeded(tiny_llama)).direction_context(1, DirectionOptions(active_layers=0.4))), 3000
     chosen = [frozenset(drawer.chosen(Stream(5, step))) for step in range(steps)]
     for layer, count in Counter(layer for step in chosen for layer in step).items():
         assert abs(count / steps - 0.4) < 5 * (0.24 / steps) ** 0.5, layer
@@ -117,7 +119,7 @@ def test_full_draws_no_noise_for_other_layers(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(
             draw, function, lambda stream, name, *args, f=original: drawn.add(name) or f(stream, name, *args)
         )
-    zo = ZerothOrder(model, "full", direction="layers", active_layers=0.4, batched=False)
+    zo = ZerothOrder(model, "full", direction="layers", active_layers=0.4, batched_probes=False)
     optimizer = sgd(zo, lr=1e-3)
     batch = causal_batch()
     for step in range(4):
@@ -167,7 +169,7 @@ def test_one_layer_is_no_choice() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zo_active_layers": 0.5}, r"zo_active_layers=0.5 has no effect on zo_direction='gaussian'"),
+        ({"zo_active_layers": 0.5}, r"zo_active_layers=0.5 has no effect with zo_direction='gaussian'"),
         ({"zo_direction": "layers", "zo_active_layers": 0.0}, r"zo_active_layers=0.0 must be above 0"),
         ({"zo_direction": "layers", "zo_active_layers": 1.5}, r"zo_active_layers=1.5 must be above 0 and at most 1"),
     ],

@@ -10,10 +10,11 @@ from torch import nn
 from tests.conftest import seeded
 from tests.directions.test_every_distribution import Odd, whole
 from tests.directions.test_sphere import gaussian
-from zo_hf.directions import Orthogonal, Run, Sphere, Stream
+from zo_hf.directions import Orthogonal, Sphere
 from zo_hf.directions.orthogonal import inverse_factor
+from zo_hf.engine import ZerothOrder
+from zo_hf.rng import Stream
 from zo_hf.subspaces import Full
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def directions(drawer: Orthogonal, space: Full, q: int, step: int = 0) -> np.ndarray:
@@ -29,7 +30,7 @@ def directions(drawer: Orthogonal, space: Full, q: int, step: int = 0) -> np.nda
 def test_directions_are_what_qr_makes_of_gaussian_ones(q: int) -> None:
     """With a positive diagonal of R, which is what makes them Haar distributed."""
     space = Full(seeded(Odd))
-    z = directions(Orthogonal(Run(space, q)), space, q)
+    z = directions(Orthogonal(space.direction_context(q)), space, q)
     assert np.allclose(z @ z.T, space.dimension * np.eye(q), atol=1e-4)
     g = np.stack([gaussian(space, Stream(0, 0, i)) for i in range(q)])
     basis, triangle = np.linalg.qr(g.T)
@@ -39,8 +40,8 @@ def test_directions_are_what_qr_makes_of_gaussian_ones(q: int) -> None:
 
 def test_one_direction_is_the_spheres() -> None:
     space = Full(seeded(Odd))
-    a = whole(Orthogonal(Run(space)), space, Stream(0, 1, 0))
-    b = whole(Sphere(Run(space)), space, Stream(0, 1, 0))
+    a = whole(Orthogonal(space.direction_context()), space, Stream(0, 1, 0))
+    b = whole(Sphere(space.direction_context()), space, Stream(0, 1, 0))
     for name in a:
         assert torch.allclose(a[name], b[name], rtol=1e-6)
 
@@ -49,7 +50,7 @@ def test_as_many_as_coordinates_find_the_whole_gradient() -> None:
     """1/q · Σ cᵢ zᵢ = ∇L for q = d: they are a basis. Independent directions are far from it."""
     model = nn.Linear(4, 3).double()
     slope = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
-    zo = ZerothOrder(model, Full(model), num_directions=15, direction="orthogonal", batched=False)
+    zo = ZerothOrder(model, Full(model), num_directions=15, direction="orthogonal", batched_probes=False)
     c = zo.estimate(lambda: (model(torch.eye(4, dtype=torch.float64)).t() * slope).sum()).projected_gradients
     z = [whole(zo.distribution, zo.subspace, Stream(0, 0, i)) for i in range(15)]
     mean = sum(ci * zi["weight"].double() for ci, zi in zip(c, z, strict=True)) / 15
@@ -59,7 +60,7 @@ def test_as_many_as_coordinates_find_the_whole_gradient() -> None:
 def test_the_second_moment_is_the_identity() -> None:
     """Of every direction on its own, the last as the first."""
     space, count = Full(nn.Linear(3, 1, bias=False)), 400
-    drawer = Orthogonal(Run(space, 3))
+    drawer = Orthogonal(space.direction_context(3))
     z = np.stack([directions(drawer, space, 3, step) for step in range(count)])
     assert np.allclose(z @ z.transpose(0, 2, 1), 3 * np.eye(3), atol=1e-3)
     for index in range(3):
@@ -78,7 +79,7 @@ def test_the_factor_is_the_inverse_of_choleskys() -> None:
 def test_more_directions_than_coordinates_are_refused() -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(
-        ValueError, match=r"^zo_direction='orthogonal' finds no zo_num_directions=4 .* 3 coordinates; use"
+        ValueError, match=r"^zo_direction='orthogonal' cannot give zo_num_directions=4 .* 3 coordinates; use"
     ):
         ZerothOrder(model, "full", num_directions=4, direction="orthogonal")
     ZerothOrder(model, "full", num_directions=3, direction="orthogonal")

@@ -13,10 +13,11 @@ from tests.conftest import seeded, tiny_opt, weights_of
 from tests.directions.test_every_distribution import Odd, whole
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import with_lora
-from zo_hf.directions import GAUSSIAN, GivenMask, Run, Sparse, Stream, draw_slice, sparse
-from zo_hf.optimizers import SeededSGD
+from zo_hf.directions import GAUSSIAN, GivenMask, Sparse, sparse
+from zo_hf.engine import ZerothOrder
+from zo_hf.rng import Stream, draw_slice
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Adapter, Full
-from zo_hf.zeroth_order import ZerothOrder
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
@@ -35,7 +36,7 @@ def test_the_threshold_is_an_order_statistic(dtype: torch.dtype, monkeypatch: py
 def test_a_quarter_of_every_tensor_moves_and_it_is_the_smallest(dtype: torch.dtype) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 20, bias=False)), dtype)
     space = Full(model)
-    drawer = Sparse(Run(space))
+    drawer = Sparse(space.direction_context())
     drawer.begin()
     for name, z in whole(drawer, space).items():
         weight = space.coordinates[name].detach()
@@ -51,7 +52,7 @@ def test_a_weight_that_has_grown_stays_and_the_threshold_is_the_starts() -> None
     model = nn.Linear(4, 1, bias=False).double()
     model.weight.data = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
     space = Full(model)
-    drawer = Sparse(Run(space), sparsity=0.5)
+    drawer = Sparse(space.direction_context(), sparsity=0.5)
     drawer.begin()
     assert (whole(drawer, space)["weight"] != 0).tolist() == [[True, True, False, False]]
     model.weight.data = torch.tensor([[0.25, 0.2, 0.15, 0.4]], dtype=torch.float64)
@@ -113,7 +114,7 @@ def test_a_tensor_of_one_magnitude_moves_whole() -> None:
     """The ones of a norm and the zeros of a bias would else be frozen by their first step."""
     model = seeded(lambda: nn.Sequential(nn.Linear(40, 30, bias=False), nn.LayerNorm(30)))
     space = Full(model)
-    drawer = Sparse(Run(space))
+    drawer = Sparse(space.direction_context())
     drawer.begin()
     for parameter in (model[1].weight, model[1].bias):
         parameter.data.add_(0.3)
@@ -144,7 +145,7 @@ def test_a_given_mask_says_what_moves(subspace: type) -> None:
     model = seeded(Odd)
     before, chosen = weights_of(model), masks(model)
     space = subspace(model)
-    zo = ZerothOrder(model, space, direction=GivenMask(Run(space), chosen))
+    zo = ZerothOrder(model, space, direction=GivenMask(space.direction_context(), chosen))
     optimizer = sgd(zo, lr=1e-2)
     for _ in range(3):
         zo.estimate(lambda: model(torch.arange(9)).square().sum())
@@ -152,7 +153,7 @@ def test_a_given_mask_says_what_moves(subspace: type) -> None:
     for name, after in weights_of(model).items():
         expected = chosen.get(name, torch.zeros_like(after, dtype=torch.bool))
         assert torch.equal(after != before[name], expected), name
-    assert zo.subspace.unvisited() == []
+    assert not zo.subspace.unread()
 
 
 @pytest.mark.parametrize(
@@ -166,4 +167,4 @@ def test_a_given_mask_says_what_moves(subspace: type) -> None:
 )
 def test_masks_that_do_not_fit_are_refused(given: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=f"^masks .*{message}"):
-        GivenMask(Run(Full(seeded(Odd))), given)
+        GivenMask(Full(seeded(Odd)).direction_context(), given)

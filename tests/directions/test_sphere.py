@@ -9,9 +9,10 @@ from torch import nn
 
 from tests.conftest import seeded
 from tests.directions.test_every_distribution import Odd, whole
-from zo_hf.directions import GAUSSIAN, Run, Sphere, Stream, draw_slice, gram
+from zo_hf.directions import GAUSSIAN, Sphere, gram
+from zo_hf.engine import ZerothOrder
+from zo_hf.rng import Stream, draw_slice
 from zo_hf.subspaces import Adapter, Full
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def gaussian(space: Full, stream: Stream) -> np.ndarray:
@@ -22,7 +23,7 @@ def gaussian(space: Full, stream: Stream) -> np.ndarray:
 def test_z_is_the_gaussian_at_length_root_d() -> None:
     """Over all coordinates together; what a layout draws between tensors does not count."""
     space = Full(seeded(Odd))
-    sphere = Sphere(Run(space))
+    sphere = Sphere(space.direction_context())
     for index in range(3):
         stream = Stream(1, 2, index)
         g = gaussian(space, stream)
@@ -34,7 +35,7 @@ def test_z_is_the_gaussian_at_length_root_d() -> None:
 def test_the_second_moment_is_the_identity() -> None:
     """E[z zᵀ] = I by Monte Carlo over three coordinates, where the length matters most."""
     space = Full(nn.Linear(3, 1, bias=False))
-    sphere, count = Sphere(Run(space)), 2000
+    sphere, count = Sphere(space.direction_context()), 2000
     z = torch.stack(
         [torch.cat([t.flatten() for t in whole(sphere, space, Stream(0, s)).values()]) for s in range(count)]
     )
@@ -47,8 +48,8 @@ def test_blocks_of_several_dtypes_count_together() -> None:
     """Coordinates of one device and dtype are drawn in a block of their own; the norm is that of all."""
     model = nn.Sequential(nn.Linear(5, 3).double(), nn.Linear(3, 40))
     space = Adapter(model)
-    assert len(space._materialised.blocks) == 2
-    space.write_gradient([1.0], lambda index: Stream(0, 0, index), Sphere(Run(space)))
+    assert len(list(space.coordinate_blocks)) == 2
+    space.write_gradient([1.0], lambda index: Stream(0, 0, index), Sphere(space.direction_context()))
     square = sum(float(c.grad.double().square().sum()) for c in space.coordinates.values())
     assert square == pytest.approx(space.dimension, rel=1e-6)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import ELEMENTWISE, GAUSSIAN, Stream, draw_slice
+from zo_hf.directions import ELEMENTWISE, GAUSSIAN
+from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.rng import Stream, draw_slice
 from zo_hf.subspaces import LowRank
-from zo_hf.zeroth_order import ZerothOrder
 
 DIMENSION = 7
 # Those along single coordinates are held against their formula in tests/cocd.
@@ -57,7 +58,9 @@ def engine(model: nn.Module, estimator: str, num_directions: int = 2, **options:
     """An engine whose coordinates are the model's one parameter, apart from it and never folded."""
     options = {"eps": 1e-3, "seed": 5} | options
     space = LowRank(model, 1, 0, seed=options["seed"])
-    return ZerothOrder(model, space, estimator=estimator, num_directions=num_directions, batched=False, **options)
+    return ZerothOrder(
+        model, space, estimator=estimator, num_directions=num_directions, batched_probes=False, **options
+    )
 
 
 def directions(

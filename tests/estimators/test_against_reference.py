@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.conftest import assert_same_bits, weights_of
 from tests.estimators.quadratic import ALONG_NOISE, EVERY_DIRECTION, EVERY_ESTIMATOR, Quadratic, directions, engine
 from zo_hf.directions import ELEMENTWISE
-from zo_hf.optimizers import SeededSGD
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.engine import ZerothOrder
+from zo_hf.rules import SeededSGD
 
 Loss = Callable[[Tensor], float]
 Found = tuple[list[float], float, list[Tensor]]  # c of every direction, the loss to report, where it was evaluated
@@ -90,7 +90,16 @@ def test_a_step_is_the_formulas(estimator: str, q: int, direction: str, full: bo
     model.at = lambda x, at=model.at: seen.append(x.detach().clone()) or at(x)  # type: ignore[method-assign]
     x = model.x.detach().clone()
     if full:
-        zo = ZerothOrder(model, "full", 1e-2, q, estimator, direction, seed=5, batched=False)
+        zo = ZerothOrder(
+            model,
+            "full",
+            eps=1e-2,
+            num_directions=q,
+            estimator=estimator,
+            direction=direction,
+            seed=5,
+            batched_probes=False,
+        )
         zo.subspace.seed = 5
         optimizer: torch.optim.Optimizer = SeededSGD(zo.coordinates(), zo.subspace, lr=1e-2)
     else:

@@ -12,11 +12,11 @@ from tests.conftest import seeded, tiny_llama
 from tests.estimators.quadratic import ALONG_NOISE, EVERY_ESTIMATOR, Quadratic, engine
 from tests.subspaces.helpers import EVERY_SUBSPACE, batch_for, move_off_the_origin, prepared
 from zo_hf.directions import RADEMACHER
-from zo_hf.distributed import Grid, Ranks
-from zo_hf.probes import Probe
-from zo_hf.probes.model_loss import ModelLoss
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.subspaces import Core
-from zo_hf.zeroth_order import ZerothOrder
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_a_clean_probe_is_the_model_itself_wherever_it_stands(subspace: str, whe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_clean_probe_draws_nothing_and_rounds_like_its_neighbours(
+def test_a_clean_probe_draws_nothing_and_rounds_like_its_neighbors(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In `full`, where a draw is a pass over the weights; the bits are those of a perturbation of size 0."""
@@ -69,7 +69,7 @@ def test_a_clean_probe_draws_nothing_and_rounds_like_its_neighbours(
     zo = ZerothOrder(model, "full")
     hardly = losses(zo, [Probe(0, 1e-42)], False)
     monkeypatch.setattr(zo.subspace, "_noise", lambda *_: pytest.fail("a draw"))
-    monkeypatch.setattr("zo_hf.directions.draw.draw_rows", lambda *_: pytest.fail("a draw"))
+    monkeypatch.setattr("zo_hf.rng.draw.draw_rows", lambda *_: pytest.fail("a draw"))
     assert torch.equal(losses(zo, [Probe(0, 0.0)], False), hardly)
 
 
@@ -79,11 +79,11 @@ def test_ranks_that_share_the_directions_find_what_one_finds(estimator: str, dat
     """Also where they evaluate different numbers of probes; all count the passes of the whole step, and log one loss."""
 
     class Gathered(Ranks):
-        def gather(self, tensor: Tensor) -> Tensor:
-            sent[self.grid.rank] = tensor
-            return torch.stack([sent.get(rank, tensor) for rank in range(self.grid.world_size)])
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            sent[self.grid.rank, tensor.shape] = tensor
+            return torch.stack([sent.get((rank, tensor.shape), tensor) for rank in range(self.grid.world_size)])
 
-    sent: dict[int, Tensor] = {}
+    sent: dict[tuple[int, torch.Size], Tensor] = {}
     model = Quadratic()
     whole = engine(model, estimator, 4)
     expected = whole.estimate(model)

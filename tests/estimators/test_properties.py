@@ -17,9 +17,9 @@ from tests.estimators.quadratic import (
     numbers,
 )
 from zo_hf.directions import ELEMENTWISE
-from zo_hf.distributed import Grid, Ranks
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.subspaces import LowRank
-from zo_hf.zeroth_order import ZerothOrder
 
 SLOPES = [name for name, kind in ALONG_NOISE.items() if not kind.is_scale_free]
 SCALE_FREE = [name for name, kind in ALONG_NOISE.items() if kind.is_scale_free]
@@ -40,8 +40,7 @@ def test_the_mean_estimate_points_along_the_gradient(estimator: str, direction: 
 
 
 @pytest.mark.parametrize("estimator", SLOPES)
-@EVERY_DIRECTION
-@pytest.mark.parametrize("q", [1, 4])
+@pytest.mark.parametrize(("direction", "q"), [("gaussian", 1), ("gaussian", 4), ("rademacher", 4)])
 def test_the_variance_falls_as_one_over_the_directions(estimator: str, direction: str, q: int) -> None:
     """Of a linear loss: Var(ĝⱼ) = (|g|² + gⱼ²·(E[z⁴] - 2)) / q."""
     model, kind = Quadratic(curvature=0.0), ALONG_NOISE[estimator](1e-3, q)
@@ -116,7 +115,7 @@ def test_fzoo_of_equal_losses_apart_from_the_clean_one_is_no_step(q: int) -> Non
     assert ALONG_NOISE["fzoo"](1e-3, q).projected_gradients([1.0, *[0.1] * q]) == [0.0] * q
 
 
-def test_fzoo_is_the_step_of_normalised_descent() -> None:
+def test_fzoo_is_the_step_of_normalized_descent() -> None:
     """σ / ε is |∇L| of a linear loss, in the mean of squares: so c·z is ∇L / (ε·|∇L|)."""
     model, count, eps = Quadratic(curvature=0.0), 20_000, 1e-3
     z = drawn("gaussian", count, DIMENSION)
@@ -132,7 +131,7 @@ def test_numbers_are_made_of_the_losses_of_all_micro_batches_and_ranks(estimator
     class TwoRanks(Ranks):
         """The other rank has the other half of the data."""
 
-        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
             return torch.stack([tensor, others])
 
     model = Quadratic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from tests.conftest import seeded
 from tests.subspaces.helpers import sgd, with_scales
 from zo_hf.directions import DISTRIBUTIONS
-from zo_hf.distributed import Ranks
+from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES, RuleOptions
-from zo_hf.subspaces import SUBSPACES, has_factors
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.parallel.ranks import Ranks
+from zo_hf.rules import RULES
+from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "estimator": ESTIMATORS,
@@ -34,7 +34,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
 DIRECTIONS = 2  # of a step: enough for what compares them, and to be shared out between two processes
 FOLD_STEPS = 2
 # Of a rule that has a period, one that is as short as the folds here.
-SHORT: dict[str, RuleOptions] = {"svrg": RuleOptions(svrg_batches=1, svrg_steps=1)}
+SHORT: dict[str, dict[str, int]] = {"svrg": {"svrg_batches": 1, "svrg_steps": 1}}
 ROWS, WIDTH, CLASSES, TOKENS = 4, 8, 3, 11
 
 
@@ -50,12 +50,12 @@ class Combination:
     def __str__(self) -> str:
         return "-".join(astuple(self))
 
-    @property
+    @cached_property
     def entries(self) -> set[tuple[str, str]]:
         """(registry, name) of each."""
         return set(zip(REGISTRIES, astuple(self), strict=True))
 
-    @property
+    @cached_property
     def pairs(self) -> set[tuple[tuple[str, str], tuple[str, str]]]:
         """Every two of them, in the order of the registries."""
         return set(itertools.combinations(zip(REGISTRIES, astuple(self), strict=True), 2))
@@ -120,7 +120,7 @@ class Subject:
 
     def bits(self) -> dict[str, Tensor]:
         """A copy of all that a step may change: weights, coordinates, and what the rule remembers."""
-        tensors = dict(self.model.state_dict())
+        tensors = dict(self.model.state_dict(keep_vars=True))
         tensors |= {f"coordinates of {name}": c for name, c in self.zo.subspace.coordinates.items()}
         tensors |= {f"rule's {name}": tensor for name, tensor in self.zo.rule.state().items()}
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -145,32 +145,45 @@ def subject(
     model = with_scales(combination.subspace, seeded(Tiny, dtype))
     kind = SUBSPACES[combination.subspace]
     factors = {"rank": 2, "fold_steps": fold_steps, "seed": seed}
-    zo = ZerothOrder(
-        model,
-        kind(model, **factors) if has_factors(kind) else combination.subspace,
-        eps=eps,
-        estimator=combination.estimator,
-        rule=combination.rule,
-        rule_options=SHORT.get(combination.rule),
-        direction=combination.direction,
-        num_directions=DIRECTIONS,
-        batched=batched,
-        seed=seed,
-        ranks=ranks,
-    )
+    space = kind(model, **factors) if has_factors(kind) else combination.subspace
+    zo = engine(combination, model, space, seed=seed, batched_probes=batched, ranks=ranks, eps=eps)
     made = Subject(zo, sgd(zo, lr), TinyLoss(model, batch))
     zo.on_step = lambda step: made.numbers.append(step.projected_gradients)
     return made
 
 
+def engine(combination: Combination, model: nn.Module, space: str | Subspace, **options: Any) -> ZerothOrder:
+    """The combination's engine on a model and a subspace of it, or the name of one."""
+    return ZerothOrder(
+        model,
+        space,
+        estimator=combination.estimator,
+        rule=combination.rule,
+        **SHORT.get(combination.rule, {}),
+        direction=combination.direction,
+        num_directions=DIRECTIONS,
+        **options,
+    )
+
+
 @cache
 def refusal(combination: Combination) -> str | None:
     """What the engine says to a combination that it does not take; None for one that it does."""
+    held = ESTIMATORS[combination.estimator].along_coordinates
     try:
-        subject(combination)
+        model, space = _untouched(combination.subspace, held)
+        sgd(engine(combination, model, space), lr=1e-2)
     except ValueError as error:
         return str(error)
+    _untouched.cache_clear()
     return None
+
+
+@cache
+def _untouched(subspace: str, held: bool) -> tuple[nn.Module, Subspace]:
+    """A model and a subspace of it that no engine has entered: one that is refused leaves them to the next."""
+    model, kind = with_scales(subspace, seeded(Tiny)), subspace_kind(subspace, held)
+    return model, kind(model, rank=2, fold_steps=FOLD_STEPS) if has_factors(kind) else kind(model)
 
 
 def combinations(entry: tuple[str, str] | None = None) -> list[Combination]:
@@ -179,16 +192,24 @@ def combinations(entry: tuple[str, str] | None = None) -> list[Combination]:
     Args:
         entry: cover only what works together with this one, (registry, name).
     """
-    everything = [Combination(*names) for names in itertools.product(*REGISTRIES.values())]
+    return list(_combinations(tuple(tuple(registry) for registry in REGISTRIES.values()), entry))
+
+
+@cache
+def _combinations(names: tuple[tuple[str, ...], ...], entry: tuple[str, str] | None) -> list[Combination]:
+    everything = [Combination(*chosen) for chosen in itertools.product(*names)]
     wanted = [c for c in everything if entry is None or entry in c.entries]
     covered: set[Any] = set()
+    refused: set[Any] = set()  # whatever contains such a pair needs no trial
     chosen = []
     for pair in dict.fromkeys(pair for c in wanted for pair in sorted(c.pairs) if entry is None or entry in pair):
         if pair in covered:
             continue
-        candidates = [c for c in wanted if pair in c.pairs]
+        candidates = [c for c in wanted if pair in c.pairs and not c.pairs & refused]
         best = first_valid(sorted(candidates, key=lambda c: -len(c.pairs - covered)))
-        if best is not None:
+        if best is None:
+            refused.add(pair)
+        else:
             chosen.append(best)
             covered |= best.pairs
     return chosen

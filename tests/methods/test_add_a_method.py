@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
-from tests.methods.checks import CHECKS
+from tests.methods.checks import CHECKS, its_numbers_replay
 from tests.methods.table import combinations
+from zo_hf.cli.methods import as_text, kinds
 from zo_hf.estimators import ESTIMATORS, TwoPoint
-from zo_hf.methods_command import as_text, kinds
-from zo_hf.optimizers import RULES
+from zo_hf.rules import RULES
 from zo_hf.trajectory import read_trajectory, replay
 
 TEXT = (Path(__file__).parents[2] / "docs" / "add_a_method.md").read_text(encoding="utf-8")
@@ -51,14 +51,15 @@ def test_the_run_of_the_text_trains_with_them(
     assert_same_bits(weights_of(replay(seeded(tiny_opt), tmp_path / "out")), weights_of(model))
 
 
-@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("entry", ADDED, ids="-".join)
-def test_the_shared_checks_pick_them_up(names: dict[str, Any], entry: tuple[str, str], check: str) -> None:
+def test_the_shared_checks_pick_them_up(names: dict[str, Any], entry: tuple[str, str]) -> None:
     found = combinations(entry)
     partners = {other for combination in found for other in combination.entries}
     assert len(found) >= 6 and entry in partners and ("subspace", "full") in partners
-    for combination in found:
-        CHECKS[check](combination)
+    factors, weights = (next(c for c in found if c.subspace == subspace) for subspace in ("low_rank", "full"))
+    for check in CHECKS.values():
+        check(factors)
+    its_numbers_replay(weights)
 
 
 def test_they_are_listed(names: dict[str, Any]) -> None:

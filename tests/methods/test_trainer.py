@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ import torch
 from torch import nn
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt
-from tests.distributed.launch import run
 from tests.methods.table import DIRECTIONS, SHORT, Combination, one_for_every_entry
+from tests.parallel.launch import run
 from tests.quantization.runs import held, load, write_base
 from tests.subspaces.helpers import prepared
 from tests.trainer.runs import SaveAt, logged, make_trainer
-from zo_hf.optimizers import RULES
 from zo_hf.subspaces import SUBSPACES, has_factors
 from zo_hf.trajectory import replay
 
@@ -28,18 +28,16 @@ build = partial(tiny_opt, attn_implementation="eager", num_hidden_layers=2)
 
 
 def model_for(combination: Combination, folder: Path) -> nn.Module:
-    """The tiny OPT as the subspace expects it; a quantised one is loaded from what is written into `folder`."""
+    """The tiny OPT as the subspace expects it; a quantized one is loaded from what is written into `folder`."""
     if combination.subspace == "scales":
         return load(folder if folder.exists() else write_base(folder, build), "int8")
     return prepared(combination.subspace, seeded(build))
 
 
 def options_for(combination: Combination) -> dict[str, Any]:
-    options = {f"zo_{registry}": name for registry, name in vars(combination).items()}
+    options: dict[str, Any] = {f"zo_{registry}": name for registry, name in asdict(combination).items()}
+    options |= {f"zo_{name}": value for name, value in SHORT.get(combination.rule, {}).items()}
     folds = has_factors(SUBSPACES[combination.subspace])
-    short = SHORT.get(combination.rule)
-    if short is not None:
-        options |= {f"zo_{name}": getattr(short, name) for name in RULES[combination.rule].uses}
     return options | {
         "max_steps": STEPS,
         "learning_rate": 1e-3,

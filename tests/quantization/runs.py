@@ -1,4 +1,4 @@
-"""Training runs of a tiny quantised model in every way and every format that it goes with."""
+"""Training runs of a tiny quantized model in every way and every format that it goes with."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from tests.conftest import seeded, tiny_llama
-from tests.quantised import HAS_TORCHAO
+from tests.quantized_models import HAS_TORCHAO
 from tests.trainer.runs import make_trainer, with_lora
 from zo_hf import ZOTrainer
 from zo_hf.quantization import stored_tensors
 
 KINDS = ["int8", "nf4", "nf4 nested", *(["torchao"] if HAS_TORCHAO else [])]
-WAYS: dict[str, dict[str, Any]] = {
+SETUPS: dict[str, dict[str, Any]] = {
     "adapter": {"zo_subspace": "adapter", "zo_fold_steps": None},
     "factors": {"zo_subspace": "low_rank", "zo_fold_steps": None},
     "folds": {"zo_subspace": "low_rank", "zo_fold_steps": 3},
@@ -29,19 +29,20 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Which end as a PEFT model.
 ADAPTERS = ("adapter", "factors")
-# By default every way in 8 and in 4 bits, and another 8-bit format where its weights are written.
-QUICK = [(way, kind) for way in WAYS for kind in ("int8", "nf4 nested")] + [
-    ("folds", "torchao"),
-    ("scales", "torchao"),
-]
+# By default every way in one format, and in others where codes or scales are written.
+QUICK = [("adapter", "int8"), ("factors", "nf4 nested"), ("core", "nf4 nested"), ("norms", "int8")]
+QUICK += [(way, kind) for way in ("folds", "scales") for kind in ("int8", "nf4 nested")]
+QUICK += [("folds", "torchao")]
 CASES = [
-    pytest.param(way, kind, marks=[] if (way, kind) in QUICK else pytest.mark.slow) for way in WAYS for kind in KINDS
+    pytest.param(way, kind, marks=[] if (way, kind) in QUICK else pytest.mark.slow) for way in SETUPS for kind in KINDS
 ]
 
 
 def write_base(folder: Path, build: Callable[..., nn.Module] = tiny_llama, **options: Any) -> Path:
-    """A tiny model, not quantised, to be loaded from `folder` by `load`."""
-    seeded(build, **{"hidden_size": 64, "intermediate_size": 128} | options).save_pretrained(folder)
+    """A tiny model of one layer, not quantized, to be loaded from `folder` by `load`."""
+    seeded(build, **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1} | options).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -62,7 +63,7 @@ def quantization(kind: str) -> Any:
 
 
 def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The base, quantised as it is loaded."""
+    """The base, quantized as it is loaded."""
     config = quantization(kind)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=dtype)
 
@@ -75,7 +76,7 @@ def model_for(way: str, base: Path, kind: str, dtype: torch.dtype = torch.float3
 
 def trainer_for(folder: Path, way: str, base: Path, kind: str, **options: Any) -> ZOTrainer:
     """A trainer of seven short steps."""
-    defaults = {"max_steps": 7, "learning_rate": 1e-3, **WAYS[way]}
+    defaults = {"max_steps": 7, "learning_rate": 1e-3, **SETUPS[way]}
     dtype = options.pop("dtype", torch.float32)
     return make_trainer(folder, model_for(way, base, kind, dtype), **defaults | options)
 

@@ -1,4 +1,4 @@
-"""A fold into a quantised model: what rounding to nearest would lose stays, on average, in the loss."""
+"""A fold into a quantized model: what rounding to nearest would lose stays, on average, in the loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt
-from tests.quantised import FORMATS, decoded, dequantised, layer_of, parts_of, quantise, quantised_linear
+from tests.quantized_models import FORMATS, decoded, dequantized, layer_of, parts_of, quantize, quantized_linear
 from tests.subspaces.helpers import move_off_the_origin
 from zo_hf.quantization import QuantizedLayer, quantized_layers, stored_tensors
 from zo_hf.quantization.rowwise import HEADROOM, RowwiseInt8
@@ -17,7 +17,7 @@ EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
 
 
 def smallest_steps(layer: QuantizedLayer) -> Tensor:
-    """What lies at least between two neighbouring values of each element, (m, n)."""
+    """What lies at least between two neighboring values of each element, (m, n)."""
     if layer.format.startswith("int8"):
         return layer.units(layer.storage())[:, None].expand(layer.shape)  # type: ignore[attr-defined]
     scales = layer._scales(layer.storage(), 0, layer.shape.numel())  # type: ignore[attr-defined]
@@ -31,16 +31,16 @@ def make_room(model: nn.Module) -> None:
         if isinstance(layer, RowwiseInt8):
             storage, rows = layer.storage(), decoded(layer)
             layer.set_units(storage, 0, layer.units(storage) * HEADROOM)
-            layer.requantise(storage, 0, len(rows), rows, torch.full(rows.shape, 32767))
+            layer.requantize(storage, 0, len(rows), rows, torch.full(rows.shape, 32767))
 
 
 @EVERY_FORMAT
 def test_a_fold_keeps_the_expected_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step downhill, every element of which is less than half a code: the mean loss over seeds is that of the step."""
-    model = quantise(seeded(tiny_llama, hidden_size=64, intermediate_size=128), kind)
+    model = quantize(seeded(tiny_llama, hidden_size=64, intermediate_size=128, num_hidden_layers=1), kind)
     make_room(model)
     space = LowRank(model, fold_steps=5, target_modules=r".*_proj\.weight")
-    batch, plain = causal_batch(16), dequantised(model)
+    batch, plain = causal_batch(16), dequantized(model)
     weights = {site.name: plain.get_submodule(site.name.removesuffix(".weight")).weight for site in space.sites}
     start = plain(**batch).loss
     start.backward()
@@ -90,7 +90,7 @@ def decoded_of(model: nn.Module, name: str) -> Tensor:
 @pytest.mark.parametrize("subspace", ["low_rank", "core"])
 def test_the_folded_state_dict_is_what_a_fold_writes(kind: str, subspace: str) -> None:
     """A checkpoint written in the middle and the model a moment later; the bias of a layer is folded beside its codes."""
-    model = quantise(seeded(tiny_opt, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64), kind)
+    model = quantize(seeded(tiny_opt, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64), kind)
     space = SUBSPACES[subspace](model, rank=4, fold_steps=5)
     before = {name: tensor.detach().clone() for name, tensor in stored_tensors(model).items()}
     move_off_the_origin(space)
@@ -115,7 +115,7 @@ def test_the_folded_state_dict_is_what_a_fold_writes(kind: str, subspace: str) -
 def test_the_rounding_depends_on_the_seed_and_the_step_alone(kind: str) -> None:
     results = []
     for seed, step in ((1, 5), (1, 5), (1, 10), (2, 5)):
-        model = quantise(seeded(tiny_llama, hidden_size=64, intermediate_size=128), kind)
+        model = quantize(seeded(tiny_llama, hidden_size=64, intermediate_size=128), kind)
         space = LowRank(model, fold_steps=5, seed=seed)
         space.draw_bases(0)
         move_off_the_origin(space)
@@ -128,7 +128,7 @@ def test_the_rounding_depends_on_the_seed_and_the_step_alone(kind: str) -> None:
 
 def test_outliers_of_the_input_meet_the_folded_weight() -> None:
     """LLM.int8() multiplies columns beyond its threshold in float16, with weights that it reads from the codes."""
-    layer = quantised_linear(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 8, None, "int8")
+    layer = quantized_linear(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 8, None, "int8")
     layer.state.threshold = 6.0
     model = nn.Sequential(layer)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.quantised import FORMATS, decoded, layer_of, quantised_linear
+from tests.quantized_models import FORMATS, decoded, layer_of, quantized_linear
 from zo_hf.quantization import QuantizedLayer
 from zo_hf.quantization.bitsandbytes_4bit import round_to_level
 
@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0, size: float = 0.1) -> Tensor:
 
 
 def made(kind: str, shape: tuple[int, int] = (33, 70), seed: int = 0, bias: bool = False) -> QuantizedLayer:
-    return layer_of(quantised_linear(normal(*shape, seed=seed), normal(shape[0], seed=1) if bias else None, kind))
+    return layer_of(quantized_linear(normal(*shape, seed=seed), normal(shape[0], seed=1) if bias else None, kind))
 
 
 def uniform(shape: Any, seed: int = 0) -> Tensor:
@@ -41,11 +41,11 @@ def copied(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def written(layer: QuantizedLayer, weight: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weight after it was requantised into a copy of the layer's parts, and these parts."""
+    """The weight after it was requantized into a copy of the layer's parts, and these parts."""
     storage, random = copied(layer), uniform(weight.shape, seed)
     for start, stop in layer.tiles():
-        layer.requantise(storage, start, stop, weight[start:stop].clone(), random[start:stop])
-    return layer.dequantise(storage, 0, layer.shape[0]), storage
+        layer.requantize(storage, start, stop, weight[start:stop].clone(), random[start:stop])
+    return layer.dequantize(storage, 0, layer.shape[0]), storage
 
 
 def by_its_library(module: nn.Module, kind: str) -> Tensor:
@@ -80,7 +80,7 @@ def test_tiles_are_parts_of_the_whole(kind: str, shape: tuple[int, int], monkeyp
     tiles = list(layer.tiles())
     assert tiles[0][0] == 0 and tiles[-1][1] == shape[0]
     assert all(before[1] == after[0] for before, after in pairwise(tiles))
-    assert torch.equal(torch.cat([layer.dequantise(layer.storage(), *tile) for tile in tiles]), whole)
+    assert torch.equal(torch.cat([layer.dequantize(layer.storage(), *tile) for tile in tiles]), whole)
     change = normal(*shape, seed=3, size=0.01)
     in_tiles, _ = written(layer, whole + change)
     monkeypatch.undo()
@@ -132,7 +132,7 @@ def test_what_is_on_the_grid_stays_bit_for_bit(kind: str, shape: tuple[int, int]
 @given(
     rows=st.integers(1, 20), columns=st.integers(2, 150), seed=st.integers(0, 1000), size=st.sampled_from([1e-4, 5e-3])
 )
-def test_a_written_weight_is_one_of_the_two_neighbours(
+def test_a_written_weight_is_one_of_the_two_neighbors(
     kind: str, rows: int, columns: int, seed: int, size: float
 ) -> None:
     """And within the code's range: 4-bit weights within their block's largest, int8 ones in rows that may grow."""
@@ -154,7 +154,7 @@ def test_a_written_weight_is_one_of_the_two_neighbours(
         assert ((result - clamped).abs() <= levels.diff().max() * blocks * (1 + 1e-4)).all()
 
 
-def neighbours(layer: QuantizedLayer, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def neighbors(layer: QuantizedLayer, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """The values that the format has just below and just above, with the scales that the layer has."""
     if layer.format.startswith("int8"):
         units = layer.units(layer.storage())[:, None]  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ def test_writing_is_unbiased(kind: str) -> None:
     wanted = before * 0.98 + normal(16, 70, seed=5, size=2e-4)  # nothing leaves the range
     count = 800
     results = torch.stack([written(layer, wanted, seed)[0] for seed in range(count)]).double()
-    low, high = neighbours(layer, wanted)
+    low, high = neighbors(layer, wanted)
     assert ((results == low) | (results == high)).all()
     # Of an element with few jumps the law is a wide one.
     share = ((wanted - low) / (high - low)).clamp(0.005, 0.995)
@@ -200,14 +200,14 @@ def test_a_row_that_outgrows_its_scale_gets_a_larger_one_with_room(kind: str) ->
     assert units[3] == pytest.approx(wanted[3, 7].item() / 127 * (1 + 1 / 32), rel=0.01)
     others = torch.arange(len(units)) != 3
     assert torch.equal(units[others], old[others]) and torch.equal(result[others], wanted[others])
-    layer.requantise(storage, 0, 33, result.clone(), uniform(result.shape, 9))
-    assert torch.equal(layer.dequantise(storage, 0, 33), result)
+    layer.requantize(storage, 0, 33, result.clone(), uniform(result.shape, 9))
+    assert torch.equal(layer.dequantize(storage, 0, 33), result)
     assert torch.equal(layer.units(storage), units)  # type: ignore[attr-defined]
 
 
 @EVERY_FORMAT
 def test_zeros_stay_zero(kind: str) -> None:
-    layer = layer_of(quantised_linear(torch.zeros(4, 64), None, kind))
+    layer = layer_of(quantized_linear(torch.zeros(4, 64), None, kind))
     assert not decoded(layer).any()
     assert not written(layer, torch.zeros(4, 64))[0].any()
 
@@ -237,7 +237,7 @@ def test_scales_are_multiplied(kind: str) -> None:
     for seed in range(60 if kind == "nf4 nested" else 1):
         storage = copied(layer)
         error, total = layer.scale(storage, log_scales, uniform(layer.scale_shape, seed))
-        means.append(layer.dequantise(storage, 0, 64))
+        means.append(layer.dequantize(storage, 0, 64))
         assert (kind == "nf4 nested") == (error > 1e-8 * total)
     blocks = 256 if kind in EIGHT_BITS else 64
     expected = (before.view(-1, blocks) * log_scales.view(-1, 1).exp()).view(64, 256)

@@ -1,4 +1,4 @@
-"""What cannot work with a quantised model says so before training, in one sentence."""
+"""What cannot work with a quantized model says so before training, in one sentence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from tests.conftest import seeded, tiny_bert, tiny_llama
-from tests.quantised import quantise
 from tests.quantization.test_probes import opaque_model
+from tests.quantized_models import quantize
 from tests.trainer.runs import make_trainer
 from tests.trainer.test_refusals import refused, trains
-from zo_hf import ZOTrainerMixin
+from zo_hf import ZOTrainer
 
 
-def quantised() -> nn.Module:
-    model = quantise(seeded(tiny_llama))
+def quantized() -> nn.Module:
+    model = quantize(seeded(tiny_llama))
     model.is_quantized, model.hf_quantizer = True, None  # as transformers marks what it has loaded
     return model
 
@@ -31,7 +31,7 @@ def opaque() -> nn.Module:
 
 
 def on_two_devices() -> nn.Module:
-    model = quantised()
+    model = quantized()
 
     class Elsewhere(nn.Parameter):
         """Says that it is on a GPU."""
@@ -46,19 +46,19 @@ def on_two_devices() -> nn.Module:
 
 
 WRONG: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {
-    "all weights": ("zo_subspace='full'", quantised, {"zo_subspace": "full"}),
+    "all weights": ("zo_subspace='full'", quantized, {"zo_subspace": "full"}),
     "folds into what cannot be written": ("zo_fold_steps=5", opaque, {"zo_fold_steps": 5}),
     "a core that folds there": ("zo_fold_steps=5", opaque, {"zo_subspace": "core", "zo_fold_steps": 5, "zo_rank": 4}),
     "scales that cannot be written": ("zo_subspace='scales'", opaque, {"zo_subspace": "scales"}),
     "norms in an adapter": (
         "zo_target_modules",
-        quantised,
+        quantized,
         {"zo_fold_steps": 0, "zo_target_modules": ["q_proj", "norm"]},
     ),
-    "compilation": ("torch_compile", quantised, {"torch_compile": True}),
-    "shards": ("fsdp", quantised, {"fsdp": "full_shard"}),
+    "compilation": ("torch_compile", quantized, {"torch_compile": True}),
+    "shards": ("fsdp", quantized, {"fsdp": "full_shard"}),
     "two kinds of devices": ("device_map", on_two_devices, {}),
-    "a rank above the width": ("zo_rank=64", quantised, {"zo_rank": 64}),
+    "a rank above the width": ("zo_rank=64", quantized, {"zo_rank": 64}),
 }
 
 
@@ -67,7 +67,7 @@ def test_it_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest
     def no_step(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training has begun")
 
-    monkeypatch.setattr(ZOTrainerMixin, "training_step", no_step)
+    monkeypatch.setattr(ZOTrainer, "training_step", no_step)
     argument, model, options = WRONG[name]
     refused(argument, lambda: trains(make_trainer(tmp_path, model(), **{"zo_fold_steps": None} | options)))
     assert list(tmp_path.iterdir()) == []
@@ -76,19 +76,19 @@ def test_it_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest
 def test_without_peft_factors_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would end as an adapter; with folds none is needed."""
     monkeypatch.setattr("zo_hf.subspaces.lora.is_peft_available", lambda: False)
-    refused("zo_fold_steps=0", lambda: make_trainer(tmp_path, quantised(), zo_fold_steps=None))
-    make_trainer(tmp_path, quantised(), zo_fold_steps=5)
+    refused("zo_fold_steps=0", lambda: make_trainer(tmp_path, quantized(), zo_fold_steps=None))
+    make_trainer(tmp_path, quantized(), zo_fold_steps=5)
 
 
-def test_a_model_quantised_without_transformers_trains_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, quantise(seeded(tiny_llama)), zo_fold_steps=2, max_steps=3, learning_rate=1e-3)
+def test_a_model_quantized_without_transformers_trains_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, quantize(seeded(tiny_llama)), zo_fold_steps=2, max_steps=3, learning_rate=1e-3)
     trainer.train()
     assert trainer.state.global_step == 3
 
 
 def test_a_new_head_does_not_vanish_from_an_adapter(tmp_path: Path) -> None:
     """An adapter holds factors of the head and not the head itself, which another run would draw anew."""
-    model = quantise(seeded(tiny_bert))
+    model = quantize(seeded(tiny_bert))
     model.is_quantized, model.hf_quantizer = True, None
     model.classifier = nn.Linear(32, 2)
     with pytest.raises(ValueError, match=r"classifier.*zo_fold_steps=50"):
@@ -96,7 +96,7 @@ def test_a_new_head_does_not_vanish_from_an_adapter(tmp_path: Path) -> None:
 
 
 def test_a_second_training_says_that_there_is_an_adapter_now(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, quantised(), zo_subspace="low_rank", zo_fold_steps=0, max_steps=1)
+    trainer = make_trainer(tmp_path, quantized(), zo_subspace="low_rank", zo_fold_steps=0, max_steps=1)
     trainer.train()
     with pytest.raises(ValueError, match=r"zo_subspace='adapter'"):
         make_trainer(tmp_path, trainer.model, zo_subspace="low_rank")
@@ -105,14 +105,14 @@ def test_a_second_training_says_that_there_is_an_adapter_now(tmp_path: Path) -> 
 def test_an_adapter_without_its_run_is_not_resumed_as_nothing(tmp_path: Path) -> None:
     """save_only_model keeps the adapter, and no coordinates to go on from."""
     options = {"zo_fold_steps": 0, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    make_trainer(tmp_path, quantised(), **options).train()
+    make_trainer(tmp_path, quantized(), **options).train()
     with pytest.raises(ValueError, match=r"is_trainable=True"):
-        make_trainer(tmp_path, quantised(), zo_fold_steps=0, max_steps=4).train(
+        make_trainer(tmp_path, quantized(), zo_fold_steps=0, max_steps=4).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )
 
 
-def test_an_unknown_way_of_quantising_is_not_taken_for_none(tmp_path: Path) -> None:
+def test_an_unknown_way_of_quantizing_is_not_taken_for_none(tmp_path: Path) -> None:
     model = seeded(tiny_llama)
     model.is_quantized, model.hf_quantizer = True, None
     with pytest.raises(ValueError, match=r"peft.get_peft_model"):

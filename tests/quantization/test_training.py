@@ -1,4 +1,4 @@
-"""ZOTrainer with a quantised model, in every way and format: what moves, what is saved, what continues and replays."""
+"""ZOTrainer with a quantized model, in every way and format: what moves, what is saved, what continues and replays."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import assert_same_bits, tiny_opt
-from tests.quantised import decoded, parts_of
 from tests.quantization import runs
 from tests.quantization.runs import (
     ADAPTERS,
     CASES,
     KINDS,
-    WAYS,
+    QUICK,
+    SETUPS,
     held,
     load,
     loss_of,
@@ -29,10 +29,12 @@ from tests.quantization.runs import (
     trainer_for,
     write_base,
 )
+from tests.quantized_models import decoded, parts_of
 from tests.trainer.runs import SaveAt, logged, make_trainer, trained
 from tests.trainer.test_trainer_features import fake_hub
-from zo_hf import ZOTrainer, cli
+from zo_hf import ZOTrainer
 from zo_hf.checkpoint import BASE_FILE
+from zo_hf.cli import main as cli
 from zo_hf.quantization import quantized_layers
 from zo_hf.trajectory import replay
 
@@ -62,7 +64,7 @@ def test_only_what_is_meant_to_move_moves(tmp_path: Path, base: Path, way: str, 
     assert all(after[name].dtype == before[name].dtype for name in before)
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     codes = {name for name in before if name.endswith(("weight", "qdata"))}
-    assert len(codes) == 14 and isinstance(trainer.model, PeftModel) == (way in ADAPTERS)
+    assert len(codes) == 7 and isinstance(trainer.model, PeftModel) == (way in ADAPTERS)
     if way in ("folds", "core"):
         assert changed & codes
         assert all(error > 0 for error in logged(trainer, "zo/fold_error")) and logged(trainer, "zo/fold_error")
@@ -104,11 +106,10 @@ def test_resuming_ends_with_the_same_bits(tmp_path: Path, base: Path, way: str, 
     assert_same_bits(held(replayed), expected)
 
 
-LEARNING = {"adapter": 1e-2, "factors": 3e-3, "folds": 3e-3, "core": 3e-3, "scales": 0.1, "norms": 0.1}
+LEARNING = {"adapter": 3e-2, "factors": 3e-3, "folds": 3e-3, "core": 3e-3, "scales": 0.1, "norms": 0.1}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize(("way", "kind"), [*((way, "int8") for way in SETUPS), ("folds", "nf4"), ("scales", "nf4")])
 def test_the_loss_falls(tmp_path: Path, base: Path, way: str, kind: str) -> None:
     options = {"max_steps": 60, "learning_rate": LEARNING[way], "zo_num_directions": 2, "zo_normalize": True}
     trainer = trainer_for(tmp_path, way, base, kind, **options | {"logging_steps": 20})
@@ -117,7 +118,7 @@ def test_the_loss_falls(tmp_path: Path, base: Path, way: str, kind: str) -> None
     assert trainer.evaluate()["eval_loss"] < before - 0.1
 
 
-@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in WAYS for kind in ("int8", "nf4 nested")])
+@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way, kind in QUICK if kind != "torchao"])
 def test_bfloat16_models(tmp_path: Path, base: Path, way: str, kind: str) -> None:
     """Trained, saved and loaded; c is not nothing, which it would be if the probes' difference were rounded away."""
     trainer = run(tmp_path, way, base, kind, dtype=torch.bfloat16, zo_num_directions=4, max_steps=3)
@@ -138,7 +139,7 @@ def test_eight_bits_stay_eight_bits_on_the_disk(tmp_path: Path, base: Path, way:
     with safe_open(tmp_path / "final" / "model.safetensors", "pt") as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     codes = {name for name in dtypes if "_proj" in name and name.endswith(("proj.weight", "qdata"))}
-    assert len(codes) == 14
+    assert len(codes) == 7
     assert {dtypes[name] for name in codes} == {"U8" if kind.startswith("nf4") else "I8"}
     load(base, kind).save_pretrained(tmp_path / "before")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("before", "final")]
@@ -177,9 +178,9 @@ def test_checkpoints_of_factors_are_pushed_as_adapters(tmp_path: Path, base: Pat
 
 @pytest.mark.parametrize(
     ("way", "kind"),
-    [(way, kind) for way in WAYS for kind in KINDS if kind == KINDS[-1] or way in ("factors", "folds")],
+    [(way, kind) for way in SETUPS for kind in KINDS if kind == KINDS[-1] or way in ("factors", "folds")],
 )
-def test_the_command_replays_onto_a_quantised_base(tmp_path: Path, base: Path, way: str, kind: str) -> None:
+def test_the_command_replays_onto_a_quantized_base(tmp_path: Path, base: Path, way: str, kind: str) -> None:
     trainer = run(tmp_path / "out", way, base, kind, max_steps=4)
     expected = trainer.evaluate()["eval_loss"]
     cli.main(["replay", str(tmp_path / "out"), "--model", str(base), "--output", str(tmp_path / "tuned")])
@@ -198,7 +199,7 @@ def test_a_restart_with_a_smaller_batch_begins_the_factors_again(tmp_path: Path,
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    options = {"max_steps": 4, "learning_rate": 1e-3, "zo_batched_probes": False, **WAYS["factors"]}
+    options = {"max_steps": 4, "learning_rate": 1e-3, "zo_batched_probes": False, **SETUPS["factors"]}
     restarted = make_trainer(tmp_path / "a", load(base, "int8"), Tight, auto_find_batch_size=True, **options)
     restarted.train()
     smaller = restarted._train_batch_size
@@ -217,8 +218,10 @@ def test_a_checkpoint_of_a_trajectory_alone_resumes(tmp_path: Path, base: Path, 
     assert_same_bits(held(resumed.model), held(whole.model))
 
 
-@pytest.mark.parametrize("way", ["folds", "norms", "factors"])
-@pytest.mark.parametrize("compute", ["int8", "nf4", "nf4 in bf16"])
+@pytest.mark.parametrize(
+    ("way", "compute"),
+    [("folds", "int8"), ("folds", "nf4"), ("folds", "nf4 in bf16"), ("norms", "int8"), ("factors", "nf4 in bf16")],
+)
 def test_a_model_with_biases_replays(tmp_path: Path, way: str, compute: str, monkeypatch: Any) -> None:
     """bitsandbytes casts them to what it computes in."""
     if compute == "nf4 in bf16":
@@ -238,7 +241,7 @@ def test_a_model_with_biases_replays(tmp_path: Path, way: str, compute: str, mon
     assert loss_of(tmp_path, saved_model(tmp_path / "final", way, base, kind)) == trainer.evaluate()["eval_loss"]
 
 
-def test_training_again_goes_on_from_what_was_learnt(tmp_path: Path, base: Path) -> None:
+def test_training_again_goes_on_from_what_was_learned(tmp_path: Path, base: Path) -> None:
     """Factors have become an adapter, which is then what trains."""
     trainer = run(tmp_path, "factors", base, "int8", max_steps=3, zo_subspace="auto")
     first = held(trainer.model)
@@ -252,22 +255,22 @@ def test_training_again_goes_on_from_what_was_learnt(tmp_path: Path, base: Path)
 def test_weight_decay_shrinks_what_is_folded(tmp_path: Path, base: Path) -> None:
     """(1 - ηλ) a step, in expectation of the rounding, though each step is less than a code."""
     model = load(base, "int8")
-    norm = sum(part.double().square().sum() for name, part in dequantised_parts(model).items())
+    norm = sum(part.double().square().sum() for name, part in dequantized_parts(model).items())
     options = {"weight_decay": 1.0, "learning_rate": 1e-2, "max_steps": 6}
     trainer = trainer_for(tmp_path, "folds", base, "int8", zo_max_projected_grad=1e-6, **options)
     trainer.train()
-    after = sum(part.double().square().sum() for name, part in dequantised_parts(trainer.model).items())
+    after = sum(part.double().square().sum() for name, part in dequantized_parts(trainer.model).items())
     assert (after / norm) ** 0.5 == pytest.approx(0.99**6, rel=2e-3)
 
 
-def dequantised_parts(model: nn.Module) -> dict[str, torch.Tensor]:
+def dequantized_parts(model: nn.Module) -> dict[str, torch.Tensor]:
     return {str(index): decoded(layer) for index, layer in enumerate(quantized_layers(model).values())}
 
 
-def test_a_saved_quantised_model_is_trained_on(tmp_path: Path, base: Path) -> None:
+def test_a_saved_quantized_model_is_trained_on(tmp_path: Path, base: Path) -> None:
     """Loaded without a quantization_config, as it was saved."""
     run(tmp_path / "first", "folds", base, "int8", max_steps=3).save_model(str(tmp_path / "saved"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
-    trainer = trained(tmp_path / "second", model, max_steps=3, learning_rate=1e-3, **WAYS["folds"])
+    trainer = trained(tmp_path / "second", model, max_steps=3, learning_rate=1e-3, **SETUPS["folds"])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert_same_bits(held(replay(again, tmp_path / "second")), held(trainer.model))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_hf.engine import ZerothOrder
 from zo_hf.subspaces import LowRank
-from zo_hf.zeroth_order import ZerothOrder
 
 
 class Bowl(nn.Module):
@@ -44,7 +44,7 @@ class Nothing(torch.utils.data.Dataset):
 
 def engine(model: nn.Module, **options: Any) -> ZerothOrder:
     """An engine that never folds, so that its coordinates are where the model has moved to."""
-    options = {"seed": 5, "batched": False} | options
+    options = {"seed": 5, "batched_probes": False} | options
     return ZerothOrder(model, LowRank(model, 1, 0, seed=options["seed"]), **options)
 
 

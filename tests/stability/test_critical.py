@@ -13,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stability.reference import CASES, SPECTRA
-from zo_hf.stability import (
-    cocd_critical_step_size,
-    critical_step_size,
-    is_stable,
-    moment_growth,
-    step_size_bounds,
-)
+from zo_hf.stability import cocd_critical_step_size, critical_step_size, is_stable, moment_growth, step_size_bounds
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -183,7 +177,7 @@ def test_cocd(decay: float, num_blocks: int) -> None:
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
-    ("eigenvalues has -1.*negative='ignore'", {"eigenvalues": [1.0, -1.0]}),
+    ("eigenvalues contains -1.*negative='ignore'", {"eigenvalues": [1.0, -1.0]}),
     ("eigenvalues must be a vector", {"eigenvalues": []}),
     ("eigenvalues must be a vector", {"eigenvalues": np.eye(2)}),
     ("eigenvalues must be finite", {"eigenvalues": [1.0, math.nan]}),

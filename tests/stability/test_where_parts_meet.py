@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import TinyTask
 from tests.trainer.runs import config, logged, make_trainer, trained
-from zo_hf import trainer_learning_rate
-from zo_hf.budget import Budget
-from zo_hf.stability.find_learning_rate import forward_passes_of_search
+from zo_hf.lr_finder.find import forward_passes_of_search
+from zo_hf.trainer import learning_rate as trainer_learning_rate
+from zo_hf.trainer.budget import Budget
+from zo_hf.trainer.learning_rate import schedule_of
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,16 +63,16 @@ def test_a_budget_without_end_is_planned_at_once() -> None:
 
 
 def test_schedules_of_long_runs_are_looked_at_at_once(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, lr_scheduler_type="linear")
+    args = config(tmp_path, lr_scheduler_type="linear")
     began = time.process_time()
-    schedule = trainer._schedule(10**9, 10**9, 1e-5)
+    schedule = schedule_of(args, 10**9, 10**9, 1e-5)
     assert np.mean(schedule, axis=0) == pytest.approx([1 / 2, 1 / 3], rel=1e-3)
     assert time.process_time() - began < 5
 
 
 def test_schedules_that_restart_more_often_than_they_are_looked_at(tmp_path: Path) -> None:
     cosine = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 64}}
-    schedule = make_trainer(tmp_path, **cosine)._schedule(10_000, 10_000, 1e-5)
+    schedule = schedule_of(config(tmp_path, **cosine), 10_000, 10_000, 1e-5)
     assert np.array(schedule) == pytest.approx(np.tile([1 / 2, 3 / 8], (len(schedule), 1)), abs=0.02)
 
 
@@ -95,11 +96,9 @@ def test_a_run_that_its_passes_end_early_is_predicted_as_long_as_it_is(
 def test_a_restart_plans_for_the_search_again(tmp_path: Path) -> None:
     plan = Budget(config(tmp_path, zo_max_forward_passes=1000, max_steps=-1, learning_rate="auto"))
     args = plan.args
-    with plan.of(args, divides=False):
-        assert args.max_steps == (1000 - forward_passes_of_search(50, 1)) // 2
-        planned = args.max_steps
-        args.learning_rate = 1e-4  # found
-        assert plan.steps() == planned
+    with plan.of(args, divides=False, searches=True):
+        assert plan.resolved(args).max_steps == (1000 - forward_passes_of_search(50, 1)) // 2
+        assert args.max_steps == -1
 
 
 @pytest.mark.parametrize("given_as", ["class", "object"])
@@ -129,9 +128,10 @@ def test_a_search_for_hyperparameters_may_leave_a_word(tmp_path: Path) -> None:
     assert set(logged(trainer, "learning_rate")) == {1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [3, 25])
 def test_few_sentences_make_as_many_micro_batches_as_a_step_has(tmp_path: Path, rows: int) -> None:
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 2000}
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1000}
     trainer = make_trainer(tmp_path, more={"train_dataset": TinyTask(rows)}, zo_rank=1, **options)
     result = trainer.find_learning_rate()
-    assert result.forward_passes == forward_passes_of_search(800, 4) > 0
+    assert result.forward_passes == forward_passes_of_search(400, 4) > 0

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from tests.conftest import CAUSAL_MODELS, causal_batch, tiny_bert
-from tests.quantised import decoded, dequantised, quantise
-from zo_hf.directions import GAUSSIAN, Distribution, Purpose, Stream, draw_slice
-from zo_hf.optimizers import SeededSGD
+from tests.quantized_models import decoded, dequantized, quantize
+from zo_hf.directions import GAUSSIAN, Distribution
+from zo_hf.engine import ZerothOrder
+from zo_hf.rng import Purpose, Stream, draw_slice
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import SUBSPACES, Core, Folded, Full, LowRank, Scales, Subspace
-from zo_hf.zeroth_order import ZerothOrder
 
 # Of the distributions, one moves small weights, which these have not.
 ARE_OFFSETS = [name for name in SUBSPACES if name not in ("full", "adapter")]
@@ -29,7 +30,7 @@ def draws_for(distribution: str, subspace: str) -> bool:
 
 
 EVERY_SUBSPACE = pytest.mark.parametrize("subspace", list(SUBSPACES))
-# What moves the weights of any model; scales are those of quantised layers and of nothing else.
+# What moves the weights of any model; scales are those of quantized layers and of nothing else.
 UNQUANTISED = [name for name in SUBSPACES if name != "scales"]
 MODELS = {**CAUSAL_MODELS, "bert": tiny_bert}
 EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
@@ -38,14 +39,14 @@ EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-linear", rank: int = 2) -> nn.Module:
     """The model as the subspace expects it.
 
-    For "adapter" it is wrapped by PEFT with LoRA, B away from zero; for "scales" its linear layers are quantised.
+    For "adapter" it is wrapped by PEFT with LoRA, B away from zero; for "scales" its linear layers are quantized.
     """
     if subspace == "scales":
-        return quantise(model, only=None if targets == "all-linear" else targets)
+        return quantize(model, only=None if targets == "all-linear" else targets)
     if subspace != "adapter":
         return model
     if targets == "all-linear" and hasattr(model.config, "num_local_experts"):
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]  # LoRA on experts is refused
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]  # LoRA on experts has tests of its own
     with torch.random.fork_rng():
         torch.manual_seed(1)
         dtype = next(model.parameters()).dtype
@@ -59,8 +60,8 @@ def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-li
 
 
 def with_scales(subspace: str, model: nn.Module) -> nn.Module:
-    """Any module, its linear layers quantised if it is their scales that move."""
-    return quantise(model) if subspace == "scales" else model
+    """Any module, its linear layers quantized if it is their scales that move."""
+    return quantize(model) if subspace == "scales" else model
 
 
 def sgd(zo: ZerothOrder, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -120,8 +121,8 @@ def direction(
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself, or, where layers are quantised, a copy with the weights that these stand for."""
-    return dequantised(model, next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    """The model itself, or, where layers are quantized, a copy with the weights that these stand for."""
+    return dequantized(model, next(p.dtype for p in model.parameters() if p.is_floating_point()))
 
 
 def move_off_the_origin(subspace: Subspace, size: float = 0.02) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
 from tests.subspaces.helpers import exact_loss
-from zo_hf.directions import GAUSSIAN, RADEMACHER, Elementwise, Stream, draw_slice
-from zo_hf.optimizers import SeededSGD
-from zo_hf.probes.probe import Probe
+from zo_hf.directions import GAUSSIAN, RADEMACHER, Elementwise
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.rng import Stream, draw_slice
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
 from zo_hf.subspaces import full as full_module
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def plain_mezo(
@@ -62,22 +63,23 @@ def zo_full(model: nn.Module, lr: float, **kwargs) -> tuple[ZerothOrder, SeededS
 @pytest.mark.parametrize(
     ("build", "dtype", "directions", "distribution", "tolerance"),
     [
-        (tiny_opt, torch.float64, 1, GAUSSIAN, 1e-10),
-        (tiny_opt, torch.float32, 1, GAUSSIAN, 2e-5),
         (tiny_opt, torch.float64, 3, RADEMACHER, 1e-10),
+        (tiny_opt, torch.float32, 1, GAUSSIAN, 2e-5),
         (tiny_llama, torch.float64, 1, RADEMACHER, 1e-5),  # its norms compute in float32
         (tiny_llama, torch.float32, 3, GAUSSIAN, 2e-5),
     ],
-    ids=["opt float64", "opt float32", "opt float64 q=3", "llama float64", "llama float32 q=3"],
+    ids=["opt float64 q=3", "opt float32", "llama float64", "llama float32 q=3"],
 )
 def test_follows_plain_mezo(
     build, dtype: torch.dtype, directions: int, distribution: Elementwise, tolerance: float
 ) -> None:
-    """The same projected gradients and weights over 50 steps' worth of directions, to rounding."""
+    """The same projected gradients and weights over 30 directions, to rounding."""
     ours, theirs = (seeded(build, dtype, num_hidden_layers=1) for _ in range(2))
     batch = causal_batch(2, 6)
-    lr, eps, steps = 5e-4, 1e-2, 50 // directions
-    zo, optimizer = zo_full(ours, lr, eps=eps, num_directions=directions, direction=distribution.name, batched=False)
+    lr, eps, steps = 5e-4, 1e-2, 30 // directions
+    zo, optimizer = zo_full(
+        ours, lr, eps=eps, num_directions=directions, direction=distribution.name, batched_probes=False
+    )
     found: list[float] = []
     for _ in range(steps):
         found += zo.estimate(lambda: exact_loss(ours, batch)).projected_gradients
@@ -218,13 +220,13 @@ def regression(dtype: torch.dtype) -> tuple[nn.Linear, Callable[[nn.Module], Ten
 
 def test_small_updates_survive_bf16_weights() -> None:
     """Steps far below half an ulp: bf16 learns as float32 does, while rounding to nearest never moves a bit."""
-    lr, eps, steps = 2e-3, 1e-2, 1200
+    lr, eps, steps = 3e-3, 1e-2, 700
     half_ulp = torch.finfo(torch.bfloat16).eps / 2
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, loss = regression(dtype)
         start = loss(model).item()
-        zo, optimizer = zo_full(model, lr, eps=eps, batched=False)
+        zo, optimizer = zo_full(model, lr, eps=eps, batched_probes=False)
         sizes = []
         for _ in range(steps):
             (c,) = zo.estimate(lambda model=model, loss=loss: loss(model)).projected_gradients
@@ -255,7 +257,7 @@ def test_half_precision_probes_are_not_rounded_away(dtype: torch.dtype) -> None:
         model = nn.Linear(8, 8, bias=False).to(kind)
         model.weight.data.fill_(1.0)
         weights = torch.linspace(-1, 2, 64).view(8, 8)
-        zo = ZerothOrder(model, "full", eps=eps, num_directions=30, batched=False)
+        zo = ZerothOrder(model, "full", eps=eps, num_directions=30, batched_probes=False)
         estimate = zo.estimate(lambda m=model, w=weights, k=kind: (m(x.to(k)).float() * w).sum())
         found[kind] = torch.tensor(estimate.projected_gradients)
     assert found[torch.float32].std() > 1

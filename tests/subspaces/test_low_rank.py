@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.conftest import assert_same_bits, seeded, tiny_gpt2, tiny_llama, tiny_opt, weights_of
 from tests.subspaces.helpers import EVERY_MODEL, MODELS, basis, batch_for, direction, sgd
-from zo_hf.directions import GAUSSIAN, Stream
-from zo_hf.probes.probe import Probe
+from zo_hf.directions import GAUSSIAN
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.rng import Stream
 from zo_hf.subspaces import LowRank
 from zo_hf.subspaces import low_rank as low_rank_module
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def moved(model: nn.Module, size: float = 0.02, **kwargs) -> LowRank:
@@ -87,8 +88,11 @@ FOLDED = {**MODELS, "llama tied": partial(tiny_llama, **TIED), "gpt2 tied": part
 
 
 @pytest.mark.parametrize("build", FOLDED.values(), ids=FOLDED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bf16", "fp16"])
-@pytest.mark.parametrize("decay", [None, 0.9], ids=["", "decay"])
+@pytest.mark.parametrize(
+    ("dtype", "decay"),
+    [(torch.float32, 0.9), (torch.bfloat16, None), (torch.bfloat16, 0.9), (torch.float16, 0.9)],
+    ids=["float32 decay", "bf16", "bf16 decay", "fp16 decay"],
+)
 def test_folded_state_dict_is_what_fold_writes_bit_for_bit(build, dtype: torch.dtype, decay: float | None) -> None:
     """A checkpoint written in the middle and the model a moment later must be the same, rounding included."""
     model = seeded(build, dtype)
@@ -177,11 +181,12 @@ def test_the_update_rebuilt_from_the_seed() -> None:
 def test_an_entry_of_the_direction_has_unit_variance(rank: int, distribution: str) -> None:
     """So that ε and the learning rate mean what they mean for a dense direction, whatever r is."""
     model = nn.Linear(300, 400, bias=False)
+    weight = model.weight.detach()
     draws = []
     for seed in range(40):
         zo = ZerothOrder(model, LowRank(model, rank=rank, seed=seed), eps=1.0, direction=distribution, seed=seed)
         with zo.subspace.at((Probe(0, 1.0),), zo._stream, zo.distribution), torch.no_grad():
-            draws.append(model(torch.eye(300)).t() - model.weight)
+            draws.append(model(torch.eye(300)).t() - weight)
         zo.subspace.detach()
     draws = torch.stack(draws)
     assert abs(draws.mean()) < 0.02
@@ -325,13 +330,10 @@ def _non_contiguous() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: nn.Embedding(9, 8, max_norm=1.0), "max_norm writes its weight"),
-        (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention reads it outside"),
-        (lambda: nn.LSTM(8, 8), "flattened buffer"),
         (_non_contiguous, "not contiguous"),
         (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
     ],
-    ids=["max_norm", "MultiheadAttention", "LSTM", "non-contiguous", "meta"],
+    ids=["non-contiguous", "meta"],
 )
 def test_what_cannot_be_probed_is_refused_in_one_sentence(build, reason: str) -> None:
     """Naming the parameter and the way out."""

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from tests.conftest import CAUSAL_MODELS, assert_same_bits, seeded, tiny_llama, tiny_opt, weights_of
-from tests.quantised import FORMATS, parts_of, quantise
+from tests.quantized_models import FORMATS, parts_of, quantize
 from tests.subspaces.helpers import batch_for, sgd
+from zo_hf.engine import ZerothOrder
 from zo_hf.quantization import stored_tensors
 from zo_hf.subspaces import Norms
-from zo_hf.zeroth_order import ZerothOrder
 
 
 def steps(model: torch.nn.Module, count: int = 3, lr: float = 1e-2) -> None:
-    zo = ZerothOrder(model, "norms", batched=False)
+    zo = ZerothOrder(model, "norms", batched_probes=False)
     optimizer = sgd(zo, lr)
     for step in range(count):
         zo.estimate(lambda step=step: model(**batch_for(model, seed=step)).loss)
@@ -32,9 +32,9 @@ def test_every_norm_and_bias_moves_and_nothing_else(build) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_in_a_quantised_model_too(kind: str) -> None:
-    """An OPT's layers have biases, which no format quantises; codes and scales stay as they are."""
-    model = quantise(seeded(tiny_opt, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64), kind)
+def test_in_a_quantized_model_too(kind: str) -> None:
+    """An OPT's layers have biases, which no format quantizes; codes and scales stay as they are."""
+    model = quantize(seeded(tiny_opt, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64), kind)
     before = {name: tensor.detach().clone() for name, tensor in stored_tensors(model).items()}
     codes = parts_of(model)
     steps(model)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_mixtral, weights_of
 from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, batch_for, prepared, sgd, with_scales
-from zo_hf.probes.model_loss import ModelLoss
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.model_loss import ModelLoss
 
 EVERY_DTYPE = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bf16", "fp16"]
@@ -30,31 +30,36 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> ModelLoss:
 
 @EVERY_SUBSPACE
 @EVERY_DTYPE
-def test_weights_keep_their_bits_over_a_thousand_probes(subspace: str, dtype: torch.dtype) -> None:
+def test_weights_keep_their_bits_over_hundreds_of_probes(subspace: str, dtype: torch.dtype) -> None:
     """One after another and in one batch; in half precision ± ε added and taken away again would drift."""
     model = small_llama(subspace, dtype)
-    zo = ZerothOrder(model, subspace, num_directions=25, batched=False)
+    directions = 25 if subspace == "low_rank" else 5
+    zo = ZerothOrder(model, subspace, num_directions=directions, batched_probes=False)
     before, coordinates = weights_of(model), _values(zo)
     loss = loss_of(model, causal_batch(2, 6))
     for step in range(20):
         zo.evaluator.batched = step % 4 > 0
         zo.step = step
         assert zo.estimate(loss).is_finite
-    assert zo.evaluator.forward_passes == 1000
+    assert zo.evaluator.forward_passes == 20 * 2 * directions
     assert_same_bits(weights_of(model), before)
     assert_same_bits(_values(zo), coordinates)
 
 
+# How a probe ends has to do with no dtype: every error in float32, and the other dtypes with one.
+ERRORS = [(error, torch.float32) for error in (RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt)]
+ERRORS += [(RuntimeError, dtype) for dtype in (torch.bfloat16, torch.float16)]
+
+
 @EVERY_SUBSPACE
-@EVERY_DTYPE
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize(("error", "dtype"), ERRORS)
 @pytest.mark.parametrize("batched", [False, True], ids=["sequential", "batched"])
 def test_an_exception_in_the_middle_of_a_probe_leaves_the_model_as_it_was(
     subspace: str, dtype: torch.dtype, error: type[BaseException], batched: bool
 ) -> None:
     """Raised in the second layer's forward of some later probe; the run then goes on as if nothing had happened."""
     model = small_llama(subspace, dtype)
-    zo = ZerothOrder(model, subspace, num_directions=2, batched=batched)
+    zo = ZerothOrder(model, subspace, num_directions=2, batched_probes=batched)
     before, coordinates = weights_of(model), _values(zo)
     batch = causal_batch(2, 6)
     loss = loss_of(model, batch)
@@ -89,7 +94,7 @@ def test_nothing_is_left_in_the_model_after_finish(subspace: str, build) -> None
         batch = batch_for(model)
         model(**batch)  # a classifier writes its problem type into its config in its first forward
         before = _traces(model)
-        zo = ZerothOrder(model, subspace, batched=False)
+        zo = ZerothOrder(model, subspace, batched_probes=False)
         optimizer = sgd(zo, lr=1e-4)
         for _ in range(steps):
             zo.estimate(lambda model=model, batch=batch: model(**batch).loss)
@@ -128,7 +133,7 @@ def test_state_dict_and_config_are_the_plain_models_while_training(subspace: str
     zo.estimate(loss_of(model, causal_batch()))
     assert list(model.state_dict()) == keys
     assert model.config.to_dict() == config
-    assert zo.subspace.unvisited() == []
+    assert not zo.subspace.unread()
 
 
 @EVERY_SUBSPACE
@@ -144,7 +149,7 @@ def test_a_probe_computes_without_a_graph(subspace: str, build) -> None:
         losses.append(model(**batch).loss)
         return losses[-1]
 
-    ZerothOrder(model, subspace, batched=False).estimate(closure)
+    ZerothOrder(model, subspace, batched_probes=False).estimate(closure)
     assert len(losses) == 2 and losses[0] != losses[1]
     assert all(loss.grad_fn is None for loss in losses)
     assert_same_bits(batch, given)

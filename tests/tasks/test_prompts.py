@@ -30,7 +30,7 @@ def test_a_word_of_several_tokens_is_scored_by_its_first_and_says_so(
         first, second = label_token_ids(tokenizer, Prompt("{text} It was", (" terrible film", " great")))
     assert tokenizer.decode([first]) == " terrible"
     assert tokenizer.decode([second]) == " great"
-    assert "' terrible film' is several tokens" in caplog.text
+    assert "' terrible film' has several tokens" in caplog.text
 
 
 def test_words_that_share_their_first_token_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:

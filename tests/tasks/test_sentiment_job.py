@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from zo_hf.tasks.predict import predict
+from zo_hf import ZOConfig
+from zo_hf.cli.predict import predict
+from zo_hf.tasks.job_arguments import JobArguments
 from zo_hf.tasks.sentiment_job import main
+from zo_hf.trainer.trainer import ZOTrainer
 
 
 @pytest.fixture
@@ -48,23 +53,72 @@ def test_the_job_trains_reports_and_leaves_a_model_that_predicts(
     assert predict(tmp_path / "out", ["film 1 is great"])[0][0] in ("terrible", "great")
 
 
-def test_a_missing_model_ends_in_one_sentence(command_line: list[str], tmp_path: Path) -> None:
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Run the job, which must end with exit code 2; return its standard output and its error, one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in shown.err and line.endswith(".")
+    return shown.out, line
+
+
+def test_a_missing_model_ends_in_one_sentence(
+    command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command_line[1] = str(tmp_path / "none")
-    with pytest.raises(SystemExit, match="could not be loaded"):
-        main([*command_line, "--offline"])
+    _, line = refused([*command_line, "--offline"], capsys)
+    assert "could not be loaded" in line
 
 
-def test_a_missing_column_ends_in_one_sentence(command_line: list[str]) -> None:
-    with pytest.raises(SystemExit, match="error: There is no column 'sentiment': set --label_column"):
-        main([*command_line, "--label_column", "sentiment"])
+def test_a_missing_column_ends_in_one_sentence(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, line = refused([*command_line, "--label_column", "sentiment"], capsys)
+    assert line.startswith("error: --label_column sentiment is not a column of the table; use one of")
 
 
 def test_a_pattern_that_matches_nothing_ends_in_one_sentence_before_any_evaluation(
     command_line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"error: zo_target_modules='nothing' .* selects no trainable parameter"):
-        main([*command_line, "--zo_target_modules", "nothing"])
-    assert "zero-shot" not in capsys.readouterr().out
+    shown, line = refused([*command_line, "--zo_target_modules", "nothing"], capsys)
+    assert re.match(r"error: zo_target_modules='nothing' .* selects no trainable parameter", line)
+    assert "zero-shot" not in shown
+
+
+def test_a_refusal_that_names_suffice_for_comes_before_the_model_is_loaded(
+    command_line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_line[1] = str(tmp_path / "none")
+    options = ["--learning_rate", "auto", "--zo_rule", "muon", "--zo_num_directions", "2"]
+    shown, line = refused([*command_line, *options], capsys)
+    assert re.fullmatch(r"error: learning_rate='auto' .*zo_rule='muon'.*give a number.*\.", line)
+    assert not shown
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rate", "auto", "--optim", "adagrad"], "learning_rate='auto' does not know .* Adagrad"),
+        (["--zo_rule", "conservative", "--optim", "adamw_torch"], "zo_rule='conservative' compares .*AdamW"),
+    ],
+)
+def test_a_refusal_when_training_begins_is_one_sentence(
+    command_line: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, line = refused([*command_line, *options], capsys)
+    assert re.match(f"error: {message}", line)
+    assert "zero-shot" in shown, "the run was refused before training, so this tests something else"
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_bug_keeps_its_traceback(command_line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ZOTrainer, **options: object) -> None:
+        raise ValueError("this is a bug of a library.")
+
+    monkeypatch.setattr(ZOTrainer, "train", broken)
+    with pytest.raises(ValueError, match="a bug of a library"):
+        main(command_line)
 
 
 def test_help_tells_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +127,21 @@ def test_help_tells_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> 
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.startswith("usage: zo-hf train [options]")
     assert "(default: linear)" in shown and "(default: 250)" in shown
+    assert "--zo_subspace VALUE" in shown and "--help-all" in shown
+    assert "--adam_beta1" not in shown and "--zo_svrg_steps" not in shown and "SUPPRESS" not in shown
+
+
+def test_all_options_have_a_help_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help-all"], "zo-hf train")
+    shown = capsys.readouterr().out
+    assert all(f"--{option.name} " in shown for option in (*fields(ZOConfig), *fields(JobArguments)) if option.init)
+
+
+def test_an_unknown_option_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--zo_rnak", "3"], "zo-hf train")
+    assert end.value.code == 2 and capsys.readouterr().err.endswith("error: unrecognized arguments: --zo_rnak 3\n")
 
 
 @pytest.mark.slow

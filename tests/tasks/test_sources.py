@@ -5,7 +5,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 
 from zo_hf.tasks import sources
-from zo_hf.tasks.data import LabelledSentences
+from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import HUB_DATASET, HUB_MODEL, JobArguments
 from zo_hf.tasks.sources import Sources, choose_sources, load_sentences
 
@@ -54,8 +54,8 @@ def test_hugging_faces_own_offline_switch_is_kept(monkeypatch: pytest.MonkeyPatc
 
 def test_every_label_needs_a_verbalizer(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.from_dict({"text": ["a"], "label": [2]})
-    monkeypatch.setattr(sources, "embedded_reviews", lambda *sizes: LabelledSentences("test", table, table))
-    with pytest.raises(ValueError, match="label 2, but --verbalizers has 2 words"):
+    monkeypatch.setattr(sources, "embedded_reviews", lambda *sizes: LabeledSentences("test", table, table))
+    with pytest.raises(ValueError, match="the label 2, but --verbalizers has 2 words"):
         load_sentences(JobArguments(), Sources(None, None, None), seed=0)
 
 
@@ -64,7 +64,7 @@ def test_every_label_needs_a_verbalizer(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"num_eval_examples": 0}, "--num_eval_examples 0 must be at least 1"),
         ({"train_file": "a.csv", "dataset_name": "b"}, "give one of them"),
-        ({"validation_file": "a.csv"}, "give that too"),
+        ({"validation_file": "a.csv"}, "needs --train_file; give both"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:

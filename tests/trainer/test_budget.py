@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
-from tests.distributed.launch import run
+from tests.parallel.launch import run
+from tests.rules.helpers import estimator_for
 from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained
-from zo_hf import ZOTrainer, budget
+from zo_hf import ZOTrainer
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RULES
+from zo_hf.rules import RULES
+from zo_hf.trainer import budget
 
-SEQUENTIAL = {"zo_batched_probes": False, "logging_steps": 1}
+SEQUENTIAL = {"zo_batched_probes": False, "zo_rows_per_direction": 0, "logging_steps": 1}
 STEPS = {"eval_strategy": "steps", "eval_steps": 100, "save_strategy": "steps", "save_steps": 100}
 
 
@@ -36,8 +38,7 @@ class Stream(torch.utils.data.IterableDataset):
 # Forward passes.
 
 
-@pytest.mark.parametrize("limit", [4, 5, 11, 12])
-@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize(("limit", "directions"), [(4, 1), (5, 1), (4, 2), (11, 2), (12, 2)])
 def test_a_step_that_would_go_beyond_is_not_begun(tmp_path: Path, limit: int, directions: int) -> None:
     options = SEQUENTIAL | {"zo_num_directions": directions, "max_steps": 100}
     trainer = trained(tmp_path, zo_max_forward_passes=limit, **options)
@@ -58,8 +59,12 @@ def test_the_check_of_batched_probes_is_paid_for(tmp_path: Path) -> None:
         trained(tmp_path, zo_max_forward_passes=3, max_steps=100)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("rule", RULES)
+# A rule that evaluates the loss by itself, and one whose steps differ, with every estimator.
+METHODS = [(estimator, rule) for estimator in ESTIMATORS for rule in ("none", "conservative", "svrg")]
+METHODS += [(estimator_for(rule), rule) for rule in RULES if rule not in ("none", "conservative", "svrg")]
+
+
+@pytest.mark.parametrize(("estimator", "rule"), METHODS)
 def test_the_cost_of_a_step_is_known_before_it_is_taken(tmp_path: Path, estimator: str, rule: str) -> None:
     """Whatever the method: with one pass less than three steps take, there are two."""
     model = seeded(tiny_opt, attn_implementation="eager", num_hidden_layers=1)
@@ -147,7 +152,7 @@ def test_a_step_with_more_micro_batches_than_expected_is_not_begun_either(tmp_pa
 
 
 class Clock:
-    """Stands still but for what is added to it."""
+    """Stands still except for what is added to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -208,7 +213,7 @@ from pathlib import Path
 import torch
 from tests.conftest import weights_of
 from tests.trainer.runs import At, logged, make_trainer
-from zo_hf import budget
+from zo_hf.trainer import budget
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 now = 0.0
@@ -220,7 +225,7 @@ def tick(state, **kwargs):
 
 results = {}
 for name, limit in {"time": {"zo_max_time": 35.0}, "passes": {"zo_max_forward_passes": 11}, "none": {}}.items():
-    options = {"max_steps": 6, "per_device_train_batch_size": 4, "zo_batched_probes": False}
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, "zo_batched_probes": False, "zo_rows_per_direction": 0}
     trainer = make_trainer(folder / name, **options | limit)
     trainer.callback_handler.callbacks.insert(0, At(None, tick))
     trainer.train()

@@ -20,7 +20,7 @@ from torch import nn
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, weights_of
 from tests.trainer.runs import logged, make_trainer, trained, with_lora
 from zo_hf import ZerothOrder
-from zo_hf.probes.model_loss import only_labelled_logits
+from zo_hf.evaluation.model_loss import only_labeled_logits
 from zo_hf.subspaces.subspace import _entered_forward
 
 PARTS = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
@@ -97,7 +97,7 @@ def test_a_probe_passes_the_hooks_that_a_plain_forward_passes(subspace: str, bat
     assert all(calls == ["pre", "post"] for calls in plain.values() if calls)
     assert sum(map(len, plain.values())) > 20
 
-    zo = ZerothOrder(model, subspace, batched=batched)
+    zo = ZerothOrder(model, subspace, batched_probes=batched)
     seen = watch_devices(base_of(model))
     for hook in hooks.values():
         hook.calls.clear()
@@ -157,6 +157,6 @@ def test_a_model_on_several_devices_stays_where_it_is(tmp_path: Path, monkeypatc
 
 def test_logits_are_not_picked_by_positions_on_another_device() -> None:
     model, batch = seeded(tiny_llama), causal_batch()
-    assert "logits_to_keep" in only_labelled_logits(model, batch)
+    assert "logits_to_keep" in only_labeled_logits(model, batch)
     model.lm_head.to("meta")
-    assert "logits_to_keep" not in only_labelled_logits(model, batch)
+    assert "logits_to_keep" not in only_labeled_logits(model, batch)

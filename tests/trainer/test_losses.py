@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +109,17 @@ def test_a_custom_loss_learns(tmp_path: Path) -> None:
 class BrokenLoss(ZOTrainer):
     """Gives `value` in place of one probe's loss in the third step."""
 
-    value, calls = float("nan"), 0
+    value = float("nan")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls = itertools.count()  # from the evaluation before any probe; a number would count batches
+        super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
         if not self.zo:  # an evaluation
             return loss
-        self.calls += 1
-        return loss * 0 + self.value if self.calls == 5 else loss
+        return loss * 0 + self.value if next(self.calls) == 5 else loss
 
 
 SUBSPACES_AND_OPTIMIZERS = [
@@ -173,8 +178,30 @@ def test_batched_probes_notice_a_nan_too(tmp_path: Path) -> None:
         return output * float("nan") if len(calls) == 2 else None
 
     handle = model.lm_head.register_forward_hook(break_second_step)
-    trainer, notes = with_coordinates(tmp_path, model, zo_batched_probes=True, zo_fold_steps=0, max_steps=3)
+    options = {"zo_batched_probes": True, "zo_rows_per_direction": 0, "zo_fold_steps": 0, "max_steps": 3}
+    trainer, notes = with_coordinates(tmp_path, model, **options)
     handle.remove()
     assert calls == [16] * 3
     assert notes.lengths[1] == 0 and notes.lengths[0] > 0 and notes.lengths[2] > 0
     assert logged(trainer, "zo/skipped_steps") == [0, 1, 1] and math.isnan(logged(trainer, "loss")[1])
+
+
+def test_ligers_fused_loss_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward makes logits in evaluation mode, in which probes run, unless it is told to skip them."""
+    skipped = []
+
+    def forward(self: nn.Module, input_ids: Tensor, labels: Tensor, skip_logits: Any = None, **kwargs: Any) -> Any:
+        skipped.append(skip_logits)
+        outputs = type(self).forward(self, input_ids, labels=labels, **kwargs)
+        outputs.logits = None if skip_logits else outputs.logits
+        return outputs
+
+    def patch(model: nn.Module, config: Any) -> None:
+        model.forward = types.MethodType(forward, model)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", patch)
+    trainer = make_trainer(tmp_path, max_steps=2, use_liger_kernel=True)
+    trainer.train()
+    plain = trained(tmp_path, max_steps=2, zo_batched_probes=False, zo_rows_per_direction=0)
+    assert skipped == [True] * 4
+    assert logged(trainer, "zo/projected_grad") == pytest.approx(logged(plain, "zo/projected_grad"), rel=1e-3)

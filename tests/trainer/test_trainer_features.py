@@ -11,20 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
-from tests.trainer.runs import (
-    At,
-    SaveAt,
-    config,
-    logged,
-    make_trainer,
-    trained,
-    with_lora,
-)
-from zo_hf import ZOSeq2SeqTrainer, ZOTrainer, ZOTrainerMixin
+from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained, with_lora
+from zo_hf import ZOSeq2SeqTrainer, ZOTrainer, forward_only
 
 # Compilation, memory, best model.
 
@@ -33,6 +25,7 @@ from zo_hf import ZOSeq2SeqTrainer, ZOTrainer, ZOTrainerMixin
 @pytest.mark.parametrize("subspace", ["low_rank", "full"])
 def test_a_compiled_model_trains_as_an_eager_one(tmp_path: Path, subspace: str) -> None:
     options = {"max_steps": 6, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_subspace": subspace}
+    options |= {"zo_rows_per_direction": 0}  # as auto chooses for a compiled model
     eager = trained(tmp_path, seeded(tiny_opt), **options)
     compiled = trained(tmp_path, seeded(tiny_opt), torch_compile=True, **options)
     assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), rel=1e-4)
@@ -228,12 +221,7 @@ def test_the_mixin_makes_another_trainer_forward_only(tmp_path: Path) -> None:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             super().log(logs | {"mine": 1.0}, *args, **kwargs)
 
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            raise AssertionError("the optimizer must be that of the coordinates")
-
-    class ZOMine(ZOTrainerMixin, Mine):
-        pass
-
+    ZOMine, _ = forward_only(Mine, TrainingArguments)
     model, reference = seeded(tiny_opt), seeded(tiny_opt)
     trainer = ZOMine(model, config(tmp_path), train_dataset=TinyTask())
     trainer.train()
@@ -247,7 +235,7 @@ def test_data_evaluation_and_the_loop_are_the_stock_ones(kind: type[ZOTrainer]) 
     stock = Seq2SeqTrainer if kind is ZOSeq2SeqTrainer else Trainer
     names = ["get_eval_dataloader", "get_test_dataloader", "evaluate"]
     names += ["predict", "prediction_step", "evaluation_loop", "compute_loss", "push_to_hub"]
-    names += ["create_model_card", "save_model", "hyperparameter_search", "_inner_training_loop", "_run_epoch"]
+    names += ["save_model", "hyperparameter_search", "_inner_training_loop", "_run_epoch"]
     for name in names:
         assert getattr(kind, name) is getattr(stock, name), name
 

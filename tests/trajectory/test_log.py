@@ -78,7 +78,7 @@ def test_what_is_written_is_read(tmp_path: Path, content: bytes) -> None:
     assert len(read_trajectory(tmp_path / "whole.zolog", until=2).records) == 2
 
 
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ
@@ -207,7 +207,7 @@ def test_numbers_that_no_run_writes_are_refused(tmp_path: Path, change: dict[str
     writer = Writer(tmp_path / "a.zolog", HEADER)
     writer.append(dataclasses.replace(record(0), **change))
     writer.close()
-    assert "makes no sense" in refusal(tmp_path, (tmp_path / "a.zolog").read_bytes())
+    assert "is not valid" in refusal(tmp_path, (tmp_path / "a.zolog").read_bytes())
 
 
 def test_a_log_continues_from_any_step(tmp_path: Path, content: bytes) -> None:

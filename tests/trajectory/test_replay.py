@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "momentum": {"optim_args": "momentum=0.9,nesterov=True", "learning_rate": 1e-3},
     "adamw": {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 1e-3},
-    "normalised": {"zo_normalize": True, "learning_rate": 1e-4},
+    "normalized": {"zo_normalize": True, "learning_rate": 1e-4},
     "weight decay": {"weight_decay": 0.3},
     "clipped": {"max_grad_norm": 1.0, "zo_num_directions": 3, "zo_direction": "rademacher"},
     "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "gradient_accumulation_steps": 2},
@@ -34,7 +34,7 @@ CASES = [
 
 
 def build(subspace: str = "low_rank", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    model = seeded(tiny_opt, dtype, seed)
+    model = seeded(tiny_opt, dtype, seed, num_hidden_layers=1)
     return with_lora(model) if subspace == "adapter" else model
 
 
@@ -51,8 +51,13 @@ class SkipsThird(ZOTrainer):
         return loss * float("nan") if self.state.global_step == 2 else loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@pytest.mark.parametrize(("subspace", "optimizer"), CASES)
+IN_BF16 = [("low_rank", "sgd"), ("low_rank", "adamw"), ("full", "schedule"), ("adapter", "normalized")]
+
+
+@pytest.mark.parametrize(
+    ("subspace", "optimizer", "dtype"),
+    [*((*case, torch.float32) for case in CASES), *((*case, torch.bfloat16) for case in IN_BF16)],
+)
 def test_a_replay_has_the_bits_of_the_run(tmp_path: Path, subspace: str, optimizer: str, dtype: torch.dtype) -> None:
     options = {"zo_fold_steps": 3, "max_steps": 8, "zo_subspace": subspace} | OPTIMIZERS[optimizer]
     trainer = trained(tmp_path, build(subspace, dtype), **options)
@@ -64,7 +69,8 @@ def test_a_replay_has_the_bits_of_the_run(tmp_path: Path, subspace: str, optimiz
 
 
 @pytest.mark.parametrize(
-    ("subspace", "optimizer"), [case for case in CASES if case[1] in ("sgd", "adamw", "normalised")]
+    ("subspace", "optimizer"),
+    [("low_rank", "adamw"), ("low_rank", "normalized"), ("full", "sgd"), ("adapter", "adamw")],
 )
 def test_a_skipped_step_is_skipped_again(tmp_path: Path, subspace: str, optimizer: str) -> None:
     options = {"max_steps": 5, "zo_subspace": subspace, "weight_decay": 0.1} | OPTIMIZERS[optimizer]
@@ -123,7 +129,7 @@ def test_a_replay_until_a_step_is_the_checkpoint_of_that_step(tmp_path: Path, su
 
 def test_the_records_are_what_was_logged(tmp_path: Path) -> None:
     """Against the numbers that the Trainer logged, and against the bytes as the format's table describes them."""
-    options = {"lr_scheduler_type": "linear", "zo_num_directions": 2, "max_grad_norm": 1.0}
+    options = {"lr_scheduler_type": "linear", "zo_num_directions": 2, "max_grad_norm": 1.0, "zo_rows_per_direction": 0}
     trainer = trained(tmp_path, build(), max_steps=5, **options)
     records = read_trajectory(tmp_path).records
     assert [sum(r.projected_gradients) / 2 for r in records] == logged(trainer, "zo/projected_grad")
@@ -144,9 +150,10 @@ def test_the_records_are_what_was_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "normalised"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "normalized"])
 def test_a_thousand_steps_fit_in_64_kilobytes(tmp_path: Path, optimizer: str) -> None:
-    options = {"max_steps": 1000, "zo_fold_steps": 50, "logging_steps": 1000} | OPTIMIZERS[optimizer]
+    options = {"max_steps": 1000, "zo_fold_steps": 50, "logging_steps": 1000, "zo_rows_per_direction": 0}
+    options |= OPTIMIZERS[optimizer]
     trainer = trained(tmp_path, build(), **options)
     assert sum(file.stat().st_size for file in (tmp_path / "trajectory").iterdir()) < 64 * 1024
     assert_same_bits(weights_of(replay(build(), tmp_path)), weights_of(trainer.model))

@@ -1,16 +1,19 @@
-"""A few layers in each step, those that steps have found most along more often (AdaLeZO; Wang et al., arXiv 2604.18264).
+"""A few layers in each step, preferably those with a large |c| so far (AdaLeZO; Wang et al., arXiv 2604.18264).
 
     z_l = √w_l · g_l         g ~ N(0, I),  w_l = n_l / (k · p_l),  n_l how often layer l is among the step's k draws
     p = (1 - γ) · softmax(Q / (τ · max Q)) + γ / L                 k draws with replacement among L layers
     Q_l ← (1 - α) · Q_l + α · |c| / √w̄                            for the layers of a step, w̄ the mean of their weights
 
-E[n_l] = k · p_l, so E[z zᵀ] = I and an estimate is on average the gradient itself, whatever Q has become.
+E[n_l] = k · p_l, so E[z zᵀ] = I: for any Q, an estimate is on average the gradient itself.
 
-The paper probes along g and multiplies the update of a layer by w; here each factor has its root, so that the update is along
-what was probed, with the same mean. c then grows as the weights do, which √w̄ takes out of the reward. Its code begins with
-Q = 0, so that the first layers to be drawn would be nearly the only ones for long; here a layer that has not been drawn counts
-as the best one. It also clips w, which makes the estimate a biased one; with τ and γ as here, w is at most 3.7 · n · L / k.
-τ, γ and α are those of the authors' script for LOZO.
+The paper probes along g and multiplies the update of a layer by w. Here probe and update both carry √w, so that the
+update moves along the probed direction and keeps its mean. This makes c grow with the weights, and the factor 1/√w̄
+undoes it in Q.
+
+The authors' code starts from Q = 0, which makes it draw almost only the first few layers for a long time. Here a layer
+that has not been drawn yet counts as the best one. The authors' code also clips w, which biases the estimate. Here w
+is at most 3.7 · n · L / k, with these τ and γ, and is not clipped. The values of τ, γ and α are those of the authors'
+script for LOZO.
 """
 
 from __future__ import annotations
@@ -23,37 +26,45 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from zo_hf.directions.distribution import Run
-from zo_hf.directions.draw import NoiseLayout, draw_half_words
+from zo_hf.directions.distribution import DirectionContext
 from zo_hf.directions.layers import Layers
-from zo_hf.directions.stream import Purpose, Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.draw import NoiseLayout, draw_half_words
+from zo_hf.rng.stream import Purpose, Stream
 
+#: τ, γ and α of the formula.
 TEMPERATURE, UNIFORM, RATE = 0.6, 0.1, 0.1
-# Chances are integers over this, so that the last place of an exponential, which is not the same on all machines, is lost.
+# Chances are whole multiples of 1 / WHOLE, because machines differ in the last place of an exponential.
 WHOLE = 2**32
 
 
 class AdaptiveLayers(Layers):
-    """See the formula above. Q follows from the projected gradients, which all processes and a replay have in common."""
+    """Gaussian directions on layers drawn with the probabilities p of the formula above.
+
+    Q depends on the projected gradients alone, which every process and every replay knows.
+    """
 
     name = "adaptive_layers"
-    about = Method("AdaLeZO (2604.18264)", memory="one number a layer", needs="a model of several layers")
+    aliases = ()
+    about = Method("AdaLeZO (2604.18264)", memory="one number per layer", needs="a model with several layers")
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
+    def __init__(self, context: DirectionContext) -> None:
+        super().__init__(context)
         self._rewards: dict[str, float] = {}
         self._weights: dict[str, float] = {}
-        # What the last step found, which counts from the next one on: until then it may be estimated again.
+        # The last step's reward enters Q only when the next step begins: until then the step may be estimated again.
         self._reward: float | None = None
 
     def weight(self, stream: Stream, name: str) -> float:
-        """√w of the layer of a coordinate in a step; 0 where it does not move."""
+        """Return √w of the layer that holds coordinate `name`, or 0 if that layer does not move in this step."""
         self.chosen(stream)
         return math.sqrt(self._weights.get(self.layer_of[name], 0.0))
 
     def chances(self) -> list[int]:
-        """p of every layer, in the order of their names, times `WHOLE`; rounded, so that their sum may be another number."""
+        """Return p · `WHOLE` of every layer, rounded to integers, in the order of the layers' names.
+
+        The sum may differ from `WHOLE` because of the rounding.
+        """
         best = max(self._rewards.values(), default=0.0)
         scores = [self._rewards.get(layer, best) / best if best else 1.0 for layer in self._layers]
         raised = [math.exp((score - 1.0) / TEMPERATURE) for score in scores]
@@ -79,7 +90,7 @@ class AdaptiveLayers(Layers):
         self._reward = size / math.sqrt(mean)
 
     def _rewards_so_far(self) -> dict[str, float]:
-        """Q of every layer that was drawn, the last step included."""
+        """Return Q of every layer that has been drawn, with the last step included."""
         rewards = dict(self._rewards)
         if self._reward is not None:
             for layer in self._chosen:

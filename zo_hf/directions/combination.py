@@ -11,15 +11,15 @@ from torch import Tensor
 
 from zo_hf.directions.distribution import Distribution
 from zo_hf.directions.distributions import GAUSSIAN
-from zo_hf.directions.draw import NoiseLayout
-from zo_hf.directions.stream import Stream
+from zo_hf.rng.draw import NoiseLayout
+from zo_hf.rng.stream import Stream
 
 
 class Combination(Distribution):
-    """A subclass says what the coefficients are."""
+    """Directions zᵢ = Σⱼ rᵢⱼ · gⱼ; a subclass computes the coefficients rᵢⱼ."""
 
     def coefficients(self, stream: Stream) -> list[tuple[Stream, float]]:
-        """The streams of the draws and their coefficients, of which there is at least one."""
+        """Return the streams of the draws gⱼ with their coefficients rᵢⱼ, at least one pair."""
         raise NotImplementedError
 
     def draw_layout(self, stream: Stream, layout: NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -35,6 +35,6 @@ class Combination(Distribution):
         (first, factor), *others = self.coefficients(stream)
         z = draw(first).mul_(factor)
         for other, coefficient in others:
-            # Rounded after each operation: a fused one need not round alike in the middle and at the end of a tile.
+            # Two operations: a fused multiply-add may round differently in the middle and at the end of a tile.
             z.add_(draw(other).mul_(coefficient))
         return z

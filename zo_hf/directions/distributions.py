@@ -1,11 +1,11 @@
-"""Independent elements made of the bits of Philox: Gaussian and Rademacher, exact on every device.
+"""Distributions with independent elements, Gaussian and Rademacher, exactly the same on every device.
 
-Both are table look-ups, so no logarithm or cosine differs between kinds of device:
+Both look up the bits of Philox in a table, so that no logarithm or cosine differs between kinds of device:
 
 - Rademacher: bit e of a tensor's stream decides the sign of element e.
 - Gaussian: element e takes 16 bits k and is the k-th of 65,536 equally likely quantiles of N(0, 1), scaled to unit
-  variance. The table is computed once in float64. Its fourth moment is 2.9992 (3 for the continuous law) and its largest
-  value 4.33; E[z zᵀ] = I, which is what makes a two-point estimate unbiased, holds exactly.
+  variance. The table is computed once, in float64. Its fourth moment is 2.9992 (3 for the continuous law) and its
+  largest value is 4.33. E[z zᵀ] = I holds exactly, and this makes a two-point estimate unbiased.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zo_hf.directions import draw
-from zo_hf.directions.distribution import Distribution, Run
-from zo_hf.directions.stream import Stream
-from zo_hf.method import Method
+from zo_hf.directions.distribution import DirectionContext, Distribution
+from zo_hf.method_info import Method
+from zo_hf.rng import draw
+from zo_hf.rng.stream import Stream
 
 
 class Elementwise(Distribution):
-    """How the 128 bits of a Philox block become elements of a direction; it needs to know nothing of a run."""
+    """A distribution that decodes every 128-bit block of Philox into elements of z. It needs no facts about a run."""
 
-    #: How many elements one block makes.
+    #: Number of elements that one block gives.
     elements_per_block: ClassVar[int]
 
-    def __init__(self, run: Run | None = None) -> None:
+    def __init__(self, context: DirectionContext | None = None) -> None:
         pass
 
     @staticmethod
     def decode(packed: Tensor) -> Tensor:
-        """Packed blocks, int64 of shape (n, 2), to float32 of shape (n * elements_per_block,)."""
+        """Turn packed blocks, int64 of shape (n, 2), into float32 of shape (n * elements_per_block,)."""
         raise NotImplementedError
 
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -62,7 +62,7 @@ class Gaussian(Elementwise):
 
 
 class Rademacher(Elementwise):
-    """Signs."""
+    """Elements of +1 and -1 with equal probability."""
 
     name = "rademacher"
     about = Method("SPSA (Spall 1992); FZOO (2506.09034)")
@@ -76,7 +76,7 @@ class Rademacher(Elementwise):
 
 @cache
 def _quantiles(device: torch.device) -> Tensor:
-    """The 65,536 values of the Gaussian, float32, ascending."""
+    """Return the 65,536 values of a Gaussian element, float32 (65536,), ascending."""
     levels = 2**16
     half = torch.tensor(
         [NormalDist().inv_cdf((i + 0.5) / levels) for i in range(levels // 2, levels)], dtype=torch.float64
@@ -87,7 +87,7 @@ def _quantiles(device: torch.device) -> Tensor:
 
 @cache
 def _signs(device: torch.device) -> Tensor:
-    """Eight signs for every byte, float32 (256, 8); the lowest bit comes first, a set bit is -1."""
+    """Return eight signs for every byte, float32 (256, 8). The lowest bit comes first, and a set bit gives -1."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return (1 - 2 * bits).to(device=device, dtype=torch.float32)
 

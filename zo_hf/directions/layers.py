@@ -2,60 +2,63 @@
 
     z = m ⊙ g        m is 1 on the layers of the step and 0 on the others,  g ~ N(0, I)
 
-The layers of a step are drawn without replacement, all with the same chance, and are the same for its q directions.
+The layers of a step are drawn without replacement, all with the same chance. The q directions of a step share them.
 E[z zᵀ] = a · I with a = (layers of a step) / (layers): an estimate is on average a times the gradient.
 
-A layer is an entry of one of the model's outermost module lists, as a transformer's blocks are. What lies outside of them
-(embeddings, final norm, head) are layers of their own, one for every module that holds parameters. A layer that does not
-move in a step is neither probed nor updated, nor does weight decay or a momentum move it; in `full`, no noise is drawn
-for it.
+A layer is an entry of one of the model's outermost module lists, such as a block of a transformer. Outside of these
+lists (embeddings, final norm, head), every module that holds parameters is a layer of its own. A layer that does not
+move in a step is neither probed nor updated, and neither weight decay nor momentum moves it. The subspace `full` draws
+no noise for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions.distribution import Distribution, Run
+from zo_hf.directions.distribution import DirectionContext, Distribution
 from zo_hf.directions.distributions import GAUSSIAN
-from zo_hf.directions.draw import NoiseLayout, draw_half_words
-from zo_hf.directions.stream import Purpose, Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.draw import NoiseLayout, draw_half_words
+from zo_hf.rng.stream import Purpose, Stream
 
 DEFAULT_ACTIVE = 0.25
 
 
 class Layers(Distribution):
-    """See the formula above.
+    """Gaussian directions on a few layers, as in the formula above.
 
     Attributes:
         active: fraction of the layers that move in a step.
-        layer_of: the layer that each coordinate belongs to, by name.
+        layer_of: the layer of each coordinate, by the coordinate's name.
 
     Raises:
-        ValueError: all that moves is in one layer.
+        ValueError: all coordinates are in one layer.
     """
 
     name = "layers"
-    about = Method("LeZO (2410.09823); MeZO-BCD", needs="a model of several layers")
+    aliases: ClassVar[tuple[str, ...]] = ("lezo",)
+    uses = ("active_layers",)
+    about = Method("LeZO (2410.09823); MeZO-BCD", needs="a model with several layers")
 
-    def __init__(self, run: Run) -> None:
-        self.active = DEFAULT_ACTIVE if run.active_layers is None else run.active_layers
-        self.layer_of = layers_of(run.subspace.model, run.subspace.coordinates)
-        self._sizes = {name: coordinate.numel() for name, coordinate in run.subspace.coordinates.items()}
+    def __init__(self, context: DirectionContext) -> None:
+        self.active = DEFAULT_ACTIVE if context.options.active_layers is None else context.options.active_layers
+        self.layer_of = context.layers
+        self._sizes = {name: coordinate.numel() for name, coordinate in context.coordinates.items()}
         self._layers = sorted(set(self.layer_of.values()))
         if len(self._layers) < 2:
             raise ValueError(
-                f"zo_direction={self.name!r} chooses among layers, and all that moves is in one, {self._layers[0]!r}; use "
-                "zo_direction='gaussian'."
+                f"zo_direction={self.name!r} chooses among layers, but all coordinates are in one, "
+                f"{self._layers[0]!r}; use zo_direction='gaussian'."
             )
         self._step: tuple[int, int] | None = None
         self._chosen: set[str] = set()
 
     def chosen(self, stream: Stream) -> set[str]:
-        """The layers of a step."""
+        """Return the names of the layers that move in the step of `stream`."""
         if self._step != (stream.seed, stream.step):
             self._chosen = self._choose(stream)
             self._step = stream.seed, stream.step
@@ -63,7 +66,7 @@ class Layers(Distribution):
 
     @property
     def _count(self) -> int:
-        """Layers of a step."""
+        """Number of layers that move in a step."""
         return max(1, round(self.active * len(self._layers)))
 
     def _choose(self, stream: Stream) -> set[str]:
@@ -97,11 +100,11 @@ class Layers(Distribution):
 
 
 def layers_of(model: nn.Module, names: Mapping[str, Tensor]) -> dict[str, str]:
-    """The layer that each parameter belongs to, by name: a block, or outside of blocks the module that holds it."""
+    """Return the layer of each parameter in `names`: its block, or outside of blocks the module that holds it."""
     lists = [f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     layers = {}
     for name in names:
-        # The first that fits is the outermost: a module comes before those inside of it.
+        # The first list that fits is the outermost one: named_modules yields a module before its children.
         prefix = next((prefix for prefix in lists if name.startswith(prefix)), None)
         if prefix is None:
             layers[name] = name.rpartition(".")[0]

@@ -1,8 +1,8 @@
-"""Gaussian directions on chosen entries of the coordinates.
+"""Gaussian directions on some entries of the coordinates.
 
     z = m ⊙ g        m ∈ {0, 1}ᵈ,  g ~ N(0, I)
 
-E[z zᵀ] = diag(m): the estimate is the gradient's part at the chosen entries, and the others never move.
+E[z zᵀ] = diag(m): on average an estimate is the gradient at the chosen entries, and the others never move.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zo_hf.directions.distribution import Distribution, Run
+from zo_hf.directions.distribution import DirectionContext, Distribution
 from zo_hf.directions.distributions import GAUSSIAN
-from zo_hf.directions.draw import NoiseLayout
-from zo_hf.directions.stream import Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.draw import NoiseLayout
+from zo_hf.rng.stream import Stream
 
 
 class Masked(Distribution):
-    """A subclass says which entries move."""
+    """Gaussian directions times a mask; a subclass computes the mask."""
 
     def mask(self, name: str, values: Tensor, index: slice | Tensor) -> Tensor | None:
-        """Which of `values` move, bool or float of their shape; None is all of them.
+        """Return the mask of `values`, bool or float of their shape; None lets all of them move.
 
         Args:
-            index: where they lie in tensor `name`: a slice of its elements, or numbers of its rows.
+            name: name of the coordinate tensor.
+            values: some elements of that tensor.
+            index: position of `values` in the tensor: a slice of its elements, or numbers of its rows.
         """
         raise NotImplementedError
 
@@ -51,32 +53,32 @@ class Masked(Distribution):
 
 
 class GivenMask(Masked):
-    """Moves the entries that a mask chooses, e.g. those that a gradient was largest at (SensZOQ, arXiv 2406.02913).
+    """Moves the entries that a mask chooses, e.g. those with the largest gradients (SensZOQ, arXiv 2406.02913).
 
-    It is no name in options, and a trajectory does not hold it: pass the object itself as `ZerothOrder(direction=...)`.
+    No option names it, and a trajectory does not store the masks: pass the object as `ZerothOrder(direction=...)`.
 
     Args:
-        run: what it draws for.
-        masks: bool tensors of the coordinates' shapes, by name; a coordinate that is missing does not move.
+        context: facts about the run.
+        masks: bool tensors of the coordinates' shapes, by name; a coordinate without a mask does not move.
 
     Raises:
-        ValueError: a mask is of no coordinate, or has another shape, or chooses nothing.
+        ValueError: a mask fits no coordinate by name, shape and dtype, or no mask chooses an entry.
     """
 
     name = "given_mask"
-    about = Method("SensZOQ (2406.02913)", memory="d bits", needs="masks, from Python")
+    about = Method("SensZOQ (2406.02913)", memory="d bits", needs="masks passed from Python")
 
-    def __init__(self, run: Run, masks: Mapping[str, Tensor]) -> None:
-        coordinates = run.subspace.coordinates
+    def __init__(self, context: DirectionContext, masks: Mapping[str, Tensor]) -> None:
+        coordinates = context.coordinates
         for name, mask in masks.items():
             if name not in coordinates or coordinates[name].shape != mask.shape or mask.dtype != torch.bool:
                 raise ValueError(
-                    f"masks has {mask.dtype} of shape {tuple(mask.shape)} for {name!r}; give bool tensors by the names and "
-                    "of the shapes of the subspace's coordinates."
+                    f"masks has {mask.dtype} of shape {tuple(mask.shape)} for {name!r}; give bool tensors with the "
+                    "names and shapes of the subspace's coordinates."
                 )
         self._masks = {name: mask.to(coordinates[name].device) for name, mask in masks.items() if mask.any()}
         if not self._masks:
-            raise ValueError("masks chooses no entry of any coordinate; leave zo_direction='gaussian'.")
+            raise ValueError("masks chooses no entry of any coordinate; use zo_direction='gaussian' to move all.")
         self._moving = sum(int(mask.sum()) for mask in self._masks.values())
 
     def mask(self, name: str, values: Tensor, index: slice | Tensor) -> Tensor | None:

@@ -1,12 +1,13 @@
-"""Orthogonal directions in each step (Choromanski et al., "Structured evolution and compact architectures", 1804.02395).
+"""Orthogonal directions in a step (Choromanski et al., "Structured evolution and compact architectures", 1804.02395).
 
     Z = √d · L⁻¹ · g        g: (q, d), Gaussian;  L · Lᵀ = g · gᵀ, L lower triangular with a positive diagonal
 
-which is what Gram and Schmidt make of the rows of g, so that each zᵢ is uniform on the sphere of radius √d and together
-they are Haar distributed: E[z zᵀ] = I. With q = d an estimate is the whole gradient.
+This is the Gram-Schmidt process on the rows of g. Each zᵢ is uniform on the sphere of radius √d, and together they are
+Haar distributed: E[z zᵀ] = I. With q = d an estimate is the whole gradient.
 
-L is computed from the exact products of the draws, so every process finds the same one, and zᵢ is a combination of the
-first i draws: nothing is held. That costs q passes of the generator a step, and about q/2 draws for each direction.
+L is computed from exact products of the draws, so every process finds the same one. Each zᵢ is a combination of the
+first i draws, so no direction is stored. This costs q passes of the generator per step, and about q/2 draws for each
+direction.
 """
 
 from __future__ import annotations
@@ -17,26 +18,30 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions.combination import Combination
-from zo_hf.directions.distribution import Run
+from zo_hf.directions.distribution import DirectionContext
 from zo_hf.directions.gram import UNIT, Gram
-from zo_hf.directions.stream import Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.stream import Stream
 
 
 class Orthogonal(Combination):
-    """See the formula above."""
+    """Orthogonal directions, as in the formula above.
+
+    Raises:
+        ValueError: a step has more directions than there are coordinates.
+    """
 
     name = "orthogonal"
-    about = Method("Choromanski et al. (1804.02395)", needs="q of at most d")
+    about = Method("Choromanski et al. (1804.02395)", needs="q at most d")
 
-    def __init__(self, run: Run) -> None:
-        self._dimension, self._count = run.subspace.dimension, run.num_directions
+    def __init__(self, context: DirectionContext) -> None:
+        self._dimension, self._count = context.dimension, context.num_directions
         if self._count > self._dimension:
             raise ValueError(
-                f"zo_direction='orthogonal' finds no zo_num_directions={self._count} orthogonal directions among "
-                f"{self._dimension} coordinates; use fewer, or zo_direction='sphere'."
+                f"zo_direction='orthogonal' cannot give zo_num_directions={self._count} directions over "
+                f"{self._dimension} coordinates; use at most {self._dimension}, or zo_direction='sphere'."
             )
-        self._gram = Gram(run.subspace.coordinates, self._count)
+        self._gram = Gram(context.coordinates, self._count)
         self._step: tuple[int, int] | None = None
         self._rows: list[list[float]] = []
 
@@ -53,9 +58,9 @@ class Orthogonal(Combination):
 
 
 def inverse_factor(square: Tensor) -> Tensor:
-    """L⁻¹ for L · Lᵀ = `square`, (q, q) float64, of which the lower triangle is read.
+    """Return L⁻¹, (q, q) float64, for L · Lᵀ = `square`, (q, q) float64; only the lower triangle of it is read.
 
-    Written out in operations on single elements: a library's sums depend on the processor and the number of threads.
+    The code works on single elements, because the sums of a library depend on the processor and the number of threads.
     """
     rest, size = square.clone(), len(square)
     inverse = torch.eye(size, dtype=square.dtype)

@@ -1,14 +1,14 @@
-"""Small weights alone (Sparse-MeZO; Liu et al., arXiv 2402.15751).
+"""Directions on small weights only (Sparse-MeZO; Liu et al., arXiv 2402.15751).
 
     z = m ⊙ g        mₑ = 1 where |θₑ| ≤ h,  g ~ N(0, I)
 
-h is fixed before the first step, for each tensor on its own: the magnitude that a quarter of its entries do not exceed.
-The mask is that of the weights as they are at each step, so that an entry which has grown beyond h stays where it is.
-E[z zᵀ] = diag(m): the estimate is the gradient's part at the small weights. Nothing is held but h.
+Before the first step, each tensor gets its own threshold h: the magnitude that a quarter of its entries do not exceed.
+The mask follows the present weights at every step, so an entry that has grown beyond h stops moving.
+E[z zᵀ] = diag(m): on average an estimate is the gradient at the small weights. Only h is stored.
 
-The paper tunes the sparsity for each task; three quarters is a choice made here. A tensor whose entries all have one
-magnitude (the ones of a new norm, the zeros of a new bias) has no small ones, and moves whole. Weight decay is the
-optimizer's, and knows of no mask.
+The paper tunes the sparsity for each task; three quarters is our choice. A tensor in which all entries have one
+magnitude, as in a new norm or bias, has no small entries and moves whole. Weight decay is the optimizer's and ignores
+the mask.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zo_hf.directions.distribution import Run
+from zo_hf.directions.distribution import DirectionContext
 from zo_hf.directions.masked import Masked
-from zo_hf.directions.stream import Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.stream import Stream
 
 SPARSITY = 0.75
 
@@ -29,33 +29,32 @@ _TILE = 1 << 20
 
 
 class Sparse(Masked):
-    """See the formula above.
+    """Gaussian directions on the small weights, as in the formula above.
 
     Args:
-        run: what it draws for.
-        sparsity: fraction of every tensor's entries that do not move.
+        context: facts about the run.
+        sparsity: fraction of the entries of each tensor that do not move.
 
     Raises:
-        ValueError: the coordinates are not weights, or have no small entries.
+        ValueError: the coordinates are not weights, or in every tensor all entries have one magnitude.
     """
 
     name = "sparse"
-    about = Method("Sparse-MeZO (2402.15751)", needs="zo_subspace full or adapter")
+    about = Method("Sparse-MeZO (2402.15751)", needs="zo_subspace='full' or 'adapter'")
     reads_weights = True
 
-    def __init__(self, run: Run, sparsity: float = SPARSITY) -> None:
-        subspace = run.subspace
-        if any(subspace.coordinates[site.name] is not site.parameter for site in subspace.sites):
+    def __init__(self, context: DirectionContext, sparsity: float = SPARSITY) -> None:
+        if not context.are_weights:
             raise ValueError(
-                f"zo_direction='sparse' moves small weights, and the coordinates of zo_subspace={subspace.name!r} are no "
-                "weights; use zo_subspace='full'."
+                "zo_direction='sparse' moves small weights, but the coordinates of this zo_subspace are not weights; "
+                "use zo_subspace='full'."
             )
-        if all(_is_of_one_magnitude(c) for c in subspace.coordinates.values()):
+        if all(_is_of_one_magnitude(c) for c in context.coordinates.values()):
             raise ValueError(
-                "zo_direction='sparse' moves small weights, and in every tensor here all have one magnitude; use "
+                "zo_direction='sparse' moves small weights, but in every tensor here all have one magnitude; use "
                 "zo_direction='gaussian', or zo_subspace='full'."
             )
-        self._coordinates, self._sparsity = subspace.coordinates, sparsity
+        self._coordinates, self._sparsity = context.coordinates, sparsity
         self._thresholds: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -67,7 +66,7 @@ class Sparse(Masked):
                 self._thresholds[name] = kth_magnitude(weight, count)
 
     def mask(self, name: str, values: Tensor, index: slice | Tensor) -> Tensor | None:
-        assert self._thresholds, "begin comes first"
+        assert self._thresholds, "call begin() before the first draw"
         return values.abs() <= self._thresholds[name] if name in self._thresholds else None
 
     def moving(self, stream: Stream, dimension: int) -> float:
@@ -83,10 +82,14 @@ class Sparse(Masked):
 
 @torch.no_grad()
 def kth_magnitude(weight: Tensor, k: int) -> float:
-    """The k-th smallest |w|, k from 1, exactly and without a copy of the weight: counted, not sorted.
+    """Return the k-th smallest |w| exactly, k from 1, by counting: sorting would take a copy of the weight.
 
-    The bits of a floating-point number without a sign order as the number does. They are found sixteen at a time, from
-    the highest: those of the result so far choose the weights whose next sixteen are counted.
+    Floating-point numbers without a sign have the same order as their bits. The function finds the bits of the result
+    sixteen at a time, highest first. In each round it counts the next sixteen bits of the weights that agree so far.
+
+    Args:
+        weight: floating-point tensor of any shape.
+        k: 1 for the smallest magnitude, weight.numel() for the largest.
     """
     wide = weight.dtype == torch.float64
     width, integer = (64, torch.int64) if wide else (32, torch.int32)

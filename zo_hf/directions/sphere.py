@@ -1,9 +1,9 @@
-"""Uniform on a sphere (Flaxman, Kalai and McMahan, arXiv cs/0408007), of radius √d over all d coordinates together.
+"""Directions uniform on the sphere of radius √d over all d coordinates (Flaxman, Kalai and McMahan, arXiv cs/0408007).
 
     z = √d · g / ‖g‖        g ~ N(0, I)
 
-E[z zᵀ] = I, as for the Gaussian, but every direction has the same length: c does not vary with ‖z‖. In many dimensions
-the two are nearly the same. The norm takes a pass of the generator more for every direction.
+E[z zᵀ] = I, as for the Gaussian, but all directions have the same length, so that c does not vary with ‖z‖. In many
+dimensions the two are nearly the same. The norm costs one more pass of the generator for every direction.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from __future__ import annotations
 import math
 
 from zo_hf.directions.combination import Combination
-from zo_hf.directions.distribution import Run
+from zo_hf.directions.distribution import DirectionContext
 from zo_hf.directions.gram import UNIT, Gram
-from zo_hf.directions.stream import Stream
-from zo_hf.method import Method
+from zo_hf.method_info import Method
+from zo_hf.rng.stream import Stream
 
 
 class Sphere(Combination):
-    """See the formula above."""
+    """Directions of length √d, as in the formula above."""
 
     name = "sphere"
     about = Method("Flaxman et al. (cs/0408007)")
 
-    def __init__(self, run: Run) -> None:
-        self._dimension = run.subspace.dimension
-        self._gram = Gram(run.subspace.coordinates, 1)
+    def __init__(self, context: DirectionContext) -> None:
+        self._dimension = context.dimension
+        self._gram = Gram(context.coordinates, 1)
         self._step: tuple[int, int] | None = None
         self._factors: dict[Stream, float] = {}
 

@@ -1,9 +1,10 @@
-"""Unit vectors in the place of noise: the directions of coordinate-wise finite differences.
+"""Unit vectors instead of noise: the directions of coordinate-wise finite differences.
 
     turn t = step · B + i        zᵢ = e_k with k = order[t mod n]        n coordinates, B of them a step
 
-The flat coordinates are the tensors of a subspace one after another, in its own order. `order` is the identity (cyclic) or
-one permutation of them drawn from the seed. A direction depends on (step, i) alone, so a run goes on without a pointer.
+The flat vector of coordinates is the tensors of a subspace one after another, in the order of the subspace. `order` is
+the identity (cyclic) or one permutation drawn from the seed. A direction depends on (step, i) alone, so a resumed run
+needs no stored position.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions.distribution import Distribution
-from zo_hf.directions.draw import draw_half_words
-from zo_hf.directions.stream import Purpose, Stream
+from zo_hf.rng.draw import draw_half_words
+from zo_hf.rng.stream import Purpose, Stream
 
 ORDERS = ("cyclic", "permuted")
 
 
 @dataclass(frozen=True, eq=False)
 class UnitVectors(Distribution):
-    """What stands where a distribution would, for `Materialised` coordinates; nothing is drawn.
+    """Directions along single coordinates. Only `CoordinateBlocks` can move along them, for they are not drawn.
 
     Args:
-        names: of the coordinate tensors, in order.
-        ends: where each of them ends in the flat vector.
-        per_step: B.
-        order: the coordinate of every turn of a cycle, int64 (n,).
+        names: names of the coordinate tensors, in order.
+        ends: end of each tensor in the flat vector.
+        per_step: B, number of directions of a step.
+        order: the coordinate at each turn of a cycle, int64 (n,).
     """
 
     name: ClassVar[str] = "coordinate"
@@ -44,43 +45,44 @@ class UnitVectors(Distribution):
 
     @property
     def dimension(self) -> int:
-        """n."""
+        """Number of coordinates, n."""
         return len(self.order)
 
     def place(self, stream: Stream) -> tuple[str, int]:
-        """The coordinate of a direction: its tensor's name, and its index in the flattened tensor."""
+        """Return the coordinate of a direction: the name of its tensor, and its index in the flattened tensor."""
         index = int(self.order[(stream.step * self.per_step + stream.direction) % self.dimension])
         tensor = bisect_right(self.ends, index)
         return self.names[tensor], index - (self.ends[tensor - 1] if tensor else 0)
 
     def cycles(self, step: int) -> float:
-        """How often every coordinate has had its turn before a step."""
+        """Return the number of cycles through all coordinates before a step."""
         return step * self.per_step / self.dimension
 
 
 def unit_vectors(coordinates: Mapping[str, Tensor], per_step: int, order: str, seed: int) -> UnitVectors:
-    """The directions of coordinate-wise differences over `coordinates`.
+    """Build the directions of coordinate-wise differences.
 
     Args:
+        coordinates: the coordinate tensors, by name; only their sizes matter.
+        per_step: B, number of directions of a step.
         order: "cyclic" or "permuted".
-        seed: of the permutation.
+        seed: seed of the permutation.
 
     Raises:
-        ValueError: a step would take some coordinate twice, or the order is unknown.
+        ValueError: a step would take a coordinate twice, or `order` is unknown.
     """
     ends = tuple(accumulate(tensor.numel() for tensor in coordinates.values()))
     if order not in ORDERS:
         raise ValueError(f"zo_coordinate_order={order!r} is unknown; choose one of {', '.join(ORDERS)}.")
     if per_step > ends[-1]:
         raise ValueError(
-            f"zo_num_directions={per_step} is more than the {ends[-1]} coordinates there are; use {ends[-1]} for all of "
-            "them in every step."
+            f"zo_num_directions={per_step} exceeds the number of coordinates, {ends[-1]}; use at most {ends[-1]}."
         )
     turns = torch.arange(ends[-1]) if order == "cyclic" else _permutation(ends[-1], seed)
     return UnitVectors(tuple(coordinates), ends, per_step, turns)
 
 
 def _permutation(length: int, seed: int) -> Tensor:
-    """int64 (length,): the order of 64 random bits for each element."""
+    """Draw a permutation, int64 (length,): the order of 64 random bits for each element."""
     words = draw_half_words(Stream(seed, purpose=Purpose.ORDER), "order", 0, 4 * length).long().view(length, 4)
     return (words << torch.tensor([0, 16, 32, 48])).sum(1).argsort(stable=True)

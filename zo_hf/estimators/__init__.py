@@ -1,4 +1,4 @@
-"""Turning the losses of a step's probes into projected gradients."""
+"""Estimators, which turn the losses of a step's probes into projected gradients; one file each."""
 
 from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
 from zo_hf.estimators.estimator import Estimator

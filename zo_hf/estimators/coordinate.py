@@ -4,8 +4,8 @@
     forward:   cᵢ = (L(ξ + ε·e_k) - L(ξ)) / ε                 B + 1: one clean loss for all
                ĝ = Σᵢ cᵢ · e_k                                k from `UnitVectors`, B = num_directions
 
-cᵢ is one entry of the gradient up to the curvature along it, so nothing is averaged. By themselves (`zo_rule="none"`)
-these are block cyclic coordinate descent: a step moves the B coordinates it has measured.
+Up to the curvature along e_k, cᵢ is one entry of the gradient, so ĝ is a sum and not a mean. Without a rule
+(`zo_rule="none"`) the method is block cyclic coordinate descent: a step moves the B coordinates that it has measured.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zo_hf.estimators.estimator import Estimator
-from zo_hf.method import Method
-from zo_hf.probes.probe import Probe
+from zo_hf.estimators.probe import Probe
+from zo_hf.method_info import Method
 
 _NEEDS = "coordinates in memory; one cycle takes d/q steps"
 
 
 class Coordinate(Estimator):
-    """Central differences along `num_directions` coordinates, the next ones every step."""
+    """Central differences along `num_directions` coordinates; every step takes the next ones."""
 
     name = "coordinate"
     about = Method("coordinate differences (Kiefer-Wolfowitz 1952, 2310.02025)", forwards="2q", needs=_NEEDS)
     along_coordinates = True
 
     def probes(self) -> list[Probe]:
-        """The 2B evaluations of a step, + and - of a coordinate side by side."""
+        """Return the 2B evaluations of a step, + and - of a coordinate side by side."""
         return [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
@@ -38,13 +38,13 @@ class Coordinate(Estimator):
 
 
 class CoordinateForward(Coordinate):
-    """Forward differences: half the evaluations, and an error of order ε instead of ε²."""
+    """Forward differences, with half the evaluations and an error of order ε instead of ε²."""
 
     name = "coordinate_forward"
     about = Method("coordinate differences, forward (Kiefer-Wolfowitz 1952)", forwards="q + 1", needs=_NEEDS)
 
     def probes(self) -> list[Probe]:
-        """The B + 1 evaluations of a step, the clean one first."""
+        """Return the B + 1 evaluations of a step, the clean one first."""
         return [Probe(0, 0.0), *(Probe(i, self.eps) for i in range(self.num_directions))]
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:

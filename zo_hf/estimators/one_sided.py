@@ -2,8 +2,8 @@
 
     cᵢ = (L(ξ + ε·zᵢ) - L(ξ)) / ε        ĝ = 1/q · Σᵢ cᵢ · zᵢ
 
-Cost: q + 1 forward passes; L(ξ) is evaluated once a step, and is the loss that is logged. c is off by ε/2 · zᵀHz, where a
-two-point estimate is exact on a quadratic.
+Cost: q + 1 forward passes. L(ξ) is evaluated once per step and is the loss that is logged. On a quadratic, c has an
+error of ε/2 · zᵀHz, whereas a two-point estimate is exact.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zo_hf.estimators.estimator import Estimator
-from zo_hf.method import Method
-from zo_hf.probes.probe import Probe
+from zo_hf.estimators.probe import Probe
+from zo_hf.method_info import Method
 
 
 class OneSided(Estimator):
@@ -22,7 +22,7 @@ class OneSided(Estimator):
     about = Method("RGF (Nesterov and Spokoiny 2017)", forwards="q + 1")
 
     def probes(self) -> list[Probe]:
-        """The q + 1 evaluations of a step, the clean one first."""
+        """Return the q + 1 evaluations of a step, the clean one first."""
         return [Probe(0, 0.0), *(Probe(i, self.eps) for i in range(self.num_directions))]
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
@@ -30,5 +30,5 @@ class OneSided(Estimator):
         return [(loss - clean) / self.eps for loss in moved]
 
     def loss(self, losses: Sequence[float]) -> float:
-        """The clean one."""
+        """Return the clean loss."""
         return losses[0]

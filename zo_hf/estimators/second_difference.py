@@ -3,8 +3,8 @@
     cᵢ = (L(ξ + ε·zᵢ) - L(ξ - ε·zᵢ)) / 2ε
     κᵢ = (L(ξ + ε·zᵢ) + L(ξ - ε·zᵢ) - 2·L(ξ)) / ε²          = zᵢᵀ∇²L zᵢ up to O(ε²): the curvature along zᵢ
 
-Cost: 2q + 1 forward passes, the clean loss being the same for all directions. κ carries a rounding error of about
-(the losses' last place)·L/ε², so the losses have to be float32 at least.
+Cost: 2q + 1 forward passes; all directions share the clean loss. κ has a rounding error of about
+(the losses' last place)·L/ε², so the losses must be at least float32.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zo_hf.estimators.estimator import Estimator
-from zo_hf.method import Method
-from zo_hf.probes.probe import Probe
+from zo_hf.estimators.probe import Probe
+from zo_hf.method_info import Method
 
 
 class SecondDifference(Estimator):
-    """A step's numbers are c of every direction, and then κ of every direction."""
+    """Central differences and curvatures: the numbers of a step are all cᵢ, followed by all κᵢ."""
 
     name = "second_difference"
     about = Method("HiZOO (2402.15173)", forwards="2q + 1")
@@ -27,7 +27,7 @@ class SecondDifference(Estimator):
         return 2 * self.num_directions
 
     def probes(self) -> list[Probe]:
-        """The clean loss, then + and - of every direction."""
+        """Return the 2q + 1 evaluations of a step: the clean one, then + and - of every direction."""
         around = [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
         return [Probe(0, 0.0), *around]
 
@@ -37,12 +37,12 @@ class SecondDifference(Estimator):
         return [*slopes, *(((plus - clean) + (minus - clean)) / self.eps**2 for plus, minus in around)]
 
     def loss(self, losses: Sequence[float]) -> float:
-        """The clean one."""
+        """Return the clean loss."""
         return losses[0]
 
     def coefficients(self, projected_gradients: Sequence[float]) -> list[float]:
         return super().coefficients(projected_gradients[: self.num_directions])
 
     def curvatures(self, projected_gradients: Sequence[float]) -> Sequence[float]:
-        """κ of every direction, from what `projected_gradients` returned."""
+        """Return κ of every direction, out of the result of `projected_gradients`."""
         return projected_gradients[self.num_directions :]

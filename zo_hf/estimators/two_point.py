@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zo_hf.estimators.estimator import Estimator
-from zo_hf.method import Method
-from zo_hf.probes.probe import Probe
+from zo_hf.estimators.probe import Probe
+from zo_hf.method_info import Method
 
 
 class TwoPoint(Estimator):
@@ -21,7 +21,7 @@ class TwoPoint(Estimator):
     about = Method("SPSA (Spall 1992); MeZO (2305.17333)", forwards="2q")
 
     def probes(self) -> list[Probe]:
-        """The 2q evaluations of a step, + and - of a direction side by side."""
+        """Return the 2q evaluations of a step, + and - of a direction side by side."""
         return [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:

@@ -1,8 +1,21 @@
-"""Everything that is special about 8-bit and 4-bit models; one file per format."""
+"""Support for 8-bit and 4-bit models, one file per format."""
 
 from __future__ import annotations
 
 from zo_hf.quantization.layer import QuantizedLayer
-from zo_hf.quantization.model import is_quantized, load_weights, quantized_layers, stored_tensors, training_allowed
+from zo_hf.quantization.model import (
+    coded_layers,
+    is_quantized,
+    quantized_layers,
+    stored_tensors,
+    training_allowed,
+)
 
-__all__ = ["QuantizedLayer", "is_quantized", "load_weights", "quantized_layers", "stored_tensors", "training_allowed"]
+__all__ = [
+    "QuantizedLayer",
+    "coded_layers",
+    "is_quantized",
+    "quantized_layers",
+    "stored_tensors",
+    "training_allowed",
+]

@@ -1,14 +1,14 @@
-"""bitsandbytes' Linear4bit: nf4 and fp4 (QLoRA; Dettmers et al., arXiv 2305.14314), with and without double quantisation.
+"""bitsandbytes' Linear4bit: nf4 and fp4 (QLoRA; Dettmers et al., arXiv 2305.14314), double quantization included.
 
     Ŵ[block] = levels[codes] · absmax[block]                 16 levels; a block is 64 elements in a row-major weight
     absmax   = map[codes₂] · absmax₂[block₂] + offset        where the block's scale is itself stored in 8 bits
 
-The scales of a written weight stay as they are, so an element cannot leave ±absmax of its block: a larger scale would
-round the 63 others anew, by far more than the update that asked for it.
+Writing a weight keeps its scales, so an element cannot leave ±absmax of its block. A larger scale would round the 63
+other elements anew, by far more than the update that asked for it.
 
-On processors with AVX512-BF16 a Linear4bit in evaluation mode repacks its weight at its first forward, with scales
-rounded to bfloat16, does not get them back, and fails where a row is no multiple of a block. The engine keeps its layers
-from doing that, and unpacks those that have.
+On processors with AVX512-BF16, a Linear4bit in evaluation mode repacks its weight at its first forward. It thereby
+rounds the scales to bfloat16 for good, and it fails if a row is not a multiple of a block. This class prevents the
+repacking, and undoes it if it has already happened.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NESTED_BLOCK = 256
 
 
 class BitsAndBytes4Bit(QuantizedLayer):
-    """See above; `module` is a `bitsandbytes.nn.Linear4bit` whose weight has been quantised."""
+    """The layer of the formulas above; `module` is a `bitsandbytes.nn.Linear4bit` with a quantized weight."""
 
-    can_requantise = True
+    can_requantize = True
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         module.support_avx512bf16_for_cpu = False
-        if self.bias is not None and module.compute_type_is_set:  # what its first forward would do
+        if self.bias is not None and module.compute_type_is_set:  # as its first forward would do
             self.bias.data = self.bias.data.to(module.compute_dtype)
         state = self._state
         if getattr(state, "packing_format_for_cpu", False):  # set by bitsandbytes when it packs
@@ -60,19 +60,19 @@ class BitsAndBytes4Bit(QuantizedLayer):
         return bitsandbytes.matmul_4bit(x.to(compute), self.module.weight.data, quant_state=state).to(x.dtype)
 
     def rows_per_tile(self) -> int:
-        # Whole blocks, and whole blocks of their scales.
+        # A tile must hold whole blocks of elements, and whole blocks of their scales.
         unit = self._state.blocksize * (_NESTED_BLOCK if self._state.nested else 1)
         rows = unit // math.gcd(unit, self.shape[1])
         return max(rows, TILE // self.shape[1] // rows * rows)
 
-    def dequantise(self, storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
+    def dequantize(self, storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
         n = self.shape[1]
         packed = _bytes(storage["weight"])[start * n // 2 : -(-stop * n // 2)]
         values = self._state.code.to(packed.device)[_unpacked(packed)[: (stop - start) * n]]
         scales = self._scales(storage, start * n, stop * n)
         return _times(values, scales, self._state.blocksize).view(stop - start, n)
 
-    def requantise(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+    def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         n = self.shape[1]
         scales = self._scales(storage, start * n, stop * n)
         inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
@@ -102,18 +102,18 @@ class BitsAndBytes4Bit(QuantizedLayer):
         absmax = storage["weight.absmax"]
         exact = (self._scales(storage, 0, self.shape.numel()) * log_scales.exp().to(absmax.device)).float()
         if self._state.nested:
-            centred, largest = exact - self._state.offset.to(exact.device), storage["weight.nested_absmax"]
-            blocks = torch.nn.functional.pad(centred, (0, -len(centred) % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
-            lowest, highest = self._state.state2.code.aminmax()  # not opposite: bitsandbytes' map has 1 and no -1
+            centered, largest = exact - self._state.offset.to(exact.device), storage["weight.nested_absmax"]
+            blocks = torch.nn.functional.pad(centered, (0, -len(centered) % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+            lowest, highest = self._state.state2.code.aminmax()  # not symmetric: bitsandbytes' map has 1 but not -1
             largest.copy_(torch.maximum(blocks.amax(1) / highest, blocks.amin(1) / lowest))
             inverse = torch.where(largest > 0, 1.0 / largest, torch.zeros_like(largest))
-            absmax.copy_(round_to_level(_times(centred, inverse, _NESTED_BLOCK), self._state.state2.code, uniform))
+            absmax.copy_(round_to_level(_times(centered, inverse, _NESTED_BLOCK), self._state.state2.code, uniform))
         else:
             absmax.copy_(exact)
         return squares(self._scales(storage, 0, self.shape.numel()), exact)
 
     def _scales(self, storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
-        """absmax of the blocks of elements start..stop, float32; start begins a block."""
+        """Return absmax of the blocks of elements start to stop - 1, float32; `start` must begin a block."""
         first, last = start // self._state.blocksize, -(-stop // self._state.blocksize)
         absmax = storage["weight.absmax"][first:last]
         if not self._state.nested:
@@ -124,12 +124,15 @@ class BitsAndBytes4Bit(QuantizedLayer):
 
 
 def round_to_level(values: Tensor, levels: Tensor, uniform: Tensor) -> Tensor:
-    """Indices into `levels` of `values`, each rounded to one of its two neighbours so that the expectation is its value.
+    """Round each value stochastically to one of its two neighbors in `levels`, so that the expectation is the value.
 
     Args:
-        values: float32, (n,); beyond the outermost levels they become these.
-        levels: float32, in any order.
-        uniform: int32 in [0, 2**16), of n elements.
+        values: float32 (n,); a value beyond the outermost level becomes that level.
+        levels: float32 (levels,), in any order.
+        uniform: random bits, int32 in [0, 2**16), with n elements.
+
+    Returns:
+        Indices into `levels`, int64 (n,).
     """
     ordered, order = levels.to(values.device).sort()
     below = (torch.searchsorted(ordered, values, right=True) - 1).clamp_(0, len(ordered) - 2)
@@ -138,7 +141,7 @@ def round_to_level(values: Tensor, levels: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _times(values: Tensor, factors: Tensor, block: int) -> Tensor:
-    """values: (n,), each multiplied by its block's of `factors`; the last block may be cut off."""
+    """Multiply values, (n,), by the factors of their blocks; the last block may be incomplete."""
     whole = len(values) // block
     scaled = torch.empty_like(values, dtype=torch.float32)
     torch.mul(
@@ -152,17 +155,17 @@ def _times(values: Tensor, factors: Tensor, block: int) -> Tensor:
 
 
 def _bytes(packed: Tensor) -> Tensor:
-    """The codes of a whole weight, uint8 (elements / 2,), whatever dtype they are stored as."""
+    """View the codes of a whole weight as uint8 (elements / 2,), whatever dtype stores them."""
     return packed.view(-1).view(torch.uint8)
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """(bytes,) -> (2 · bytes,), int64; the first element is in the high half."""
+    """Split bytes into two codes each, (bytes,) -> (2 · bytes,), int64; the high half comes first."""
     return torch.stack((packed >> 4, packed & 15), 1).flatten().long()
 
 
 def _unpack(module: Any) -> None:
-    """Undo bitsandbytes' packing. Its own inverse leaves the scales of an unnested weight transposed and in bfloat16."""
+    """Undo bitsandbytes' packing; its own inverse leaves unnested scales transposed and in bfloat16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     state = module.weight.quant_state

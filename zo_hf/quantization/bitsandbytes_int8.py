@@ -2,12 +2,12 @@
 
     Ŵ = CB · SCB / 127        CB (m, n) int8, SCB (m,) float32, the largest magnitude of each row
 
-Its first forward moves CB and SCB from the weight to `module.state`, and shares CB with `weight.data`. SCB is neither a
-parameter nor a buffer, yet it is in the state dict. "Outliers" are columns of the input, decided at every forward; the
-weights have none of their own.
+The first forward moves CB and SCB from the weight to `module.state`, and shares CB with `weight.data`. SCB is neither
+a parameter nor a buffer, yet the state dict contains it. "Outliers" are columns of the input, chosen at every forward;
+the weights have none.
 
-Its forward rounds the input to integers too. For a perturbation of 1e-3 that rounding is larger than the difference of
-the losses (docs/quantized.md has figures), so probes multiply by the decoded weights.
+The forward also rounds the input to integers. For a perturbation of 1e-3 this rounding exceeds the difference of the
+losses (docs/quantized.md has figures), so probes multiply by the decoded weights instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from zo_hf.quantization.rowwise import LARGEST, RowwiseInt8
 
 
 class _Once(logging.Filter):
-    """Every layer of a float32 or bfloat16 model says at every forward that its inputs become float16: once will do."""
+    """Drops repetitions of one warning.
+
+    Every layer of a float32 or bfloat16 model warns at every forward that its inputs become float16.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,14 +42,14 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 
 
 class BitsAndBytesInt8(RowwiseInt8):
-    """See above; `module` is a `bitsandbytes.nn.Linear8bitLt` whose weight has been quantised."""
+    """The layer of the formula above; `module` is a `bitsandbytes.nn.Linear8bitLt` with a quantized weight."""
 
     rounds_activations = True
     format = "int8 of bitsandbytes"
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        if module.weight.CB is not None:  # what its first forward would do
+        if module.weight.CB is not None:  # as its first forward would do
             module.init_8bit_state()
             module.weight.data = module.state.CB
 

@@ -1,4 +1,4 @@
-"""torchao's weight-only int8: a plain Linear whose weight is an Int8Tensor.
+"""torchao's weight-only int8: a plain Linear with an Int8Tensor as its weight.
 
 Ŵ = qdata · scale        qdata (m, n) int8, scale (m, 1), float32
 """
@@ -12,7 +12,7 @@ from zo_hf.quantization.rowwise import RowwiseInt8
 
 
 class TorchAOInt8(RowwiseInt8):
-    """See above; the weight has one scale a row and no zero point."""
+    """The layer of the formula above; the weight has one scale per row and no zero point."""
 
     format = "int8 of torchao"
     smallest = -128
@@ -34,7 +34,7 @@ class TorchAOInt8(RowwiseInt8):
     def set_units(self, storage: dict[str, Tensor], start: int, units: Tensor) -> Tensor:
         stored = storage["weight.scale"].view(-1)[start : start + len(units)]
         rounded = units.to(stored.dtype)
-        too_small = rounded.float() < units  # half precision may round down, and the largest code would not reach
+        too_small = rounded.float() < units  # with a unit rounded down, the largest code would be too small
         infinity = torch.full_like(rounded, torch.inf)
         stored.copy_(torch.where(too_small, torch.nextafter(rounded, infinity), rounded))
         return stored.float()

@@ -1,4 +1,4 @@
-"""How large a step may be: critical step sizes, and how fast second moments grow above them."""
+"""Stability of zeroth-order descent: critical step sizes, and the growth of second moments at any step size."""
 
 from zo_hf.stability.critical import cocd_critical_step_size, critical_step_size, is_stable, step_size_bounds
 from zo_hf.stability.moments import Moments, moment_growth, next_moments

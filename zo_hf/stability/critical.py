@@ -1,18 +1,20 @@
 """The largest step size that is stable in mean square (arXiv 2604.14669, theorems 1 to 3; here for more processes).
 
-Full batch, constant step size η, the quadratic ½xᵀHx with H ⪰ 0, two-point estimates g along u (which are exact there
-whatever the distance is), m ← β·m + g, x ← x - η·m. With aᵢ = η·λᵢ, and c₀ and c₁ of `zo_hf.stability.process`,
+The setting is the full batch, a constant step size η and the quadratic ½xᵀHx with H ⪰ 0. The two-point estimates g
+along u are exact there at any distance, and m ← β·m + g, x ← x - η·m. With aᵢ = η·λᵢ, and c₀ and c₁ of
+`zo_hf.stability.process`,
 
     F(η) = Σᵢ c₀·aᵢ·(1 + β) / (2·(1 - β²) - aᵢ·[(1 - β) + c₁·(1 + β)])        stable exactly where F(η) < 1
 
-For one Gaussian direction and β = 0: Σᵢ aᵢ / (2·(1 - aᵢ)) < 1. Trace and largest eigenvalue alone give bounds on the η*
-where F = 1,
+For one Gaussian direction and β = 0: Σᵢ aᵢ / (2·(1 - aᵢ)) < 1. The trace and the largest eigenvalue bound the η* at
+which F = 1:
 
     2·(1 - β) / (c₀·Tr + λmax·[c₁ + (1 - β)/(1 + β)])  ≤  η*  ≤  2·(1 - β) / (c₀·Tr)
 
-the other way round where the bracket is negative (signs with momentum, q·(1 - β) < 1 + β). A moving average
-m ← β·m + (1 - β)·g has η·(1 - β) for η. A preconditioned step x ← x - η·P⁻¹·m has λᵢ/Pᵢ for λᵢ, where P is diagonal
-in H's eigenbasis; for another P see `zo_hf.stability.preconditioned`.
+If the bracket is negative (random signs with momentum, q·(1 - β) < 1 + β), the two bounds change places.
+
+A moving average m ← β·m + (1 - β)·g replaces η by η·(1 - β). A preconditioned step x ← x - η·P⁻¹·m replaces λᵢ by
+λᵢ/Pᵢ if P is diagonal in H's eigenbasis; for any other P see `zo_hf.stability.preconditioned`.
 """
 
 from __future__ import annotations
@@ -39,24 +41,24 @@ def critical_step_size(
     preconditioner: Any = None,
     negative: str = "refuse",
 ) -> float:
-    """The step size below which E[‖x‖²] stays bounded, and its part that the Hessian sees vanishes.
+    """Return the critical step size η*: below it E[‖x‖²] stays bounded, and x vanishes outside the null space of H.
 
     Args:
-        eigenvalues: all d of the Hessian, a list, an array or a tensor, (d,). Zeros count for the sphere's dimension and
-            for nothing else.
+        eigenvalues: all d eigenvalues of the Hessian, a list, an array or a tensor, (d,). Zeros have no effect, except
+            that they count in the dimension of the sphere.
         momentum: β of m ← β·m + g, x ← x - η·m.
-        ema: m ← β·m + (1 - β)·g instead. Zeroth-order Adam whose second moments stand still has this, with β₁ as
+        ema: True for m ← β·m + (1 - β)·g. Zeroth-order Adam with constant second moments is of this form, with β₁ as
             `momentum` and √v̂ + ε as `preconditioner`.
-        num_directions: q, whose estimates are averaged.
-        direction: "gaussian", "sphere" (of radius √d) or "rademacher". Random signs depend on the basis that they are
-            drawn in; this is exact where H is diagonal in it.
-        preconditioner: diagonal of P in the eigenbasis of H, positive, (d,), as x ← x - η·P⁻¹·m. One that does not
-            commute with H has no place in this formula: the eigenvalues of P⁻¹H (those of P^-½·H·P^-½) give a step size
-            that is too large; use `critical_step_size_of_hessian`.
-        negative: what to do with negative eigenvalues: "refuse", or "ignore" them, as if they were zero.
+        num_directions: q, the number of directions whose estimates are averaged.
+        direction: "gaussian", "sphere" (of radius √d) or "rademacher". Random signs depend on the basis in which they
+            are drawn; the result is exact if H is diagonal in it.
+        preconditioner: diagonal of P in the eigenbasis of H, positive, (d,), for x ← x - η·P⁻¹·m. If P does not
+            commute with H, use `critical_step_size_of_hessian`: the eigenvalues of P⁻¹H would give too large a step
+            size.
+        negative: treatment of negative eigenvalues: "refuse" them, or "ignore" them, as if they were zero.
 
     Returns:
-        η*; infinity where no eigenvalue is positive.
+        η*; infinity if no eigenvalue is positive.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
@@ -66,16 +68,19 @@ def critical_step_size(
     largest = float(values.max())
     if largest == 0:
         return math.inf
-    # Of the scaled spectrum: nothing overflows, and a root is found to the last place whatever the unit is.
+    # With the spectrum scaled to 1 nothing overflows, and the root is accurate to the last digit in any unit.
     scaled = values[values > 0] / largest
     bounds = _bounds(float(scaled.sum()), 1.0, method)
     return _root(scaled, method, min(bounds), max(bounds)) / method.weight / largest
 
 
 def _root(scaled: Array, method: Process, low: float, high: float) -> float:
-    """Where F is 1, between bounds, for eigenvalues up to 1: Newton's method for log F in log η, kept in the bracket."""
+    """Return the root of F = 1 between bounds, for eigenvalues up to 1.
+
+    Newton's method for log F in log η, with bisection whenever a step would leave the bracket.
+    """
     numerator, pull, span = method.common * (1 + method.momentum), method.pull, method.span
-    low, high = low * (1 - 1e-12), high * (1 + 1e-12)  # one eigenvalue attains its bound
+    low, high = low * (1 - 1e-12), high * (1 + 1e-12)  # with a single eigenvalue the root is a bound itself
     if pull > 0:
         high = min(high, span / pull)
     eta = low
@@ -98,7 +103,7 @@ def _root(scaled: Array, method: Process, low: float, high: float) -> float:
 
 
 def _bounds(trace: Number, largest: Number, method: Process) -> tuple[Number, Number]:
-    """Of η* without the weight of a moving average: by the trace and λmax, and by the trace alone."""
+    """Return the bounds on η* from trace and λmax, and from the trace alone, for an average with weight 1."""
     top, share = 2 * (1 - method.momentum), method.common * trace
     return top / (share + largest * (method.pull / (1 + method.momentum))), top / share
 
@@ -113,17 +118,19 @@ def step_size_bounds(
     direction: str = "gaussian",
     dimension: int | None = None,
 ) -> tuple[Any, Any]:
-    """Bounds on the critical step size by trace and largest eigenvalue, for H ⪰ 0; of P⁻¹H if P commutes with H.
+    """Bound the critical step size by the trace and the largest eigenvalue of H ⪰ 0.
+
+    With a preconditioner P that commutes with H, pass the trace and the largest eigenvalue of P⁻¹H.
 
     Args:
-        trace: of the Hessian, a number or an array of any shape (a tensor counts as one).
-        lambda_max: its largest eigenvalue, of a shape that goes with it.
+        trace: the trace of the Hessian, a number, or an array or tensor of any shape.
+        lambda_max: its largest eigenvalue, of a shape that broadcasts with `trace`.
         dimension: d, which only direction="sphere" needs.
         momentum, ema, num_directions, direction: as for `critical_step_size`.
 
     Returns:
-        Lower and upper bound, floats for numbers and float64 arrays otherwise. What bounds nothing is infinite: a
-        trace of 0, or an estimate of one that came out negative.
+        Lower and upper bound, floats for numbers and float64 arrays otherwise. A bound is infinite where the trace, or
+        an estimate of it, is zero or negative.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
@@ -147,7 +154,7 @@ def is_stable(
     preconditioner: Any = None,
     negative: str = "refuse",
 ) -> bool:
-    """Whether the step size is below the critical one; arguments as for `critical_step_size`.
+    """Return whether the step size is below the critical one; arguments as for `critical_step_size`.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
@@ -166,14 +173,14 @@ def is_stable(
 
 
 def cocd_critical_step_size(lambda_max: float, num_blocks: int, decay: float) -> float:
-    """The step size below which coherent coordinate descent (`zo_hf.optimizers.cocd`) converges, 2 / (λmax·Σ_{k<K} γᵏ).
+    """Return 2 / (λmax·Σ_{k<K} γᵏ): below it, coherent coordinate descent (`zo_hf.rules.cocd`) converges.
 
-    It is exact where the Hessian is diagonal in the coordinates: a difference is measured once in a cycle and applied K
-    times. For other Hessians no counterexample is known, and no proof.
+    It is exact if the Hessian is diagonal in the coordinates, where a difference is measured once a cycle and applied
+    K times. For other Hessians neither a counterexample nor a proof is known.
 
     Args:
         lambda_max: largest eigenvalue of the Hessian.
-        num_blocks: K, steps in a cycle over the coordinates that are remembered.
+        num_blocks: K, the number of steps in a cycle over the remembered coordinates.
         decay: γ, at least 0 and at most 1; 0 is block cyclic coordinate descent.
 
     Returns:

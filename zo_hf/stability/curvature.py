@@ -1,9 +1,10 @@
-"""The Hessian of a model's loss in the coordinates of a run, from forward passes.
+"""The trace of the Hessian of a model's loss in the coordinates of a run, from forward passes.
 
     κ = (L(ξ + ε·z) + L(ξ - ε·z) - 2·L(ξ)) / ε²,  z ~ N(0, I)        E κ = Tr H,  Var κ = 2·‖H‖²       (Hutchinson 1990)
 
-With z zero but on some tensors it is the trace of their block of H. κ is off by O(ε²) and by the rounding of the losses
-over ε², about 2.4·(last place)·|L|/ε²; the error that is stated includes the rounding, as it shows in the spread of κ.
+If z is nonzero on some tensors only, E κ is the trace of their block of H. κ has an error of O(ε²), and a rounding
+error of about 2.4·(machine epsilon)·|L|/ε². The reported standard error includes the rounding, because rounding widens
+the spread of κ.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from zo_hf.directions import GAUSSIAN, Distribution, NoiseLayout, Purpose, Stream
+from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.directions.layers import layers_of
 from zo_hf.directions.masked import Masked
+from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import SecondDifference
+from zo_hf.rng import NoiseLayout, Purpose, Stream
 from zo_hf.stability.measured import Measured, variance
-from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
 
-class Only(Distribution):
-    """The directions of another distribution on some tensors, and zero on the others.
+class Restricted(Distribution):
+    """The directions of a distribution on some tensors, and zero on all others.
 
     Args:
-        distribution: the other.
-        names: of the tensors that move.
+        distribution: the distribution that is restricted.
+        names: the names of the tensors that move.
     """
 
     name = "only"
@@ -65,23 +67,23 @@ def hessian_trace(
     eps: float | None = None,
     names: Collection[str] | None = None,
 ) -> Measured:
-    """The trace of the Hessian at the current point, in 2·count + 1 forward passes.
+    """Estimate the trace of the Hessian at the current point, in 2·count + 1 forward passes.
 
     Args:
-        zo: an engine, whose coordinates they are; of masked directions the trace is that of the entries that move.
+        zo: the engine, which defines the coordinates. With masked directions, the trace covers the entries that move.
         closure: evaluates the model and returns a scalar loss, always on the same batch.
-        count: directions, at least 2 for an error.
-        eps: distance of a probe; None takes the engine's. A larger one has less rounding.
-        names: of coordinate tensors; the trace is then that of their block of the Hessian. None takes all.
+        count: number of directions; a standard error needs at least 2.
+        eps: distance of a probe; None takes the engine's. A larger distance reduces rounding error.
+        names: names of coordinate tensors, for the trace of their block of the Hessian; None means all.
 
     Raises:
-        ValueError: a name is none of a coordinate tensor.
+        ValueError: a name is not that of a coordinate tensor, or `names` is empty.
     """
     unknown = set(names or ()) - set(zo.subspace.coordinates)
     if unknown or (names is not None and not names):
-        raise ValueError(f"names={sorted(unknown)} are no coordinate tensors; give some of zo.subspace.coordinates.")
+        raise ValueError(f"names={sorted(unknown)} are no coordinate tensors; use names of zo.subspace.coordinates.")
     distribution = zo.distribution if isinstance(zo.distribution, Masked) else GAUSSIAN
-    along = distribution if names is None else Only(distribution, names)
+    along = distribution if names is None else Restricted(distribution, names)
     around = SecondDifference(zo.estimator.eps if eps is None else eps, count)
 
     def stream_of(direction: int) -> Stream:
@@ -92,8 +94,8 @@ def hessian_trace(
     rounding = 6**0.5 * torch.finfo(zo.evaluator.dtype).eps * abs(losses[0]) / around.eps**2
     if 2.0 * rounding**2 > variance(curvatures):
         logger.warning(
-            "the curvature along these directions is mostly the rounding of the losses, which are %s (about %.2g in each); "
-            "raise eps=%g, or return losses in float32 or better.",
+            "the curvature along these directions is mostly rounding error of the losses, which are %s (about %.2g in each "
+            "curvature); raise eps=%g, or return losses in float32 or better.",
             str(zo.evaluator.dtype).removeprefix("torch."),
             rounding,
             around.eps,
@@ -108,11 +110,14 @@ def group_traces(
     count: int = 16,
     eps: float | None = None,
 ) -> dict[str, Measured]:
-    """The trace of every group's block of the Hessian, in 2·count + 1 forward passes each; they add up to the whole.
+    """Estimate the trace of each group's block of the Hessian, in 2·count + 1 forward passes a group.
+
+    Groups that together hold every coordinate tensor once have traces that add up to that of the Hessian.
 
     Args:
         zo, closure, count, eps: as for `hessian_trace`.
-        groups: names of coordinate tensors; None is a group for every layer, see `zo_hf.directions.layers`.
+        groups: the names of the coordinate tensors of each group; None makes a group of every layer, see
+            `zo_hf.directions.layers`.
     """
     if groups is None:
         layer_of = layers_of(zo.model, zo.subspace.coordinates)

@@ -1,9 +1,9 @@
-"""What the theory of stability knows of a torch optimizer: its momentum, and what it divides by.
+"""A torch optimizer in the terms of stability theory: its momentum and its preconditioner.
 
     SGD      m ← β·m + (1 - dampening)·g          x ← x - η·m
     Adam     m ← β₁·m + (1 - β₁)·g                x ← x - η·P⁻¹·m,  P = (1 - β₁ᵗ⁺¹)·(√v̂ + ε)
 
-after arXiv 2604.14669, where P stands still. Here it is as the last step left it.
+These forms are those of arXiv 2604.14669, which assumes a constant P. Here P is taken from the last step.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zo_hf.optimizers import SeededSGD
+from zo_hf.rules import SeededSGD
 
-#: Both, as not every torch makes the second one of the first.
+#: Both classes, because AdamW is a subclass of Adam in some versions of torch only.
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How an optimizer makes a step of a gradient.
+    """The form of an optimizer's step.
 
     Args:
         momentum: β.
-        ema: whether the momentum is a moving average, the new gradient times 1 - β.
-        factor: what the learning rate is multiplied by beside that.
-        divides: whether by a diagonal P, see `AdamPreconditioner`.
+        ema: True if the momentum is a moving average, which multiplies the new gradient by 1 - β.
+        factor: a further factor of the learning rate.
+        divides: True if the step is divided by a diagonal P, see `AdamPreconditioner`.
     """
 
     momentum: float = 0.0
@@ -40,10 +40,10 @@ class Descent:
 
 
 def descent_of(optimizer: Optimizer) -> Descent:
-    """How an optimizer makes a step.
+    """Return the form of an optimizer's step.
 
     Raises:
-        ValueError: the theory knows nothing of it; the message says what to use instead.
+        ValueError: the theory does not cover this optimizer; the message says what to use instead.
     """
     kinds = {_descent(optimizer, group) for group in optimizer.param_groups}
     if len(kinds) != 1 or None in kinds:
@@ -72,23 +72,23 @@ def _descent(optimizer: Optimizer, group: Mapping[str, Any]) -> Descent | None:
 
 @dataclass(frozen=True)
 class AdamPreconditioner:
-    """P of Adam's next step, see `zo_hf.probes.curvature.Preconditioner`.
+    """The diagonal P of Adam's next step, see `zo_hf.evaluation.curvature_probes.Preconditioner`.
 
     Args:
         optimizer: Adam or AdamW.
-        coordinates: the tensors it moves, by name.
+        coordinates: the tensors that the optimizer moves, by name.
     """
 
     optimizer: Optimizer
     coordinates: Mapping[str, Tensor]
 
     def exists(self) -> bool:
-        """Whether Adam has stepped."""
+        """Return whether Adam has made a step."""
         return any(self.optimizer.state.get(p) for group in self.optimizer.param_groups for p in group["params"])
 
     @torch.no_grad()
     def inverse_root(self) -> dict[str, Tensor]:
-        """P^-½ over every coordinate tensor, by name; zeros where Adam has moved nothing yet."""
+        """Return P^-½ for every coordinate tensor, by name; zeros for tensors that Adam has not moved yet."""
         names = {id(coordinate): name for name, coordinate in self.coordinates.items()}
         roots: dict[str, Tensor] = {}
         for group in self.optimizer.param_groups:

@@ -1,13 +1,14 @@
-"""The largest eigenvalue of the Hessian in the coordinates of a run (Lanczos 1950, with full reorthogonalisation).
+"""The largest eigenvalue of the Hessian in the coordinates of a run (Lanczos 1950, with full reorthogonalization).
 
     q₁ random,  βₖ·qₖ₊₁ = H·qₖ - αₖ·qₖ - βₖ₋₁·qₖ₋₁        λmax ≈ the largest eigenvalue of the tridiagonal (α, β)
 
-One product with H is, from forward passes alone, d mixed differences of four losses each,
+From forward passes alone, one product with H takes d mixed differences of four losses each,
 
     (H·v)ᵢ = (L(ξ + h·(eᵢ + v)) - L(ξ + h·(eᵢ - v)) - L(ξ - h·(eᵢ - v)) + L(ξ - h·(eᵢ + v))) / 4h²
 
-and with autograd one backward pass through a backward pass. In the end the residual r = H·y - θ·y of the eigenpair found
-is measured: an eigenvalue is within ‖r‖ of θ, the error of the differences included.
+With autograd, it takes one backward pass through a backward pass. At the end, the residual r = H·y - θ·y of the
+approximate eigenpair (θ, y) is measured. An eigenvalue of H is within ‖r‖ of θ, including the error of the
+differences.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo_hf.directions import Distribution, NoiseLayout, Stream
-from zo_hf.optimizers.curvature import Curvature
-from zo_hf.probes.probe import Probe
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.directions import Distribution
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.rng import NoiseLayout, Stream
+from zo_hf.rules.hizoo import Curvature
 
 Product = Callable[[Tensor], Tensor]
 
 
-class Along(Distribution):
+class GivenDirections(Distribution):
     """Given directions in place of random ones.
 
     Args:
         directions: (directions, d) over all coordinates.
-        coordinates: the tensors that they lie end to end in, by name.
+        coordinates: the tensors whose flattened entries, end to end, are the columns of `directions`, by name.
     """
 
-    name = "along"
+    name = "given"
 
     def __init__(self, directions: Tensor, coordinates: Mapping[str, Tensor]) -> None:
         parts = directions.split([coordinate.numel() for coordinate in coordinates.values()], 1)
@@ -56,12 +58,12 @@ class Along(Distribution):
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An eigenvalue that was found.
+    """An approximate eigenvalue of the Hessian.
 
     Args:
         value: θ.
-        error: ‖H·y - θ·y‖: an eigenvalue is no further from θ.
-        products: with the Hessian, that it took.
+        error: ‖H·y - θ·y‖; an eigenvalue of H is within this distance of θ.
+        products: number of products with the Hessian that were computed.
     """
 
     value: float
@@ -79,22 +81,23 @@ def lambda_max(
     tolerance: float = 1e-3,
     max_forward_passes: int = 10_000,
 ) -> Eigenvalue:
-    """The largest eigenvalue of the Hessian at the current point, in the engine's coordinates.
+    """Return the largest eigenvalue of the Hessian at the current point, in the engine's coordinates.
 
     Args:
-        zo: an engine.
-        closure: evaluates the model and returns a scalar loss, always on the same batch; with several processes each on
-            its own rows, but for autograd, which sees this process's alone.
-        autograd: use backward passes, with all the memory they take. The model's operations must have second derivatives:
-            attention must be "eager".
-        eps: h, the distance of a point of the differences along each of two directions of length 1; None takes the fourth
-            root of the coordinates' last place.
-        iterations: of Lanczos, at most.
-        tolerance: end when the residual is estimated below this part of the eigenvalue.
-        max_forward_passes: what it may cost without autograd, 4·d for each iteration and for the residual.
+        zo: the engine.
+        closure: evaluates the model and returns a scalar loss, always on the same batch. With several processes each
+            evaluates its own rows; autograd uses the rows of this process alone.
+        autograd: use backward passes, and the memory that they take. The model's operations must have second
+            derivatives, so attention must be "eager".
+        eps: h, the distance of a difference's points along each of two directions of length 1; None takes the fourth
+            root of the machine epsilon of the coordinates' dtype.
+        iterations: maximum number of Lanczos iterations.
+        tolerance: stop when the estimated residual is below this fraction of the eigenvalue.
+        max_forward_passes: maximum cost without autograd, which is 4·d for each iteration and for the residual.
 
     Raises:
-        ValueError: it would cost more, or autograd is asked for where the rule scales directions.
+        ValueError: the cost would exceed `max_forward_passes`, or autograd is requested with a rule that scales
+            directions.
     """
     coordinates = zo.subspace.coordinates
     dimension = zo.subspace.dimension
@@ -102,7 +105,7 @@ def lambda_max(
     if autograd:
         if zo.rule.name == Curvature.name:
             raise ValueError(
-                f"autograd=True knows nothing of how zo_rule={zo.rule.name!r} scales directions; leave it out."
+                f"autograd=True does not include the scaling of directions by zo_rule={zo.rule.name!r}; leave it out."
             )
         with _differentiated(zo, closure) as exact:
             return lanczos(exact, dimension, iterations, tolerance, zo.seed)
@@ -110,7 +113,7 @@ def lambda_max(
     if cost > max_forward_passes:
         raise ValueError(
             f"lambda_max would take {cost:,} forward passes for {dimension:,} coordinates, above max_forward_passes="
-            f"{max_forward_passes:,}; use autograd=True, or the bound that StabilityMonitor has from its probes."
+            f"{max_forward_passes:,}; use autograd=True, or the bound that StabilityMonitor computes from its probes."
         )
     dtype = next(iter(coordinates.values())).dtype
     h = torch.finfo(dtype).eps ** 0.25 if eps is None else eps
@@ -124,7 +127,8 @@ def lambda_max(
         for i in range(dimension):
             both = torch.stack((v, -v))
             both[:, i] += 1.0
-            a, b, c, d = zo.losses_at(((closure, 1.0),), probes, stream_of, Along(both.to(dtype), coordinates))
+            directions = GivenDirections(both.to(dtype), coordinates)
+            a, b, c, d = zo.losses_at(((closure, 1.0),), probes, stream_of, directions)
             result[i] = ((a - b) - (c - d)) / (4.0 * h**2)
         return result
 
@@ -132,14 +136,14 @@ def lambda_max(
 
 
 def lanczos(product: Product, dimension: int, iterations: int, tolerance: float = 1e-3, seed: int = 0) -> Eigenvalue:
-    """The largest eigenvalue of a symmetric matrix.
+    """Return the largest eigenvalue of a symmetric matrix.
 
     Args:
-        product: with it, of a vector (d,), float64.
+        product: multiplies the matrix by a vector, (d,), float64.
         dimension: d.
-        iterations: at most, and at most d.
-        tolerance: end when the residual is estimated below this part of the eigenvalue.
-        seed: of the vector to begin with.
+        iterations: maximum number of iterations; must not exceed d.
+        tolerance: stop when the estimated residual is below this fraction of the eigenvalue.
+        seed: seed of the initial vector.
     """
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(dimension, generator=generator, dtype=torch.float64)
@@ -150,7 +154,7 @@ def lanczos(product: Product, dimension: int, iterations: int, tolerance: float 
         image = product(basis[-1])
         alphas.append(float(basis[-1] @ image))
         known = torch.stack(basis)
-        for _ in range(2):  # once leaves rounding errors that grow
+        for _ in range(2):  # a single pass leaves rounding errors, which grow over the iterations
             image = image - known.t() @ (known @ image)
         beta = float(image.norm())
         values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
@@ -170,14 +174,14 @@ def lanczos(product: Product, dimension: int, iterations: int, tolerance: float 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
     if betas:
-        beside = torch.tensor(betas, dtype=torch.float64)
-        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
+        off_diagonal = torch.tensor(betas, dtype=torch.float64)
+        matrix = matrix + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     return matrix
 
 
 @contextmanager
 def _differentiated(zo: ZerothOrder, closure: Callable[[], Tensor]) -> Iterator[Product]:
-    """Products with the Hessian by autograd, of vectors (d,) float64, while the graph of one loss is alive."""
+    """Yield a function that multiplies the Hessian by a vector, (d,) float64, by autograd on the graph of one loss."""
     with zo.subspace.differentiable() as leaves, torch.enable_grad():
         gradients = torch.autograd.grad(closure(), leaves, create_graph=True, allow_unused=True)
         used = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None and g.requires_grad]
@@ -185,8 +189,8 @@ def _differentiated(zo: ZerothOrder, closure: Callable[[], Tensor]) -> Iterator[
         def product(v: Tensor) -> Tensor:
             parts = dict(zip(map(id, leaves), v.split([leaf.numel() for leaf in leaves]), strict=True))
             slope = sum((g * parts[id(leaf)].view_as(leaf).to(g)).sum() for leaf, g in used)
-            found = torch.autograd.grad(slope, leaves, retain_graph=True, allow_unused=True) if used else ()
-            images = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=False)]
+            products = torch.autograd.grad(slope, leaves, retain_graph=True, allow_unused=True) if used else ()
+            images = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, products, strict=False)]
             return torch.cat([image.flatten().double().cpu() for image in images]) if used else torch.zeros_like(v)
 
         yield product

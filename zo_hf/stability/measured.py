@@ -1,4 +1,4 @@
-"""A mean over random samples, and how far off it may be."""
+"""A mean over random samples, with its standard error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Measured:
-    """A value with its error.
+    """A measured value with its standard error.
 
     Args:
         value: the mean over the samples.
-        standard_error: of that mean; infinite where one sample says nothing about it.
-        count: samples.
+        standard_error: the standard error of the mean; infinite for a single sample.
+        count: number of samples.
     """
 
     value: float
@@ -24,12 +24,12 @@ class Measured:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Measured:
-        """The mean of independent samples, of which there is at least one."""
+        """Return the mean of independent samples, at least one."""
         count, mean = len(samples), math.fsum(samples) / len(samples)
         return cls(mean, math.sqrt(variance(samples) / count), count)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Between these bounds the true mean is with that probability, by Student's t: for samples near a normal law."""
+        """Return the confidence interval of the true mean by Student's t, for samples that are nearly normal."""
         reach = self.standard_error
         if math.isfinite(reach):
             reach *= student_quantile(0.5 + confidence / 2, self.count - 1)
@@ -37,7 +37,7 @@ class Measured:
 
 
 def variance(samples: Sequence[float]) -> float:
-    """Of the law that independent samples come from; infinite for one sample."""
+    """Return the unbiased estimate of the variance of independent samples; infinite for a single sample."""
     if len(samples) < 2:
         return math.inf
     mean = math.fsum(samples) / len(samples)
@@ -45,9 +45,9 @@ def variance(samples: Sequence[float]) -> float:
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """Of Student's t; within 1 % for a probability up to 0.975 from 4 degrees of freedom upwards.
+    """Return a quantile of Student's t, within 1 % for a probability up to 0.975 and at least 4 degrees of freedom.
 
-    The expansion around the normal quantile in 1/degrees (Abramowitz and Stegun, 26.7.5).
+    This is the expansion around the normal quantile in 1/degrees (Abramowitz and Stegun, 26.7.5).
     """
     x = NormalDist().inv_cdf(probability)
     terms = (

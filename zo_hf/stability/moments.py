@@ -1,17 +1,17 @@
-"""Second moments of zeroth-order descent on a quadratic, exactly (the recursion behind arXiv 2604.14669).
+"""Exact second moments of zeroth-order descent on a quadratic (the recursion behind arXiv 2604.14669).
 
 For every eigenvector i of H, with a step x ← x - (η/P)·m, m ← β·m + w·g and A = E[x²], B = E[x·m], C = E[m²],
 
     C ← β²·C + 2βw·λB + w²·[(1 + c₁)·λ²A + c₀·Σⱼ λⱼ²Aⱼ]
     B ← βB + wλA - (η/P)·C        A ← A - 2·(η/P)·(βB + wλA) + (η/P)²·C        (both with the new C)
 
-Modes meet in the sum alone, so the operator is blocks of 3 × 3 plus a matrix of rank one. It maps covariances to
-covariances; therefore its spectral radius ρ is an eigenvalue, and the largest root of
+Only the sum couples the modes, so the operator is block diagonal with blocks of 3 × 3, plus a matrix of rank one. It
+maps covariances to covariances; therefore its spectral radius ρ is an eigenvalue, and the largest root of
 
-    Σᵢ rᵢ(z) = 1        rᵢ(z): what mode i answers to a unit of noise in all modes, c₀·λᵢ²Aᵢ
+    Σᵢ rᵢ(z) = 1        rᵢ(z): the response c₀·λᵢ²Aᵢ of mode i to a unit of noise in all modes
 
-rᵢ decreases with z beyond the spectral radius of mode i alone (its own share of the noise included), where it is 1: there
-is one root above the largest of those radii, and none above the root.
+At the spectral radius of mode i alone, which includes its own share of the noise, rᵢ is 1; beyond it rᵢ decreases with
+z. So exactly one root is at or above the largest of these radii, and it is ρ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import numpy as np
 from zo_hf.stability.process import Array, Process, as_array, process, spectrum
 
 _MAX_ITERATIONS = 200
-_LARGEST_STEP = 1e50  # η·λ; growth is of the order of its square, and the cubic's value of its sixth power
+# Limit on η·λ. The growth is of the order of its square, and the value of the cubic is of the order of its sixth
+# power.
+_LARGEST_STEP = 1e50
 
 
 def moment_growth(
@@ -38,10 +40,10 @@ def moment_growth(
     preconditioner: Any = None,
     negative: str = "refuse",
 ) -> float:
-    """What second moments grow by in a step in the long run: the spectral radius of the exact operator.
+    """Return the long-run growth of second moments per step, which is the spectral radius of the exact operator.
 
-    It is 1 at `critical_step_size`, and less below it. Directions in which H is zero are left out: there x does not
-    contract whatever the step size is. O(d) in time and memory. Infinity where a step is 10⁵⁰ times 1/λ.
+    The growth is 1 at `critical_step_size`, and less below it. Directions in the null space of H are left out, because
+    x does not contract there at any step size. The result is infinity if η·λ exceeds 10⁵⁰. O(d) in time and memory.
 
     Args:
         step_size: η, at least 0.
@@ -61,17 +63,17 @@ def moment_growth(
         return 1.0
     if steps[-1] > _LARGEST_STEP:
         return np.inf
-    return 1 + _largest_together(steps[moving], counts[moving].astype(np.float64), method)
+    return 1 + _joint_excess(steps[moving], counts[moving].astype(np.float64), method)
 
 
-def _largest_alone(steps: Array, method: Process) -> float:
-    """The largest spectral radius of a single mode, less 1: the largest root of the modes' characteristic cubics.
+def _single_mode_excess(steps: Array, method: Process) -> float:
+    """Return the largest spectral radius of a single mode, minus 1: the largest root of the modes' cubics.
 
-    Beyond its largest root such a polynomial is convex and increasing, so Newton's steps come down to it from above
-    and never pass it; nor does the largest of the modes' steps pass the largest of their roots.
+    Beyond its largest root such a polynomial is convex and increasing, so Newton's method descends to the root from
+    above and never passes it. The maximum over the modes' iterates therefore never passes the largest of their roots.
     """
     beta, share = method.momentum, 1 + method.own + method.common
-    # From m ← β·m + g and λx ← λx - a·m, where g is √share·λx at most in root mean square.
+    # An upper bound, from m ← β·m + g and λx ← λx - a·m, where the root mean square of g is at most √share·λx.
     excess = ((1 + share**0.5) * (1 + float(steps.max()))) ** 2
     for _ in range(_MAX_ITERATIONS):
         z = 1 + excess
@@ -91,32 +93,32 @@ def _largest_alone(steps: Array, method: Process) -> float:
     return excess
 
 
-def _answer(excess: float, steps: Array, method: Process) -> Array:
-    """rᵢ at z = 1 + excess; from the recursion's steady state at growth z, noise of 1 in every mode."""
+def _responses(excess: float, steps: Array, method: Process) -> Array:
+    """Return rᵢ at z = 1 + excess, from the recursion's steady state at growth z with unit noise in every mode."""
     beta, z = method.momentum, 1 + excess
     inner = excess * (excess + 1 - beta) + 2 * steps * z
     noise = steps**2 * z * (z + beta)
     rest = inner * (z - beta**2) + 2 * beta * steps * z * (steps + excess) - (1 + method.own) * noise
-    with np.errstate(invalid="ignore"):  # z = 0: the mode forgets everything in one step
+    with np.errstate(invalid="ignore"):  # at z = 0 the mode's state vanishes in one step
         return method.common * noise / rest
 
 
-def _largest_together(steps: Array, counts: Array, method: Process) -> float:
-    """The root of Σ rᵢ = 1 above the modes' own radii, less 1, by bisection to the last place."""
+def _joint_excess(steps: Array, counts: Array, method: Process) -> float:
+    """Return the root of Σ rᵢ = 1 above the single modes' radii, minus 1, by bisection to the last digit."""
 
-    def answer(excess: float) -> float:
-        return float(counts @ _answer(excess, steps, method))
+    def total_response(excess: float) -> float:
+        return float(counts @ _responses(excess, steps, method))
 
-    low = _largest_alone(steps, method)
+    low = _single_mode_excess(steps, method)
     width = max(abs(low), 1e-16)
-    while answer(low + width) > 1:
+    while total_response(low + width) > 1:
         width *= 2
     high = low + width
     while True:
         middle = 0.5 * (low + high)
         if not low < middle < high or high - low <= 1e-17:
             return middle
-        if answer(middle) > 1:
+        if total_response(middle) > 1:
             low = middle
         else:
             high = middle
@@ -129,7 +131,7 @@ class Moments:
     Args:
         position: E[x²].
         mixed: E[x·m].
-        velocity: E[m²], of the momentum buffer m.
+        velocity: E[m²] of the momentum buffer m.
     """
 
     position: Array
@@ -138,7 +140,7 @@ class Moments:
 
     @classmethod
     def at(cls, position: Any) -> Moments:
-        """Those of a run that begins at x with m = 0.
+        """Return the moments of a run that begins at x with m = 0.
 
         Args:
             position: x in the eigenbasis of H, (d,).
@@ -158,12 +160,12 @@ def next_moments(
     direction: str = "gaussian",
     preconditioner: Any = None,
 ) -> Moments:
-    """The moments one step later; the expected loss is then ½·Σ λᵢ·position.
+    """Return the moments one step later; the expected loss is then ½·Σ λᵢ·position.
 
     Args:
-        moments: of d modes.
-        step_size, eigenvalues, momentum, ema, num_directions, direction, preconditioner: as for `moment_growth`, in the
-            order of the moments; negative eigenvalues are as good as others here.
+        moments: the moments of d modes.
+        step_size, eigenvalues, momentum, ema, num_directions, direction, preconditioner: as for `moment_growth`, in
+            the order of the moments. Negative eigenvalues are allowed here.
 
     Raises:
         ValueError: an argument is not usable; the message names it.

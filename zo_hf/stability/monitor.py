@@ -1,21 +1,23 @@
-"""Watching how near a run is to the edge of mean-square stability, from its own probes (arXiv 2604.14669).
+"""Monitoring of a run's distance from the edge of mean-square stability, from its own probes (arXiv 2604.14669).
 
-Of κ = zᵀHz over the last measured steps the mean is Tr H and the spread says how large H is besides:
+Over the last measured steps, κ = zᵀHz has mean Tr H, and a variance that depends on the norm of H:
 
     gaussian   Var κ = 2·‖H‖²              sphere   Var κ = (2d·‖H‖² - 2·Tr²) / (d + 2)            ‖H‖ = Frobenius norm
 
     for H ⪰ 0:   ‖H‖²/Tr  ≤  λmax  ≤  ‖H‖  ≤  Tr
 
-The right one in place of λmax in the lower bound on the critical learning rate, see `critical.py`, leaves a lower bound.
-The left one makes an upper bound of it, closer than 2/Tr and attained where all eigenvalues that are not zero are equal:
+`critical.py` has a lower bound on the critical learning rate that needs λmax. With ‖H‖ in place of λmax it remains a lower
+bound. With ‖H‖²/Tr in place of λmax it becomes an upper bound, closer than 2/Tr. The upper bound is attained if all
+eigenvalues that are not zero are equal. The reason:
 
     F(η) = Σᵢ c₀·aᵢ·(1 + β) / (2·(1 - β²) - aᵢ·k),  aᵢ = η·λᵢ
 
-is a mean, with weights λᵢ/Tr, of a convex function of λᵢ, which is at least that function of the mean of λᵢ, ‖H‖²/Tr.
+is a mean, with weights λᵢ/Tr, of a convex function of λᵢ. By Jensen's inequality it is at least that function of the mean
+of λᵢ, which is ‖H‖²/Tr.
 
-Random signs do not show the diagonal of H in the spread of κ; their bounds take λmax to lie between 0 and Tr. With
-mini-batches the spread includes that of their Hessians, which makes ‖H‖ too large, and the true critical learning rate is
-below what is found here: that the ratio is below 1 does not say that a run learns.
+With random signs, the variance of κ does not contain the diagonal of H; their bounds assume that λmax lies between 0 and
+Tr. With mini-batches, the variance includes that of the batches' Hessians, which makes ‖H‖ too large. The true critical
+learning rate is then below the one found here, so a ratio below 1 does not guarantee that a run learns.
 """
 
 from __future__ import annotations
@@ -29,36 +31,35 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from zo_hf.directions import GivenMask, Sparse
-from zo_hf.probes.curvature import MEASURED, CurvatureProbes
+from zo_hf.case import Case
+from zo_hf.compatibility import check
+from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.curvature_probes import CurvatureProbes
+from zo_hf.stability.actions import check_action
 from zo_hf.stability.critical import step_size_bounds
 from zo_hf.stability.descent import AdamPreconditioner, Descent, descent_of
 from zo_hf.stability.measured import Measured, variance
-from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "cap")
-RULES = ("none", "curvature")
-DIRECTIONS = ("gaussian", "rademacher", "sphere", Sparse.name, GivenMask.name)
 
-# What a learning rate that is beyond the edge is lowered to, in terms of the lower bound on the critical one.
+# A learning rate beyond the edge is lowered to this fraction of the lower bound on the critical one.
 SAFETY = 0.8
 
-# Of fewer samples the spread says too little.
+# The variance of fewer samples is too uncertain.
 _LEAST_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What the monitor knows.
+    """The monitor's estimates of a run's curvature and stability.
 
     Args:
-        trace: of the Hessian in the coordinates of the run, divided by what its optimizer divides by.
-        lambda_max: an upper bound on its largest eigenvalue.
-        critical_lower, critical_upper: bounds on the critical learning rate, as `learning_rate` means it; infinite where
-            the trace is not positive.
-        ratio: of the learning rate to the upper bound.
+        trace: trace of the Hessian H in the run's coordinates; for an optimizer like Adam, of the preconditioned H.
+        lambda_max: an upper bound on the largest eigenvalue of H.
+        critical_lower, critical_upper: bounds on the critical learning rate, in units of the run's `learning_rate`;
+            infinite if the trace is not positive.
+        ratio: the learning rate divided by the upper bound.
     """
 
     trace: Measured
@@ -69,27 +70,9 @@ class Stability:
 
     @property
     def crossed(self) -> bool:
-        """Whether the ratio is above 1, by more than the error of the trace; of one sample that is taken for one half."""
+        """True if the ratio exceeds 1 by more than the relative error of the trace, which is one half for one sample."""
         error = self.trace.standard_error if self.trace.count > 1 else self.trace.value / 2
         return self.ratio * (1.0 - error / self.trace.value) > 1.0 if self.trace.value > 0 else False
-
-
-def check_stability(estimator: str, rule: str, direction: str) -> None:
-    """Refuse to watch a method whose steps the theory knows nothing of, or whose probes show no curvature.
-
-    Raises:
-        ValueError: the message names the option and what to use instead.
-    """
-    for option, value, choices in (
-        ("zo_estimator", estimator, MEASURED),
-        ("zo_rule", rule, RULES),
-        ("zo_direction", direction, DIRECTIONS),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"zo_stability_steps knows no critical learning rate of {option}={value!r}; use "
-                f"{' or '.join(map(repr, choices))}, or leave zo_stability_steps out."
-            )
 
 
 def stability(
@@ -102,15 +85,16 @@ def stability(
     direction: str = "gaussian",
     dimension: int | None = None,
 ) -> Stability:
-    """What samples of κ say about a learning rate.
+    """Compute the critical learning rate from samples of κ, and compare a learning rate with it.
 
     Args:
         curvatures: κ of independent steps, each a mean over `measured_directions`.
         learning_rate: η.
-        descent: how the optimizer makes a step; None is plain SGD.
-        num_directions: q, of which the estimate is a mean.
+        descent: describes the optimizer's steps; None is plain SGD.
+        measured_directions: number of directions in each sample of κ.
+        num_directions: q, the number of directions that the gradient estimate averages.
         direction: "gaussian", "sphere" or "rademacher".
-        dimension: d, which only "sphere" needs.
+        dimension: d, the number of coordinates, which only "sphere" needs.
     """
     descent = Descent() if descent is None else descent
     trace = Measured.of(curvatures)
@@ -124,7 +108,7 @@ def stability(
         least, most = min(square / trace.value, trace.value) if trace.value > 0 else 0.0, square**0.5
     if trace.value <= 0:
         return Stability(trace, most, math.inf, math.inf, 0.0)
-    theory = "gaussian" if direction == "rademacher" else direction  # whose noise is at least that of signs
+    theory = "gaussian" if direction == "rademacher" else direction  # Gaussian noise is at least that of signs
     lower, upper = (
         step_size_bounds(
             trace.value,
@@ -142,34 +126,35 @@ def stability(
 
 
 class StabilityMonitor:
-    """Measures the curvature at some steps of an engine, and says or sees to it that its learning rate is not too large.
+    """Measures the curvature at some steps of an engine, and warns of a learning rate that is too large or lowers it.
 
         optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-4))
         monitor = StabilityMonitor(zo, optimizer, every=10, action="cap")
         ...                                                # any number of steps
         monitor.found.ratio
 
-    With "cap", once the run was beyond the edge, no step has a larger learning rate than `SAFETY` times the lower bound on
-    the critical one. Outside of `optimizer.step()` the parameter groups have what a schedule gave them.
+    With "cap", once a run was beyond the edge, every step's learning rate is at most `SAFETY` times the lower bound on the
+    critical one. Outside of `optimizer.step()`, the parameter groups keep the schedule's learning rates.
 
     Args:
         zo: the engine, after `prepare`.
-        optimizer: which moves its coordinates.
-        every: steps between measurements, each of which costs one forward pass, or three with Adam (two where the
-            estimator evaluates the clean loss).
+        optimizer: the optimizer that moves the engine's coordinates.
+        every: steps between measurements. A measurement costs one forward pass. With Adam it costs three, or two if the
+            estimator evaluates the clean loss.
         action: "warn" or "cap".
 
     Attributes:
-        found: what is known since the last step; None before the first measurement.
+        found: the estimates as of the last step; None before the first measurement.
 
     Raises:
-        ValueError: an argument is not usable, or the theory knows nothing of the method; the message names it.
+        ValueError: an argument cannot be used, or the theory does not cover the method; the message names it.
     """
 
     def __init__(self, zo: ZerothOrder, optimizer: Optimizer, every: int = 10, action: str = "warn") -> None:
         check_action(every, action)
-        check_stability(zo.estimator.name, zo.rule.name, zo.distribution.name)
-        if zo.optimizer is not optimizer:  # whose learning rate the engine records, after it was lowered
+        zo.share_directions()
+        check(Case(zo.settings, {"zo_stability_steps": every}, distribution=zo.distribution))
+        if zo.optimizer is not optimizer:  # the engine must record the learning rate after it was lowered
             raise ValueError("optimizer is not the engine's; pass it to zo.prepare first.")
         self._descent = descent_of(optimizer)
         if self._descent.divides and zo.rule.name != "none":
@@ -184,20 +169,20 @@ class StabilityMonitor:
         self.found: Stability | None = None
         self._capped_at: float | None = None
         self._scheduled: list[float] = []
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
 
     def detach(self) -> None:
-        """Watch no longer."""
+        """Stop monitoring."""
         self._zo.curvature = None
         for hook in self._hooks:
             hook.remove()
 
     def logs(self) -> dict[str, float]:
-        """What is known, under the names that a Trainer logs; the learning rate too if it is not the schedule's."""
+        """Return the estimates under the names that a Trainer logs, and the learning rate if it was lowered."""
         found = self.found
         if found is None:
             return {}
@@ -220,8 +205,8 @@ class StabilityMonitor:
             return
         rate = max(float(rate) for rate in self._scheduled)
         found = self._at(rate)
-        self._say_if_rounding_dominates()
-        self._say_if_crossed(found, rate)
+        self._warn_if_rounding_dominates()
+        self._warn_if_crossed(found, rate)
         if self._action == "cap" and self.probes.crossed:
             cap = SAFETY * found.critical_lower
             for group in groups:
@@ -232,14 +217,14 @@ class StabilityMonitor:
         self.found = found
 
     def _after_step(self) -> None:
-        # The engine's own hook came first and has recorded the learning rate of the step.
+        # The engine's own hook runs first, and has recorded the step's learning rate by now.
         for group, rate in zip(self._optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = rate
 
     def _at(self, rate: float) -> Stability:
         zo, factor = self._zo, self._descent.factor
-        if zo.normalisation is not None and zo.normalisation.root > 0:
-            factor /= zo.normalisation.root
+        if zo.normalization is not None and zo.normalization.root > 0:
+            factor /= zo.normalization.root
         name = zo.distribution.name
         return stability(
             self.probes.curvatures,
@@ -251,21 +236,20 @@ class StabilityMonitor:
             dimension=zo.subspace.dimension,
         )
 
-    def _say_if_crossed(self, found: Stability, rate: float) -> None:
+    def _warn_if_crossed(self, found: Stability, rate: float) -> None:
         if not found.crossed:
             if found.ratio < 1.0:
-                self._said.discard("crossed")
+                self._warned.discard("crossed")
             return
         self.probes.crossed = True
-        if "crossed" in self._said:
+        if "crossed" in self._warned:
             return
-        self._said.add("crossed")
+        self._warned.add("crossed")
         safe = SAFETY * found.critical_lower
-        done = (
-            f"it is lowered to {safe:.2g}"
-            if self._action == "cap"
-            else (f"lower it to at most {safe:.2g}, or have that done with zo_stability_action='cap'")
-        )
+        if self._action == "cap":
+            reaction = f"it is lowered to {safe:.2g}"
+        else:
+            reaction = f"lower it to at most {safe:.2g}, or set zo_stability_action='cap', which lowers it for you"
         logger.warning(
             "step %d: learning_rate=%.2g is %.2g times the largest at which this run is stable (Hessian trace %.3g ± %.2g, "
             "critical learning rate %.2g to %.2g); %s.",
@@ -276,18 +260,18 @@ class StabilityMonitor:
             found.trace.standard_error,
             found.critical_lower,
             found.critical_upper,
-            done,
+            reaction,
         )
 
-    def _say_if_rounding_dominates(self) -> None:
+    def _warn_if_rounding_dominates(self) -> None:
         probes = self.probes
-        if "rounding" in self._said or len(probes.curvatures) < _LEAST_SAMPLES:
+        if "rounding" in self._warned or len(probes.curvatures) < _LEAST_SAMPLES:
             return
         if 2.0 * probes.rounding**2 > variance(probes.curvatures):
-            self._said.add("rounding")
+            self._warned.add("rounding")
             logger.warning(
-                "step %d: the curvature that zo_stability_steps measures is mostly the rounding of the losses, which are "
-                "%s (about %.2g in each, of a mean of %.2g); raise zo_eps=%g, or return losses in float32 or better.",
+                "step %d: the curvature that zo_stability_steps measures is mostly the rounding of the %s losses "
+                "(about %.2g in each sample, of a mean of %.2g); raise zo_eps=%g, or return losses in float32 or better.",
                 self._zo.step,
                 str(self._zo.evaluator.dtype).removeprefix("torch."),
                 probes.rounding,
@@ -296,27 +280,15 @@ class StabilityMonitor:
             )
 
 
-def check_action(every: int, action: str) -> None:
-    """Refuse what cannot be done.
-
-    Raises:
-        ValueError: the message names the option.
-    """
-    if every < 1:
-        raise ValueError(f"zo_stability_steps={every} must be at least 1; leave it out to measure nothing.")
-    if action not in ACTIONS:
-        raise ValueError(f"zo_stability_action={action!r} is unknown; choose one of {', '.join(ACTIONS)}.")
-
-
 class StabilityCallback(TrainerCallback):
-    """The monitor of a `ZOTrainer`: what `zo_stability_steps` and `zo_stability_action` add, or a list of callbacks.
+    """Monitors the stability of a `ZOTrainer`; `zo_stability_steps` adds it, and `callbacks` may contain one.
 
     Args:
         every: steps between measurements.
         action: "warn" or "cap".
 
     Attributes:
-        monitor: while training runs, and until the next one; None before.
+        monitor: the monitor of the last training; None before the first one.
     """
 
     def __init__(self, every: int = 10, action: str = "warn") -> None:
@@ -327,11 +299,10 @@ class StabilityCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say in the arguments, too, what a budget has to pay for."""
-        settings: Any = args
-        check_stability(settings.zo_estimator, settings.zo_rule, settings.zo_direction)
-        settings.zo_stability_steps, settings.zo_stability_action = self.every, self.action
+        """Refuse a method that the monitor cannot measure."""
+        config: Any = args
+        check(Case(config.settings(), {"zo_stability_steps": self.every}))
 
     def watch(self, zo: ZerothOrder, optimizer: Optimizer) -> None:
-        """Measure this engine's steps."""
+        """Start to measure an engine's steps."""
         self.monitor = StabilityMonitor(zo, optimizer, self.every, self.action)

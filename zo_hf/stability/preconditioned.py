@@ -1,14 +1,15 @@
-"""The critical step size with a preconditioner that does not commute with the Hessian, as Adam's never quite does.
+"""The critical step size with a preconditioner that does not commute with the Hessian, as is the case for Adam.
 
-Our derivation; arXiv 2604.14669, theorem 3, has η* as a function of the eigenvalues of P⁻¹H alone. With u from an isotropic
-distribution, y = P^½x, the symmetric K = P^-½·H·P^-½ and its eigenvectors V, the noise of a step is not the same in
-every eigenvector of K: in y it is c₀·tr(HxxᵀH)·P⁻¹, and the trace is that of K·P·K·y yᵀ. With aᵢ = η·λᵢ(K),
+The derivation is ours; arXiv 2604.14669, theorem 3, has η* as a function of the eigenvalues of P⁻¹H alone. Let u have
+an isotropic distribution, y = P^½x, and V be the eigenvectors of the symmetric K = P^-½·H·P^-½. The noise of a step
+differs between eigenvectors of K: in y it is c₀·tr(HxxᵀH)·P⁻¹, and the trace equals that of K·P·K·y yᵀ. With aᵢ =
+η·λᵢ(K),
 
     F(η) = Σᵢⱼ Λᵢⱼ · c₀·ξᵢⱼ / (1 - β² + β·(aᵢ + aⱼ - 2ξᵢⱼ)/(1 - β) - (1 + c₁)·ξᵢⱼ)        ξᵢⱼ = aᵢaⱼ(1 + β)/(aᵢ + aⱼ)
     Λ = (Vᵀ P V) ∘ (Vᵀ P⁻¹ V)        stable exactly where F(η) < 1
 
-Λ's rows sum to 1, and it is the identity where P and H commute, which leaves the sum over i of `critical`.
-Otherwise η* is smaller, and may be less than the lower bound that trace and largest eigenvalue of P⁻¹H give.
+The rows of Λ sum to 1. If P and H commute, Λ is the identity, and F is the sum over i in `critical`. Otherwise η* is
+smaller. It can even be smaller than the lower bound from the trace and the largest eigenvalue of P⁻¹H.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def critical_step_size_of_hessian(
     direction: str = "gaussian",
     negative: str = "refuse",
 ) -> float:
-    """`critical_step_size` from the whole matrix, for x ← x - η·P⁻¹·m with any diagonal P.
+    """Return the critical step size of a whole Hessian, for x ← x - η·P⁻¹·m with any diagonal P.
 
-    Takes one eigendecomposition, O(d³), and O(d²) memory. Its relative error is about 10⁻¹⁶ times the ratio of P's largest
-    to its smallest entry.
+    The computation takes one eigendecomposition, O(d³) time and O(d²) memory. Its relative error is about 10⁻¹⁶ times
+    the ratio of P's largest to its smallest entry.
 
     Args:
-        hessian: symmetric, (d, d), an array or a tensor; the lower triangle is read.
-        preconditioner: P's diagonal, positive, (d,); None is all ones. Adam's is √v̂ + ε.
+        hessian: symmetric, (d, d), an array or a tensor; only the lower triangle is read.
+        preconditioner: P's diagonal, positive, (d,); None means all ones. Adam's is √v̂ + ε.
         direction: "gaussian" or "sphere".
-        momentum, ema, num_directions, negative: as for `critical_step_size`; of P^-½·H·P^-½.
+        momentum, ema, num_directions, negative: as for `critical_step_size`; `negative` applies to P^-½·H·P^-½.
 
     Returns:
-        η*; infinity where no eigenvalue is positive.
+        η*; infinity if no eigenvalue is positive.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
@@ -64,8 +65,8 @@ def critical_step_size_of_hessian(
     values, vectors = np.linalg.eigh(root[:, None] * matrix * root)
     if negative == "refuse" and values[0] < 0:
         raise ValueError(
-            f"hessian has the eigenvalue {values[0]:.3g}, and the theory has no negative curvature; negative='ignore' "
-            "leaves it out."
+            f"hessian has the eigenvalue {values[0]:.3g}, and the theory does not cover negative curvature; use "
+            "negative='ignore' to leave it out."
         )
     positive = values > 0
     if not positive.any():
@@ -76,7 +77,7 @@ def critical_step_size_of_hessian(
 
 
 def _root(scaled: Array, shares: Array, method: Process) -> float:
-    """Where F is 1, for eigenvalues up to 1. F grows on the whole way to the pole in every case that was tried."""
+    """Return the root of F = 1, for eigenvalues up to 1. In every case tried, F increases up to its pole."""
     low, high = 0.0, method.span / method.pull if method.pull > 0 else 4.0 / method.common
     while low < (middle := 0.5 * (low + high)) < high:
         if _response(middle * scaled, shares, method) < 1:
@@ -87,7 +88,7 @@ def _root(scaled: Array, shares: Array, method: Process) -> float:
 
 
 def _response(steps: Array, shares: Array, method: Process) -> float:
-    """F, of a = η·λ."""
+    """Return F for a = η·λ."""
     beta = method.momentum
     sums = steps[:, None] + steps
     curved = np.outer(steps, steps) * (1 + beta) / sums

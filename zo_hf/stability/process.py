@@ -1,6 +1,6 @@
-"""What the theory of stability needs to know of a method, and of a spectrum.
+"""The parameters of a method and of a spectrum that stability theory needs.
 
-On a quadratic ½xᵀHx the estimate of q directions u along H's eigenvectors has, given x, the second moments
+On a quadratic ½xᵀHx the estimate g from q directions u has, given x, these second moments along H's eigenvectors:
 
     E[g gᵀ]ᵢᵢ = (1 + c₁)·(λᵢxᵢ)² + c₀·Σⱼ (λⱼxⱼ)²
 
@@ -8,9 +8,10 @@ On a quadratic ½xᵀHx the estimate of q directions u along H's eigenvectors ha
     sphere       c₀ = κ/q      c₁ = (2κ - 1)/q      κ = d/(d + 2), ‖u‖ = √d
     rademacher   c₀ = 1/q      c₁ = -1/q            only where the basis that signs are drawn in is H's own
 
-For Gaussian directions and the sphere this is Isserlis' theorem, in any basis. For signs uᵢ² = 1, so one direction has
-E[gᵢ²] = E[(Σⱼ uⱼλⱼxⱼ)²] = Σⱼ (λⱼxⱼ)², and the mean of q is the mean (λᵢxᵢ)² and 1/q of the rest. No other entry of
-E[x xᵀ] enters, so the diagonal moves by itself; where H is not diagonal, fourth moments of u do enter.
+For Gaussian directions and the sphere this is Isserlis' theorem, in any basis. For random signs uᵢ² = 1, so one
+direction has E[gᵢ²] = E[(Σⱼ uⱼλⱼxⱼ)²] = Σⱼ (λⱼxⱼ)². The mean over q directions keeps (λᵢxᵢ)² and 1/q of the rest. Only
+the diagonal of E[x xᵀ] enters, so it has a recursion of its own. If H is not diagonal in that basis, fourth moments of
+u enter as well.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ NEGATIVE = ("refuse", "ignore")
 
 @dataclass(frozen=True)
 class Process:
-    """A method, as far as its stability goes.
+    """The parameters of a method that determine its stability.
 
     Args:
         momentum: β of m ← β·m + w·g, x ← x - η·m.
-        weight: w, 1 or, for an exponential moving average, 1 - β.
-        common: c₀, the part of the noise that all modes give to each.
-        own: c₁, the part of a mode's noise that is its own.
+        weight: w: 1, or 1 - β for an exponential moving average.
+        common: c₀, the noise that each mode receives from all modes.
+        own: c₁, the noise that each mode receives from itself in addition.
     """
 
     momentum: float
@@ -45,17 +46,17 @@ class Process:
 
     @property
     def pull(self) -> float:
-        """k of F(a) = Σ c₀·a·(1 + β) / (2·(1 - β²) - k·a); the noise of a mode grows without bound at its pole if k > 0."""
+        """The k of F(a) = Σ c₀·a·(1 + β) / (2·(1 - β²) - k·a); for k > 0 a mode's noise is unbounded at the pole."""
         return 1 - self.momentum + self.own * (1 + self.momentum)
 
     @property
     def span(self) -> float:
-        """The numerator of that pole, 2·(1 - β²)."""
+        """The constant 2·(1 - β²) in the denominator of F; the pole is at a = span / pull."""
         return 2 * (1 - self.momentum) * (1 + self.momentum)
 
 
 def process(momentum: float, ema: bool, num_directions: int, direction: str, dimension: int | None) -> Process:
-    """The process of these options, checked.
+    """Return the process for these options.
 
     Raises:
         ValueError: an option is not usable; the message names it.
@@ -65,7 +66,7 @@ def process(momentum: float, ema: bool, num_directions: int, direction: str, dim
     if num_directions < 1:
         raise ValueError(f"num_directions={num_directions} must be at least 1.")
     if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is not known to the theory; use one of {', '.join(DIRECTIONS)}.")
+        raise ValueError(f"direction={direction!r} is not covered by the theory; use one of {', '.join(DIRECTIONS)}.")
     common, own = 1.0, 1.0
     if direction == "rademacher":
         own = -1.0
@@ -81,30 +82,30 @@ def process(momentum: float, ema: bool, num_directions: int, direction: str, dim
 
 
 def as_array(values: Any, name: str) -> Array:
-    """A vector of finite float64 from a list, an array or a tensor of any real type.
+    """Convert a list, an array or a tensor of real numbers to a vector of finite float64.
 
     Raises:
-        ValueError: it is not one; the message calls it `name`.
+        ValueError: `values` is not a vector of finite real numbers; the message names the argument `name`.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = values if values.is_complex() else values.double()
     array = np.asarray(values)
     if np.iscomplexobj(array):
-        raise ValueError(f"{name} must be real; those of P⁻¹H are, as eigenvalues of the symmetric P^-½·H·P^-½.")
+        raise ValueError(f"{name} must be real; compute those of P⁻¹H from the symmetric P^-½·H·P^-½.")
     array = array.astype(np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must be a vector of at least one number, not of shape {tuple(array.shape)}.")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite; drop what is not.")
+        raise ValueError(f"{name} must be finite; drop the entries that are not.")
     return array
 
 
 def spectrum(eigenvalues: Any, preconditioner: Any, negative: str) -> Array:
-    """The eigenvalues that η multiplies, λ/P, none of them negative.
+    """Return λ/P, the eigenvalues that η multiplies, none of them negative.
 
     Raises:
-        ValueError: they are not usable; the message names the argument.
+        ValueError: an argument is not usable; the message names it.
     """
     if negative not in NEGATIVE:
         raise ValueError(f"negative={negative!r} must be one of {', '.join(NEGATIVE)}.")
@@ -121,6 +122,7 @@ def spectrum(eigenvalues: Any, preconditioner: Any, negative: str) -> Array:
             values = as_array(values / scale, "eigenvalues / preconditioner")
     if negative == "refuse" and values.min() < 0:
         raise ValueError(
-            f"eigenvalues has {values.min():.3g}, and the theory has no negative curvature; negative='ignore' leaves it out."
+            f"eigenvalues contains {values.min():.3g}, and the theory does not cover negative curvature; use "
+            "negative='ignore' to leave it out."
         )
     return np.maximum(values, 0.0)

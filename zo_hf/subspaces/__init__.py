@@ -1,4 +1,4 @@
-"""Which tensors move, and how they enter the forward."""
+"""Subspaces: the tensors that move, and the way in which they enter the forward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.core import Core
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.full import Full
-from zo_hf.subspaces.held_full import HeldFull
+from zo_hf.subspaces.full_in_memory import FullInMemory
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.norms import Norms
 from zo_hf.subspaces.scales import Scales
@@ -18,17 +18,18 @@ SUBSPACES: dict[str, type[Subspace]] = {kind.name: kind for kind in (LowRank, Fu
 
 
 def subspace_kind(name: str, held: bool) -> type[Subspace]:
-    """The subspace of a name in `SUBSPACES`.
+    """Return the class of a subspace.
 
     Args:
-        held: all its coordinates are to have a gradient in memory, which `Full` never has.
+        name: a name in `SUBSPACES`.
+        held: True if all coordinates must have a gradient in memory, which `Full` never has.
     """
-    return HeldFull if held and name == Full.name else SUBSPACES[name]
+    return FullInMemory if held and name == Full.name else SUBSPACES[name]
 
 
 def has_factors(kind: type[Subspace]) -> TypeGuard[type[LowRank]]:
-    """Whether a subspace takes a rank and folds: low-rank factors, or a core."""
-    return issubclass(kind, LowRank) and kind is not Norms
+    """Return True if a subspace has a rank and folds, as low-rank factors and a core do."""
+    return issubclass(kind, LowRank) and not issubclass(kind, Norms)
 
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
     "Core",
     "Folded",
     "Full",
-    "HeldFull",
+    "FullInMemory",
     "LowRank",
     "Norms",
     "Scales",

@@ -6,8 +6,9 @@ SubZero (Yu et al., arXiv 2410.08989):
                                          U: (m, r), V: (n, r), orthonormal, Haar-distributed, kept for `fold_steps` steps
     fold:  W ← W + √(mn)/r · U · S · Vᵀ,   S ← 0,   U, V ← new draws
 
-With the factor √(mn)/r an entry of the perturbation has unit variance, so ε and the learning rate mean what they mean for
-a dense direction. The Q of a QR decomposition is Haar-distributed only if the diagonal of R is made positive.
+With the factor √(mn)/r, an entry of the perturbation has unit variance. Therefore ε and the learning rate mean the
+same as for a dense direction. The Q of a QR decomposition is Haar-distributed only if the diagonal of R is made
+positive.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo_hf.directions import GAUSSIAN, Purpose, Stream, draw_slice
-from zo_hf.method import Method
-from zo_hf.one_thread import one_thread
+from zo_hf.directions import GAUSSIAN
+from zo_hf.method_info import Method
+from zo_hf.rng import Purpose, Stream, draw_slice
+from zo_hf.rng.single_thread import single_thread
 from zo_hf.subspaces.folded import Folded
+from zo_hf.subspaces.functional import HALF
 from zo_hf.subspaces.low_rank import LowRank
-from zo_hf.subspaces.shadow import HALF
 
 
 class Core(LowRank):
-    """See the formula above; the arguments are those of `LowRank`. A parameter of one dimension moves as a whole."""
+    """Cores as coordinates, as in the formula above; a parameter of one dimension moves as a whole.
+
+    The arguments are those of `LowRank`.
+    """
 
     name = "core"
-    about = Method("SubZero (2410.08989)", memory="U, V: r(m + n) per matrix; S, gradient 2d")
+    about = Method("SubZero (2410.08989)", memory="r(m + n) per matrix for U and V; 2d for S and its gradient")
     default_rank = 32
 
     def draw_bases(self, step: int) -> None:
@@ -46,9 +51,9 @@ class Core(LowRank):
             self._bases[name] = right.t().contiguous().t()
 
     def _orthonormal(self, stream: Stream, name: str, rows: int) -> Tensor:
-        """(rows, r), float64, on the CPU, so that every kind of device has the same."""
+        """Draw an orthonormal basis, float64 (rows, r), on the CPU, so that every kind of device has the same one."""
         noise = draw_slice(stream, name, 0, rows * self.rank, GAUSSIAN).view(rows, self.rank)
-        with one_thread():
+        with single_thread():
             q, r = torch.linalg.qr(noise.double())
         return q * r.diagonal().sign()
 
@@ -62,4 +67,4 @@ class Core(LowRank):
         return self._left_bases[name] @ self.coordinates[name].detach()
 
     def _left_at_point(self, name: str) -> Tensor:
-        return self._left_bases[name] @ self._materialised.at_point(name)
+        return self._left_bases[name] @ self._coordinate_blocks.at_point(name)

@@ -1,38 +1,58 @@
-"""Coordinates that are kept apart from the weights, float32 and zero at first, until a fold writes them in.
+"""Coordinates that stay apart from the weights, float32 and zero at first, until a fold adds them to the weights.
 
     θ(ξ) = θ + f(ξ)         fold:  θ ← θ + f(ξ),  ξ ← 0
 
-What a fold writes is rounded stochastically where the weights are half precision or quantised.
+The literature calls a fold a merge. It rounds stochastically if the weights are in half precision or quantized.
+
+Between folds a state dict holds θ + f(ξ), as the next fold would write it: while the subspace is attached, hooks of the
+modules that hold moving parameters put it there.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from zo_hf.directions import Distribution, Purpose, Stream
+from zo_hf.directions import GAUSSIAN, Distribution
+from zo_hf.parallel.shards import gather, is_sharded, local_part, reshard, shard_like
 from zo_hf.quantization import quantized_layers
-from zo_hf.sharding import gather, is_sharded, local_part, reshard
-from zo_hf.subspaces.materialised import Materialised
-from zo_hf.subspaces.rounding import draw_uniform
-from zo_hf.subspaces.sites import Pattern, Site
-from zo_hf.subspaces.subspace import StreamOf, Subspace
+from zo_hf.rng import Purpose, Stream, StreamOf
+from zo_hf.rng.rounding import draw_uniform
+from zo_hf.subspaces.blocks import CoordinateBlocks
+from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
+from zo_hf.subspaces.subspace import Subspace, no_stream
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FOLD_STEPS = 50
 
 
 class Folded(Subspace):
-    """What low-rank factors, a core, norms and scales have in common.
+    """The common part of low-rank factors, a core, norms and scales.
 
-    A subclass fills `coordinates`, calls `_begin`, and says what a module's output and a folded weight are.
+    A subclass fills `coordinates`, calls `_begin`, and computes the outputs of modules and the folded weights.
+
+    Args:
+        model: the model with the parameters that move.
+        fold_steps: number of steps between folds; 0 folds only at the end. None means 50, or 0 for a quantized model.
+        target_modules: parameters that move, see `find_sites`.
+        exclude_modules: parameters that do not move.
+        among: if given, only these parameters may move, e.g. those of an optimizer.
+        seed: seed of the run.
 
     Attributes:
-        fold_steps: steps between folds; 0 never folds before the end.
-        drawn_at: the step of the last fold.
-        fold_error: root mean square of what the last fold rounded off the quantised weights, relative to theirs; None
-            before a fold or without such weights.
+        fold_steps: number of steps between folds; 0 folds only at the end.
+        drawn_at: step of the last fold.
+        next_fold: step and decay, see `fold`, of a fold that would take place now; the engine keeps it up to date.
+        fold_error: root mean square of the last fold's rounding errors on quantized weights, relative to that of the
+            weights. It is None before a fold and without quantized weights.
     """
 
     def __init__(
@@ -48,46 +68,112 @@ class Folded(Subspace):
             fold_steps = 0 if quantized_layers(model) else DEFAULT_FOLD_STEPS
         self.fold_steps = fold_steps
         super().__init__(model, target_modules, exclude_modules, among, seed)
+        require_contiguous(self.sites)
         self.drawn_at = 0
+        self.next_fold: tuple[int, Mapping[str, float]] = (0, {})
         self.fold_error: float | None = None
+        self._state_dict_hooks: list[RemovableHandle] = []
+        # Key of a site's last entry in a state dict, and the entry, which the other names of a tied weight share.
+        self._last_entry: dict[str, tuple[str, weakref.ref[Tensor]]] = {}
 
     def _begin(self) -> None:
-        self._materialised = Materialised(self.coordinates)
+        self._coordinate_blocks = CoordinateBlocks(self.coordinates)
         self._at_origin = True
         self._clean_is_stale = True
         self.draw_bases(0)
 
     @property
-    def materialised(self) -> Materialised:
-        return self._materialised
+    def coordinate_blocks(self) -> CoordinateBlocks:
+        return self._coordinate_blocks
 
     @property
     def at_origin(self) -> bool:
-        """Whether every coordinate is zero, so that the model's own weights are the current model."""
+        """True if every coordinate is zero, so that the weights of the model are the current model."""
         return self._at_origin
 
     def set_origin(self) -> None:
-        """Say that every coordinate is zero, so that the model's own weights are the current model."""
+        """Declare every coordinate to be zero, so that the weights of the model are the current model."""
         self._at_origin = True
 
     def draw_bases(self, step: int) -> None:
-        """Draw what is kept between folds, keyed by the step at which it begins to be used."""
+        """Draw the tensors that stay fixed between folds, keyed by the step from which they are used."""
         self.drawn_at = step
 
-    def moved(self, module: nn.Module) -> bool:
+    @property
+    def is_moved(self) -> bool:
         return bool(self.probes) or not self._at_origin
 
+    def moved(self, module: nn.Module) -> bool:
+        return self.is_moved
+
+    def _refresh_point(self) -> None:
+        """Set the point to the coordinates themselves, for a forward pass outside of probes."""
+        if not self.probes and self._clean_is_stale:
+            self._coordinate_blocks.set_point((), no_stream, GAUSSIAN)
+            self._clean_is_stale = False
+
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
-        self._materialised.write_gradient(coefficients, stream_of, distribution)
+        self._coordinate_blocks.write_gradient(coefficients, stream_of, distribution)
 
     def coordinates_changed(self) -> None:
         self._at_origin, self._clean_is_stale = False, True
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
-        self._materialised.set_point(self.probes, stream_of, distribution)
+        self._coordinate_blocks.set_point(self.probes, stream_of, distribution)
 
     def _leave_point(self) -> None:
         self._clean_is_stale = True
+
+    # The state dict of the model.
+
+    def attach(self) -> None:
+        super().attach()
+        self._hook_state_dicts()
+
+    def _hook_state_dicts(self) -> None:
+        """Register the hooks that put the weights of now into state dicts."""
+        sites = {id(site.parameter): site for site in self.sites}
+        for module in self.model.modules():
+            held = {name: sites[id(p)] for name, p in module._parameters.items() if id(p) in sites}
+            if held:
+                # A partial of a function, so that a deep copy of the model gets hooks that refer to the copy.
+                hook = functools.partial(_put_present_weights, self, held)
+                self._state_dict_hooks.append(module.register_state_dict_post_hook(hook))
+
+    def detach(self) -> None:
+        super().detach()
+        for handle in self._state_dict_hooks:
+            handle.remove()
+        self._state_dict_hooks.clear()
+
+    def _put_present_weights(
+        self, held: Mapping[str, Site], module: nn.Module, state: dict[str, Any], prefix: str
+    ) -> None:
+        """Replace a module's weights in a state dict by those that a fold would write now."""
+        step, decay = self.next_fold
+        if self._at_origin and step == 0:
+            return
+        for name, site in held.items():
+            key = prefix + name
+            # With keep_vars=True the caller asks for the parameters themselves.
+            if key not in state or state[key] is module._parameters[name]:
+                continue
+            last_key, last = self._last_entry.get(site.name, ("", None))
+            tensor = None if last is None else last()
+            if tensor is not None and state.get(last_key) is tensor:
+                state[key] = tensor
+                continue
+            entries = self._present(site, name, step, decay.get(site.name, 1.0))
+            state |= {prefix + part: value for part, value in entries.items()}
+            self._last_entry[site.name] = key, weakref.ref(state[key])
+
+    def _present(self, site: Site, name: str, step: int, decay: float) -> dict[str, Tensor]:
+        """Return what a fold would write, on the weight's device, or on the CPU if there is no memory for it."""
+        device = site.parameter.device
+        try:
+            return self._folded(site, name, step, decay, device)
+        except torch.OutOfMemoryError:
+            return self._folded(site, name, step, decay, torch.device("cpu"))
 
     # Folding.
 
@@ -112,41 +198,55 @@ class Folded(Subspace):
 
     def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         reshard(self.model)
-        sites = {id(site.parameter): site for site in self.sites}
-        folded: dict[int, Tensor] = {}
-        state = self._quantized_state(step, decay or {})
+        decay, cpu = decay or {}, torch.device("cpu")
+        state: dict[str, Tensor] = {}
+        plain: dict[int, Site] = {}
+        for site in self.sites:
+            if site.layer is None:
+                plain[id(site.parameter)] = site
+            else:
+                entries = self._folded(site, "weight", step, decay.get(site.name, 1.0), cpu)
+                state |= {site.name.removesuffix("weight") + part: tensor for part, tensor in entries.items()}
+        done: dict[int, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name in state:
                 continue
-            if id(tensor) not in folded:
-                part, first = local_part(tensor)
-                site = sites.get(id(tensor))
-                if site is not None:
-                    # The processes exchange shards where these are.
-                    part = part.to(part.device if is_sharded(tensor) else "cpu", copy=True)
-                    self._fold_into(part, first, site, step, (decay or {}).get(site.name, 1.0))
-                folded[id(tensor)] = gather(part, tensor)
-            state[name] = folded[id(tensor)]
+            if id(tensor) not in done:
+                owner, value = plain.get(id(tensor)), tensor
+                if owner is not None:
+                    value = self._folded(owner, name, step, decay.get(owner.name, 1.0), cpu)[name]
+                done[id(tensor)] = gather(local_part(value)[0], tensor)
+            state[name] = done[id(tensor)]
         return state
 
     @torch.no_grad()
-    def _quantized_state(self, step: int, decay: Mapping[str, float]) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for site in self.sites:
-            if site.layer is not None:
-                storage = {name: part.to("cpu", copy=True) for name, part in site.layer.storage().items()}
-                self._fold_quantized(storage, site, step, decay.get(site.name, 1.0))
-                prefix = site.name.removesuffix("weight")
-                state |= {prefix + name: tensor for name, tensor in site.layer.state_entries(storage).items()}
-        return state
+    def _folded(self, site: Site, name: str, step: int, decay: float, device: torch.device) -> dict[str, Tensor]:
+        """Return copies with what a fold would write.
+
+        Args:
+            site: site of the parameter.
+            name: key of the copy; those of a quantized weight's parts are the format's.
+            step: step of the fold.
+            decay: factor on the old weight.
+            device: device of the copies; a shard stays where it is, because processes exchange shards there.
+        """
+        if site.layer is not None:
+            storage = {key: part.to(device, copy=True) for key, part in site.layer.storage().items()}
+            self._fold_quantized(storage, site, step, decay)
+            return site.layer.state_entries(storage)
+        part, first = local_part(site.parameter)
+        sharded = is_sharded(site.parameter)
+        part = part.to(part.device if sharded else device, copy=True)
+        self._fold_into(part, first, site, step, decay)
+        return {name: shard_like(part, site.parameter) if sharded else part}
 
     def base_state(self) -> dict[str, Tensor]:
-        """The weights as of the last fold, by name; to be called by every process, see `gather`."""
+        """Return the weights as of the last fold, by name. Every process must call this method, see `gather`."""
         reshard(self.model)
         return {name: gather(local_part(tensor)[0], tensor) for name, tensor in self.base_tensors().items()}
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """The tensors that a fold writes, live, by name."""
+        """Return the tensors that a fold writes, live, by name."""
         tensors: dict[str, Tensor] = {}
         for site in self.sites:
             if site.layer is None:
@@ -157,18 +257,22 @@ class Folded(Subspace):
         return tensors
 
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
-        """target ← decay · target + the coordinates' part, a tile of rows at a time.
+        """Set target to decay · target + f(ξ), a tile of rows at a time.
 
-        target: the parameter, or a copy of it on any device, contiguous; or some of its first dimension's slices.
-        first: index in the parameter of target's first element.
+        Args:
+            target: the parameter, or a contiguous copy of it on any device, or some slices of its first dimension.
+            first: index of the target's first element in the parameter.
+            site: site of the parameter.
+            step: step of the fold, which keys the rounding.
+            decay: factor on the old weight.
         """
         raise NotImplementedError
 
     def _fold_quantized(self, storage: dict[str, Tensor], site: Site, step: int, decay: float) -> tuple[float, float]:
-        """The same for a quantised weight's parts, live or copied.
+        """Do the same for the parts of a quantized weight, live or copied.
 
         Returns:
-            Sums over the weight of the squared rounding error and of the squared new weight.
+            The sum of the squared rounding errors over the weight, and the sum of its squared new values.
         """
         layer = site.layer
         assert layer is not None
@@ -176,13 +280,19 @@ class Folded(Subspace):
         columns, device = layer.shape[1], next(iter(storage.values())).device
         error, weight = 0.0, 0.0
         for start, stop in layer.tiles():
-            rows = layer.dequantise(storage, start, stop).mul_(decay).add_(self._rows(site, start, stop).to(device))
+            rows = layer.dequantize(storage, start, stop).mul_(decay).add_(self._rows(site, start, stop).to(device))
             uniform = draw_uniform(stream, site.name, start * columns, stop * columns, device).view(rows.shape)
-            layer.requantise(storage, start, stop, rows, uniform)
+            layer.requantize(storage, start, stop, rows, uniform)
             weight += float(rows.double().square().sum())
-            error += float((layer.dequantise(storage, start, stop) - rows).double().square().sum())
+            error += float((layer.dequantize(storage, start, stop) - rows).double().square().sum())
         return error, weight
 
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
-        """Rows start..stop of what the coordinates add to a quantised weight, float32 (stop - start, n)."""
+        """Return rows start to stop - 1 of f(ξ) for a quantized weight, float32 (stop - start, n)."""
         raise NotImplementedError
+
+
+def _put_present_weights(
+    subspace: Folded, held: Mapping[str, Site], module: nn.Module, state: dict[str, Any], prefix: str, _: Any
+) -> None:
+    subspace._put_present_weights(held, module, state, prefix)

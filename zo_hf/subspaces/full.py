@@ -4,9 +4,8 @@
     update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
     derivative:  W with tangent z  for the module that holds W, which costs a copy of one module's weights at a time
 
-No gradient and no direction is ever held. In half precision the perturbation is a product of its own,
-x · Wᵀ ± ε · x · zᵀ, because W ± ε · z would round most of it away; z is then rounded to the weight's dtype, in the
-update too.
+Neither a gradient nor a direction is ever held. In half precision W ± ε · z would round away most of the perturbation.
+The perturbation then is a product of its own, x · Wᵀ ± ε · x · zᵀ, and probe and update round z to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -18,24 +17,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from zo_hf.directions import Distribution, Purpose, Stream
-from zo_hf.method import Method
-from zo_hf.probes.probe import NotBatchable
-from zo_hf.subspaces.rounding import draw_uniform, stochastic_round
-from zo_hf.subspaces.shadow import HALF, run_groups
-from zo_hf.subspaces.sites import Pattern, Site
-from zo_hf.subspaces.subspace import StreamOf, Subspace, first_input, require_equal_parts
+from zo_hf.directions import Distribution
+from zo_hf.estimators.probe import NotBatchable
+from zo_hf.method_info import Method
+from zo_hf.rng import Purpose, Stream, StreamOf
+from zo_hf.rng.rounding import draw_uniform, stochastic_round
+from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.per_group import functional_call_per_group
+from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
+from zo_hf.subspaces.subspace import Subspace, first_input, require_equal_parts
 
-# Elements of a weight perturbed or updated at a time: the noise of a large weight is never whole. Measured on a CPU:
-# smaller tiles pay for calls, larger ones for cache misses.
+# Elements of a weight perturbed or updated at a time, so that the noise of a large weight never exists as a whole.
+# Measured on a CPU: smaller tiles spend time on calls, larger ones on cache misses.
 TILE = 1 << 20
 
 
 class Full(Subspace):
-    """Moves every selected parameter itself, without ever holding its gradient.
+    """Moves every selected parameter itself, and never holds its gradient.
 
     Attributes:
-        pending: what `SeededSGD` applies at its next step, a list of (stream, coefficient).
+        pending: pairs (stream, coefficient) that `SeededSGD` applies at its next step.
+        distribution: distribution of the pending directions.
+        site_of: site of each moving parameter, by the parameter's `id`.
     """
 
     name = "full"
@@ -50,10 +53,15 @@ class Full(Subspace):
         seed: int = 0,
     ) -> None:
         super().__init__(model, target_modules, exclude_modules, among, seed)
+        require_contiguous(self.sites)
         self.coordinates = {site.name: site.parameter for site in self.sites}
         self.site_of = {id(site.parameter): site for site in self.sites}
         self.pending: list[tuple[Stream, float]] = []
         self.distribution: Distribution | None = None
+
+    @property
+    def takes_groups_cheaply(self) -> bool:
+        return False  # every group draws all weights
 
     def moved(self, module: nn.Module) -> bool:
         if not self.probes:
@@ -61,7 +69,7 @@ class Full(Subspace):
         stream = self._stream_of(self.probes[0].direction)
         return any(self._distribution.moves(stream, site.name) for site in self._holders[module].values())
 
-    # torch.compile fails on the integers that noise is drawn from. torch.compiler.disable is the same, but imports dynamo.
+    # torch.compile fails on the noise's integer arithmetic. torch.compiler.disable does the same, but imports dynamo.
     @torch._disable_dynamo
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
@@ -75,10 +83,10 @@ class Full(Subspace):
         def parameters(group: int) -> dict[str, Tensor]:
             return {attribute: self._perturbed(site, group) for attribute, site in holders.items()}
 
-        return run_groups(module, parameters, len(self.probes), self.rows_per_probe, args, kwargs)
+        return functional_call_per_group(module, parameters, len(self.probes), self.rows_per_probe, args, kwargs)
 
     def _linear(self, module: nn.Linear, weight: Site, bias: Site | None, x: Tensor) -> Tensor:
-        """x: (..., n) -> (..., m), a tile of output features at a time."""
+        """Compute the output a tile of output features at a time. x: (..., n) -> (..., m)"""
         features_out, features_in = weight.parameter.shape
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         groups = len(self.probes)
@@ -93,7 +101,7 @@ class Full(Subspace):
             noise, drawn = base, None
             for group, probe in enumerate(self.probes):
                 out = output[group, :, start:stop]
-                if probe.scale == 0.0:  # the same product as beside it, so that it rounds alike
+                if probe.scale == 0.0:  # the same product as for other probes, for the same rounding
                     torch.mm(parts[group], base.to(dtype).t(), out=out)
                     continue
                 if probe.direction != drawn:
@@ -111,7 +119,7 @@ class Full(Subspace):
         return output.view(*x.shape[:-1], features_out)
 
     def _lookup(self, weight: Site, output: Tensor, ids: Tensor) -> Tensor:
-        """ids: (...); output: (..., n), to which scale · z[ids] is added for each group of the batch."""
+        """Add scale · z[ids] to the output, (..., n), for each group of the batch; ids: (...)."""
         groups = len(self.probes)
         if ids.ndim == 0:
             if groups > 1:
@@ -137,9 +145,12 @@ class Full(Subspace):
         if probe.scale == 0.0 and not probe.derivative:
             return value.to(dtype)
         noise = self._noise(site, probe.direction, 0, value.numel()).view(value.shape)
-        if probe.derivative:  # the tangent in the weight's dtype: nothing is added to the weight that could round away
+        if probe.derivative:  # in the weight's dtype, for a tangent is not added to the weight and does not round away
             return forward_ad.make_dual(value, noise.to(value.dtype))
         return torch.add(value.to(dtype), noise.to(dtype), alpha=probe.scale)
+
+    def _value_at_point(self, site: Site, parameter: Tensor) -> Tensor:
+        return self._perturbed(site, 0)
 
     def _noise(self, site: Site, direction: int, start: int, stop: int) -> Tensor:
         values = site.parameter.detach().view(-1)[start:stop]
@@ -156,15 +167,15 @@ class Full(Subspace):
         self.pending = []
 
     def gradient_norm(self) -> float:
-        """Norm of the pending update.
+        """Return the expected norm of the pending update, √d · √Σ cᵢ², with d the number of weights that move.
 
-        It is the expected one, √d · √Σ cᵢ² with d the weights that move (exact for one Rademacher direction), since
-        computing it would take a pass over all weights.
+        It is exact for one Rademacher direction. The actual norm would take a pass over all weights.
         """
         if not self.pending:
             return 0.0
         assert self.distribution is not None
-        moving = self.distribution.moving(self.pending[0][0], self.dimension)
+        still = sum(self.coordinates[name].numel() for name in self.still)
+        moving = self.distribution.moving(self.pending[0][0], self.dimension - still)
         return float(moving**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
 
     def scale_gradient(self, factor: float) -> None:
@@ -172,13 +183,13 @@ class Full(Subspace):
 
     @torch.no_grad()
     def apply_pending(self, parameter: nn.Parameter, learning_rate: float, decay: float) -> None:
-        """parameter ← decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time.
+        """Set parameter to decay · parameter - learning_rate · Σ c · z, in one pass, a tile at a time.
 
-        Nothing is written where no z of this step moves.
+        A parameter that no z of this step moves stays as it is, without decay.
         """
         assert self.distribution is not None
         site = self.site_of[id(parameter)]
-        if not self.distribution.moves(self.pending[0][0], site.name):
+        if site.name in self.still or not self.distribution.moves(self.pending[0][0], site.name):
             return
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), TILE):
@@ -187,7 +198,7 @@ class Full(Subspace):
             if flat.dtype in HALF:
                 value = value.float()
             elif self.distribution.reads_weights:
-                before = value.clone()  # every direction is drawn for the weights as they were probed
+                before = value.clone()  # every direction depends on the weights as they were probed
             if decay != 1.0:
                 value.mul_(decay)
             for stream, coefficient in self.pending:
@@ -200,6 +211,17 @@ class Full(Subspace):
 
 
 def draw_in_weight_dtype(stream: Stream, name: str, start: int, values: Tensor, distribution: Distribution) -> Tensor:
-    """z over a slice of a weight, rounded to the weight's dtype; half precision is handed back as float32."""
+    """Draw z over a slice of a weight and round it to the weight's dtype; half precision comes back as float32.
+
+    Args:
+        stream: stream of the direction.
+        name: name of the weight.
+        start: index of the slice's first element in the flattened weight.
+        values: the slice, (n,), as it was at the beginning of the step.
+        distribution: distribution of the direction.
+
+    Returns:
+        (n,), float32 or float64.
+    """
     noise = distribution.draw_slice(stream, name, start, values).to(values.dtype)
     return noise.float() if values.dtype in HALF else noise

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_expressible(model: nn.Module, site: Site) -> bool:
-    """Whether the site is the weight of linear layers other than the output layer, which PEFT's "all-linear" means."""
+    """Return True if the site is a weight of linear layers other than the output layer, as in PEFT's "all-linear"."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return all(
         attribute == "weight" and module is not output and (site.layer is not None or isinstance(module, nn.Linear))
@@ -34,36 +34,36 @@ def check_expressible(model: nn.Module, sites: Sequence[Site]) -> None:
     """Refuse sites that a LoRA adapter of linear layers cannot hold.
 
     Raises:
-        ValueError: the message names the first.
+        ValueError: an adapter cannot hold a site; the message names the first one.
     """
     for site in sites:
         if not is_expressible(model, site):
             raise ValueError(
-                f"zo_target_modules selects {site.name}, which a LoRA adapter of linear layers cannot hold; leave it out, "
-                "or fold with zo_fold_steps=50."
+                f"zo_target_modules selects {site.name}, which a LoRA adapter of linear layers cannot hold; leave it "
+                "out, or fold with zo_fold_steps=50."
             )
 
 
 def check_head(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse a model whose task's head, which begins at random, the adapter would not hold.
+    """Refuse a model with a task head that starts at random and that the adapter would not hold.
 
     Raises:
-        ValueError: the message names the head.
+        ValueError: the model has such a head; the message names it.
     """
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         heads = [site.name for site in sites if site.layer is None and isinstance(site.uses[0][0], nn.Linear)]
         if heads:
             raise ValueError(
-                f"{heads[-1]} is not quantised and may be a new head, which a LoRA adapter does not hold; fold with "
-                "zo_fold_steps=50, or wrap the model with peft.get_peft_model and its task_type."
+                f"{heads[-1]} may be a new head, which a LoRA adapter does not hold; fold with zo_fold_steps=50, or "
+                "wrap the model by peft.get_peft_model with its task_type."
             )
 
 
 def check_wrappable(layer: QuantizedLayer) -> None:
-    """Refuse a layer that PEFT cannot put an adapter around.
+    """Refuse a layer that PEFT cannot wrap with an adapter.
 
     Raises:
-        ValueError: it is one.
+        ValueError: PEFT cannot wrap the layer; the message gives PEFT's reason.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -71,28 +71,42 @@ def check_wrappable(layer: QuantizedLayer) -> None:
     try:
         with torch.random.fork_rng():
             get_peft_model(nn.ModuleDict({"layer": layer.module}), LoraConfig(r=1, target_modules=["layer"]))
-    except (ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # PEFT looks for attributes of the formats that it knows
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"PEFT cannot put a LoRA adapter around a {type(layer.module).__name__} ({str(error).splitlines()[0]}); use "
-            "zo_subspace='norms'."
+            f"PEFT cannot put a LoRA adapter around a {type(layer.module).__name__} ({reason}); "
+            "use zo_subspace='norms'."
         ) from error
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
 
 
+def is_wrappable(layer: QuantizedLayer) -> bool:
+    """Return True if PEFT is installed and can wrap the layer with an adapter."""
+    if not is_peft_available():
+        return False
+    try:
+        check_wrappable(layer)
+    except ValueError:
+        return False
+    return True
+
+
 def check_peft() -> None:
-    """Refuse to begin what only PEFT can finish.
+    """Refuse to start a run that only PEFT can finish.
 
     Raises:
         ValueError: PEFT is not installed.
     """
     if not is_peft_available():
-        raise ValueError("zo_fold_steps=0 over a quantised model leaves a LoRA adapter: pip install peft, or fold.")
+        raise ValueError(
+            "zo_fold_steps=0 over a quantized model ends with a LoRA adapter; install peft, or use zo_fold_steps=50."
+        )
 
 
 def lora_config(model: nn.Module, weights: AdapterWeights, rank: int) -> LoraConfig:
-    """PEFT's description of the adapter."""
+    """Build PEFT's description of the adapter."""
     from peft import LoraConfig
 
     config: Any = getattr(model, "config", None)
@@ -106,7 +120,14 @@ def lora_config(model: nn.Module, weights: AdapterWeights, rank: int) -> LoraCon
 
 
 def save_adapter(folder: Path, model: nn.Module, weights: AdapterWeights, rank: int) -> None:
-    """Write the adapter as PEFT would."""
+    """Write the adapter to `folder` in PEFT's format.
+
+    Args:
+        folder: folder to write to; it is created if missing.
+        model: model that the adapter belongs to.
+        weights: LoRA's A, (r, n), and B, (m, r), of every layer, by the layer's name.
+        rank: r.
+    """
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,19 +136,19 @@ def save_adapter(folder: Path, model: nn.Module, weights: AdapterWeights, rank: 
 
 
 def with_adapter(model: nn.Module, weights: AdapterWeights, rank: int) -> nn.Module:
-    """The model inside a PEFT model that has the adapter; like all of PEFT's, it wraps the model's layers in place."""
+    """Wrap `model` in a PEFT model with the adapter. PEFT wraps the layers of `model` in place."""
     from peft import get_peft_model, set_peft_model_state_dict
 
     config = lora_config(model, weights, rank)
     config.inference_mode = False
-    with torch.random.fork_rng():  # PEFT draws an A that is then replaced
+    with torch.random.fork_rng():  # PEFT draws an A, which is replaced below
         wrapped = get_peft_model(model, config)
     set_peft_model_state_dict(wrapped, _state(weights))
     return wrapped.eval()
 
 
 def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model inside a PEFT model that has the adapter saved in a folder."""
+    """Wrap `model` in a PEFT model with the adapter that `folder` contains."""
     from peft import PeftModel
 
     wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()

@@ -1,4 +1,4 @@
-"""Low-rank coordinates: a short matrix of numbers for every weight matrix, a number for every 1-D parameter.
+"""Low-rank coordinates: a thin matrix for every weight matrix, and a vector for every parameter of one dimension.
 
 After LOZO (Chen et al., arXiv 2410.07698), with the low-rank term inside the forward as in EGGROLL (arXiv 2511.16652):
 
@@ -7,15 +7,16 @@ After LOZO (Chen et al., arXiv 2410.07698), with the low-rank term inside the fo
     probe:  y = x · Wᵀ + (x · V/√r) · (B ± εU)ᵀ       U: (m, r), the direction
     fold:   W ← W + B · Vᵀ / √r,   B ← 0,   V ← a new draw
 
-An entry of U · Vᵀ / √r has unit variance, so ε and the learning rate mean what they mean for a dense direction.
-A probe costs two thin products beside x · Wᵀ: no pass over W, whatever format W is stored in.
+An entry of U · Vᵀ / √r has unit variance, so ε and the learning rate mean the same as for a dense direction. A probe
+costs two thin products beside x · Wᵀ and no pass over W, whatever format W is stored in.
 
-The same B and V are a LoRA adapter, and over a quantised model that never folds that is what they become at the end;
-then only linear layers move, but for the output layer, as with PEFT's "all-linear".
+B and V also make up a LoRA adapter. Over a quantized model without folds, they become one at the end. Then only linear
+layers move, except for the output layer, as with PEFT's "all-linear".
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,40 +24,45 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zo_hf.directions import GAUSSIAN, NoiseLayout, Purpose, Stream
-from zo_hf.method import Method
-from zo_hf.subspaces.folded import Folded
+from zo_hf.directions import GAUSSIAN
+from zo_hf.method_info import Method
+from zo_hf.rng import NoiseLayout, Purpose, Stream
+from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
+from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.lora import (
     check_expressible,
     check_head,
     check_peft,
     check_wrappable,
     is_expressible,
+    is_wrappable,
     with_adapter,
 )
-from zo_hf.subspaces.rounding import TILE, draw_uniform, stochastic_round
-from zo_hf.subspaces.shadow import HALF, held, run_groups
+from zo_hf.subspaces.per_group import functional_call_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
-from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
+from zo_hf.subspaces.subspace import first_input, require_equal_parts
+
+logger = logging.getLogger(__name__)
 
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
 class LowRank(Folded):
-    """See the formula above.
+    """Low-rank factors as coordinates, as in the formula above.
 
     Args:
-        model: the model whose parameters move.
-        rank: r. Default: `default_rank`.
-        fold_steps: steps between folds (ν); 0 never folds. Default: 50, but 0 for a quantised model.
-        target_modules: which parameters move, see `find_sites`.
-        exclude_modules: which do not.
-        among: only these parameters may move, e.g. those an optimizer was built for.
-        seed: the run's seed.
+        model: the model with the parameters that move.
+        rank: r; None means `default_rank`.
+        fold_steps: number of steps between folds (ν); 0 never folds. None means 50, or 0 for a quantized model.
+        target_modules: parameters that move, see `find_sites`.
+        exclude_modules: parameters that do not move.
+        among: if given, only these parameters may move, e.g. those of an optimizer.
+        seed: seed of the run.
     """
 
     name = "low_rank"
-    about = Method("LOZO (2410.07698)", memory="B and V: r(m + n) per matrix; gradient d")
+    about = Method("LOZO (2410.07698)", memory="r(m + n) per matrix for B and V; d for the gradient")
     default_rank = 4
     moves_quantized = True
 
@@ -72,6 +78,8 @@ class LowRank(Folded):
     ) -> None:
         self.rank = rank = self.default_rank if rank is None else rank
         super().__init__(model, fold_steps, target_modules, exclude_modules, among, seed)
+        if fold_steps is None and not any(site.layer is not None for site in self.sites):
+            self.fold_steps = DEFAULT_FOLD_STEPS  # no quantized layer moves
         self.factored: dict[str, Site] = {}
         for site in self.sites:
             p, shape = site.parameter, site.shape
@@ -79,7 +87,7 @@ class LowRank(Folded):
                 self.factored[site.name] = site
                 shape = self._coordinate_shape(site.matrix_shape)
             elif site.layer is not None:
-                raise ValueError(f"zo_rank={rank} is no less than the width of {site.name}; choose a smaller one.")
+                raise ValueError(f"zo_rank={rank} is not below the width of {site.name}; choose a smaller rank.")
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=p.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._bases: dict[str, Tensor] = {}
@@ -93,11 +101,13 @@ class LowRank(Folded):
 
     @property
     def becomes_adapter(self) -> bool:
-        """Whether the factors are a LoRA adapter at the end, instead of being folded into the weights."""
+        """True if the factors become a LoRA adapter at the end instead of a fold into the weights."""
         return self.fold_steps == 0 and any(site.layer is not None for site in self.sites)
 
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
         sites = super()._find_sites(among)
+        if self.fold_steps == 0 and self.target_modules is None:
+            sites = _without_read_only(sites)
         quantized = {site.name: site.layer for site in sites if site.layer is not None}
         if not quantized:
             return sites
@@ -106,29 +116,35 @@ class LowRank(Folded):
                 check_expressible(self.model, sites)
             return [site for site in sites if is_expressible(self.model, site)]
         for name, layer in quantized.items():
-            if not layer.can_requantise:
+            if not layer.can_requantize:
                 raise ValueError(
                     f"zo_fold_steps={self.fold_steps} would write {name}, which is in {layer.format}; use "
-                    "zo_fold_steps=0, which leaves a LoRA adapter."
+                    "zo_fold_steps=0, which ends with a LoRA adapter."
                 )
         return sites
 
+    def _hook_state_dicts(self) -> None:
+        if self.becomes_adapter:  # the factors are written nowhere, so a state dict cannot hold the weights of now
+            self._state_dict_hooks.append(self.model.register_state_dict_post_hook(_BaseWarning()))
+        else:
+            super()._hook_state_dicts()
+
     def check_end(self) -> None:
-        """Refuse to begin what cannot be finished, where the factors are to become an adapter.
+        """Refuse to start a run that cannot be finished because the factors must become an adapter.
 
         Raises:
-            ValueError: PEFT is missing, or cannot hold what moves; the message says what to use instead.
+            ValueError: PEFT is missing or cannot hold the moving parameters; the message says what to use instead.
         """
         if not self.becomes_adapter:
             return
         check_peft()
         check_head(self.model, self.sites)
-        read_only = [site.layer for site in self.sites if site.layer is not None and not site.layer.can_requantise]
+        read_only = [site.layer for site in self.sites if site.layer is not None and not site.layer.can_requantize]
         for layer in {type(layer.module): layer for layer in read_only}.values():
             check_wrappable(layer)
 
     def draw_bases(self, step: int) -> None:
-        """Draw V / √r for every matrix, (n, r), keyed by the step at which it begins to be used."""
+        """Draw V / √r for every matrix, (n, r), keyed by the step from which it is used."""
         super().draw_bases(step)
         by_device: dict[torch.device, dict[str, torch.Size]] = {}
         for name, site in self.factored.items():
@@ -139,34 +155,32 @@ class LowRank(Folded):
             layout = NoiseLayout(shapes, device)
             flat = layout.draw(stream, GAUSSIAN).mul_(self.rank**-0.5)
             for name, view in layout.views(flat).items():
-                # The forward multiplies by V in the weight's dtype; the fold must add the same V.
+                # The forward multiplies by V in the weight's dtype, so the fold must add the V that is rounded to it.
                 dtype = self._dtype_of(self.factored[name])
                 basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
-                # Columns one after another in memory: on a CPU x · V is then about five times faster.
+                # Column-major, because this makes x · V about five times faster on a CPU.
                 self._bases[name] = basis.t().contiguous().t()
 
     def _dtype_of(self, site: Site) -> torch.dtype:
-        """What a weight is multiplied in."""
+        """Return the dtype in which a weight is multiplied."""
         if site.layer is None:
             return site.parameter.dtype
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     def basis(self, name: str) -> Tensor:
-        """V / √r of one matrix, (n, r)."""
+        """Return V / √r of one matrix, (n, r), in the dtype of the product."""
         return self._bases[name]
 
     def _left(self, name: str) -> Tensor:
-        """What stands to the left of Vᵀ, (m, r)."""
+        """Return the factor to the left of Vᵀ, (m, r)."""
         return self.coordinates[name].detach()
 
     def _left_at_point(self, name: str) -> Tensor:
-        """The same at every probe, (probes, m, r)."""
-        return self._materialised.at_point(name)
+        """Return the factor to the left of Vᵀ at every probe, (probes, m, r)."""
+        return self._coordinate_blocks.at_point(name)
 
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
-        if not self.probes and self._clean_is_stale:
-            self._materialised.set_point((), no_stream, GAUSSIAN)
-            self._clean_is_stale = False
+        self._refresh_point()
         holders = self._holders[module]
         weight = holders.get("weight")
         is_linear = type(module).forward in _LINEAR or module in self.quantized
@@ -180,10 +194,22 @@ class LowRank(Folded):
         def parameters(group: int) -> dict[str, Tensor]:
             return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}
 
-        return run_groups(module, parameters, max(1, len(self.probes)), self.rows_per_probe, args, kwargs)
+        def stacked() -> dict[str, Tensor]:
+            return {name: self._moved_vectors(site, held(module, name)) for name, site in holders.items()}
+
+        are_vectors = all(len(site.shape) == 1 for site in holders.values())
+        return functional_call_per_group(
+            module,
+            parameters,
+            max(1, len(self.probes)),
+            self.rows_per_probe,
+            args,
+            kwargs,
+            stacked if are_vectors else None,
+        )
 
     def _correct_linear(self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None) -> Tensor:
-        """Adds (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.
+        """Add (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.
 
         output: (..., m), written in place; x: (..., n)
         """
@@ -196,7 +222,7 @@ class LowRank(Folded):
             right.append(self._left_at_point(weight.name))
         if bias is not None:
             left.append(output.new_ones(rows, 1))
-            right.append(self._materialised.at_point(bias.name).unsqueeze(-1))
+            right.append(self._coordinate_blocks.at_point(bias.name).unsqueeze(-1))
         thin = torch.cat(left, 1).view(groups, rows // groups, -1)
         factors = torch.cat(right, 2).to(output.dtype)
         output.view(groups, rows // groups, -1).baddbmm_(thin, factors.transpose(1, 2))
@@ -205,28 +231,44 @@ class LowRank(Folded):
     def _correct_lookup(
         self, module: nn.Embedding, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
     ) -> Tensor:
-        """Adds lookup(B) · Vᵀ. The module itself does the lookup, so that one which scales or shifts its ids is right.
+        """Add lookup(B) · Vᵀ to the output, (..., n).
 
-        output: (..., n)
+        The module itself does the lookup, because some modules scale their output or shift their ids.
         """
         factors = self._left_at_point(weight.name)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
 
-        thin = run_groups(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
+        thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
         correction = thin.to(output.dtype) @ self.basis(weight.name).t().to(output.dtype)
         return output.add_(correction) if correction.shape == output.shape else output + correction
 
     def _moved_parameter(self, site: Site, parameter: Tensor | None, group: int) -> Tensor:
-        """parameter: what the module holds now, which is whole even if `site.parameter` is a shard."""
+        """Return the parameter of a module at the point of a group.
+
+        parameter: the module's present parameter, which is whole even if `site.parameter` is a shard.
+        """
         assert parameter is not None
+        moved = self._in_coordinates_dtype(site, parameter, group)
+        return moved.to(parameter.dtype) if site.name in self.factored else moved
+
+    def _moved_vectors(self, site: Site, parameter: Tensor | None) -> Tensor:
+        """Return a parameter of one dimension at the points of all groups, (groups, d)."""
+        assert parameter is not None
+        return self._coordinate_blocks.at_point(site.name) + parameter.detach()
+
+    def _in_coordinates_dtype(self, site: Site, parameter: Tensor, group: int) -> Tensor:
         value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
-            return value + self._materialised.at_point(site.name)[group]
+            return value + self._coordinate_blocks.at_point(site.name)[group]
         left = self._left_at_point(site.name)[group]
         moved = torch.addmm(site.as_matrix(value), left, self.basis(site.name).t().to(left.dtype))
-        return (moved.t() if site.transposed else moved).reshape(value.shape).to(parameter.dtype)
+        return (moved.t() if site.transposed else moved).reshape(value.shape)
+
+    def _value_at_point(self, site: Site, parameter: Tensor) -> Tensor:
+        self._refresh_point()
+        return self._in_coordinates_dtype(site, parameter, 0)
 
     def finish(self, step: int, decay: Mapping[str, float]) -> nn.Module:
         if not self.becomes_adapter:
@@ -236,7 +278,7 @@ class LowRank(Folded):
         return with_adapter(self.model, self.adapter_weights(), self.rank)
 
     def adapter_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """LoRA's A = Vᵀ/√r, (r, n), and B, (m, r), of every layer, by its name; copies."""
+        """Return copies of LoRA's A = Vᵀ/√r, (r, n), and B, (m, r), of every layer, by the layer's name."""
         return {
             name.removesuffix(".weight"): (self.basis(name).t().contiguous(), self._left(name).clone())
             for name in self.factored
@@ -244,11 +286,6 @@ class LowRank(Folded):
 
     @torch.no_grad()
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
-        """target ← decay · target + the coordinates' part, a tile of rows at a time.
-
-        target: the parameter, or a copy of it on any device, contiguous; or some of its first dimension's slices.
-        first: index in the parameter of target's first element.
-        """
         coordinate = self.coordinates[site.name].detach()
         if site.name in self.factored:
             left, right = self._left(site.name), self.basis(site.name).to(coordinate.dtype)
@@ -275,3 +312,25 @@ class LowRank(Folded):
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
         left = self._left(site.name)[start:stop]
         return left @ self.basis(site.name).t().to(left.dtype)
+
+
+def _without_read_only(sites: list[Site]) -> list[Site]:
+    """Leave out quantized weights that can neither be written nor get an adapter."""
+    kinds = {type(site.layer.module): site.layer for site in sites if site.layer is not None}
+    stay = {kind for kind, layer in kinds.items() if not layer.can_requantize and not is_wrappable(layer)}
+    movable = [site for site in sites if site.layer is None or type(site.layer.module) not in stay]
+    return movable or sites
+
+
+class _BaseWarning:
+    """Warns whoever takes a state dict while the factors have not become an adapter yet; once is enough."""
+
+    is_given = False
+
+    def __call__(self, *_: Any) -> None:
+        if not self.is_given:
+            self.is_given = True
+            logger.warning(
+                "the state dict of this quantized model holds its base, because without folds what is learned becomes a "
+                "LoRA adapter when training ends; save it with trainer.save_model(), or fold with zo_fold_steps=50."
+            )

@@ -1,9 +1,9 @@
-"""The small parameters alone: weights of normalisation layers, and biases of any layer.
+"""Only the small parameters: weights of normalization layers, and biases of all layers.
 
     θ(ξ) = θ + ξ        ξ: float32, of the parameter's own shape
 
-In a quantised model they are what is not quantised, but for the embeddings and the output layer, which are far larger.
-Tuning them alone is known from LN tuning (arXiv 2312.11420) and BitFit (arXiv 2106.10199).
+In a quantized model these are the parameters that are not quantized, except for the embeddings and the output layer,
+which are far larger. LN tuning (arXiv 2312.11420) and BitFit (arXiv 2106.10199) tune only such parameters.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from zo_hf.method import Method
+from zo_hf.method_info import Method
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.sites import Pattern, Site
 
 
 class Norms(LowRank):
-    """Low-rank coordinates without the matrices. Nothing is written into the weights before the end.
+    """Low-rank coordinates without the matrices. No fold writes to the weights before the end.
 
     Args:
-        model: the model whose parameters move.
-        target_modules: which parameters of one dimension move, see `find_sites`.
-        exclude_modules: which do not.
-        among: only these parameters may move, e.g. those an optimizer was built for.
-        seed: the run's seed.
+        model: the model with the parameters that move.
+        target_modules: parameters of one dimension that move, see `find_sites`.
+        exclude_modules: parameters that do not move.
+        among: if given, only these parameters may move, e.g. those of an optimizer.
+        seed: seed of the run.
     """
 
     name = "norms"
@@ -47,7 +47,7 @@ class Norms(LowRank):
         sites = [site for site in super()._find_sites(among) if len(site.shape) < 2]
         if not sites:
             raise ValueError(
-                f"zo_subspace='norms' finds no trainable parameter of one dimension in {type(self.model).__name__}; use "
-                "zo_subspace='low_rank'."
+                f"zo_subspace='norms' finds no trainable parameter of one dimension in {type(self.model).__name__}; "
+                "use zo_subspace='low_rank'."
             )
         return sites

@@ -1,10 +1,10 @@
-"""What differs between the methods of PEFT: the scale of their weights, and the few that cannot do without gradients.
+"""Differences between the methods of PEFT: the scale of their weights, and the few methods that need gradients.
 
-MeZO (arXiv 2305.17333) has a distance ε and a learning rate for each family of methods, which are the defaults here:
+MeZO (arXiv 2305.17333) gives a distance ε and a learning rate for each family of methods. They are the defaults here:
 
     weights    ε = 1e-3    1e-7 to 1e-6     all weights; of PEFT's methods, those that train weights of the model itself
                                             (LN tuning, which has few and large ones, takes 1e-3: docs/peft.md)
-    LoRA       ε = 1e-2    5e-5 to 1e-4     whatever is multiplied with or added to the model's weights or activations
+    LoRA       ε = 1e-2    5e-5 to 1e-4     tensors multiplied with or added to the model's weights or activations
     prompt     ε = 1e-1    1e-3 to 1e-2     vectors in front of the sentence or of its keys and values
 """
 
@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Methods whose weights are of one scale.
+    """Defaults for the methods with weights of one scale.
 
     Args:
         eps: distance ε of a probe.
-        learning_rate: the default one.
+        learning_rate: default learning rate.
     """
 
     eps: float
@@ -37,15 +39,15 @@ class Family:
 WEIGHTS = Family(1e-3, 1e-5)
 NORMS = Family(1e-3, 1e-3)
 LORA = Family(1e-2, 1e-4)
-# Where only the factors that begin at zero move, a rate three times as large is the best (docs/peft.md).
+# If only the factors that start from zero move, a learning rate three times as large is best (docs/peft.md).
 LORA_FROM_ZERO = Family(1e-2, 3e-4)
 PROMPT = Family(1e-1, 1e-2)
 
-# By PEFT's names; every other method is like LoRA.
+# Methods by PEFT's names; all others are like LoRA.
 _WEIGHTS = ("BEFT", "SHIRA", "TRAINABLE_TOKENS")
 _PROMPT = ("ADAPTION_PROMPT", "CARTRIDGE", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 _WEIGHTS_IN_LAYERS = ("ADAPTION_PROMPT", "LN_TUNING")
-# These prepend keys and values, so that the logits are as many as the tokens.
+# These prepend keys and values, so the logits have as many positions as the input.
 _KEYS_AND_VALUES = ("CARTRIDGE", "PREFIX_TUNING")
 _ADD_TO_THE_LOSS = ("SHADOW",)
 _NEED_GRADIENTS = {
@@ -55,8 +57,35 @@ _NEED_GRADIENTS = {
 }
 
 
+def is_peft(model: nn.Module) -> bool:
+    """Return True if `model` has an adapter: a PEFT model, or a transformers model with `model.add_adapter(...)`."""
+    return _peft_model(model) is not None or has_own_adapter(model)
+
+
+def has_own_adapter(model: nn.Module) -> bool:
+    """Return True if a transformers model holds an adapter without PEFT's wrapper, by `model.add_adapter(...)`."""
+    return isinstance(model, PreTrainedModel) and bool(model._hf_peft_config_loaded)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT model, or `model` itself."""
+    peft_model = _peft_model(model)
+    return model if peft_model is None else peft_model.get_base_model()
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Return the name of the active adapter, the first one if there are several; None without an adapter."""
+    peft_model = _peft_model(model)
+    if peft_model is not None:
+        return str(peft_model.active_adapters[0])
+    if not has_own_adapter(model):
+        return None
+    own: Any = model
+    return str(own.active_adapters()[0])
+
+
 def family(model: nn.Module) -> Family:
-    """The family of the active adapter."""
+    """Return the family of the active adapter."""
     name = _method(model)
     if name == "LN_TUNING":
         return NORMS
@@ -66,9 +95,10 @@ def family(model: nn.Module) -> Family:
 
 
 def begins_without_effect(model: nn.Module) -> Callable[[str], bool]:
-    """Which parameters, by name, the loss does not depend on at first: the factor of a LoRA whose other one begins at zero.
+    """Return a test, by name, for parameters that have no effect on the loss at first.
 
-    That is A, and B for an embedding. Moving them is noise at first, and later changes what B has learnt.
+    These are the factors of a LoRA next to a factor that starts from zero: A, and B for an embedding. Moving them only
+    adds noise at first, and later disturbs the factor that has learned.
     """
     config = _config(model)
     from_zero = _method(model) == "LORA" and getattr(config, "init_lora_weights", None) in (True, "gaussian")
@@ -76,28 +106,28 @@ def begins_without_effect(model: nn.Module) -> Callable[[str], bool]:
 
 
 def refuse_what_needs_gradients(model: nn.Module) -> None:
-    """Refuse a method that is more than a loss and weights to move.
+    """Refuse a method of PEFT that needs gradients.
 
     Raises:
-        ValueError: the active adapter is of one; the message names it.
+        ValueError: the active adapter is of such a method; the message names it.
     """
     reason = _NEED_GRADIENTS.get(_method(model) or "")
     if reason:
-        raise ValueError(f"{reason}, of which there are none; use another method of PEFT, such as LoRA.")
+        raise ValueError(f"{reason}, but zo_hf runs no backward pass; use another method of PEFT, such as LoRA.")
 
 
 def is_weight_of_the_model(model: nn.Module, name: str) -> bool:
-    """Whether a parameter that moves is one of a layer of the model, or of PEFT's copy of one."""
+    """Return True if the parameter `name` belongs to a layer of the model itself, or to PEFT's copy of one."""
     return _method(model) in _WEIGHTS_IN_LAYERS or "modules_to_save" in name.split(".")
 
 
 def adds_to_the_loss(model: nn.Module) -> bool:
-    """Whether the loss that PEFT returns is not that of its logits alone."""
+    """Return True if PEFT adds a term to the loss of the logits."""
     return _method(model) in _ADD_TO_THE_LOSS
 
 
 def tokens_in_front(model: nn.Module) -> int:
-    """How many more positions the logits have than the input, because a prompt is put in front of it."""
+    """Return the number of positions by which the logits are longer than the input, because of a prompt before it."""
     config = _config(model)
     if config is None or not config.is_prompt_learning or _method(model) in _KEYS_AND_VALUES:
         return 0
@@ -105,14 +135,20 @@ def tokens_in_front(model: nn.Module) -> int:
 
 
 def computes_its_prompt(model: nn.Module) -> bool:
-    """Whether a network makes the prompt: PEFT saves the prompt without the network, and cannot go on from that."""
+    """Return True if a network computes the prompt.
+
+    PEFT saves such a prompt without its network, so training cannot resume from it.
+    """
     config: Any = _config(model)
     method = _method(model)
     return method == "P_TUNING" or (method == "PREFIX_TUNING" and config.prefix_projection)
 
 
 def of_active_adapter(model: nn.Module) -> list[Tensor] | None:
-    """The parameters that may move where PEFT leaves prompts of inactive adapters trainable; None means all."""
+    """Return the parameters that may move; None means all.
+
+    PEFT leaves the prompts of inactive adapters trainable, but they must not move.
+    """
     config, peft_model = _config(model), _peft_model(model)
     if config is None or peft_model is None or not config.is_prompt_learning:
         return None
@@ -125,17 +161,24 @@ def _peft_model(model: nn.Module) -> PeftModel | None:
         return None
     from peft import PeftModel
 
-    return model if isinstance(model, PeftModel) else None
+    inner: Any = model._orig_mod if is_compiled_module(model) else model
+    return inner if isinstance(inner, PeftModel) else None
 
 
 def _config(model: nn.Module) -> PeftConfig | None:
     peft_model = _peft_model(model)
-    return None if peft_model is None else peft_model.active_peft_config
+    if peft_model is not None:
+        return peft_model.active_peft_config
+    if not has_own_adapter(model):
+        return None
+    own: Any = model
+    config: PeftConfig = own.peft_config[active_adapter(model)]
+    return config
 
 
 def _method(model: nn.Module) -> str | None:
     config = _config(model)
-    # The name, for an older PEFT does not have all of them.
+    # Compared by name, because an older PEFT lacks some members of the enumeration.
     return (
         None
         if config is None or config.peft_type is None

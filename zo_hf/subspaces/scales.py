@@ -1,9 +1,9 @@
-"""Quantisation scales as coordinates: QZO (Shang et al., arXiv 2505.13430), with logarithms, so that scales stay positive.
+"""Quantization scales as coordinates: QZO (Shang et al., arXiv 2505.13430), as logarithms, to keep them positive.
 
     Ŵ(ξ) = decode(codes, scales · exp(ξ))        ξ: float32, of the scales' shape, zero at first
 
-The codes never change. At the end the scales are written in the model's own format. QZO clips the projected gradient,
-c ← max(-C, min(c, C)): `zo_max_projected_grad`.
+The codes never change. At the end, the scales are written in the model's own format. QZO clips the projected gradient,
+c ← max(-C, min(c, C)); C is `zo_max_projected_grad`.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import GAUSSIAN, Purpose, Stream
-from zo_hf.method import Method
+from zo_hf.directions import GAUSSIAN
+from zo_hf.method_info import Method
 from zo_hf.quantization import QuantizedLayer
+from zo_hf.rng import Purpose, Stream
+from zo_hf.rng.rounding import draw_uniform
 from zo_hf.subspaces.folded import Folded
-from zo_hf.subspaces.rounding import draw_uniform
 from zo_hf.subspaces.sites import Pattern, Site
 from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
 
 
 class Scales(Folded):
-    """See the formula above.
+    """Quantization scales as coordinates, as in the formula above.
 
     Args:
-        model: a model with quantised layers.
-        target_modules: whose scales move, see `find_sites`; the layers' weights are what is named.
-        exclude_modules: whose do not.
-        among: only the scales of these parameters may move.
-        seed: the run's seed.
+        model: a model with quantized layers.
+        target_modules: weights of the layers with scales that move, see `find_sites`.
+        exclude_modules: weights of the layers with scales that do not move.
+        among: if given, only the scales of these parameters may move.
+        seed: seed of the run.
 
     Raises:
-        ValueError: the model has no quantised layers, or scales of a format that cannot be written.
+        ValueError: the model has no quantized layers, or has scales in a format that cannot be written.
     """
 
     name = "scales"
@@ -64,28 +65,32 @@ class Scales(Folded):
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
         self.check(self.quantized, self.model)
         sites = [site for site in super()._find_sites(among) if site.layer is not None]
-        fixed = [site for site in sites if not site.layer.can_requantise]  # type: ignore[union-attr]
+        fixed = [site for site in sites if not site.layer.can_requantize]  # type: ignore[union-attr]
         if fixed or not sites:
-            where = f"{fixed[0].name} is in {fixed[0].layer.format}" if fixed else "no quantised layer is selected"  # type: ignore[union-attr]
+            where = f"{fixed[0].name} is in {fixed[0].layer.format}" if fixed else "no quantized layer is selected"  # type: ignore[union-attr]
             raise ValueError(f"zo_subspace='scales' cannot be used: {where}; use zo_subspace='low_rank'.")
         return sites
 
     @staticmethod
     def check(layers: Mapping[nn.Module, QuantizedLayer], model: nn.Module) -> None:
-        """Refuse a model without quantised layers.
+        """Refuse a model without quantized layers.
 
         Raises:
-            ValueError: it is one.
+            ValueError: `layers` is empty.
         """
         if not layers:
             raise ValueError(
-                f"zo_subspace='scales' moves the scales of quantised layers, and {type(model).__name__} has none; load it "
-                "with a quantization_config, or use zo_subspace='low_rank'."
+                f"zo_subspace='scales' moves the scales of quantized layers, but {type(model).__name__} has none; "
+                "load it with a quantization_config, or use zo_subspace='low_rank'."
             )
+
+    @property
+    def takes_groups_cheaply(self) -> bool:
+        return False  # every group may decode all weights
 
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         if not self.probes and self._clean_is_stale:
-            self._materialised.set_point((), no_stream, GAUSSIAN)
+            self._coordinate_blocks.set_point((), no_stream, GAUSSIAN)
             self._clean_is_stale = False
         site, x = self._holders[module]["weight"], first_input(args, kwargs)
         assert site.layer is not None
@@ -94,13 +99,13 @@ class Scales(Folded):
         output = site.layer.scaled_forward(
             original,
             x.reshape(groups, -1, x.shape[-1]),
-            self._materialised.at_point(site.name),
+            self._coordinate_blocks.at_point(site.name),
             exact=bool(self.probes),
         )
         return output.view(*x.shape[:-1], -1)
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """Without the codes, which never change."""
+        """Return the scales, live, by name. The codes are left out because they never change."""
         codes = {
             site.name.removesuffix("weight") + part
             for site in self.sites

@@ -1,4 +1,4 @@
-"""Where a model's parameters sit: which tensors move, and whose forward uses them."""
+"""Sites of parameters in a model: the tensors that move, and the modules that use them in their forward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zo_hf.parallel.shards import is_sharded
 from zo_hf.quantization import QuantizedLayer
-from zo_hf.subspaces.owners import Owners
+from zo_hf.subspaces.readers import ParameterReaders
 
 Pattern = str | Sequence[str] | None
 
@@ -22,10 +23,10 @@ class Site:
     """One parameter of the model.
 
     Args:
-        name: its first name in `model.named_parameters()`; tied weights have one site.
-        parameter: the parameter itself.
-        uses: every module whose forward reads it, with its name there; dotted where a child module holds it.
-        layer: what reads and writes it where it is quantised, and `parameter` only its codes.
+        name: first name of the parameter in `model.named_parameters()`; tied weights have one site.
+        parameter: the parameter itself, or the codes of a quantized weight.
+        uses: the modules that read the parameter in their forward, with its name there, dotted if a child holds it.
+        layer: reads and writes a quantized weight; None if the parameter is not quantized.
     """
 
     name: str
@@ -35,21 +36,25 @@ class Site:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight, also where it is quantised and its codes have another shape."""
+        """Shape of the weight, even if it is quantized and its codes have another shape."""
         return self.parameter.shape if self.layer is None else self.layer.shape
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is stored (in, out), as GPT-2's Conv1D does."""
+        """True if the weight is stored as (in, out), as in GPT-2's Conv1D."""
         return any(isinstance(module, Conv1D) for module, _ in self.uses)
 
     @property
     def matrix_shape(self) -> torch.Size:
-        """Of the whole parameter `as_matrix`, also where this process holds only a part of it."""
+        """Shape of the whole parameter `as_matrix`, even if this process holds only a part of it."""
         return self.as_matrix(torch.empty(self.shape, device="meta")).shape
 
+    def as_held(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """Return a value of the parameter, of its shape, as a module holds it: some hold a transposed view."""
+        return value.t() if _is_transposed_view(parameter, self.parameter) else value
+
     def as_matrix(self, tensor: Tensor) -> Tensor:
-        """A view of `tensor`, shaped like the parameter, as a matrix (out, in).
+        """View a tensor of the parameter's shape as a matrix, (out, in).
 
         Convolution kernels keep their first dimension, stacks of expert matrices their last one.
         """
@@ -67,20 +72,21 @@ def find_sites(
     among: Iterable[Tensor] | None = None,
     quantized: Mapping[nn.Module, QuantizedLayer] | None = None,
 ) -> list[Site]:
-    """The trainable floating-point parameters of `model` that the patterns select, in the model's order.
+    """Find the trainable floating-point parameters of `model` that the patterns select, in the model's order.
 
     Args:
-        target: a regular expression that must match a whole parameter or module name, or a list of names of which one
-            must be the end of it (PEFT's convention); None selects everything.
-        exclude: the same, for what is left out.
-        among: only these parameters, e.g. those an optimizer was built for; None means all.
-        quantized: quantised layers whose weights may move too, though to torch they are not trainable.
+        model: the model to search.
+        target: a regular expression that must match a whole parameter or module name, or a list of endings of such
+            names (PEFT's convention). None selects everything.
+        exclude: parameters to leave out, in the same form.
+        among: if given, only these parameters can be selected, e.g. those of an optimizer.
+        quantized: quantized layers with weights that may move too, although torch cannot train them.
 
     Raises:
-        ValueError: nothing is selected, or a selected parameter cannot be perturbed inside its module's forward.
+        ValueError: no parameter is selected, or a selected parameter cannot be perturbed.
     """
     allowed = None if among is None else {id(parameter) for parameter in among}
-    owners = Owners(model)
+    readers = ParameterReaders(model)
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
@@ -99,28 +105,31 @@ def find_sites(
             if allowed is not None and id(parameter) not in allowed:
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
-            first.setdefault(id(parameter), (name, parameter))
-            uses.setdefault(id(parameter), []).extend(owners.of(module, attribute))
+            key = next((k for k, (_, p) in first.items() if _is_transposed_view(parameter, p)), id(parameter))
+            first.setdefault(key, (name, parameter))
+            uses.setdefault(key, []).extend(readers.of(module, attribute))
     sites = [
         Site(name, parameter, tuple(uses[key]), layers.get(key))
         for key, (name, parameter) in first.items()
         if (target is None or _matches(name, target)) and (exclude is None or not _matches(name, exclude))
     ]
     if not sites:
+        way_out = (
+            f"choose among names like {next(iter(first.values()))[0]!r}" if first else "make a parameter trainable"
+        )
         raise ValueError(
             f"zo_target_modules={target!r} with zo_exclude_modules={exclude!r} selects no trainable parameter of "
-            f"{type(model).__name__}; names look like {next(iter(first.values()))[0] if first else 'nothing here'!r}."
+            f"{type(model).__name__}; {way_out}."
         )
-    _refuse_what_forward_bypasses(model, sites)
-    return sites
+    return _without_what_cannot_move(model, sites, chosen=target is not None)
 
 
 def is_decayed(site: Site) -> bool:
-    """Whether weight decay applies: to matrices, and to nothing in a normalisation layer, whatever its name is."""
-    return len(site.shape) >= 2 and not any(_is_normalisation(module) for module, _ in site.uses)
+    """Return True if weight decay applies to a site: to matrices outside of normalization layers, of any name."""
+    return len(site.shape) >= 2 and not any(_is_normalization(module) for module, _ in site.uses)
 
 
-def _is_normalisation(module: nn.Module) -> bool:
+def _is_normalization(module: nn.Module) -> bool:
     kinds = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     # Every architecture in transformers has an RMSNorm class of its own (LlamaRMSNorm, T5LayerNorm, ...).
     return isinstance(module, kinds) or type(module).__name__.endswith("Norm")
@@ -133,34 +142,63 @@ def _matches(name: str, pattern: str | Sequence[str]) -> bool:
     return any(candidate == end or candidate.endswith(f".{end}") for candidate in names for end in pattern)
 
 
-def _refuse_what_forward_bypasses(model: nn.Module, sites: list[Site]) -> None:
-    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
-    adapters_of_parameters = {m for wrapper in wrappers for m in (*wrapper.lora_A.values(), *wrapper.lora_B.values())}
+def _without_what_cannot_move(model: nn.Module, sites: list[Site], chosen: bool) -> list[Site]:
+    """Leave out the parameters that their own modules overwrite.
+
+    Args:
+        model: the model.
+        sites: the sites that the patterns select.
+        chosen: True if the user has selected them; one that cannot move is then refused.
+
+    Raises:
+        ValueError: a chosen parameter cannot move, no parameter remains, or the user can easily change the reason.
+    """
     attentions: list[Any] = [
         module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.MultiheadAttention)
     ]
     adapters_of_attention = {m for layer in attentions for m in layer.modules()}
+    stay: dict[str, str] = {}
     for site in sites:
         for module, _ in site.uses:
-            reason = None
-            if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear | nn.MultiheadAttention):
-                reason = "torch's MultiheadAttention reads it outside of any module's forward"
-            elif module in adapters_of_parameters:
-                reason = "PEFT adds this LoRA to a parameter, e.g. of experts, outside of any module's forward"
-            elif module in adapters_of_attention:
-                reason = "PEFT writes it into the attention's weights"
-            elif isinstance(module, nn.RNNBase):
-                reason = "torch's fused recurrent layers read it from a flattened buffer"
+            if module in adapters_of_attention:
+                stay[site.name] = "PEFT writes it into the attention's weights"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-                reason = "an embedding with max_norm writes its weight in its forward"
-            elif site.layer is None and not site.parameter.is_contiguous():
-                reason = "its memory is not contiguous; call .contiguous() on it first"
+                stay[site.name] = "an embedding with max_norm writes its weight in its forward"
             elif site.parameter.is_meta:
-                reason = "it is offloaded to the meta device; load the model without offloading"
-            if reason:
-                raise ValueError(f"{site.name} cannot be perturbed: {reason}; leave it out with zo_exclude_modules.")
+                raise _cannot_move(site.name, "it is offloaded to the meta device; load the model without offloading")
+    movable = [site for site in sites if site.name not in stay]
+    if stay and (chosen or not movable):
+        raise _cannot_move(*next(iter(stay.items())))
+    return movable
+
+
+def require_contiguous(sites: Iterable[Site]) -> None:
+    """Refuse parameters that cannot be written a slice of their memory at a time.
+
+    Raises:
+        ValueError: the memory of a parameter is not contiguous.
+    """
+    for site in sites:
+        if site.layer is None and not site.parameter.is_contiguous():
+            raise _cannot_move(site.name, "its memory is not contiguous; call .contiguous() on it first")
+
+
+def _is_transposed_view(parameter: Tensor, other: Tensor) -> bool:
+    """Return True if a matrix is the transpose of another in the same memory, as PEFT ties adapters of embeddings."""
+    if parameter is other or parameter.ndim != 2 or is_sharded(parameter) or parameter.is_contiguous():
+        return False
+    return (
+        parameter.shape == other.shape[::-1]
+        and not is_sharded(other)
+        and parameter.data_ptr() == other.data_ptr() != 0
+        and parameter.stride() == other.stride()[::-1]
+    )
+
+
+def _cannot_move(name: str, reason: str) -> ValueError:
+    return ValueError(f"{name} cannot be perturbed: {reason}; leave it out with zo_exclude_modules.")
 
 
 def coordinate_dtype(parameter: Tensor) -> torch.dtype:
-    """float32, or float64 for a float64 model: small updates must survive, whatever the weights' dtype."""
+    """Return float32, or float64 for a float64 parameter, so that small updates survive in a model of any dtype."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32

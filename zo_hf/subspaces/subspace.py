@@ -1,56 +1,66 @@
-"""The common part of every subspace: entering the forward of the modules that hold the moving parameters."""
+"""The common part of all subspaces: entering the forward of the modules that hold moving parameters."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from zo_hf.directions import GAUSSIAN, Distribution, Stream
-from zo_hf.method import Method
-from zo_hf.probes.probe import NotBatchable, Probe
+from zo_hf.directions import GAUSSIAN, DirectionContext, Distribution, layers_of
+from zo_hf.directions.options import DirectionOptions
+from zo_hf.estimators.probe import NotBatchable, Probe
+from zo_hf.method_info import Method
 from zo_hf.quantization import quantized_layers
-from zo_hf.subspaces.shadow import Entry
+from zo_hf.rng import Purpose, Stream, StreamOf
+from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.subspaces.blocks import CoordinateBlocks
+from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
+from zo_hf.subspaces.reads import ReadWatch, must_read
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
-
-if TYPE_CHECKING:
-    from zo_hf.subspaces.materialised import Materialised
-
-StreamOf = Callable[[int], Stream]
 
 
 class Subspace:
-    """How coordinates ξ enter a model: θ(ξ).
+    """Coordinates ξ and the way in which they enter a model, θ(ξ).
 
-    A subclass says what its coordinates are and computes a module's output at the current probes. Nothing here writes a
-    weight; `attach` puts a function in front of each module's forward and `detach` takes it away again.
+    A subclass defines the coordinates and computes the output of a module at the current probes. Probing writes no
+    weight: `attach` puts a function in front of each module's forward, and `detach` removes it.
 
     Args:
-        model: the model whose parameters move.
-        target_modules: which parameters move, see `find_sites`.
-        exclude_modules: which do not.
-        among: only these parameters may move, e.g. those an optimizer was built for.
-        seed: the run's seed.
+        model: the model with the parameters that move.
+        target_modules: parameters that move, see `find_sites`.
+        exclude_modules: parameters that do not move.
+        among: if given, only these parameters may move, e.g. those of an optimizer.
+        seed: seed of the run.
+
+    Attributes:
+        sites: sites of the parameters that move.
+        coordinates: the coordinate tensors, by the names of their sites.
+        probes: probes of the current forward pass; empty outside of `at`.
+        clip_factor: product of the factors by which the estimate of this step has been clipped.
+        reads: the parameters that probes have read, and where.
+        still: names of sites that do not move, because no probe has read their parameters yet. `settle` fills it.
     """
 
-    #: The name used in options.
+    #: Name in options.
     name: str
+    #: Other names of it, such as the paper's.
+    aliases: ClassVar[tuple[str, ...]] = ()
     about: ClassVar[Method]
-    #: ε and what it multiplies are MeZO's: 1e-3 for weights; an adapter's depend on its method.
+    #: Default ε and learning rate, from MeZO for weights. Those of an adapter depend on its method.
     default_eps = 1e-3
     default_learning_rate = 1e-5
-    # Inside of `differentiable` alone.
+    # True only inside of `differentiable`.
     _is_differentiable = False
-    #: Largest magnitude of c; 0 does not clip.
+    #: Default bound on |c|; 0 does not clip.
     default_max_projected_grad = 0.0
-    #: Whether coordinates stand for weights, which weight decay shrinks.
+    #: True if the coordinates stand for weights, which weight decay shrinks.
     are_weights = True
-    #: Whether the weights of quantised layers are among what moves.
+    #: True if the weights of quantized layers may move.
     moves_quantized = False
 
     def __init__(
@@ -69,19 +79,21 @@ class Subspace:
         self.coordinates: dict[str, nn.Parameter] = {}
         self.probes: Sequence[Probe] = ()
         self.rows_per_probe = 0
-        self.clip_factor = 1.0  # what the estimate of this step was multiplied by
-        self.visited: set[nn.Module] = set()
+        self.clip_factor = 1.0
+        self.still: set[str] = set()
         self._holders: dict[nn.Module, dict[str, Site]] = {}
         for site in self.sites:
             for module, attribute in site.uses:
-                self._holders.setdefault(module, {})[attribute] = site
+                if not must_read(module, attribute, site):
+                    self._holders.setdefault(module, {})[attribute] = site
+        self.reads = ReadWatch(self)
 
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
-        """Which tensors move; a subclass may leave out what it cannot."""
+        """Find the tensors that move; a subclass may leave out those that it cannot move."""
         movable = {}
         if self.moves_quantized:
             names = {module: name for name, module in self.model.named_modules()}
-            # What PEFT has wrapped stays as it is, quantised or not.
+            # A layer that PEFT has wrapped stays as it is, quantized or not.
             movable = {m: layer for m, layer in self.quantized.items() if not names[m].endswith("base_layer")}
         return find_sites(self.model, self.target_modules, self.exclude_modules, among, movable)
 
@@ -90,17 +102,26 @@ class Subspace:
         """Number of coordinates."""
         return sum(coordinate.numel() for coordinate in self.coordinates.values())
 
+    def direction_context(self, num_directions: int = 1, options: DirectionOptions | None = None) -> DirectionContext:
+        """Return the facts about this subspace that a distribution may need."""
+        are_weights = all(self.coordinates[site.name] is site.parameter for site in self.sites)
+        layers = layers_of(self.model, self.coordinates)
+        options = DirectionOptions() if options is None else options
+        return DirectionContext(self.coordinates, layers, num_directions, are_weights, options)
+
     def attach(self) -> None:
-        """Enter the forward of every module that holds a moving parameter, or whose own forward is too rough to probe."""
+        """Enter the forward of each module that has a moving parameter, and of each that rounds its input."""
         for module in self._entered():
-            # accelerate's hook moves the inputs to a dispatched module's device, then calls what it keeps here.
+            # accelerate's hook moves the inputs to the device of a dispatched module, and then calls `_old_forward`.
             key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
             previous = module.__dict__.get(key)
-            # A partial, not a closure: a deep copy of the model then gets entries that belong to the copy.
+            # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
             module.__dict__[key] = Entry(_entered_forward, self, module, previous)
+        self.reads.begin()
 
     def detach(self) -> None:
-        """Leave every forward as it was before `attach`."""
+        """Restore every forward to its state before `attach`."""
+        self.reads.end()
         for module in self._entered():
             for key in ("_old_forward", "forward"):
                 entry = module.__dict__.get(key)
@@ -118,13 +139,14 @@ class Subspace:
     def at(
         self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
     ) -> Iterator[None]:
-        """Evaluate the model at ξ + scale · z inside this context; for a derivative, with z as the tangent there.
+        """Evaluate the model at ξ + scale · z inside this context; for a derivative, with tangent z.
 
         Args:
-            probes: one, or several that share a forward pass: the batch then holds a group of rows for each, in order.
-            stream_of: the stream of each direction index.
-            distribution: what the directions are drawn from.
-            rows: rows of the batch in each group, where there are several.
+            probes: one probe, or several that share a forward pass. The batch then has a group of rows for each, in
+                order.
+            stream_of: maps a direction's index to its stream.
+            distribution: distribution of the directions.
+            rows: number of rows of the batch in each group, if several probes share it.
         """
         self.probes, self.rows_per_probe = probes, rows
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
@@ -138,39 +160,125 @@ class Subspace:
 
     @contextmanager
     def differentiable(self) -> Iterator[list[Tensor]]:
-        """Inside, autograd differentiates the model with respect to the tensors handed out: the coordinates, in order."""
-        if self.materialised is None:
+        """Make autograd differentiate the model inside this context.
+
+        Yields:
+            The tensors to differentiate with respect to: one for each coordinate tensor, of its shape and in order.
+        """
+        if self.coordinate_blocks is None:
             yield list(self.coordinates.values())
             return
         leaves = {name: p.detach().clone().requires_grad_() for name, p in self.coordinates.items()}
         self._is_differentiable = True
         try:
             with self.at((Probe(0, 0.0),), no_stream, GAUSSIAN), torch.enable_grad():
-                for block in self.materialised.blocks:
+                for block in self.coordinate_blocks:
                     block.point = block.layout.join(leaves)[None].to(block.dtype)
                 yield list(leaves.values())
         finally:
             self._is_differentiable = False
-            for block in self.materialised.blocks:
+            for block in self.coordinate_blocks:
                 block.point = None
 
-    def unvisited(self) -> list[str]:
-        """Names of moving parameters whose module has not been called since `attach`."""
-        return [site.name for site in self.sites if not any(module in self.visited for module, _ in site.uses)]
+    def unread(self) -> set[str]:
+        """Return the names of parameters that no probe has read yet."""
+        return {site.name for site in self.sites} - self.reads.read_names
 
-    # What a subclass provides.
+    def settle(self, unread: Iterable[str]) -> list[str]:
+        """Decide, after the probes of a step, which parameters move in it: those that a probe has read, now or before.
+
+        Args:
+            unread: names of the parameters that no process has read.
+
+        Returns:
+            Names of parameters that did not move before and do so from now on.
+        """
+        before, self.still = self.still, set(unread)
+        self.reads.read_names |= {site.name for site in self.sites} - self.still
+        self.reads.settle()
+        return sorted(before - self.still)
+
+    def remember(self, still: Iterable[str]) -> None:
+        """Continue a run in which only the parameters `still` have not been read yet."""
+        self.still = set(still)
+        self.reads.read_names |= {site.name for site in self.sites} - self.still
+
+    def hold_still(self) -> None:
+        """Discard the estimate for the parameters that do not move."""
+        for name in self.still:
+            self.coordinates[name].grad = None
+
+    # Subclasses override the following.
 
     @property
-    def materialised(self) -> Materialised | None:
-        """The coordinates as tensors with a gradient, or None where neither that nor a direction is ever held."""
+    def coordinate_blocks(self) -> CoordinateBlocks | None:
+        """The coordinates as tensors with a gradient, or None if the subspace holds neither gradient nor direction."""
         return None
 
+    @property
+    def takes_groups_cheaply(self) -> bool:
+        """True if a forward pass with parameters of their own for many groups of rows costs about one without."""
+        return True
+
+    @property
+    def is_moved(self) -> bool:
+        """True if the current point differs from the model's own parameters."""
+        return bool(self.probes)
+
+    def parameter_at_point(self, site: Site, module: nn.Module, parameter: Tensor) -> Tensor:
+        """Compute a parameter at the current point, for a read outside of its module's forward.
+
+        Args:
+            site: site of the parameter, which is not quantized.
+            module: module that holds the parameter.
+            parameter: the module's present parameter, which is whole even if `site.parameter` is a shard.
+
+        Returns:
+            A tensor with the shape and the dtype of the parameter; half precision is rounded stochastically.
+        """
+        with nullcontext() if self._is_differentiable else torch.no_grad():
+            value = self._value_at_point(site, parameter) if self.is_moved else parameter.detach()
+            return self._rounded(site, value, self._read_dtype(module, parameter))
+
+    def _read_dtype(self, module: nn.Module, parameter: Tensor) -> torch.dtype:
+        """Return the dtype in which the code around a module expects its parameter."""
+        return parameter.dtype
+
+    def _rounded(self, site: Site, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cast a parameter to the dtype in which it is read.
+
+        All probes round with the same random bits. Rounding to nearest would lose most perturbations of large weights.
+        """
+        if value.dtype == dtype or dtype not in HALF or value.dtype != torch.float32:
+            return value.to(dtype)
+        if self._is_differentiable or any(probe.derivative for probe in self.probes):
+            return value.to(dtype)
+        rounded = torch.empty(value.shape, dtype=dtype, device=value.device)
+        stream = Stream(self.seed, purpose=Purpose.ROUNDING)
+        flat, target = value.reshape(-1), rounded.view(-1)
+        for start in range(0, len(flat), TILE):
+            stop = min(start + TILE, len(flat))
+            uniform = draw_uniform(stream, site.name, start, stop, value.device)
+            target[start:stop] = stochastic_round(flat[start:stop], dtype, uniform)
+        return rounded
+
+    def _value_at_point(self, site: Site, parameter: Tensor) -> Tensor:
+        """Return a parameter at the current point, in its own dtype or in the coordinates'."""
+        raise NotImplementedError
+
     def moved(self, module: nn.Module) -> bool:
-        """Whether the module's output differs, at this moment, from that of its own parameters."""
+        """Return True if the module's output at the current point differs from that of its own parameters."""
         raise NotImplementedError
 
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
-        """The module's output at the current point."""
+        """Compute the module's output at the current point.
+
+        Args:
+            module: the module.
+            original: forward of the module with its own parameters.
+            args: positional inputs.
+            kwargs: inputs by keyword.
+        """
         raise NotImplementedError
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
@@ -178,12 +286,12 @@ class Subspace:
         raise NotImplementedError
 
     def clear_gradient(self) -> None:
-        """Leave the optimizer nothing to apply."""
+        """Discard the estimate, so that the optimizer has nothing to apply."""
         for coordinate in self.coordinates.values():
             coordinate.grad = None
 
     def gradient_norm(self) -> float:
-        """2-norm of the estimate over all coordinates."""
+        """Return the 2-norm of the estimate over all coordinates."""
         gradients = [p.grad for p in self.coordinates.values() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
 
@@ -194,10 +302,13 @@ class Subspace:
             torch._foreach_mul_(gradients, factor)
 
     def clip_gradient(self, max_norm: float) -> float:
-        """Scale the estimate to at most `max_norm`; returns the norm before and adds the factor to `clip_factor`.
+        """Scale the estimate to a norm of at most `max_norm`, and multiply `clip_factor` by the factor used.
 
-        The factor is a number of its own, not a tensor's: a norm may depend on the number of threads, and a replay, which
-        multiplies by the recorded factor, must not.
+        A norm may depend on the number of threads. The factor is therefore a plain number that the log records, and a
+        replay multiplies by the recorded factor.
+
+        Returns:
+            The norm before clipping.
         """
         norm = self.gradient_norm()
         factor = min(1.0, max_norm / (norm + 1e-6))
@@ -206,49 +317,60 @@ class Subspace:
         return norm
 
     def coordinates_changed(self) -> None:
-        """To be called after an optimizer step or a load."""
+        """Take note of new coordinates; the caller invokes it after an optimizer step or a load."""
 
     def fold(self, step: int, decay: Mapping[str, float]) -> None:
-        """Write the coordinates into the weights, where they are apart from them, and start again from zero.
+        """Add the coordinates to the weights and set them to zero, if they are separate from the weights.
 
         Args:
-            step: the step after which the fold takes place; it keys what is drawn.
-            decay: factor by which each weight shrinks first, by name; 1 where it is missing.
+            step: step after which the fold takes place, which keys the random draws.
+            decay: factor by which each weight shrinks before, by name; 1 if it is missing.
+        """
+
+    def check_end(self) -> None:
+        """Refuse to start a run that `finish` would refuse to end.
+
+        Raises:
+            ValueError: it is one; the message says what to use instead.
         """
 
     def finish(self, step: int, decay: Mapping[str, float]) -> nn.Module:
-        """Leave the model, and return one that is what was learnt: the model itself, or it with an adapter."""
+        """Detach from the model, and return the trained model: the model itself, or the model with an adapter."""
         self.fold(step, decay)
         self.clear_gradient()
         self.detach()
         return self.model
 
     def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor] | None:
-        """A state dict of the model as `fold` would leave it, or None where the model is that already."""
+        """Return the state dict that the model would have after `fold`, or None if it has it already."""
         return None
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
-        """Prepare what `forward` needs for `self.probes`."""
+        """Prepare the tensors that `forward` needs for `self.probes`."""
 
     def _leave_point(self) -> None:
-        """Drop what `_enter_point` prepared."""
+        """Drop the tensors that `_enter_point` prepared."""
 
 
 def no_stream(direction: int) -> Stream:
-    """For the current point itself, which needs no direction."""
+    """Stand in for a map of streams when only the current point is evaluated, which has no direction."""
     raise AssertionError("the current point needs no direction")
 
 
 def first_input(args: Sequence, kwargs: Mapping) -> Tensor:
-    """What a layer of one input was called with."""
+    """Return the input of a layer with a single input, of any shape."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def require_equal_parts(x: Tensor, groups: int) -> None:
-    """Refuse a linear layer's input whose first dimension, the batch's, does not hold one equal part for every probe.
+    """Refuse an input of a linear layer if its batch cannot be divided into one equal part per probe.
+
+    Args:
+        x: the input, (batch, ..., n) or (n,).
+        groups: number of probes.
 
     Raises:
-        NotBatchable: it does not.
+        NotBatchable: the size of the batch is not a multiple of `groups`.
     """
     leading = x.shape[0] if x.ndim > 1 else 1
     if leading % groups:
@@ -262,9 +384,14 @@ def _entered_forward(
     layer = subspace.quantized.get(module)
     if layer is not None and layer.rounds_activations and subspace.probes:
         original = layer.forward
-    if module in subspace._holders and subspace.probes:
-        subspace.visited.add(module)
-    if module not in subspace._holders or not subspace.moved(module):
+    holders = subspace._holders.get(module)
+    if holders is None:
         return original(*args, **kwargs)
-    with nullcontext() if subspace._is_differentiable else torch.no_grad():
-        return subspace.forward(module, original, args, kwargs)
+    if subspace.probes and (layer is not None or reads_all_parameters(module)):
+        for site in holders.values():
+            subspace.reads.note(site.name)
+    with subspace.reads.inside(module):
+        if not subspace.moved(module):
+            return original(*args, **kwargs)
+        with nullcontext() if subspace._is_differentiable else torch.no_grad():
+            return subspace.forward(module, original, args, kwargs)

@@ -1,1 +1,1 @@
-"""Classification as next-word prediction: data, prompts, scores, and the job that puts them together."""
+"""Classification as next-word prediction: data, prompts, scores, and the job that combines them."""

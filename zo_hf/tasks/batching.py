@@ -1,4 +1,4 @@
-"""Left-padded batches for causal language models, and what a model's forward takes."""
+"""Left-padded batches for causal language models, and the arguments of a model's forward."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Batch token ids so that every sequence ends in the last column.
 
-    Positions count from 0 at the first real token: a model with learned positions then computes what it computes for
-    the unpadded sequence, whether or not it derives positions from the mask by itself.
+    Positions count from 0 at the first real token. So a model with learned positions gives the same result as for the
+    unpadded sequence, even if it does not derive positions from the mask.
 
     Returns:
         `input_ids`, `attention_mask` and `position_ids`, each of shape (sequences, longest) and int64.
@@ -27,6 +27,6 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str,
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward names this argument (behind a PEFT wrapper, the wrapped model's forward)."""
+    """Return whether the forward of the model, or of the model inside a PEFT wrapper, has this argument."""
     wrapped = getattr(model, "get_base_model", lambda: model)()
     return name in inspect.signature(wrapped.forward).parameters

@@ -1,4 +1,4 @@
-"""Classifying sentences with a causal language model: the log-probability of each label's word."""
+"""Classification of sentences with a causal language model by the log-probability of each label's word."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,10 @@ def label_scores(
     batch_size: int = 16,
     max_length: int = 512,
 ) -> Tensor:
-    """Log-probability of each label's token after the prompt, over the whole vocabulary.
+    """Return the log-probability of each label's token after the prompt, over the whole vocabulary.
 
-    Batches hold sentences of similar length, and only the logits of the last position are computed where the model
-    can do so. The model is evaluated without dropout and left in the mode it was in.
+    Batches hold sentences of similar length. If the model supports it, only the logits of the last position are
+    computed. The model is evaluated without dropout, and its mode is restored.
 
     Returns:
         float32 on CPU, of shape (sentences, labels), in the order of `sentences`.
@@ -59,7 +59,7 @@ def label_scores(
 
 
 def label_prior(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
-    """Log-probability of each label on texts that say nothing, averaged over them (Zhao et al. 2021).
+    """Return the mean log-probability of each label on texts without content (Zhao et al. 2021).
 
     Returns:
         float32 on CPU, of shape (labels,).
@@ -69,15 +69,15 @@ def label_prior(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Pr
 
 
 def calibrated(scores: Tensor, prior: Tensor) -> Tensor:
-    """Scores of shape (sentences, labels) without what the labels score on texts that say nothing, (labels,)."""
+    """Subtract the labels' scores on texts without content, (labels,), from scores, (sentences, labels)."""
     return scores - prior
 
 
 def accuracy(scores: Tensor, labels: Sequence[int]) -> float:
-    """Share of sentences whose highest score, of shape (sentences, labels), is at their label."""
+    """Return the fraction of sentences with the highest of their scores, (sentences, labels), at their label."""
     return (scores.argmax(dim=-1) == torch.tensor(list(labels))).sum().item() / len(labels)
 
 
 def majority_accuracy(labels: Sequence[int]) -> float:
-    """Accuracy of always answering the most frequent label."""
+    """Return the accuracy of always answering the most frequent label."""
     return max(labels.count(label) for label in set(labels)) / len(labels)

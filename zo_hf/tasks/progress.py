@@ -1,4 +1,4 @@
-"""A progress bar that carries the latest loss and held-out accuracy."""
+"""A progress bar that shows the latest loss and held-out accuracy."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SHOWN = {"loss": "loss", "eval_accuracy": "accuracy", "zo/forward_passes": "forw
 
 
 class LossAndAccuracyBar(ProgressCallback):
-    """One bar for the whole run, in place of the stock one and its printed log lines."""
+    """One bar for the whole run, in place of Trainer's bar and its printed log lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class LossAndAccuracyBar(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest of each value beside the bar."""
+        """Show the latest values next to the bar."""
         self.latest |= {name: f"{logs[key]:.4g}" for key, name in SHOWN.items() if logs and key in logs}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.latest)
@@ -31,4 +31,4 @@ class LossAndAccuracyBar(ProgressCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """No second bar for the short evaluations in between."""
+        """Show no second bar for the short evaluations during training."""

@@ -1,7 +1,7 @@
 """Classification as next-word prediction: a template around the text, and one word per label.
 
-As in MeZO (Malladi et al. 2023), training minimises the cross entropy of the label's word over the whole vocabulary,
-at the one position that predicts it.
+As in MeZO (Malladi et al. 2023), training minimizes the cross entropy of the label's word at the one position that
+predicts it. `--loss` selects the label words or the whole vocabulary.
 """
 
 import logging
@@ -22,11 +22,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a text becomes a question, and which word answers it.
+    """A template that turns a text into a question, and the words that answer it.
 
     Attributes:
-        template: text with `{text}` once, e.g. `"{text} It was"`.
-        verbalizers: the word that stands for label 0, 1, ...; with its leading space, e.g. `(" terrible", " great")`.
+        template: a string with `{text}` exactly once, e.g. `"{text} It was"`.
+        verbalizers: the word for label 0, 1, ..., each with its leading space, e.g. `(" terrible", " great")`.
 
     Raises:
         ValueError: the template lacks `{text}`, or there are fewer than two distinct verbalizers.
@@ -42,7 +42,7 @@ class Prompt:
             raise ValueError(f"--verbalizers {list(self.verbalizers)} must be two or more different words.")
 
     def fill(self, text: str) -> str:
-        """The question about `text`, up to where the label word follows."""
+        """Return the question about `text`, without the label word that follows it."""
         return self.template.replace("{text}", text)
 
 
@@ -51,9 +51,9 @@ PROMPT_B = Prompt("Review: {text}\nSentiment:", (" negative", " positive"))
 
 
 def label_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The token that stands for each label: the verbalizer's first token after the prompt.
+    """Return the token of each label, which is the first token of its verbalizer after the prompt.
 
-    A verbalizer of several tokens is scored by its first one alone, which is logged as a warning.
+    A verbalizer of several tokens is scored by its first token alone, with a warning in the log.
 
     Raises:
         ValueError: two labels share their first token, or the tokenizer merges the verbalizer into the prompt.
@@ -65,20 +65,20 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[
         after = tokenizer(question + word)["input_ids"]
         if after[: len(before)] != before or len(after) == len(before):
             raise ValueError(
-                f"The tokenizer does not read the prompt and {word!r} as separate tokens: "
-                "start each of --verbalizers with a space and end --template without one."
+                f"the tokenizer does not separate {word!r} of --verbalizers from the prompt; start each of --verbalizers with "
+                "a space, and end --template without one."
             )
         if len(after) > len(before) + 1:
             first = tokenizer.decode(after[len(before) : len(before) + 1])
-            logger.warning("The label word %r is several tokens; its first, %r, stands for it.", word, first)
+            logger.warning("the label word %r has several tokens; it is scored by the first one, %r", word, first)
         ids.append(after[len(before)])
     if len(set(ids)) != len(ids):
-        raise ValueError(f"--verbalizers {list(prompt.verbalizers)} must differ in their first token: choose others.")
+        raise ValueError(f"--verbalizers {list(prompt.verbalizers)} must differ in their first token; choose others.")
     return ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_length: int) -> list[int]:
-    """Token ids of the question about `text`, the end of the text cut so that there are at most `max_length`.
+    """Return the token ids of the question about `text`, with the end of the text cut to fit in `max_length` tokens.
 
     Raises:
         ValueError: the template alone is longer than `max_length`.
@@ -86,8 +86,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str,
     ids = tokenizer(prompt.fill(text))["input_ids"]
     if len(ids) <= max_length:
         return ids
-    # The template must stay whole, and tokenizers may merge across its border with the text: so cut characters and
-    # tokenize again, halving the interval [fits, too_long) of lengths.
+    # The template must stay whole, and tokenizers may merge across its border with the text. So characters are cut,
+    # not tokens, and the number of characters is found by bisection of the interval [fits, too_long).
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -97,24 +97,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str,
             too_long = middle
     ids = tokenizer(prompt.fill(text[:fits]))["input_ids"]
     if len(ids) > max_length:
-        raise ValueError(f"--max_length {max_length} is shorter than --template {prompt.template!r}: raise it.")
+        raise ValueError(f"--max_length {max_length} is shorter than --template {prompt.template!r}; raise it.")
     return ids
 
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, label_id: int, max_length: int
 ) -> dict[str, list[int]]:
-    """One training example: the question followed by the label's token `label_id`, the only one with a loss.
+    """Return one training example: the question followed by the label's token `label_id`, which alone has a loss.
 
     Returns:
-        `input_ids` and `labels`, both at most `max_length` long; the model shifts the labels itself.
+        `input_ids` and `labels`, both at most `max_length` long. The model itself shifts the labels.
     """
     question = encode_prompt(tokenizer, prompt, text, max_length - 1)
     return {"input_ids": [*question, label_id], "labels": [IGNORED] * len(question) + [label_id]}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or the end token where there is none: padding is masked, so which one does not matter."""
+    """Return the padding token, else the end token, else 0; padding is masked, so the choice has no effect."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
@@ -123,12 +123,12 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 class LabelWordCollator:
     """Left-pads examples of `encode_example` into a batch for a causal language model.
 
-    Where the model takes `logits_to_keep`, the batch asks for the last two positions only (the one that predicts the
-    label token, and the label token's own) and carries the labels of those: the loss is the same, and the logits over
-    the vocabulary, often the largest tensor of a forward pass, are made for two positions instead of all.
+    If the model has the argument `logits_to_keep`, the batch requests logits at the last two positions only. These are
+    the position that predicts the label token, and that of the label token. The loss is the same, and the logits,
+    often the largest tensor of a forward pass, become much smaller.
 
-    The batch has `input_ids`, `attention_mask` and, where the model takes them, `position_ids` of shape
-    (batch, longest); `labels` of shape (batch, longest), or (batch, 2) beside `logits_to_keep=2`.
+    A batch has `input_ids`, `attention_mask` and, if the model takes them, `position_ids`, all of shape (batch,
+    longest). Its `labels` have the shape (batch, longest), or (batch, 2) with `logits_to_keep=2`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
@@ -137,7 +137,7 @@ class LabelWordCollator:
         self.takes_logits_to_keep = takes_argument(model, "logits_to_keep")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
-        """Batch the examples, each with `input_ids` and `labels` of one length."""
+        """Batch the examples; `input_ids` and `labels` of an example have the same length."""
         batch: dict[str, Tensor | int] = dict(left_pad([row["input_ids"] for row in examples], self.pad_token_id))
         if not self.takes_positions:
             del batch["position_ids"]

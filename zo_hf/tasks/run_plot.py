@@ -1,4 +1,4 @@
-"""One picture of a run: loss and held-out accuracy against forward passes."""
+"""A plot of a run: loss and held-out accuracy against forward passes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ import numpy as np
 def plot_run(
     log_history: Sequence[Mapping[str, Any]], baselines: Mapping[str, float], final_accuracy: float, path: Path
 ) -> None:
-    """Draw the run and write it to `path`.
+    """Draw the run and save the plot.
 
     Args:
-        log_history: the trainer's; entries with `loss` and entries with `eval_accuracy`, each with `step`.
+        log_history: the trainer's log; entries with `loss` and entries with `eval_accuracy`, each with `step`.
         baselines: accuracies to draw as horizontal lines, by name.
         final_accuracy: accuracy on all held-out sentences after training, drawn as the last point.
-        path: file to write; the suffix chooses the format.
+        path: the file to write; the suffix selects the format.
     """
-    # Imported here, and drawn on a bare Figure: no display is needed and no global backend is chosen.
+    # Imported here, and drawn on a bare Figure, so that no display is needed and no global backend is chosen.
     from matplotlib.figure import Figure
 
     passes_at = _forward_passes_by_step(log_history)
@@ -46,7 +46,7 @@ def plot_run(
 
 
 def _forward_passes_by_step(log_history: Sequence[Mapping[str, Any]]) -> Any:
-    """A function from a step to its forward passes: logged at some steps, in between on a straight line."""
+    """Return a function from a step to its number of forward passes, linear between the steps that log it."""
     counted = [(entry["step"], entry["zo/forward_passes"]) for entry in log_history if "zo/forward_passes" in entry]
     steps, passes = zip((0, 0), *counted, strict=True)
     return lambda step: float(np.interp(step, steps, passes))

@@ -1,4 +1,4 @@
-"""`prompt.json` beside a saved model: what the model has to be asked to classify a sentence."""
+"""The file `prompt.json` in a saved model's folder, with the prompt that makes the model classify a sentence."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,13 @@ FILE_NAME = "prompt.json"
 
 
 def save_prompt(folder: Path, prompt: Prompt, prior: Tensor, quantization: dict[str, Any] | None = None) -> None:
-    """Write what the model has to be asked into its folder.
+    """Write the prompt of a model to `prompt.json` in its folder.
 
     Args:
-        prior: log-probabilities of the labels, (labels,).
-        quantization: how the base of an adapter is to be quantised, which PEFT does not save.
+        folder: the model's folder.
+        prompt: the prompt.
+        prior: log-probabilities of the labels on texts without content, (labels,).
+        quantization: the quantization config of an adapter's base model, which PEFT does not save.
     """
     content = {
         "template": prompt.template,
@@ -39,7 +41,7 @@ def load_prompt(folder: Path) -> tuple[Prompt, Tensor]:
 
 
 def load_quantization(folder: Path) -> dict[str, Any] | None:
-    """How the base of an adapter in the folder was quantised, if it is one and was."""
+    """Return the quantization config of the base model if the folder holds an adapter of a quantized one, else None."""
     quantization: dict[str, Any] | None = _content(folder).get("quantization")
     return quantization
 
@@ -47,6 +49,6 @@ def load_quantization(folder: Path) -> dict[str, Any] | None:
 def _content(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} has no {FILE_NAME}: name the output folder of a finished `zo-hf train`.")
+        raise ValueError(f"{folder} has no {FILE_NAME}; name the output folder of a finished `zo-hf train`.")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content

@@ -1,18 +1,19 @@
-"""Teach a language model to label sentences, with forward passes only.
+"""Fine-tune a language model to label sentences, with forward passes only.
 
     zo-hf train                       OPT-125M on SST-2, from the hub
-    zo-hf train --offline             SmolLM2-135M on Rotten Tomatoes sentences, embedded; needs no hub
+    zo-hf train --offline             SmolLM2-135M on embedded Rotten Tomatoes sentences, without a hub
     zo-hf train --model_name_or_path MODEL --train_file reviews.csv --text_column review --label_column stars \\
         --template "{text} It was" --verbalizers " bad" " okay" " good"
 
-Prints the accuracy of the untrained model, of the trained one and of always answering the most frequent label;
-the forward passes and the time that training took; and its peak memory beside that of inference. --output_dir gets
-the trained model with its tokenizer and prompt.json (see `zo-hf predict`), metrics.json and run.png.
+The command prints the accuracy of the untrained model, of the trained model, and of always answering the most frequent
+label. It also prints the forward passes and the time that training took, and the peak memory of training and of
+inference. It saves the trained model with its tokenizer and prompt.json (see `zo-hf predict`), metrics.json and
+run.png in --output_dir.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,27 +28,27 @@ from transformers import (
     BitsAndBytesConfig,
     EvalPrediction,
     PreTrainedTokenizerBase,
+    TrainerCallback,
 )
 from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
-from zo_hf.config import ZOConfig
-from zo_hf.directions import DISTRIBUTIONS, Run
-from zo_hf.estimators import ESTIMATORS
-from zo_hf.memory import PeakMemory
-from zo_hf.model_setup import check_model, make_subspace
-from zo_hf.stability.found_text import one_line
-from zo_hf.tasks.assets import AssetError
+from zo_hf.directions import DISTRIBUTIONS
+from zo_hf.lr_finder.report import one_line
+from zo_hf.memory.peak import PeakMemory
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
-from zo_hf.tasks.data import LabelledSentences
+from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.progress import LossAndAccuracyBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
+from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
 from zo_hf.tasks.saved_prompt import save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, model_path
-from zo_hf.trainer import ZOTrainer
+from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.setup import check_model
+from zo_hf.trainer.trainer import ZOTrainer
 
 
 def main(
@@ -56,37 +57,41 @@ def main(
     config_file: Path | None = None,
     description: str | None = None,
 ) -> None:
-    """Run the job as a command.
+    """Run the job as a command. A wrong argument ends it with one sentence and exit code 2.
 
     Args:
         argv: the command line without the program's name.
+        prog: the program's name in the help.
         config_file: a YAML file with this command's defaults.
-        description: the head of its help; default: this module's.
+        description: the text at the top of the help; default: this module's docstring.
     """
-    try:
+    with wrong_arguments_end_the_command():
         job, config = parse_arguments(argv, prog, description or __doc__, config_file)
         task = prepare(job, config)
-    except (AssetError, ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    run(task, config)
+    with refusals_end_the_command() as first_step:
+        run(task, config, [first_step])
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that is evaluated and trained.
+    """The model, the sentences and the prompt of a job.
 
     Attributes:
-        model_name: for people; the model itself is `model`, inside a PEFT model where an adapter trains.
-        label_ids: the token that stands for label 0, 1, ...
+        model_name: the model's name for display.
+        model: the model, inside a PEFT model if an adapter is trained.
+        tokenizer: the model's tokenizer.
+        sentences: the training and held-out sentences.
+        prompt: the prompt around a sentence.
+        label_ids: the token of label 0, 1, ...
         loss: "label_words" or "vocabulary", see `JobArguments`.
-        max_length: tokens of prompt, sentence and label, at most.
-        num_progress: held-out sentences scored during training, at most.
+        max_length: maximum number of tokens in prompt, sentence and label.
+        num_progress: maximum number of held-out sentences that are scored during training.
     """
 
     model_name: str
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    sentences: LabelledSentences
+    sentences: LabeledSentences
     prompt: Prompt
     label_ids: list[int]
     loss: str
@@ -96,7 +101,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on all held-out sentences; `prior` is the label prior that `calibrated_accuracy` subtracts."""
+    """Accuracy on all held-out sentences; `calibrated_accuracy` subtracts the label prior `prior`, (labels,)."""
 
     accuracy: float
     calibrated_accuracy: float
@@ -104,54 +109,67 @@ class Evaluation:
 
 
 def prepare(job: JobArguments, config: ZOConfig) -> Task:
-    """Load the model and the sentences; the first line printed says where the embedded default stands in.
+    """Load the model and the sentences; if the embedded default is used, the first printed line says so.
 
     Raises:
-        AssetError, OSError, ValueError: the model, sentences or prompt are not as the options say.
+        AssetError, OSError, ValueError: the model, the sentences or the prompt do not match the options, or the
+            options do not go together.
     """
-    say = line_printer(config)
+    print_line = line_printer(config)
     sources = choose_sources(job)
     if sources.notice:
-        say(sources.notice)
+        print_line(sources.notice)
     prompt = Prompt(job.template, tuple(job.verbalizers))
     with config.main_process_first(desc="fetching the model and the sentences"):
         sentences = load_sentences(job, sources, config.seed)
         tokenizer, model = load_model(model_path(sources), job, config)
     label_ids = label_token_ids(tokenizer, prompt)
     check_model(model, config)  # says now what training would say later
-    subspace = make_subspace(model, config, None)
-    if not ESTIMATORS[config.zo_estimator].along_coordinates:
-        DISTRIBUTIONS[config.zo_direction](Run(subspace, config.zo_num_directions, config.zo_active_layers))
+    settings = config.settings()
+    subspace = settings.make_subspace(model)
+    subspace.check_end()
+    if not settings.moves_along_coordinates:
+        DISTRIBUTIONS[settings.direction](subspace.direction_context(settings.num_directions, settings))
     name = sources.model or EMBEDDED_MODEL
-    say(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
-    say(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
+    print_line(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
+    print_line(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
     return Task(
         name, model, tokenizer, sentences, prompt, label_ids, job.loss, job.max_length, job.num_progress_examples
     )
 
 
-def run(task: Task, config: ZOConfig) -> dict[str, Any]:
-    """Evaluate, train, evaluate again and write `config.output_dir`; returns the content of metrics.json."""
-    say = line_printer(config)
+def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Evaluate, train, evaluate again and write to `config.output_dir`; return the content of metrics.json.
+
+    Args:
+        task: the model and the sentences.
+        config: the options of the trainer.
+        callbacks: further callbacks of the trainer.
+    """
+    print_line = line_printer(config)
     batch_size = config.per_device_eval_batch_size
     majority = majority_accuracy(task.sentences.held_out["label"][:])
     with PeakMemory() as inference_memory:
         before = evaluate(task, batch_size)
-    say(f"majority   {majority:.3f}")
-    say(f"zero-shot  {before.accuracy:.3f} raw, {before.calibrated_accuracy:.3f} calibrated")
+    print_line(f"majority   {majority:.3f}")
+    print_line(f"zero-shot  {before.accuracy:.3f} raw, {before.calibrated_accuracy:.3f} calibrated")
 
     trainer = build_trainer(task, config)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     started = time.perf_counter()
     with PeakMemory() as training_memory:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
     after = evaluate(replace(task, model=trainer.model), batch_size)
-    say(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
+    print_line(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
     if trainer.found_learning_rate is not None:
-        say(f"rate       {one_line(trainer.found_learning_rate)}")
-    say(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
-    say(f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference")
+        print_line(f"rate       {one_line(trainer.found_learning_rate)}")
+    print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
+    print_line(
+        f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference"
+    )
 
     metrics = {
         "model": task.model_name,
@@ -174,9 +192,9 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
         is_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
         save_prompt(folder, task.prompt, after.prior, quantization_of(task.model) if is_adapter else None)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        say(f"written    {folder}: the model, prompt.json, metrics.json")
+        print_line(f"written    {folder}: the model, prompt.json, metrics.json")
         if find_spec("matplotlib") is None:
-            say("no plot    install matplotlib for run.png")
+            print_line("no plot    install matplotlib for run.png")
         else:
             baselines = {
                 "zero-shot": before.accuracy,
@@ -184,20 +202,20 @@ def run(task: Task, config: ZOConfig) -> dict[str, Any]:
                 "majority": majority,
             }
             plot_run(trainer.state.log_history, baselines, after.accuracy, folder / "run.png")
-            say(f"plotted    {folder / 'run.png'}")
+            print_line(f"plotted    {folder / 'run.png'}")
     return metrics
 
 
 def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Load the tokenizer and the model, quantised and with an adapter where the job says so, on the job's device.
+    """Load the tokenizer and the model on the run's device, quantized and with an adapter if the job says so.
 
     Raises:
-        OSError: there is no such model, or the hub did not give it.
+        OSError: the model does not exist, or the hub does not deliver it.
     """
     more: dict[str, Any] = {}
     if job.load_in_8bit or job.load_in_4bit:
         more = {"device_map": {"": config.device}, "quantization_config": quantization(job)}
-    attention = {"attn_implementation": "eager"} if ESTIMATORS[config.zo_estimator].needs_tangents else {}
+    attention = {"attn_implementation": "eager"} if config.settings().estimator_kind.needs_tangents else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=job.offline)
         model = AutoModelForCausalLM.from_pretrained(
@@ -205,8 +223,8 @@ def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrain
         )
     except OSError as error:
         raise OSError(
-            f"--model_name_or_path {path} could not be loaded: name the folder of a model, "
-            f"or use the embedded one with --offline alone. ({str(error).splitlines()[0]})"
+            f"--model_name_or_path {path} could not be loaded ({str(error).splitlines()[0].rstrip('.')}); name the folder of "
+            "a model, or leave it out and use the embedded model with --offline."
         ) from error
     if not more:
         model.to(config.device)
@@ -226,13 +244,13 @@ def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrain
 
 
 def quantization_of(model: Any) -> dict[str, Any] | None:
-    """How a model was quantised, as `from_pretrained` takes it."""
+    """Return the quantization config of a model in the form that `from_pretrained` takes; None if it has none."""
     config = getattr(model.config, "quantization_config", None)
     return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def quantization(job: JobArguments) -> BitsAndBytesConfig:
-    """How transformers is to quantise the model."""
+    """Return the config with which transformers quantizes the model."""
     if job.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -244,7 +262,7 @@ def quantization(job: JobArguments) -> BitsAndBytesConfig:
 
 
 def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
-    """A `ZOTrainer` on the encoded sentences that reports accuracy on some held-out ones as it goes."""
+    """Build a `ZOTrainer` on the encoded sentences, which reports accuracy on some held-out ones while it trains."""
 
     def encode(rows: Dataset) -> Dataset:
         return Dataset.from_list(
@@ -255,11 +273,12 @@ def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
         )
 
     def label_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        # The last position is the label token itself: the one before predicts it.
+        # The last position is the label token itself, and the one before it predicts the label.
         return (logits[0] if isinstance(logits, tuple) else logits)[:, -2, task.label_ids]
 
     def progress_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        # Every other label is -100, wherever the padding of gathered batches put the label token.
+        # All other labels are -100, so the maximum is the label token, wherever padding of gathered batches has put
+        # it.
         answers = torch.as_tensor(prediction.label_ids).amax(dim=1)
         labels = [task.label_ids.index(answer) for answer in answers.tolist()]
         return {"accuracy": accuracy(torch.as_tensor(prediction.predictions), labels)}
@@ -291,16 +310,16 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
 
 
 def last_logged(log_history: list[dict[str, Any]], key: str) -> float:
-    """The newest logged value of `key`; nan where it was never logged."""
+    """Return the latest logged value of `key`; NaN if it was never logged."""
     return next((entry[key] for entry in reversed(log_history) if key in entry), float("nan"))
 
 
 def line_printer(config: ZOConfig) -> Callable[[str], None]:
-    """`print` on the first process, nothing on the others."""
+    """Return a function that prints a line on the first process, and does nothing on the others."""
     is_first = config.process_index == 0
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         if is_first:
             print(line, flush=True)
 
-    return say
+    return print_line

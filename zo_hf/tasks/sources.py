@@ -1,4 +1,4 @@
-"""Where the job's model and sentences come from: the hub, local files, or the embedded default."""
+"""The sources of the job's model and sentences: the hub, local files, or the embedded default."""
 
 import urllib.request
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 
 from zo_hf.tasks.assets import default_model
-from zo_hf.tasks.data import LabelledSentences, embedded_reviews, file_sentences, hub_sentences
+from zo_hf.tasks.data import LabeledSentences, embedded_reviews, file_sentences, hub_sentences
 from zo_hf.tasks.job_arguments import HUB_DATASET, HUB_MODEL, JobArguments
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
@@ -17,12 +17,12 @@ HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Sources:
-    """What was chosen.
+    """The chosen sources.
 
     Attributes:
-        model: hub name or folder of the model; None is the embedded one.
-        dataset: hub name of the dataset; None is the embedded sentences, unless the job names files.
-        notice: one line that says why the embedded default is used; None where it is not.
+        model: hub name or folder of the model; None means the embedded model.
+        dataset: hub name of the data set; None means the embedded sentences, unless the job names files.
+        notice: the reason why the embedded default is used, in one line; None if it is not used.
     """
 
     model: str | None
@@ -31,12 +31,12 @@ class Sources:
 
 
 def choose_sources(job: JobArguments) -> Sources:
-    """Fill in what the job leaves open: from the hub where it answers, else the embedded default."""
+    """Fill in the sources that the job leaves open, from the hub if it can be reached, else the embedded default."""
     model, dataset = job.model_name_or_path, job.dataset_name
     model_is_open, data_is_open = model is None, dataset is None and job.train_file is None
     if not (model_is_open or data_is_open):
         return Sources(model, dataset, notice=None)
-    # One process asks for all, so that a slow network cannot give two processes different models.
+    # One process decides for all, so that a slow network cannot give two processes different models.
     answer = [not job.offline and hub_answers()]
     if broadcast_object_list(answer)[0]:
         return Sources(
@@ -50,7 +50,7 @@ def choose_sources(job: JobArguments) -> Sources:
 
 
 def hub_answers() -> bool:
-    """Whether the hub serves the recipe's model within a few seconds; never where HF_HUB_OFFLINE is set."""
+    """Return whether the hub serves the default model within a few seconds; False if HF_HUB_OFFLINE is set."""
     if constants.HF_HUB_OFFLINE:
         return False
     request = urllib.request.Request(f"{constants.ENDPOINT}/{HUB_MODEL}/resolve/main/config.json", method="HEAD")
@@ -62,15 +62,15 @@ def hub_answers() -> bool:
 
 
 def model_path(sources: Sources) -> str:
-    """What to give to `from_pretrained`; fetches the embedded model where that was chosen."""
+    """Return the argument for `from_pretrained`; if the embedded model was chosen, fetch it."""
     return sources.model if sources.model is not None else str(default_model())
 
 
-def load_sentences(job: JobArguments, sources: Sources, seed: int) -> LabelledSentences:
+def load_sentences(job: JobArguments, sources: Sources, seed: int) -> LabeledSentences:
     """Load the chosen sentences.
 
     Raises:
-        ValueError: a file, column or label is not as the options say, or a label has no verbalizer.
+        ValueError: a file, a column or a label does not match the options, or a label has no verbalizer.
     """
     sizes = (job.num_train_examples, job.num_eval_examples, seed)
     columns = (job.text_column, job.label_column)
@@ -82,5 +82,8 @@ def load_sentences(job: JobArguments, sources: Sources, seed: int) -> LabelledSe
         sentences = embedded_reviews(*sizes)
     highest = max(*sentences.train["label"], *sentences.held_out["label"])
     if highest >= len(job.verbalizers):
-        raise ValueError(f"There is a label {highest}, but --verbalizers has {len(job.verbalizers)} words: give more.")
+        raise ValueError(
+            f"the sentences have the label {highest}, but --verbalizers has {len(job.verbalizers)} words; give a word for "
+            "every label."
+        )
     return sentences

@@ -1,7 +1,7 @@
-"""The log of a run's optimizer steps: with the base model, it is the fine-tuned model.
+"""The log of a run's optimizer steps, which together with the base model determines the fine-tuned model.
 
 model = AutoModelForCausalLM.from_pretrained(base)
-replay(model, "out")        # a run's output folder: now the model that the run ended with
+replay(model, "out")        # "out" is a run's output folder; model becomes the model at the end of that run
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""What a log says about its run: everything that a replay needs beside the base model.
+"""The header of a log: everything that a replay needs beside the base model and the records.
 
-zo_hf, torch     versions that wrote it
-first_step       0; another number where recording began in the middle of a run, which cannot be replayed
-directions       how many numbers a step is recorded as: q with most estimators and rules
-settings         of the engine, as a checkpoint has them
+zo_hf, torch     versions that wrote the log
+first_step       0; another number if recording began in the middle of a run, which cannot be replayed
+directions       count of numbers in a step's record: q with most estimators and rules
+settings         the engine's settings, as in a checkpoint
 patterns         zo_target_modules and zo_exclude_modules
-optimizer        its kind, and whether replay can rebuild it
-groups           of parameters: the names of their coordinates and the optimizer's options, without the learning rate
-base             the model before the first step: where it came from, and a hash of its weights
+optimizer        the optimizer's class, and whether replay can rebuild it
+groups           parameter groups: names of their coordinates, and the optimizer's options except the learning rate
+base             the model before the first step: its origin, and a hash of its weights
+still            names of the coordinates that no probe of the first step has read, which do not move
 start            hash of the starting weights saved beside the log; only for an adapter
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from math import isfinite
@@ -23,31 +23,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import zo_hf
-from zo_hf import checkpoint
-from zo_hf.checksum import tensor_checksum
-from zo_hf.model_setup import base_model
-from zo_hf.optimizers import SeededSGD
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import stored_tensors
+from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Adapter, Subspace
+from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trajectory.log import TrajectoryError
-from zo_hf.zeroth_order import ZerothOrder
+from zo_hf.version import __version__
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     kind.__name__: kind for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SeededSGD)
 }
-# What changes from step to step, or is not an option.
+# Entries of a parameter group that change from step to step, or are no options.
 _NO_OPTIONS = ("params", "lr", "initial_lr")
 
 
 def build_header(
     zo: ZerothOrder, optimizer: Optimizer, from_base: bool = True, base_hash: str | None = None
 ) -> dict[str, Any]:
-    """The header of a run that is about to take its next step.
+    """Return the header of a run that is about to take its next step.
 
     Args:
-        from_base: whether the model is, at this moment, the base that a replay will start from.
-        base_hash: its `weights_hash`, if that is known; else it is computed.
+        zo: the run's engine.
+        optimizer: the run's optimizer.
+        from_base: True if the model is, at this moment, the base that a replay will start from.
+        base_hash: `weights_hash` of the model; None computes it.
     """
     subspace = zo.subspace
     groups = describe_groups(subspace, optimizer)
@@ -55,21 +56,22 @@ def build_header(
     kind = type(optimizer).__name__
     replayable = OPTIMIZERS.get(kind) is type(optimizer) and plain
     return {
-        "zo_hf": zo_hf.__version__,
+        "zo_hf": __version__,
         "torch": torch.__version__,
         "first_step": 0 if from_base else zo.step,
         "directions": zo.numbers,
-        "settings": checkpoint.settings(zo),
+        "settings": zo.saved_settings(),
         "patterns": {"target": _listed(subspace.target_modules), "exclude": _listed(subspace.exclude_modules)},
         "optimizer": {"kind": kind, "replayable": replayable},
         "groups": groups if plain else [group | {"options": _as_text(group["options"])} for group in groups],
         "base": describe_base(zo.model, subspace, with_weights=from_base, base_hash=base_hash),
+        "still": sorted(subspace.still),
         "start": tensors_hash(subspace.start) if from_base and isinstance(subspace, Adapter) else None,
     }
 
 
 def describe_groups(subspace: Subspace, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Every parameter group's coordinates, by name, and the optimizer's options for it."""
+    """Return the names of every parameter group's coordinates, and the optimizer's options for the group."""
     names = {id(coordinate): name for name, coordinate in subspace.coordinates.items()}
     return [
         {"names": [names[id(p)] for p in group["params"]], "options": options_of(group)}
@@ -78,7 +80,7 @@ def describe_groups(subspace: Subspace, optimizer: Optimizer) -> list[dict[str, 
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's options as they are after a way through JSON, without the learning rate."""
+    """Return a parameter group's options, without the learning rate, in the types that JSON gives back."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in group.items()
@@ -89,11 +91,13 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def describe_base(
     model: nn.Module, subspace: Subspace, with_weights: bool, base_hash: str | None = None
 ) -> dict[str, Any]:
-    """Where a model came from, and which it is, bit for bit.
+    """Describe a model: its origin, and a hash that identifies its weights bit for bit.
 
     Args:
-        with_weights: include the hash of its weights, which takes a pass over them.
-        base_hash: that hash, if it is known already.
+        model: the model.
+        subspace: its subspace; an adapter's starting weights are left out of the hash.
+        with_weights: include the hash, which takes a pass over the weights.
+        base_hash: the hash, if it is known already.
     """
     unwrapped: Any = base_model(model)
     config = getattr(unwrapped, "config", None)
@@ -111,7 +115,7 @@ def describe_base(
 
 
 def _quantization(config: Any) -> dict[str, Any] | None:
-    """How the base was quantised when it was loaded, if it was, after a way through JSON."""
+    """Return the base's quantization settings in the types that JSON gives back; None if it was not quantized."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
@@ -121,30 +125,27 @@ def _quantization(config: Any) -> dict[str, Any] | None:
 
 
 def weights_hash(model: nn.Module, leave_out: Collection[Tensor] = ()) -> str:
-    """SHA-256 over name, dtype, shape and checksum of every parameter and persistent buffer; tied weights count once.
+    """Return the SHA-256 over name, dtype, shape and checksum of every parameter and persistent buffer.
 
     Args:
-        leave_out: tensors that are not part of it.
+        model: the model; tied weights count once.
+        leave_out: tensors that the hash does not cover.
     """
     left_out = {id(tensor) for tensor in leave_out}
     return tensors_hash({name: t for name, t in stored_tensors(model).items() if id(t) not in left_out})
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and checksum of every tensor, whatever their order and device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        line = f"{name} {tensor.dtype} {list(tensor.shape)} {tensor_checksum(tensor):016x}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
 def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[Tensor], path: object) -> None:
-    """Refuse a model that is not the one a log begins at; the same weights under another name are the same model.
+    """Refuse a model that a log does not begin at; the same weights under another name are the same model.
+
+    Args:
+        base: the header's description of the right model.
+        model: the model.
+        leave_out: tensors that the hash does not cover.
+        path: the log, for the message.
 
     Raises:
-        TrajectoryError: its weights differ; the message names where the right one came from, if it is from elsewhere.
+        TrajectoryError: the weights differ; the message names the origin of the right model if that differs, too.
     """
     if weights_hash(model, leave_out) == base.get("weights"):
         return
@@ -153,11 +154,11 @@ def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[
     if base.get("name") and name and base["name"] != name:
         revision = f" (revision {base['revision']})" if base.get("revision") else ""
         raise TrajectoryError(
-            f"{path} was recorded from {base['name']!r}{revision} and this model is {name!r}; load that one."
+            f"{path} was recorded from {base['name']!r}{revision} and this model is {name!r}; load {base['name']!r}."
         )
     raise TrajectoryError(
-        f"this model is not the one that {path} was recorded from: its weights differ; load it in the same dtype and "
-        f"revision ({base.get('dtype')}, {base.get('revision') or 'unknown'}), with any new head as it was initialised."
+        f"{path} was recorded from another model than this: its weights differ; load the same dtype and revision "
+        f"({base.get('dtype')}, {base.get('revision') or 'unknown'}), with any new head as it was initialized."
     )
 
 

@@ -1,19 +1,22 @@
-"""The file of a trajectory: one header, then a record of fixed size for every optimizer step.
+"""The trajectory file: a header, then a record of fixed size for every optimizer step.
 
     magic            8 bytes    "ZOTRAJ" and a line end that a transfer as text would change
     format version   u16        1
     header length    u32
-    header           JSON       see `header.py`; q and g, from which the size of a record follows, are in it
+    header           JSON       see `header.py`; contains q and g, which determine the size of a record
     CRC-32           u32        of everything before it
     record           u32        step
-                     u8         flags: 1 skipped, 2 unfaithful (see `Record`)
-                     f64 × q    projected gradients, and what else a step is made of, see `ZerothOrder.numbers`
+                     u8         flags: 1 skipped, 2 unfaithful (see `Record`), 4 begins
+                     f64 × q    projected gradients, and the other numbers of a step, see `ZerothOrder.numbers`
                      f64 × g    learning rates of the parameter groups
                      f64        clip factor
                      u32        CRC-32 of this record, continued from the CRC-32 before it
 
-All numbers are little-endian. No record says how long it is, so no flipped bit can make one swallow its neighbours; the
-CRCs are a chain, so a record that is missing, repeated or out of order breaks it.
+A record with the flag "begins" precedes the record of its step. Its first number is the index, in the header's "still",
+of a parameter that moves from this step on; its other numbers are 0.
+
+All numbers are little-endian. Records have no length field that a flipped bit could corrupt. The CRCs form a chain,
+which a missing, repeated or misplaced record breaks.
 """
 
 from __future__ import annotations
@@ -36,13 +39,14 @@ FOLDER, FILE = "trajectory", "steps.zolog"
 
 MAGIC = b"ZOTRAJ\r\n"
 VERSION = 1
-# A log reaches the disk at every checkpoint, and otherwise at most this many seconds after it was written.
+# A record is synced to the disk at the next checkpoint, or with the first record written this many seconds after a
+# sync.
 SYNC_SECONDS = 5.0
 MAX_HEADER = 16 << 20
 MAX_PER_STEP = 1 << 16
 MAX_FILE = 4 << 30
 
-SKIPPED, UNFAITHFUL = 1, 2
+SKIPPED, UNFAITHFUL, BEGINS = 1, 2, 4
 _SETTINGS = (
     "zo_subspace",
     "zo_rank",
@@ -68,12 +72,14 @@ class Record:
     """One optimizer step.
 
     Args:
-        step: its number, from 0.
-        skipped: a loss or projected gradient was not finite and nothing was applied.
-        unfaithful: the optimizer's settings were not those of the header, so a replay would go wrong from here on.
+        step: number of the step, from 0.
+        skipped: True if a loss or projected gradient was not finite and nothing was applied.
+        unfaithful: True if the optimizer's settings differed from those in the header, so that a replay is wrong from
+            here.
         projected_gradients: c of every direction, as estimated.
-        learning_rates: of every parameter group.
-        clip_factor: what the estimate was multiplied by.
+        learning_rates: learning rate of every parameter group.
+        clip_factor: factor by which the estimate was multiplied.
+        begins: indices, in the header's "still", of the parameters that move from this step on.
     """
 
     step: int
@@ -82,19 +88,21 @@ class Record:
     projected_gradients: tuple[float, ...]
     learning_rates: tuple[float, ...]
     clip_factor: float
+    begins: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a log holds.
+    """The content of a log.
 
     Args:
-        path: its file.
+        path: the file.
         header: the run's settings, see `header.py`.
-        records: one for every step, from `first_step` on.
-        start: where in the file the first record begins.
-        crcs: of the header and of every record; the chain up to a step identifies everything before it.
-        dropped: bytes at the end that were no complete record.
+        start: byte position of the first record in the file.
+        records: one record for every step, from `first_step` on.
+        crcs: the CRC-32 of the header and of every record; the one after a step identifies everything up to it.
+        ends: byte positions at which the header and every record end.
+        dropped: number of bytes at the end that form no complete record.
     """
 
     path: Path
@@ -102,35 +110,39 @@ class Trajectory:
     start: int
     records: list[Record]
     crcs: list[int]
+    ends: list[int]
     dropped: int = 0
 
     @property
     def first_step(self) -> int:
-        """The step of the first record: 0 where the log begins at the base model."""
+        """The step of the first record; 0 if the log begins at the base model."""
         return self.header["first_step"]
 
     @property
     def steps(self) -> int:
-        """The step after the last record."""
+        """The number of the step after the last record."""
         return self.first_step + len(self.records)
 
     def crc_at(self, step: int) -> int | None:
-        """The chain's value after `step` steps, or None where the log does not hold them."""
+        """Return the CRC-32 after `step` steps, or None if the log does not hold them."""
         return self.crcs[step - self.first_step] if self.first_step <= step <= self.steps else None
 
 
 class Writer:
-    """Appends records to a log, each handed to the system at once; see `SYNC_SECONDS` for when they reach the disk.
+    """Appends records to a log, each written at once and synced to the disk as `SYNC_SECONDS` says.
 
     Args:
-        path: the file; it is begun anew.
-        header: see `header.py`.
+        path: the file; an existing one is replaced.
+        header: the run's settings, see `header.py`.
+
+    Raises:
+        ValueError: a step has more numbers than a log can hold.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         if header["directions"] > MAX_PER_STEP:
             raise ValueError(
-                f"a step of {header['directions']} numbers is more than the {MAX_PER_STEP} that a log holds; use a smaller "
+                f"a step has {header['directions']} numbers, and a log holds at most {MAX_PER_STEP}; use a smaller "
                 "zo_num_directions."
             )
         content = encode_header(header)
@@ -140,27 +152,29 @@ class Writer:
 
     @classmethod
     def resume(cls, trajectory: Trajectory, step: int, path: Path) -> Writer:
-        """Continue a log after `step` steps, dropping what it holds beyond them.
+        """Continue a log after `step` steps, and drop its later records.
 
         Args:
-            path: where to; another file than the log's gets a copy.
+            trajectory: the log to continue.
+            step: number of steps to keep.
+            path: the file to write; if it is not the log's own, it begins as a copy.
         """
         writer = cls.__new__(cls)
         crc = trajectory.crc_at(step)
         assert crc is not None
         writer._struct, writer.crc = record_struct(trajectory.header), crc
-        records = (writer._struct.size + _CRC.size) * (step - trajectory.first_step)
-        writer._begin(path, trajectory.path.read_bytes()[: trajectory.start + records])
+        end = trajectory.ends[step - trajectory.first_step]
+        writer._begin(path, trajectory.path.read_bytes()[:end])
         return writer
 
     def _begin(self, path: Path, content: bytes) -> None:
-        # Beside the file and then in its place: a kill leaves either the log that was there or the one that begins.
-        beside = path.with_name(path.name + ".new")
-        with beside.open("wb") as file:
+        # Written to a temporary file and renamed, so that a kill leaves either the old log or the new one.
+        temporary = path.with_name(path.name + ".new")
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         self.path = path
         self._file = path.open("ab", buffering=0)
         self.sync()
@@ -169,35 +183,39 @@ class Writer:
         """Write one record."""
         flags = SKIPPED * record.skipped | UNFAITHFUL * record.unfaithful
         numbers = (*record.projected_gradients, *record.learning_rates, record.clip_factor)
-        body = self._struct.pack(record.step, flags, *numbers)
-        self.crc = zlib.crc32(body, self.crc)
-        content = body + _CRC.pack(self.crc)
+        rest = (0.0,) * (len(numbers) - 1)
+        bodies = [self._struct.pack(record.step, BEGINS, float(index), *rest) for index in record.begins]
+        bodies.append(self._struct.pack(record.step, flags, *numbers))
+        content = b""
+        for body in bodies:
+            self.crc = zlib.crc32(body, self.crc)
+            content += body + _CRC.pack(self.crc)
         if self._file.write(content) != len(content):
-            raise OSError(errno.ENOSPC, "a record was not written whole")
+            raise OSError(errno.ENOSPC, "a record was not written completely")
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Have everything written so far on the disk."""
+        """Sync all records to the disk."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync, and let go of the file."""
+        """Sync and close the file."""
         if not self._file.closed:
             self.sync()
             self._file.close()
 
 
 def encode_header(header: dict[str, Any]) -> bytes:
-    """The file up to its first record."""
+    """Return the content of the file up to its first record."""
     text = json.dumps(header, allow_nan=False).encode()
     content = _PREFIX.pack(MAGIC, VERSION, len(text)) + text
     return content + _CRC.pack(zlib.crc32(content))
 
 
 def record_struct(header: dict[str, Any]) -> struct.Struct:
-    """A record without its CRC."""
+    """Return the layout of a record, without its CRC-32."""
     return _record_struct(header["directions"], len(header["groups"]))
 
 
@@ -206,11 +224,11 @@ def _record_struct(directions: int, groups: int) -> struct.Struct:
 
 
 def read_trajectory(path: str | Path, until: int | None = None) -> Trajectory:
-    """Read a log and check every byte of it.
+    """Read a log and verify every byte of it.
 
     Args:
         path: the file, or a folder that holds one: a run's output folder, or a checkpoint.
-        until: read no more than the records before this step.
+        until: read only the records before this step; None reads all.
 
     Raises:
         TrajectoryError: there is no log, or it is damaged or of another format; the message says where.
@@ -218,7 +236,9 @@ def read_trajectory(path: str | Path, until: int | None = None) -> Trajectory:
     path = find_log(Path(path))
     try:
         if path.stat().st_size > MAX_FILE:
-            raise TrajectoryError(f"{path} has more than {MAX_FILE} bytes, so it is no trajectory.")
+            raise TrajectoryError(
+                f"{path} has more than {MAX_FILE} bytes and is no trajectory; name a run's output folder."
+            )
         content = path.read_bytes()
     except OSError as error:
         raise TrajectoryError(f"{path} cannot be read ({error.strerror}); name a trajectory.") from error
@@ -227,10 +247,10 @@ def read_trajectory(path: str | Path, until: int | None = None) -> Trajectory:
 
 
 def find_log(path: Path) -> Path:
-    """The file that `path` means: itself, or the log in a run's folder, a checkpoint, or a trajectory's own folder.
+    """Return the log file for a path: the file itself, or the one in a run's folder, a checkpoint or a log's folder.
 
     Raises:
-        TrajectoryError: there is none.
+        TrajectoryError: the path leads to no log.
     """
     if path.is_dir():
         for candidate in (path / FOLDER / FILE, path / FILE):
@@ -243,34 +263,40 @@ def find_log(path: Path) -> Path:
 
 
 def _parse_header(path: Path, content: bytes) -> tuple[dict[str, Any], int]:
-    """The header, and where the first record begins."""
+    """Return the header, and the byte position of the first record."""
     if len(content) < _PREFIX.size or not content.startswith(MAGIC):
-        raise TrajectoryError(f"{path} is no trajectory: it does not begin with {MAGIC!r}.")
+        raise TrajectoryError(
+            f"{path} is no trajectory, because it does not begin with {MAGIC!r}; name a run's output folder."
+        )
     _, version, length = _PREFIX.unpack_from(content)
     if version != VERSION:
         raise TrajectoryError(
-            f"{path} has format version {version} and this zo_hf reads version {VERSION}; read it with the version of "
-            "zo_hf that wrote it, or a newer one."
+            f"{path} has format version {version}, and this version of zo_hf reads {VERSION}; use the version of zo_hf "
+            "that wrote it, or a newer one."
         )
     end = _PREFIX.size + length
     if length > MAX_HEADER or end + _CRC.size > len(content):
-        raise TrajectoryError(f"{path} is cut off or damaged within its header; take another copy of it.")
+        raise TrajectoryError(f"{path} is cut off or damaged within its header; use another copy of it.")
     if zlib.crc32(content[:end]) != _CRC.unpack_from(content, end)[0]:
-        raise TrajectoryError(f"the header of {path} is damaged; take another copy of it.")
+        raise TrajectoryError(f"the header of {path} is damaged; use another copy of it.")
     try:
-        header = json.loads(content[_PREFIX.size : end], parse_constant=_no_constant)
+        header = json.loads(content[_PREFIX.size : end], parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise TrajectoryError(f"the header of {path} is not valid JSON; zo_hf did not write it.") from error
-    if not _is_sane(header):
-        raise TrajectoryError(f"the header of {path} lacks what a replay needs; zo_hf did not write it.")
+        raise TrajectoryError(
+            f"the header of {path} is not valid JSON, so zo_hf did not write it; use another copy of it."
+        ) from error
+    if not _is_complete(header):
+        raise TrajectoryError(
+            f"the header of {path} lacks entries that a replay needs, so zo_hf did not write it; use another copy of it."
+        )
     return header, end + _CRC.size
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _is_sane(header: Any) -> bool:
+def _is_complete(header: Any) -> bool:
     if not isinstance(header, dict):
         return False
     directions, groups, first = header.get("directions"), header.get("groups"), header.get("first_step")
@@ -294,29 +320,41 @@ def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: in
     size = layout.size + _CRC.size
     directions = header["directions"]
     crcs = [_CRC.unpack_from(content, start - _CRC.size)[0]]
+    ends, crc_before = [start], crcs[0]
     records: list[Record] = []
+    begins: list[int] = []
     position = start
     while len(content) - position >= size and (until is None or header["first_step"] + len(records) < until):
         step = header["first_step"] + len(records)
         body = content[position : position + layout.size]
         crc = _CRC.unpack_from(content, position + layout.size)[0]
-        if crc != zlib.crc32(body, crcs[-1]):
-            if not any(content[position + layout.size :]):  # what a power loss leaves of the last blocks of a file
+        if crc != zlib.crc32(body, crc_before):
+            if not any(content[position + layout.size :]):  # a power loss can leave zeros at the end of a file
                 break
             raise TrajectoryError(
-                f"the record of step {step} in {path} is damaged, or not the one that was written there; take another "
-                f"copy of the file, or replay until step {step}."
+                f"the record of step {step} in {path} is damaged, or does not belong there; use another copy of the file, "
+                f"or replay until step {step}."
             )
+        crc_before = crc
+        position += size
         number, flags, *numbers = layout.unpack(body)
         gradients, rates, clip = numbers[:directions], numbers[directions:-1], numbers[-1]
         skipped = bool(flags & SKIPPED)
+        index = numbers[0]
+        if flags == BEGINS and number == step and 0 <= index < len(header.get("still", ())) and index == int(index):
+            begins.append(int(index))
+            continue
         usable = (skipped or all(map(isfinite, gradients))) and all(map(isfinite, rates)) and 0 <= clip <= 1
         if number != step or flags & ~(SKIPPED | UNFAITHFUL) or not usable:
-            raise TrajectoryError(f"the record of step {step} in {path} makes no sense; zo_hf did not write it.")
-        records.append(Record(step, skipped, bool(flags & UNFAITHFUL), tuple(gradients), tuple(rates), clip))
+            raise TrajectoryError(
+                f"the record of step {step} in {path} is not valid, so zo_hf did not write it; use another copy of the file."
+            )
+        unfaithful = bool(flags & UNFAITHFUL)
+        records.append(Record(step, skipped, unfaithful, tuple(gradients), tuple(rates), clip, tuple(begins)))
+        begins = []
         crcs.append(crc)
-        position += size
-    dropped = len(content) - position if until is None or header["first_step"] + len(records) < until else 0
+        ends.append(position)
+    dropped = len(content) - ends[-1] if until is None or header["first_step"] + len(records) < until else 0
     if dropped:
-        logger.warning("%s ends in %d bytes that are no complete record; they are left out", path, dropped)
-    return Trajectory(path, header, start, records, crcs, dropped)
+        logger.warning("%s ends in %d bytes that form no complete record; they are ignored", path, dropped)
+    return Trajectory(path, header, start, records, crcs, ends, dropped)

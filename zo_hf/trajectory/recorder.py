@@ -1,12 +1,12 @@
-"""Writing the trajectory of a Trainer's run beside its checkpoints, and continuing from what was written.
+"""Recording of a Trainer's run beside its checkpoints, and continuing a recording.
 
     OUTPUT_DIR/trajectory/steps.zolog            the log, see `log.py`
     OUTPUT_DIR/trajectory/start.safetensors      an adapter's starting weights, which PEFT draws at random
-    OUTPUT_DIR/trajectory/adapter_config.json    how to build that adapter
+    OUTPUT_DIR/trajectory/adapter_config.json    the PEFT configuration of that adapter
     OUTPUT_DIR/_trajectory.previous/             the log of the run that used this folder before
 
-A checkpoint's zo_state.json holds the CRC that the log's chain has at its step, so a log of another run is not taken for
-this one's. With `save_only_trajectory` a checkpoint holds a copy of the trajectory folder in place of all tensors.
+A checkpoint's zo_state.json holds the log's CRC-32 at its step, which tells a log of this run from a log of another run.
+With `save_only_trajectory` a checkpoint holds a copy of the trajectory folder instead of tensors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from zo_hf import checkpoint
-from zo_hf.sharding import is_sharded_model
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.estimate import Step
+from zo_hf.parallel.shards import is_sharded_model
 from zo_hf.subspaces import Adapter
+from zo_hf.subspaces.peft_methods import active_adapter
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
 from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps, verify
-from zo_hf.zeroth_order import Step, ZerothOrder
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +38,20 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Writes one record after every optimizer step of an engine.
 
-    A log that cannot be written ends with a warning; the training does not, unless its checkpoints consist of the log.
+    If the log cannot be written, the recorder warns and stops, and the training goes on, unless the log is required.
 
     Args:
-        header: of the log.
-        writer: of the log; None records nothing.
-        optimizer: whose options are to stay as the header has them.
-        required: whether an error of the disk ends the training.
+        header: the header of the log.
+        writer: the writer of the log; None records nothing.
+        optimizer: the optimizer; a change of its options since the header was written is recorded.
+        required: True if an error of the disk must end the training, because the checkpoints consist of the log.
     """
 
     def __init__(
         self, header: dict[str, Any], writer: Writer | None, optimizer: Optimizer, required: bool = False
     ) -> None:
         self._options = [group["options"] for group in header["groups"]]
+        self._index = {name: index for index, name in enumerate(header.get("still", ()))}
         self._writer, self._optimizer, self._required = writer, optimizer, required
 
     def __call__(self, step: Step) -> None:
@@ -56,20 +59,26 @@ class Recorder:
             return
         changed = [options_of(group) for group in self._optimizer.param_groups] != self._options
         record = Record(
-            step.step, step.skipped, changed, step.projected_gradients, step.learning_rates, step.clip_factor
+            step.step,
+            step.skipped,
+            changed,
+            step.projected_gradients,
+            step.learning_rates,
+            step.clip_factor,
+            tuple(self._index[name] for name in step.begins),
         )
-        with self._tolerated():
+        with self._stopping_on_disk_errors():
             self._writer.append(record)
 
     def sync(self) -> int | None:
-        """Have the log on the disk; returns the CRC that its chain has now, or None without a log."""
+        """Sync the log to the disk; returns its CRC-32 up to now, or None without a log."""
         if self._writer is not None:
-            with self._tolerated():
+            with self._stopping_on_disk_errors():
                 self._writer.sync()
         return None if self._writer is None else self._writer.crc
 
     def copy_into(self, checkpoint_folder: Path) -> None:
-        """Put a copy of the trajectory into a checkpoint."""
+        """Copy the trajectory folder into a checkpoint."""
         assert self._writer is not None
         target = checkpoint_folder / FOLDER
         target.mkdir(parents=True, exist_ok=True)
@@ -78,13 +87,13 @@ class Recorder:
                 shutil.copyfile(file, target / file.name)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the log."""
         if self._writer is not None:
-            with self._tolerated():
+            with self._stopping_on_disk_errors():
                 self._writer.close()
 
     @contextmanager
-    def _tolerated(self) -> Iterator[None]:
+    def _stopping_on_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -100,12 +109,14 @@ def begin(
     """Start the log of a run whose model, at this moment, is the base.
 
     Args:
+        zo: the run's engine.
+        optimizer: the run's optimizer.
         output_dir: the run's folder.
-        required: refuse a run that cannot be replayed, because its checkpoints will depend on it.
-        base_hash: `weights_hash` of the base, where this process holds only a part of it.
+        required: refuse a run that cannot be replayed, because its checkpoints will depend on the log.
+        base_hash: `weights_hash` of the base, if this process holds only a part of it; None computes it.
 
     Raises:
-        ValueError: the log is required and the optimizer is not one that a replay can rebuild.
+        ValueError: the log is required, and a replay cannot rebuild the optimizer.
     """
     whole = not is_sharded_model(zo.model)
     header = build_header(zo, optimizer, from_base=whole or base_hash is not None, base_hash=base_hash)
@@ -130,7 +141,10 @@ def resume(
     """Continue the log of the run that wrote a checkpoint, from that checkpoint's step.
 
     Args:
-        output_dir: the folder of this run; where it is not the other's, the log is copied.
+        zo: the run's engine.
+        optimizer: the run's optimizer.
+        output_dir: the folder of this run; if the log is in another folder, it is copied here.
+        checkpoint_folder: the checkpoint.
         required: see `begin`.
 
     Raises:
@@ -142,8 +156,12 @@ def resume(
             check_replayable(trajectory)
     except TrajectoryError as reason:
         if required:
-            raise ValueError(f"save_only_trajectory=True needs the log of the run so far; {reason}") from reason
-        logger.warning("the log that begins at step %d does not begin at the base model: %s", zo.step, reason)
+            raise ValueError(f"save_only_trajectory=True needs the log of the run so far: {reason}") from reason
+        logger.warning(
+            "the new log begins at step %d: it does not begin at the base model, and cannot be replayed (%s)",
+            zo.step,
+            reason,
+        )
         return _begin_late(zo, optimizer, output_dir)
     source, folder = trajectory.path.parent, output_dir / FOLDER
     try:
@@ -174,7 +192,7 @@ def _without_log(header: dict[str, Any], optimizer: Optimizer, required: bool, e
 
 
 def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> None:
-    """Bring an engine and an optimizer at the base model to the step of a checkpoint that holds no tensors.
+    """Bring an engine and an optimizer from the base model to the step of a checkpoint that holds no tensors.
 
     Raises:
         ValueError: the log does not lead from this model to that step with these settings.
@@ -192,7 +210,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     check_base(trajectory.header["base"], zo.model, leave_out, path)
     take_steps(zo, optimizer, trajectory)
     replayed = zo.state_dict()
-    for name in ("step", "skipped_steps", "pending_decay", "normalisation"):
+    for name in ("step", "skipped_steps", "pending_decay", "normalization"):
         if replayed[name] != state["engine"][name]:
             raise TrajectoryError(f"{path} leads to another {name} than its checkpoint's; resume from another one.")
     zo.load_state_dict(state["engine"])
@@ -201,7 +219,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
 
 
 def _log_up_to(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path, output_dir: Path) -> Trajectory:
-    """The log that led to a checkpoint: this run's own, one beside the checkpoint, or one in it."""
+    """Return the log that led to a checkpoint: from this run's folder, from beside the checkpoint, or from inside it."""
     crc = checkpoint.read_state(checkpoint_folder).get("trajectory")
     if crc is None:
         raise TrajectoryError(f"{checkpoint_folder} was written by a run without a log.")
@@ -218,7 +236,7 @@ def _log_up_to(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path, o
         if trajectory.crc_at(zo.step) is None:
             reason = TrajectoryError(f"{trajectory.path} does not reach step {zo.step} of {checkpoint_folder.name}.")
         else:
-            reason = TrajectoryError(f"{trajectory.path} is of another run than {checkpoint_folder.name}.")
+            reason = TrajectoryError(f"{trajectory.path} belongs to another run than {checkpoint_folder.name}.")
     assert reason is not None
     raise reason
 
@@ -244,7 +262,7 @@ def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajec
 
 
 def _new_folder(output_dir: Path) -> Path:
-    """An empty trajectory folder; what an earlier run left, if it took a step, is kept beside it."""
+    """Make an empty trajectory folder; the log of an earlier run that took a step is kept beside it."""
     folder = output_dir / FOLDER
     if folder.is_dir():
         previous = output_dir / f"_{FOLDER}.previous"
@@ -262,11 +280,10 @@ def _has_steps(folder: Path) -> bool:
         header = read_trajectory(folder, until=0).header
         return bool(read_trajectory(folder, until=header["first_step"] + 1).records)
     except TrajectoryError:
-        return (folder / FILE).exists()  # not one of ours to throw away
+        return (folder / FILE).exists()  # a file that cannot be read may still be worth keeping
 
 
 def _save_adapter_config(model: Any, folder: Path) -> None:
-    configs = getattr(model, "peft_config", None)
-    active = getattr(model, "active_adapter", None)
-    if isinstance(configs, dict) and active in configs:
-        configs[active].save_pretrained(folder)
+    active = active_adapter(model)
+    if active is not None:
+        model.peft_config[active].save_pretrained(folder)

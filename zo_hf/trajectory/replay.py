@@ -1,11 +1,10 @@
-"""From a base model and a trajectory back to the fine-tuned model, without data and without a forward pass."""
+"""Replay: a base model and a trajectory become the fine-tuned model, without data and without a forward pass."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zo_hf.estimators import ESTIMATORS
-from zo_hf.optimizers import RuleOptions
+from zo_hf import checkpoint
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
-from zo_hf.subspaces import SUBSPACES, Adapter, Full, Subspace, has_factors, subspace_kind
-from zo_hf.trajectory.header import OPTIMIZERS, check_base, tensors_hash
+from zo_hf.settings import Settings
+from zo_hf.subspaces import Adapter, Full
+from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.trajectory.header import OPTIMIZERS, check_base
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
-from zo_hf.zeroth_order import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +32,15 @@ START_FILE = "start.safetensors"
 
 
 def verify(path: str | Path, model: nn.Module | None = None, until: int | None = None) -> Trajectory:
-    """Read a trajectory and check all that can be checked of it.
+    """Read a trajectory and check everything in it that can be checked.
 
     Args:
         path: the log, or a run's output folder, or a checkpoint.
-        model: also check that the log begins at this model.
-        until: look no further than this step.
+        model: also check that the log begins at this model; None does not.
+        until: check only the records before this step; None checks all.
 
     Raises:
-        TrajectoryError: something is damaged or does not belong together; the message names it.
+        TrajectoryError: a file is damaged, or files do not belong together; the message names them.
     """
     trajectory = read_trajectory(path, until)
     if trajectory.header.get("start"):
@@ -50,22 +52,21 @@ def verify(path: str | Path, model: nn.Module | None = None, until: int | None =
 
 
 def replay(model: nn.Module, path: str | Path, until: int | None = None, progress: bool = False) -> Any:
-    """Take a run's optimizer steps again: the base model becomes the trained one, bit for bit.
+    """Take a run's optimizer steps again, so that the base model becomes the trained model, bit for bit.
 
-    The bits are the same on the same kind of device and with the same versions of torch; elsewhere the last place of a
-    sum may differ.
+    The same kind of device and the same version of torch give the same bits. Otherwise the last place of a sum may differ.
 
     Args:
         model: the base model, in the dtype of the run; for an adapter, wrapped as the run's model was. It is changed.
         path: the log, or a run's output folder, or a checkpoint.
         until: stop after this many steps; None takes all.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        `model`, or the PEFT model around it that a run over a quantised model without folds ends with.
+        `model`; after a run over a quantized model without folds, the PEFT model around it.
 
     Raises:
-        TrajectoryError: the log is damaged, cannot be replayed, or begins at another model. Nothing was changed then.
+        TrajectoryError: the log is damaged, cannot be replayed, or begins at another model. The model is then unchanged.
     """
     trajectory = verify(path, model, until)
     if until is not None and not 0 <= until <= trajectory.steps:
@@ -75,42 +76,62 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
     if device != then:
         logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
     frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
-    for parameter in frozen:  # what moved in the run moves now
+    for parameter in frozen:  # it moved in the run, and a subspace selects trainable parameters only
         parameter.requires_grad_(True)
     try:
         zo, optimizer = _rebuild(model, trajectory)
         try:
             take_steps(zo, optimizer, trajectory, progress)
         finally:
-            learnt = zo.finish()
+            trained = zo.finish()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return learnt
+    _compare(trained, trajectory)
+    return trained
+
+
+def _compare(trained: nn.Module, trajectory: Trajectory) -> None:
+    """Warn if a replay to the step of the run's checkpoint gives other weights than were written there."""
+    folder = trajectory.path.parent.parent / f"{PREFIX_CHECKPOINT_DIR}-{trajectory.steps}"
+    state = checkpoint.read_state(folder)
+    written = state.get("weights")
+    # An adapter's weights have another dtype in a checkpoint than after training.
+    if written is None or state.get("trajectory") != trajectory.crcs[-1] or is_peft(trained):
+        return
+    if checkpoint.weights_hash_of(trained, trained.state_dict()) != written:
+        logger.warning(
+            "the replay gives other weights than the run wrote into %s; on the same kind of device, with the same version "
+            "of torch and without FSDP they are equal to the bit",
+            folder,
+        )
 
 
 def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, progress: bool = False) -> None:
-    """Every step of a trajectory, with an engine and an optimizer that are at its beginning."""
+    """Take every step of a trajectory, with an engine and an optimizer that are at its beginning."""
     if isinstance(zo.subspace, Adapter):
         start = read_start(trajectory)
         with torch.no_grad():
             known = dict(zo.model.named_parameters(remove_duplicate=False))
             for name, tensor in start.items():
                 known[name].copy_(tensor)
+    still = trajectory.header.get("still", [])
+    zo.subspace.still = set(still)
     records: Iterable[Record] = trajectory.records
     for record in tqdm(records, desc="replay", unit="step", disable=not progress):
         for group, rate in zip(optimizer.param_groups, record.learning_rates, strict=True):
             group["lr"] = rate
+        zo.subspace.still -= {still[index] for index in record.begins}
         zo.apply(record.projected_gradients, record.skipped)
         zo.subspace.scale_gradient(record.clip_factor)
         optimizer.step()
 
 
 def read_start(trajectory: Trajectory) -> dict[str, Tensor]:
-    """The weights that an adapter began with.
+    """Read the weights that an adapter began with, by name.
 
     Raises:
-        TrajectoryError: their file is missing or not the one that belongs to the log.
+        TrajectoryError: their file cannot be read, or does not belong to the log.
     """
     path = trajectory.path.with_name(START_FILE)
     try:
@@ -126,7 +147,7 @@ def check_replayable(trajectory: Trajectory) -> None:
     """Refuse a log that does not begin at a base model, or whose optimizer cannot be rebuilt.
 
     Raises:
-        TrajectoryError: it is one; the message says which.
+        TrajectoryError: the log cannot be replayed; the message gives the reason.
     """
     header = trajectory.header
     if header["first_step"] != 0 or header["base"].get("weights") is None:
@@ -148,7 +169,7 @@ def check_replayable(trajectory: Trajectory) -> None:
 
 
 def _parameters(model: nn.Module, trajectory: Trajectory) -> dict[str, nn.Parameter]:
-    """The parameters that moved, by name; without the weights of layers that have none, e.g. GPTQ's."""
+    """Return the parameters that moved, by name, except weights of quantized layers that have no parameter (GPTQ)."""
     known = dict(model.named_parameters(remove_duplicate=False))
     layers, modules = quantized_layers(model), dict(model.named_modules())
     names = [
@@ -168,7 +189,7 @@ def _names(trajectory: Trajectory) -> list[str]:
 
 
 def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
-    """What the hash of the base does not cover: an adapter's own weights, which are saved beside the log."""
+    """Return an adapter's own weights, which are saved beside the log and not covered by the hash of the base."""
     moved = _parameters(model, trajectory)
     if trajectory.header["settings"]["zo_subspace"] != Adapter.name:
         return []
@@ -177,42 +198,16 @@ def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
 
 
 def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Optimizer]:
-    """The engine and the optimizer that the run had before its first step."""
-    settings: dict[str, Any] = trajectory.header["settings"]
-    estimator, rule = settings.get("zo_estimator", "two_point"), settings.get("zo_rule", "none")
-    if settings["zo_subspace"] not in SUBSPACES or estimator not in ESTIMATORS:
-        unknown = "subspace" if settings["zo_subspace"] not in SUBSPACES else "estimator"
-        raise TrajectoryError(f"{trajectory.path} has an unknown {unknown} {settings[f'zo_{unknown}']!r}.")
-    kind = subspace_kind(settings["zo_subspace"], ESTIMATORS[estimator].along_coordinates)
-    subspace: Subspace
+    """Rebuild the engine and the optimizer that the run had before its first step."""
     moved = "|".join(re.escape(name) for name in _names(trajectory))
-    if has_factors(kind):
-        rank, fold_steps = settings["zo_rank"], settings["zo_fold_steps"]
-        subspace = kind(model, rank, fold_steps, target_modules=moved, seed=settings["seed"])
-    else:
-        subspace = kind(model, target_modules=moved, seed=settings["seed"])
-    zo = ZerothOrder(
-        model,
-        subspace,
-        eps=settings["zo_eps"],
-        num_directions=settings["zo_num_directions"],
-        estimator=estimator,
-        direction=settings["zo_direction"],
-        active_layers=settings.get("zo_active_layers"),
-        coordinate_order=settings.get("zo_coordinate_order") or "cyclic",
-        rule=rule,
-        rule_options=RuleOptions(
-            **{
-                field.name: settings[f"zo_{field.name}"]
-                for field in fields(RuleOptions)
-                if f"zo_{field.name}" in settings
-            }
-        ),
-        max_projected_grad=settings["zo_max_projected_grad"],
-        normalize=settings["zo_normalize"],
-        seed=settings["seed"],
-        replays=True,
-    )
+    try:
+        settings = Settings.from_saved(trajectory.header["settings"], target_modules=moved)
+    except ValueError as error:
+        raise TrajectoryError(
+            f"{trajectory.path} was written with a method that this version lacks: {error}"
+        ) from error
+    zo = ZerothOrder(model, settings, replays=True)
+    subspace = zo.subspace
     groups = [
         {"params": [subspace.coordinates[name] for name in group["names"]]}
         | {name: tuple(value) if isinstance(value, list) else value for name, value in group["options"].items()}

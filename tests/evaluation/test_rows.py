@@ -1,0 +1,330 @@
+"""A direction for every group of rows: each group's number, unbiased estimates, and steps divided in any way."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import BertForSequenceClassification, BertForTokenClassification
+
+from tests.conftest import (
+    TinyTask,
+    assert_same_bits,
+    causal_batch,
+    seeded,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_opt,
+    weights_of,
+)
+from tests.subspaces.helpers import prepared, sgd
+from tests.trainer.runs import SaveAt, logged, make_trainer, with_lora
+from zo_hf import ZOTrainer
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.trajectory import read_trajectory, replay
+
+ROWS, EPS = 6, 1e-2
+
+
+def loss_of(model: Any, batch: dict[str, Tensor]) -> ModelLoss:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss)
+
+
+def bert(kind: type) -> nn.Module:
+    config = tiny_bert().config
+    config.num_labels = 3
+    return kind(config)
+
+
+def with_labels(labels: Tensor) -> dict[str, Tensor]:
+    return causal_batch(ROWS) | {"labels": labels}
+
+
+def ragged() -> dict[str, Tensor]:
+    """Another number of labels in every row."""
+    batch = causal_batch(ROWS)
+    batch["labels"] = torch.where(torch.arange(12) > torch.arange(ROWS)[:, None] + 2, batch["input_ids"], -100)
+    return batch
+
+
+MODELS = {
+    "opt": (tiny_opt, causal_batch(ROWS)),
+    "llama, ragged": (tiny_llama, ragged()),
+    "gpt2": (tiny_gpt2, causal_batch(ROWS)),
+    "mixtral": (tiny_mixtral, causal_batch(ROWS)),
+    "classes": (partial(bert, BertForSequenceClassification), with_labels(torch.arange(ROWS) % 3)),
+    "tokens": (partial(bert, BertForTokenClassification), with_labels(ragged()["labels"].clamp(max=2))),
+}
+SUBSPACES = ["low_rank", "core", "full", "norms", "adapter"]
+
+
+def row_loss(model: nn.Module, batch: dict[str, Tensor], rows: slice) -> float:
+    """The share of some rows in the batch's loss, from a forward pass over them alone."""
+    part = {name: tensor[rows] for name, tensor in batch.items()}
+    labels = [b["labels"] if b["labels"].ndim == 1 else b["labels"][:, 1:] for b in (part, batch)]
+    if "token" in type(model).__name__.lower():
+        labels = [part["labels"], batch["labels"]]
+    share = (labels[0] != -100).sum() / (labels[1] != -100).sum()
+    return (model(**part).loss.double() * share).item()
+
+
+@pytest.mark.parametrize("rows_per_direction", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_every_group_has_the_number_of_its_own_rows(name: str, subspace: str, rows_per_direction: int) -> None:
+    build, batch = MODELS[name]
+    model = seeded(build)
+    zo = ZerothOrder(model, subspace, eps=EPS, seed=0, rows_per_direction=rows_per_direction)
+    found = zo.estimate(loss_of(model, batch)).projected_gradients
+    groups = {1: 6, 2: 3, 4: 1}[rows_per_direction]
+    size = ROWS // groups
+    expected = []
+    for group in range(groups):
+        ends = []
+        for scale in (EPS, -EPS):
+            with torch.no_grad(), zo.subspace.at((Probe(group, scale),), zo._stream, zo.distribution):
+                ends.append(row_loss(model, batch, slice(group * size, group * size + size)))
+        expected.append((ends[0] - ends[1]) / (2 * EPS))
+    assert found == pytest.approx(expected, abs=2e-6 / EPS)
+    assert zo.row_groups is not None and zo.row_groups.works
+    assert zo.forward_passes == 2 + 2
+
+
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
+@pytest.mark.parametrize("subspace", SUBSPACES)
+def test_several_directions_and_both_estimators(subspace: str, estimator: str) -> None:
+    """The numbers are in the order of groups, then of directions, and the gradient is Σ c · z / q."""
+    model = prepared(subspace, seeded(tiny_opt))
+    options = {"num_directions": 2, "estimator": estimator, "rows_per_direction": 2}
+    zo = ZerothOrder(model, subspace, eps=EPS, seed=0, **options)
+    if subspace != "full":
+        sgd(zo, 0.0)
+    numbers = zo.estimate(loss_of(model, causal_batch(ROWS))).projected_gradients
+    assert len(numbers) == 3 * 2
+    if zo.subspace.coordinate_blocks is None:
+        return
+    (block,) = zo.subspace.coordinate_blocks
+    expected = sum(c / 2 * block.direction(zo._stream(i), zo.distribution) for i, c in enumerate(numbers))
+    for key, coordinate in zo.subspace.coordinates.items():
+        assert coordinate.grad is not None
+        torch.testing.assert_close(coordinate.grad, block.layout.view(expected, key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_direction", [1, 3, 0])
+@pytest.mark.parametrize("name", ["llama, ragged", "classes", "tokens"])
+def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(name: str, rows_per_direction: int) -> None:
+    """E[ĝ] = ∇L, and E‖ĝ‖² = Σ_g (d + 2)‖∇ℓ_g‖² + Σ_{g≠h} ∇ℓ_g·∇ℓ_h for Gaussian directions."""
+    build, batch = MODELS[name]
+    model = seeded(build)
+    options = {"rows_per_direction": rows_per_direction, "noise_scale_steps": 0}
+    zo = ZerothOrder(model, "norms", eps=1e-3, seed=0, **options)
+    sgd(zo, 0.0)
+    groups = ROWS // rows_per_direction if rows_per_direction else 1
+    size = ROWS // groups
+    gradients = []
+    for group in range(groups):
+        with zo.subspace.differentiable() as leaves:
+            part = {key: tensor[group * size : (group + 1) * size] for key, tensor in batch.items()}
+            whole = batch["labels"] if "tokens" in name or batch["labels"].ndim == 1 else batch["labels"][:, 1:]
+            own = part["labels"] if "tokens" in name or batch["labels"].ndim == 1 else part["labels"][:, 1:]
+            share = (own != -100).sum() / (whole != -100).sum()
+            parts = torch.autograd.grad(model(**part).loss * share, leaves, allow_unused=True)
+        gradients.append(
+            torch.cat(
+                [(torch.zeros_like(z) if g is None else g).flatten() for g, z in zip(parts, leaves, strict=True)]
+            )
+        )
+    expected = torch.stack(gradients).sum(0)
+    loss, total, squares, draws = loss_of(model, batch), torch.zeros_like(expected), [], 1000
+    for _ in range(draws):
+        zo.estimate(loss)
+        estimate = torch.cat([p.grad.flatten() for p in zo.subspace.coordinates.values()])
+        total += estimate
+        squares.append(estimate.square().sum().item())
+        zo.optimizer.step()
+    cosine = torch.nn.functional.cosine_similarity(total, expected, dim=0).item()
+    own = sum(g.square().sum().item() for g in gradients)
+    second = (zo.subspace.dimension + 1) * own + expected.square().sum().item()
+    spread = torch.tensor(squares).std().item() / draws**0.5
+    noise = (second / draws) ** 0.5 / expected.norm().item()  # expected length of the error, relative to the gradient
+    assert cosine > 1 - noise**2
+    assert abs(sum(squares) / draws - second) < 4 * spread
+
+
+# Steps that are divided in several ways.
+
+
+class InOrder(ZOTrainer):
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+OPTIONS = {"zo_rows_per_direction": 1, "max_steps": 4, "zo_fold_steps": 2, "zo_rank": 2, "zo_eps": 1e-2}
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_micro_batches_give_the_same_steps(tmp_path: Path, optim: str) -> None:
+    found = []
+    for rows, micro_batches in ((16, 1), (4, 4)):
+        trainer = make_trainer(
+            tmp_path / str(rows),
+            kind=InOrder,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=micro_batches,
+            optim=optim,
+            **OPTIONS,
+        )
+        trainer.train()
+        found.append((logged(trainer, "zo/projected_grad"), weights_of(trainer.model)))
+    (one, first), (four, second) = found
+    assert one == pytest.approx(four, rel=1e-2, abs=1e-4)
+    moved = max((first[name] - tensor).abs().max() for name, tensor in weights_of(seeded(tiny_opt)).items())
+    apart = max((first[name] - tensor).abs().max() for name, tensor in second.items())
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full", "adapter"])
+def test_resume_and_replay_have_the_same_bits(tmp_path: Path, subspace: str) -> None:
+    def build() -> nn.Module:
+        return with_lora(seeded(tiny_opt)) if subspace == "adapter" else seeded(tiny_opt)
+
+    options = OPTIONS | {"zo_subspace": subspace, "per_device_train_batch_size": 8}
+    options |= {} if subspace == "low_rank" else {"zo_rank": None, "zo_fold_steps": None}
+    whole = make_trainer(tmp_path, build(), more={"callbacks": [SaveAt(3)]}, **options)
+    whole.train()
+    assert_same_bits(weights_of(replay(build(), tmp_path)), weights_of(whole.model))
+    resumed = make_trainer(tmp_path, build(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_last_batch_with_fewer_rows_moves_fewer_directions(tmp_path: Path) -> None:
+    options = OPTIONS | {"per_device_train_batch_size": 8, "max_steps": -1, "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, more={"train_dataset": TinyTask(19)}, **options)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert_same_bits(weights_of(replay(seeded(tiny_opt), tmp_path)), weights_of(trainer.model))
+
+
+def test_a_function_of_outputs_and_labels_comes_apart(tmp_path: Path) -> None:
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs["logits"][:, -2], labels[:, -1])
+
+    def divided(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return (
+            nn.functional.cross_entropy(outputs["logits"][:, -2], labels[:, -1], reduction="sum") / num_items_in_batch
+        )
+
+    found = [
+        logged_run(tmp_path / str(number), more={"compute_loss_func": function}, **OPTIONS)
+        for number, function in enumerate((None, mean, divided))
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-2, abs=1e-3)
+    assert found[2] == pytest.approx(found[0], rel=1e-2, abs=1e-3)
+
+
+def logged_run(folder: Path, **options: Any) -> list[float]:
+    trainer = make_trainer(folder, **options)
+    trainer.train()
+    assert trainer.found_learning_rate is None
+    return logged(trainer, "zo/projected_grad")
+
+
+# The choice that "auto" makes.
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1),
+        ({"zo_estimator": "one_sided"}, 1),
+        ({"zo_rows_per_direction": 2}, 2),
+        ({"zo_subspace": "norms"}, 1),
+        ({"zo_subspace": "full", "learning_rate": 1e-4}, 0),
+        ({"zo_estimator": "fzoo", "zo_num_directions": 2}, 0),
+        ({"zo_direction": "sphere"}, 0),
+        ({"zo_direction": "layers"}, 0),
+        ({"zo_stability_steps": 2}, 0),
+        ({"zo_batched_probes": True}, 0),
+    ],
+)
+def test_auto_takes_a_direction_for_every_row_where_the_method_allows_it(
+    tmp_path: Path, options: dict[str, Any], expected: int
+) -> None:
+    trainer = make_trainer(
+        tmp_path, max_steps=1, per_device_train_batch_size=4, more={"callbacks": [SaveAt(1)]}, **options
+    )
+    trainer.train()
+    settings = json.loads((tmp_path / "checkpoint-1" / "zo_state.json").read_text())["settings"]
+    assert settings["zo_rows_per_direction"] == expected
+    (record,) = read_trajectory(tmp_path).records
+    directions = options.get("zo_num_directions", 1)
+    assert len(record.projected_gradients) == (4 // expected if expected else directions)
+
+
+def test_auto_has_at_most_32_directions_for_a_batch() -> None:
+    found = []
+    for rows_per_direction in ("auto", 1):
+        model = seeded(tiny_opt)
+        zo = ZerothOrder(model, "norms", seed=0, rows_per_direction=rows_per_direction)
+        found.append(len(zo.estimate(loss_of(model, causal_batch(48))).projected_gradients))
+    assert found == [24, 48]
+
+
+def test_auto_goes_on_with_the_choice_of_the_checkpoint(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "per_device_train_batch_size": 4}
+    whole = make_trainer(tmp_path, more={"callbacks": [SaveAt(2)]}, **options, zo_rows_per_direction=0)
+    whole.train()
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    with pytest.raises(ValueError, match="zo_rows_per_direction=0 and this run has zo_rows_per_direction=2"):
+        make_trainer(tmp_path, **options, zo_rows_per_direction=2).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+@pytest.mark.parametrize("value", ["most", -1, 1.5, True])
+def test_other_values_are_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"zo_rows_per_direction=.* must be 'auto' or a whole number"):
+        make_trainer(tmp_path, zo_rows_per_direction=value)
+
+
+# Losses that do not come apart.
+
+
+def test_a_closure_keeps_one_direction_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = seeded(tiny_opt), causal_batch(ROWS)
+    zo = ZerothOrder(model, "low_rank", seed=0, rows_per_direction=1, batched=False)
+    plain = ZerothOrder(seeded(tiny_opt), "low_rank", seed=0, batched=False)
+    optimizer = sgd(zo, 0.0)
+    with caplog.at_level(logging.WARNING, logger="zo_hf"):
+        for _ in range(3):
+            estimate = zo.estimate(lambda: model(**batch).loss)
+            optimizer.step()
+    assert len(estimate.projected_gradients) == 1
+    assert len([r for r in caplog.records if "all rows of a step share" in r.message]) == 1
+    first = plain.estimate(lambda: plain.model(**batch).loss)
+    assert len(first.projected_gradients) == 1
+
+
+def test_a_model_with_terms_of_its_own_keeps_one_direction() -> None:
+    model = seeded(tiny_mixtral, output_router_logits=True, router_aux_loss_coef=0.1)
+    zo = ZerothOrder(model, "low_rank", seed=0, rows_per_direction=1)
+    estimate = zo.estimate(loss_of(model, causal_batch(ROWS)))
+    assert len(estimate.projected_gradients) == 1
+    with torch.no_grad():
+        assert estimate.loss == pytest.approx(model(**causal_batch(ROWS)).loss.item(), rel=1e-3)

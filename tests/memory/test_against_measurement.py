@@ -1,0 +1,179 @@
+"""The plan against real steps: what torch's allocator handed out, and what the process held."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+from tests.memory.measured import peak_of_allocations, real_batch, real_model, real_steps, tensor_bytes
+from zo_hf.memory import Assumptions, plan
+from zo_hf.memory.peak import MIB, PeakMemory
+from zo_hf.memory.setups import Setup
+
+SMALL = {
+    "llama": LlamaConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=2000,
+    ),
+    "opt": OPTConfig(
+        hidden_size=192,
+        ffn_dim=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        vocab_size=2000,
+        word_embed_proj_dim=192,
+    ),
+    "gpt2": GPT2Config(
+        n_embd=192, n_layer=4, n_head=6, vocab_size=2000, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0
+    ),
+}
+# The shapes of SmolLM2-135M, OPT-125M and GPT-2: 124 to 135 million parameters.
+REAL = {
+    "llama": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "opt": OPTConfig(),
+    "gpt2": GPT2Config(),
+}
+GIVEN = Assumptions(batch_size=4, sequence_length=64, overhead=0)
+SETUPS = [Setup("low_rank", "float32"), Setup("full", "float32"), Setup("adapter", "float32")]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def predicted(config: Any, setup: Setup, given: Assumptions) -> tuple[int, int]:
+    """Bytes of the weights, and of everything at the peak."""
+    row = plan(config, "1GB", given, setups=[setup]).rows[0]
+    return row.weights, row.total
+
+
+def measured(config: Any, setup: Setup, given: Assumptions) -> tuple[int, int]:
+    """Bytes of the weights, and of these with the allocator's peak."""
+    model = real_model(config, setup, given)
+    batch = real_batch(given, config.vocab_size)
+    if setup.needs_backward:
+        batch["labels"] = batch["input_ids"]
+    weights = tensor_bytes(model)
+    return weights, weights + peak_of_allocations(real_steps(model, setup, given, batch))
+
+
+def assert_close(config: Any, setup: Setup, given: Assumptions, beyond_weights: float = 0.05) -> None:
+    weights, peak = predicted(config, setup, given)
+    real_weights, real_peak = measured(config, setup, given)
+    assert weights == real_weights
+    assert peak == pytest.approx(real_peak, rel=0.1)
+    assert peak - weights == pytest.approx(real_peak - real_weights, rel=beyond_weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "setup"),
+    [
+        pytest.param(name, setup, id=f"{name}-{setup.kind}", marks=[pytest.mark.slow] * (slow and name != "llama"))
+        for name in SMALL
+        for setup, slow in zip(SETUPS, (False, True, False), strict=True)
+    ],
+)
+def test_the_plan_is_what_the_allocator_hands_out(name: str, setup: Setup) -> None:
+    assert_close(SMALL[name], setup, GIVEN)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        replace(GIVEN, labels=None),
+        replace(GIVEN, labels=10),
+        replace(GIVEN, batched=False),
+        replace(GIVEN, num_directions=3),
+        replace(GIVEN, rows_per_direction=1),
+        replace(GIVEN, padded=False),
+        replace(GIVEN, attention="eager"),
+        replace(GIVEN, optimizer="adamw"),
+        replace(GIVEN, batch_size=1, sequence_length=256),
+    ],
+    ids=["all labels", "ten labels", "sequential", "directions", "rows", "unpadded", "eager", "adamw", "long"],
+)
+def test_the_assumptions_count_as_they_do_in_a_real_step(given: Assumptions) -> None:
+    assert_close(SMALL["llama"], SETUPS[0], given)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full"])
+def test_half_precision_counts_the_scratch_of_rounding(kind: str) -> None:
+    assert_close(SMALL["llama"], Setup(kind, "half"), GIVEN)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_backward_pass_is_planned_as_it_is(name: str) -> None:
+    assert_close(SMALL[name], Setup("LoRA", "half"), GIVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.kind)
+@pytest.mark.parametrize("name", REAL)
+def test_the_plan_of_real_shapes_is_what_the_allocator_hands_out(name: str, setup: Setup) -> None:
+    assert_close(REAL[name], setup, GIVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, PeakMemory measures that instead of the process"
+)
+@pytest.mark.parametrize("setup", SETUPS[:2], ids=lambda setup: setup.kind)
+@pytest.mark.parametrize("name", REAL)
+def test_the_process_holds_what_the_plan_says(name: str, setup: Setup) -> None:
+    _, peak = predicted(REAL[name], setup, GIVEN)
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_resident_set, args=(name, setup, send))
+    child.start()
+    send.close()
+    grown = receive.recv()
+    child.join()
+    print(f"planned {peak / 1e6:.1f} MB, grown by {grown / 1e6:.1f} MB")
+    assert peak == pytest.approx(grown, rel=0.1)
+
+
+def _resident_set(name: str, setup: Setup, send: Any) -> None:
+    """Growth of the process from before the model is made, in bytes, after a small model has loaded the libraries."""
+    torch.set_num_threads(1)
+    _make_steps(SMALL[name], setup)()
+    with PeakMemory() as before:
+        pass
+    steps = _make_steps(REAL[name], setup)  # outside of what is measured: a tied head is made, and then dropped
+    with PeakMemory() as peak:
+        steps()
+    send.send((peak.mib - before.mib) * MIB)
+
+
+def _make_steps(config: Any, setup: Setup) -> Callable[[], None]:
+    model = real_model(config, setup, GIVEN)
+    return real_steps(model, setup, GIVEN, real_batch(GIVEN, config.vocab_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setup", [*SETUPS, Setup("low_rank", "half"), Setup("LoRA", "half")], ids=lambda setup: setup.kind
+)
+@pytest.mark.parametrize("device", [device for device in DEVICES if device == "cuda"])
+def test_the_plan_is_what_a_gpu_allocates(device: str, setup: Setup) -> None:
+    given = replace(GIVEN, sequence_length=256)
+    _, peak = predicted(REAL["llama"], setup, given)
+    model = real_model(REAL["llama"], setup, given, device)
+    steps = real_steps(model, setup, given, real_batch(given, REAL["llama"].vocab_size, device))
+    with PeakMemory() as measured_peak:
+        steps()
+    assert peak == pytest.approx(measured_peak.mib * MIB, rel=0.1)

@@ -1,0 +1,26 @@
+import time
+
+import pytest
+import torch
+
+from zo_hf.memory.peak import SAMPLE_SECONDS, PeakMemory
+
+ALLOCATED_MIB = 200
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the resident set")
+def test_the_peak_of_a_phase_is_not_carried_into_the_next() -> None:
+    with PeakMemory() as large:
+        block = torch.ones(ALLOCATED_MIB * 2**20, dtype=torch.uint8)
+        time.sleep(5 * SAMPLE_SECONDS)
+        del block
+    with PeakMemory() as small:
+        time.sleep(5 * SAMPLE_SECONDS)
+    assert 0 < small.mib < large.mib - 0.9 * ALLOCATED_MIB
+
+
+def test_the_sampler_ends_with_an_error_in_the_phase() -> None:
+    memory = PeakMemory()
+    with pytest.raises(RuntimeError, match="stop"), memory:
+        raise RuntimeError("stop")
+    assert not memory._thread.is_alive()

@@ -1,0 +1,329 @@
+"""Guarantee 9: what moves has been probed, also where a parameter is read outside of its module's forward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from transformers import MambaConfig, MambaForCausalLM
+
+from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
+from tests.subspaces.helpers import move_off_the_origin, sgd
+from tests.trainer.runs import trained
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import NotBatchable
+from zo_hf.trajectory import read_trajectory, replay
+
+EPS = 1e-3
+WAYS = ["low_rank", "full", "core", "norms"]
+
+
+class ReadsDirectly(nn.Module):
+    """Multiplies by a child's weight itself; some parameters are read by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out, self.unused = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(8, 8)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.unused.weight.dtype == x.dtype and len(self.unused.weight) == 8  # no reads of values
+        return self.out(torch.tanh(F.linear(x, self.layer.weight, self.layer.bias)))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[None], x[None], x[None], need_weights=False)[0]
+
+
+class Encodes(nn.Module):
+    """torch's encoder, which calls a fused kernel in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x[None])
+
+
+class Recurs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(8, 5, 2, bidirectional=True), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x[None])[0])
+
+
+class Normed(nn.Module):
+    """The old weight norm, which is a hook, and the new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old, self.new = torch.nn.utils.weight_norm(nn.Linear(8, 6)), parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.new(torch.tanh(self.old(x)))
+
+
+class Multiplies(torch.autograd.Function):
+    """A kernel of one's own, as TRL's and Mamba's are, which get the weight as it was read."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+
+class CallsAKernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Multiplies.apply(self.body(x), self.head.weight)
+
+
+MODELS = [ReadsDirectly, Attends, Encodes, Recurs, Normed, CallsAKernel]
+
+
+def made(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model = kind().to(dtype).eval()
+    x = torch.randn(16, 8, dtype=dtype)
+    return model, lambda: (model(x).double() ** 2).mean() * 5
+
+
+@pytest.mark.parametrize("subspace", WAYS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_c_is_the_slope_along_the_step_taken(kind: type[nn.Module], subspace: str) -> None:
+    """The step is read from the weights that it wrote."""
+    for seed in range(2):
+        model, loss = made(kind)
+        start = weights_of(model)
+        zo = ZerothOrder(model, subspace, rank=2, seed=seed, eps=EPS, batched_probes=False)
+        optimizer = sgd(zo, lr=1.0)
+        c = zo.estimate(loss).projected_gradients[0]
+        optimizer.step()
+        zo.finish()
+        step = {name: (tensor - start[name]) / -c for name, tensor in weights_of(model).items()}
+        ends = []
+        for sign in (1, -1):
+            model.load_state_dict({name: start[name] + sign * EPS * step[name] for name in start})
+            with torch.no_grad():
+                ends.append(loss().item())
+        assert c != 0.0
+        assert c == pytest.approx((ends[0] - ends[1]) / (2 * EPS), rel=1e-8)
+        unread = {name for name in start if name.startswith(("unused", "idle"))}
+        movable = {name for name in start if name not in unread and (subspace != "norms" or start[name].ndim == 1)}
+        assert {name for name, z in step.items() if z.any()} >= movable - {"old.weight_g", "new.weight_g"}
+        assert not any(step[name].any() for name in unread)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_evaluation_between_folds_sees_the_factors(kind: type[nn.Module]) -> None:
+    model, loss = made(kind)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    zo.estimate(loss)
+    zo.subspace.clear_gradient()
+    move_off_the_origin(zo.subspace, 0.1)
+    with torch.no_grad():
+        between = loss().item()
+        zo.finish()
+        assert loss().item() == pytest.approx(between, rel=1e-9)
+        assert loss().item() != pytest.approx(made(kind)[1]().item(), rel=1e-4) or kind is Normed
+
+
+@pytest.mark.parametrize("subspace", WAYS)
+def test_an_exception_leaves_the_model_as_it_was(subspace: str) -> None:
+    model, loss = made(ReadsDirectly)
+    before, classes = weights_of(model), [type(module) for module in model.modules()]
+    zo = ZerothOrder(model, subspace, rank=2, batched_probes=False)
+    expected = zo.estimate(loss)
+
+    def interrupted() -> Tensor:
+        loss()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zo.estimate(interrupted)
+    assert_same_bits(weights_of(model), before)
+    with torch.no_grad():
+        assert loss().item() == made(ReadsDirectly)[1]().item()
+    assert zo.estimate(loss) == expected
+    zo.subspace.detach()
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("_zo_reads" in vars(module) for module in model.modules())
+
+
+def test_after_the_first_step_only_what_needs_it_is_watched() -> None:
+    model, loss = made(ReadsDirectly)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    zo.estimate(loss)
+    watched = {name for name, module in model.named_modules() if "_zo_reads" in vars(module)}
+    assert watched == {"", "layer", "unused"}
+    plain = seeded(tiny_llama)
+    zo = ZerothOrder(plain, "low_rank", batched_probes=False)
+    zo.estimate(lambda: plain(**causal_batch()).loss)
+    assert not any("_zo_reads" in vars(module) for module in plain.modules())
+
+
+def test_what_nothing_reads_is_named_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
+    model, loss = made(ReadsDirectly)
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        ZerothOrder(model, "full", batched_probes=False).estimate(loss)
+    message = caplog.messages[-1]
+    total = sum(p.numel() for p in model.parameters())
+    assert message.startswith(f"3 parameters ({100 * (3 + 72) / total:.1f}% of those that move)")
+    assert all(name in message for name in ("idle", "unused.weight", "unused.bias")) and "out." not in message
+
+
+def test_a_head_that_the_loss_reads_goes_one_probe_at_a_time() -> None:
+    """After the model has run, as TRL's losses do; a batch of probes is refused for what reads it."""
+    model, batch = seeded(tiny_llama, torch.float64), causal_batch()
+
+    def hidden(inputs: dict[str, Tensor]) -> Tensor:
+        labels = inputs.pop("labels")
+        states = model.model(**inputs).last_hidden_state
+        logits = states[:, :-1] @ model.lm_head.weight.t()
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    zo = ZerothOrder(model, "low_rank")
+    estimate = zo.estimate(lambda: hidden(dict(batch)))
+    assert zo.evaluator.batched is False
+    inside = ZerothOrder(seeded(tiny_llama, torch.float64), "low_rank", batched_probes=False)
+    expected = inside.estimate(lambda: inside.model(**batch).loss)
+    assert estimate.projected_gradients == pytest.approx(expected.projected_gradients, rel=1e-3)
+    probes = zo.estimator.probes()
+    at_all = zo.subspace.at(probes, zo._stream, zo.distribution, rows=4)
+    with pytest.raises(NotBatchable, match=r"lm_head\.weight is read outside"), at_all, torch.no_grad():
+        hidden(dict(batch))
+
+
+def test_a_tied_head_is_moved_in_both_places() -> None:
+    model, batch = seeded(tiny_opt, torch.float64), causal_batch()
+
+    def loss() -> Tensor:
+        states = model.model(input_ids=batch["input_ids"]).last_hidden_state
+        return (states @ model.lm_head.weight.t()).logsumexp(-1).mean()
+
+    zo = ZerothOrder(model, "full", eps=EPS, batched_probes=False, target_modules=["embed_tokens"])
+    c = zo.estimate(loss).projected_gradients[0]
+    zo.subspace.detach()
+    weight, ends = model.lm_head.weight.data, []
+    z = zo.distribution.draw_slice(zo._stream(0), zo.subspace.sites[0].name, 0, weight.view(-1)).view(weight.shape)
+    for scale in (1, -2):  # W + εz, and from there W - εz
+        weight += scale * EPS * z
+        with torch.no_grad():
+            ends.append(loss().item())
+    assert c == pytest.approx((ends[0] - ends[1]) / (2 * EPS), rel=1e-4)
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_reads_in_half_precision_see_small_perturbations(subspace: str) -> None:
+    """Mamba's mixer has parameters of its own beside children; rounding to nearest would lose ε on weights near 1."""
+    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=1)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model, batch = MambaForCausalLM(config).to(dtype).eval(), causal_batch(8)
+        batch = {"input_ids": batch["input_ids"] % 64, "labels": batch["input_ids"] % 64}
+        zo = ZerothOrder(model, subspace, num_directions=6, eps=1e-2, batched_probes=False)
+        found.append(torch.tensor(zo.estimate(lambda m=model, b=batch: m(**b).loss).projected_gradients))
+    assert torch.corrcoef(torch.stack(found))[0, 1] > 0.95
+
+
+def test_copies_and_pickles_of_a_watched_model() -> None:
+    model, loss = made(CallsAKernel)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    zo.estimate(loss)
+    move_off_the_origin(zo.subspace, 0.1)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again.head).__name__ == "Linear" and again.head is not model.head
+        with torch.no_grad():
+            assert torch.equal(again(x), model(x))
+            again.head.weight.zero_()
+        assert model._modules["head"]._parameters["weight"].any()
+
+
+class Routes(nn.Module):
+    """One expert of two, chosen by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.experts[expert](x)
+
+
+def test_a_parameter_moves_from_the_step_on_in_which_it_is_read() -> None:
+    torch.manual_seed(0)
+    model, x = Routes().double(), torch.randn(4, 8, dtype=torch.float64)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    optimizer, steps = sgd(zo, lr=0.1), []
+    zo.on_step = steps.append
+    states = []
+    for expert in (0, 0, 1, 0):
+        zo.estimate(lambda expert=expert: (model(x, expert) ** 2).mean())
+        second = zo.subspace.coordinates["experts.1.weight"].grad
+        states.append(second is not None)
+        optimizer.step()
+    assert states == [False, False, True, True]
+    second_expert = ("experts.1.bias", "experts.1.weight")
+    assert [step.begins for step in steps] == [(), (), second_expert, ()]
+    assert zo.state_dict()["still"] == []
+
+
+class RoutedTask(nn.Module):
+    """The second expert gets its first row in the third step."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.experts = nn.Embedding(128, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: object) -> dict[str, Tensor]:
+        RoutedTask.calls += 1
+        expert = 1 if RoutedTask.calls in (5, 6, 9, 10) else 0  # two probes a step
+        states = self.experts[expert](self.embed(input_ids % 128))
+        return {"loss": states.square().mean(), "logits": states}
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_a_replay_begins_to_move_it_at_the_same_step(tmp_path: Path, subspace: str) -> None:
+    RoutedTask.calls = 0
+    trainer = trained(tmp_path, RoutedTask(), zo_subspace=subspace, zo_rank=2, max_steps=6, zo_batched_probes=False)
+    trajectory = read_trajectory(tmp_path)
+    assert trajectory.header["still"] == ["experts.1.bias", "experts.1.weight"]
+    assert [record.begins for record in trajectory.records] == [(), (), (0, 1), (), (), ()]
+    assert_same_bits(weights_of(replay(RoutedTask(), tmp_path)), weights_of(trainer.model))
+    early = weights_of(replay(RoutedTask(), tmp_path, until=2))
+    assert torch.equal(early["experts.1.weight"], RoutedTask().experts[1].weight)
+
+
+def test_a_resumed_run_goes_on_with_what_has_been_read(tmp_path: Path) -> None:
+    options = {"zo_rank": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "zo_batched_probes": False}
+    RoutedTask.calls = 0
+    whole = trained(tmp_path / "whole", RoutedTask(), **options)
+    for step in (2, 4):
+        RoutedTask.calls = 2 * step
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        resumed = trained(tmp_path / f"resumed-{step}", RoutedTask(), resume=str(folder), **options)
+        assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+        assert_same_bits(weights_of(replay(RoutedTask(), tmp_path / f"resumed-{step}")), weights_of(whole.model))

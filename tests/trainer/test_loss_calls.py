@@ -1,0 +1,265 @@
+"""A subclass's loss is called at every probe as if once: its mode, its side effects, its detached values."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tests.conftest import TinyTask, seeded, tiny_opt, weights_of
+from tests.trainer.runs import config, logged
+from zo_hf import ZOTrainer, forward_only
+from zo_hf.trainer.root_mode import RootMode
+from zo_hf.trainer.side_effects import MOST_ENTRIES, Snapshot
+from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
+
+
+def made(kind: type[Trainer], folder: Path, model: nn.Module | None = None, **options: Any) -> ZOTrainer:
+    made, _ = forward_only(kind, TrainingArguments)
+    more = {key: options.pop(key) for key in ("callbacks",) if key in options}
+    model = seeded(tiny_opt) if model is None else model
+    return made(model, config(folder, **options), train_dataset=TinyTask(), eval_dataset=TinyTask(16), **more)
+
+
+# The mode.
+
+
+class Metrics(Trainer):
+    """Files metrics as TRL does: by the mode of the model, averaged when they are logged."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.rows = 0
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        mode = "train" if self.model.training else "eval"
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        assert not any(child.training for child in self.model.modules() if child is not self.model)
+        self.metrics[mode]["calls"].append(1.0)
+        if mode == "train":
+            self.rows += len(inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = "" if mode == "train" else "eval_"
+        logs |= {f"{prefix}{key}": sum(values) for key, values in self.metrics[mode].items()}
+        self.metrics[mode].clear()
+        super().log(logs | {"rows": self.rows}, *args, **kwargs)
+
+
+def test_metrics_are_a_training_s_and_counted_once_a_micro_batch(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "zo_num_directions": 3}
+    trainer = made(Metrics, tmp_path, **options, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["calls"] for line in lines] == [2.0] * 4 and not any("eval_calls" in line for line in lines)
+    assert [line["rows"] for line in lines] == [8, 16, 24, 32]
+    assert logged(trainer, "eval_calls") == [2.0, 2.0]  # 16 rows in batches of 8
+    assert not trainer.model.training
+
+
+def test_a_search_for_the_learning_rate_leaves_no_metrics(tmp_path: Path) -> None:
+    trainer = made(Metrics, tmp_path, learning_rate="auto", max_steps=40, logging_steps=40)
+    trainer.train()
+    assert logged(trainer, "calls") == [40.0] and trainer.rows == 40 * 8
+
+
+class OwnDropout(nn.Module):
+    """A root whose own forward drops units while its flag says that it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = seeded(tiny_opt)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert not self.training
+        logits = F.dropout(self.inner(input_ids=input_ids).logits, 0.5, self.training)
+        return {"loss": F.cross_entropy(logits[:, -2], labels[:, -1]), "logits": logits}
+
+
+def test_the_root_s_own_forward_is_in_evaluation_mode(tmp_path: Path) -> None:
+    trainer = made(Metrics, tmp_path, OwnDropout(), logging_steps=1)
+    trainer.train()
+    assert logged(trainer, "calls") == [1.0] * 4
+
+
+class CallsTrain(TrainerCallback):
+    """Leaves the model in training mode, as a callback that generates text does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].eval()
+        kwargs["model"].train()
+
+
+def test_a_callback_that_calls_train_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for callbacks in ([], [CallsTrain()]):
+        trainer = made(Metrics, tmp_path, seeded(tiny_opt, dropout=0.3), callbacks=callbacks)
+        trainer.train()
+        runs.append(weights_of(trainer.model))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_an_exception_in_the_forward_restores_the_flag() -> None:
+    class Fails(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no")
+
+    model, mode = Fails(2, 2), RootMode()
+    mode.enter(model, model)
+    with pytest.raises(RuntimeError, match="no"), StopGradients():
+        model(torch.zeros(1, 2))
+    assert model.training
+    mode.leave()
+    assert not model.training and not model._forward_hooks and not model._forward_pre_hooks
+
+
+# Side effects.
+
+
+def test_a_snapshot_restores_numbers_and_containers_in_place() -> None:
+    meter = SimpleNamespace(sum=1.0, values=[1])
+    type(meter).__module__  # noqa: B018  # a plain object of another package
+    owner = SimpleNamespace(
+        count=3,
+        by_mode={"train": defaultdict(list, a=[1.0])},
+        last=deque([1], maxlen=2),
+        seen={1},
+        total=torch.ones(2),
+    )
+    train, last, total = owner.by_mode["train"], owner.last, owner.total
+    snapshot = Snapshot(owner)
+    owner.count += 1
+    train["a"].append(2.0)
+    train["b"].append(2.0)
+    last.extend([2, 3])
+    owner.seen.add(2)
+    total += 1
+    owner.new = 1
+    snapshot.restore()
+    assert (owner.count, dict(train), list(last), owner.seen) == (3, {"a": [1.0]}, [1], {1})
+    assert owner.by_mode["train"] is train and owner.last is last and owner.total is total
+    assert torch.equal(total, torch.ones(2)) and not hasattr(owner, "new")
+
+
+class Meter:
+    """A metric object of the user's."""
+
+    def __init__(self) -> None:
+        self.sum, self.values = 0.0, [0.0]
+
+
+def test_a_snapshot_restores_plain_objects_and_long_lists() -> None:
+    owner = SimpleNamespace(meter=Meter(), history=[0.0] * (MOST_ENTRIES + 1))
+    snapshot = Snapshot(owner)
+    owner.meter.sum += 1
+    owner.meter.values.append(1.0)
+    owner.history.append(1.0)
+    snapshot.restore()
+    assert owner.meter.sum == 0.0 and owner.meter.values == [0.0] and len(owner.history) == MOST_ENTRIES + 1
+
+
+# Detached values.
+
+
+class OwnLoss(Trainer):
+    """The loss of the last token, times or divided by a detached function of itself."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        logits = model(input_ids=inputs["input_ids"]).logits[:, -2]
+        logp = logits.log_softmax(-1).gather(1, inputs["labels"][:, -1:])[:, 0]
+        loss = self.loss_of(logp)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -logp.mean()
+
+
+class Ratio(OwnLoss):
+    """GRPO's: the ratio of a probability to its own detached value."""
+
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -torch.exp(logp - logp.detach()).mean()
+
+
+class Weighted(OwnLoss):
+    """DFT's: the log-probability weighted by its own detached probability."""
+
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -(logp.exp().detach() * logp).mean()
+
+
+class WeightedByData(OwnLoss):
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -(logp.exp().data * logp).mean()
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, Ratio, Weighted, WeightedByData])
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
+def test_c_is_the_slope_that_a_gradient_gives(tmp_path: Path, kind: type[OwnLoss], estimator: str) -> None:
+    options = {"max_steps": 1, "zo_eps": 1e-4, "learning_rate": 1.0, "zo_estimator": estimator}
+    trainer = made(kind, tmp_path, seeded(tiny_opt, torch.float64), **options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    batch: dict[str, Any] = {}
+    compute_loss = trainer.compute_loss
+
+    def noted(model: nn.Module, inputs: dict, **kwargs: Any) -> Any:
+        batch.update(inputs)
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = noted
+    trainer.train()
+    (c,) = logged(trainer, "zo/projected_grad")
+    step = {name: (p.detach() - before[name]) / -c for name, p in trainer.model.named_parameters()}
+    model = seeded(tiny_opt, torch.float64)
+    compute_loss(model, batch).backward()
+    slope = sum((step[name] * p.grad).sum().item() for name, p in model.named_parameters())
+    tolerance = 0.01 if estimator == "two_point" else 0.05
+    assert abs(c) > 1e-3 and c == pytest.approx(slope, rel=tolerance, abs=tolerance / 50)
+
+
+def test_later_evaluations_get_the_first_one_s_values() -> None:
+    mode, x = StopGradients(), torch.ones(2)
+    with mode:
+        first = x.detach()
+        integers = torch.ones(2, dtype=torch.long).detach()
+    with mode:
+        assert (3 * x).detach() is first
+        assert (2 * integers).detach()[0] == 2
+        assert (3 * x).detach()[0] == 3  # the first evaluation had no second value
+    with mode:
+        assert torch.ones(3).detach().shape == (3,)  # of another shape
+
+
+class DetachesMetrics(OwnLoss):
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        self.shown = logp.detach().mean()
+        return -logp.mean()
+
+
+@pytest.mark.parametrize(("kind", "more"), [(OwnLoss, 0), (DetachesMetrics, 0), (Ratio, 1)])
+def test_only_values_that_matter_cost_a_forward_pass(tmp_path: Path, kind: type[OwnLoss], more: int) -> None:
+    trainer = made(kind, tmp_path, zo_batched_probes=False)
+    trainer.train()
+    passes = logged(trainer, "zo/forward_passes")
+    assert passes == [2, 4 + more, 6 + 2 * more, 8 + 3 * more]
+
+
+def test_a_probe_with_the_loss_of_the_current_point_decides_nothing() -> None:
+    test, device = DetachTest(bool), torch.device("cpu")
+    test.see(0.0, 0.0, 0.0, device)
+    assert test.matters is None
+    test.see(1.0, 1.5, 2.0, device)
+    assert test.matters is True
+    test = DetachTest(bool)
+    test.see(1.0, 1.5, 1.5, device)
+    assert test.matters is False

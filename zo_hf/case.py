@@ -1,0 +1,52 @@
+"""The facts about a run that are known when it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+
+from zo_hf.directions import DISTRIBUTIONS, Distribution
+from zo_hf.settings import Settings
+from zo_hf.subspaces import Subspace
+
+
+@dataclass(frozen=True)
+class Case:
+    """The facts about a run that are known when it is checked.
+
+    Args:
+        settings: the run's method.
+        arguments: values of `ZOConfig`, by name; empty without a Trainer.
+        facts: those that hold among "quantized", "adapter on a quantized model", "fsdp", "optimizers" (the user's own
+            optimizer), "optimizer_cls_and_kwargs", "create_optimizer" (the optimizer of a subclass that overrides it) and
+            "schedule-free" (an optimizer that swaps its parameters for an evaluation).
+        distribution: the distribution of directions, if it exists already; it need not be one of the named ones.
+        subspace: the subspace, if it exists already; it need not be one of the named ones.
+    """
+
+    settings: Settings
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    facts: frozenset[str] = frozenset()
+    distribution: Distribution | None = None
+    subspace: Subspace | None = None
+
+    @property
+    def direction_kind(self) -> type[Distribution]:
+        """The class that directions are drawn from."""
+        return DISTRIBUTIONS[self.settings.direction] if self.distribution is None else type(self.distribution)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The value of every option, as an error shows it."""
+        named = {f"zo_{f.name}": getattr(self.settings, f.name) for f in fields(self.settings)}
+        if self.distribution is not None:
+            named["zo_direction"] = self.distribution.name
+        values = {**self.arguments, **named}
+        return {name: repr(str(v) if isinstance(v, OptimizerNames) else v) for name, v in values.items()}
+
+    def argument(self, name: str) -> Any:
+        """The value of an argument; None without a Trainer."""
+        return self.arguments.get(name)

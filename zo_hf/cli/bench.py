@@ -1,0 +1,334 @@
+"""Measure the cost of a forward-only step, compared with a bare forward pass and with the textbook MeZO loop.
+
+    zo-hf bench                                                     OPT-125M's shape on one CPU thread
+    zo-hf bench --shape opt-1.3b --dtype bfloat16 --rows 16 --length 64 --device cuda
+    zo-hf bench --quantization int8                                 the same for an 8-bit model of bitsandbytes
+
+Weights are random, because the cost depends on shapes alone. In every round, each variant is timed once. The table
+shows medians: process CPU time on a CPU, elapsed time on a GPU. The bare forward pass takes the rows of both probes of
+a step, and computes logits at the last position, as the steps do. Peak memory is measured in a separate process for
+each variant; on a CPU it is that of the whole process, including libraries.
+
+With a quantized model, `forward-exact` is the forward pass without rounding of the inputs, which probes need. There
+`low_rank` never folds, and `adapter` is a LoRA adapter of rank 8 on all linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM
+
+from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.memory.peak import PeakMemory
+from zo_hf.quantization import quantized_layers
+from zo_hf.rules import SeededSGD
+from zo_hf.subspaces import Full
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "opt-125m": {},
+    "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
+    "opt-13b": {"hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "tiny": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512},
+}
+LEARNING_RATE = 1e-7
+EPS = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `zo-hf bench`."""
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m", help="shape of the model (%(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=48, help="tokens in a row (%(default)s)")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights (%(default)s)")
+    parser.add_argument(
+        "--quantization", choices=("int8", "nf4"), help="format of the linear layers, by bitsandbytes (none)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of every variant (%(default)s)")
+    names = [*VARIANTS, *(name for name in QUANTIZED_VARIANTS if name not in VARIANTS)]
+    parser.add_argument("--variants", nargs="+", choices=names, help="variants to measure (all that apply)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark and print its table."""
+    if args.rounds < 1 or args.rows < 1 or args.length < 2:
+        raise ValueError("--rounds and --rows must be at least 1, and --length at least 2.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} is not available; use --device cpu.")
+    known = variants(args)
+    wrong = [name for name in args.variants or () if name not in known]
+    if wrong:
+        raise ValueError(f"--variants {wrong[0]} does not apply to this model; choose among {', '.join(known)}.")
+    args.variants = ["forward", *(name for name in args.variants or known if name != "forward")]
+    seconds = measure_time(args)
+    memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}
+    forward_time, forward_memory = seconds["forward"], memory["forward"]
+    rows = [
+        {
+            "variant": name,
+            "milliseconds": statistics.median(seconds[name]) * 1e3,
+            "times_forward": statistics.median(a / b for a, b in zip(seconds[name], forward_time, strict=True)),
+            "peak_mib": memory[name],
+            "peak_over_forward": memory[name] / forward_memory,
+        }
+        for name in args.variants
+    ]
+    print(table(rows))
+    if args.output is not None:
+        write(args, rows)
+
+
+def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of every variant in every round."""
+    torch.set_num_threads(args.threads)
+    model, batch = build(args)
+    clock = time.process_time if args.device == "cpu" else _cuda_clock
+    steps = {name: variants(args)[name](model, batch) for name in args.variants}
+    seconds: dict[str, list[float]] = {name: [] for name in args.variants}
+    for round_ in tqdm(range(args.rounds + 1), "time", disable=None):
+        for name in args.variants:
+            start = clock()
+            steps[name]()
+            if round_ > 0:  # the first round warms up
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def measure_memory(args: argparse.Namespace, name: str) -> float:
+    """Return the peak memory of two steps of a variant in MiB: resident set on a CPU, allocated by torch on a GPU."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_memory_child, args=(args, name, send))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise ValueError(
+            f"the process that measured --variants {name} ended early, probably for lack of memory; use a smaller --shape "
+            "or fewer --rows."
+        ) from None
+    finally:
+        child.join()
+
+
+def _memory_child(args: argparse.Namespace, name: str, send: Any) -> None:
+    torch.set_num_threads(args.threads)
+    model, batch = build(args)
+    step = variants(args)[name](model, batch)
+    del model
+    with PeakMemory() as peak:
+        step()
+        step()
+    send.send(peak.mib)
+
+
+def build(args: argparse.Namespace) -> tuple[OPTForCausalLM, dict[str, Tensor]]:
+    """Return a model with random weights, and a batch whose last token is the label."""
+    config = OPTConfig(**SHAPES[args.shape], word_embed_proj_dim=SHAPES[args.shape].get("hidden_size", 768))
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = OPTForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        if args.quantization is not None:
+            quantize(model, args.quantization)
+        ids = torch.randint(5, config.vocab_size, (args.rows, args.length))
+        labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Replace the linear layers, except the output layer, by those of bitsandbytes, as transformers does."""
+    import bitsandbytes
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, nn.Linear) or name == "lm_head":
+                continue
+            sizes, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+            if kind == "int8":
+                new = bitsandbytes.nn.Linear8bitLt(*sizes, has_bias, has_fp16_weights=False, threshold=6.0)
+                new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False)
+            else:
+                new = bitsandbytes.nn.Linear4bit(*sizes, has_bias, quant_type=kind)
+                new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, quant_type=kind, module=new)
+            new.bias = layer.bias
+            setattr(parent, name, new.to(layer.weight.device).eval())
+    quantized_layers(model)
+
+
+Batch = dict[str, Tensor]
+Variant = Callable[[OPTForCausalLM, Batch], Callable[[], None]]
+
+
+def forward(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """Return a bare forward pass over the rows of both probes."""
+    inputs = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
+    position = torch.tensor([inputs["input_ids"].shape[1] - 2], device=inputs["input_ids"].device)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=position)
+
+    return step
+
+
+def forward_exact(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """Return a bare forward pass with the product that probes use in quantized layers."""
+    layers, bare = quantized_layers(model), forward(model, batch)
+
+    def step() -> None:
+        for module, layer in layers.items():
+            module.__dict__["forward"] = layer.forward
+        bare()
+        for module in layers:
+            del module.__dict__["forward"]
+
+    return step
+
+
+def zeroth_order(subspace: str, direction: str, adapter: bool = False) -> Variant:
+    """Return a variant that makes a whole step of the engine: probes, estimate, update."""
+
+    def variant(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+        inner = model
+        if adapter:  # PEFT wraps layers in place, and the other variants need the original model
+            from peft import LoraConfig, get_peft_model
+
+            inner = copy.deepcopy(model)
+            model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
+        zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, batched_probes=True)
+        groups = zo.coordinates()
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
+        if isinstance(zo.subspace, Full):
+            optimizer = SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
+        zo.prepare(optimizer)
+        checks = LossChecks()
+
+        zo.subspace.detach()
+
+        def step() -> None:
+            zo.subspace.attach()  # attached only during the step, because all variants share one model
+            zo.estimate(ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks))
+            optimizer.step()
+            zo.subspace.detach()
+
+        return step
+
+    return variant
+
+
+def textbook(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    """Return a step of MeZO as its authors published it: four out-of-place passes over the weights, each drawing z again."""
+
+    def draw(parameter: Tensor) -> Tensor:
+        return torch.normal(mean=0.0, std=1.0, size=parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+    def perturb(scale: float) -> None:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data + scale * draw(parameter) * EPS
+
+    def update(projected_gradient: float, weight_decay: float = 0.0) -> None:
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            z = draw(parameter)
+            parameter.data = parameter.data - LEARNING_RATE * (projected_gradient * z + weight_decay * parameter.data)
+
+    def loss() -> float:
+        return model(**batch).loss.item()
+
+    def step() -> None:
+        with torch.no_grad():
+            perturb(1)
+            plus = loss()
+            perturb(-2)
+            minus = loss()
+            perturb(1)
+            update((plus - minus) / (2 * EPS))
+
+    return step
+
+
+VARIANTS: dict[str, Variant] = {
+    "forward": forward,
+    "low_rank": zeroth_order("low_rank", "gaussian"),
+    "full-rademacher": zeroth_order("full", "rademacher"),
+    "full-gaussian": zeroth_order("full", "gaussian"),
+    "textbook-mezo": textbook,
+}
+
+QUANTIZED_VARIANTS: dict[str, Variant] = {
+    "forward": forward,
+    "forward-exact": forward_exact,
+    "low_rank": zeroth_order("low_rank", "gaussian"),
+    "scales": zeroth_order("scales", "gaussian"),
+    "adapter": zeroth_order("adapter", "gaussian", adapter=True),
+}
+
+
+def variants(args: argparse.Namespace) -> dict[str, Variant]:
+    """Return the variants that apply to the requested model."""
+    return VARIANTS if args.quantization is None else QUANTIZED_VARIANTS
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the results as a table."""
+    lines = [f"{'variant':<17}{'ms/step':>10}{'x forward':>11}{'peak MiB':>10}{'x forward':>11}"]
+    for row in rows:
+        lines.append(
+            f"{row['variant']:<17}{row['milliseconds']:>10.1f}{row['times_forward']:>11.2f}"
+            f"{row['peak_mib']:>10.0f}{row['peak_over_forward']:>11.2f}"
+        )
+    return "\n".join(lines)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the results and the measurement's setup to `args.output`, and a bar chart next to it."""
+    names = ("shape", "rows", "length", "dtype", "device", "quantization", "threads", "rounds")
+    setup = {name: getattr(args, name) for name in names}
+    hardware = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
+    args.output.write_text(json.dumps({"setup": {**setup, "hardware": hardware}, "rows": rows}, indent=1) + "\n")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+    labels = [row["variant"] for row in rows]
+    for axis, key, title in zip(
+        axes,
+        ("times_forward", "peak_over_forward"),
+        ("time / bare forward", "peak memory / bare forward"),
+        strict=True,
+    ):
+        bars = axis.barh(labels, [row[key] for row in rows])
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set_xlabel(title)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    weights = args.dtype if args.quantization is None else f"{args.quantization} and {args.dtype}"
+    figure.suptitle(f"{args.shape}, {args.rows} x {args.length} tokens, {weights}, {hardware}")
+    figure.tight_layout()
+    figure.savefig(args.output.with_suffix(".png"), dpi=120)
+
+
+def _cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,99 @@
+"""The console script `zo-hf`, with one subcommand per job.
+
+The module of a command is imported only if that command is called. So `zo-hf --help` is immediate, and a command needs
+only its own dependencies.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: its line in `zo-hf --help`.
+        start: runs it, given its command line and the program's name for its help.
+    """
+
+    summary: str
+    start: Callable[[list[str], str], None]
+
+
+def has_main(module: str) -> Callable[[list[str], str], None]:
+    """Return the start of a command whose module parses its own command line in `main(argv, prog)`."""
+
+    def start(argv: list[str], prog: str) -> None:
+        import_module(module).main(argv, prog)
+
+    return start
+
+
+def has_arguments(module: str) -> Callable[[list[str], str], None]:
+    """Return the start of a command whose module has `add_arguments(parser)` and `run(args)`.
+
+    The module's docstring is the text at the top of its help. A ValueError of `run` becomes an error of the parser.
+    """
+
+    def start(argv: list[str], prog: str) -> None:
+        command = import_module(module)
+        parser = argparse.ArgumentParser(
+            prog, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_arguments(parser)
+        args = parser.parse_args(argv)
+        try:
+            command.run(args)
+        except ValueError as error:
+            parser.error(str(error))
+
+    return start
+
+
+COMMANDS = {
+    "train": Command("fine-tune a language model to label sentences", has_main("zo_hf.tasks.sentiment_job")),
+    "predict": Command("label sentences with the trained model", has_arguments("zo_hf.cli.predict")),
+    "replay": Command(
+        "turn a base model and a run's log into the fine-tuned model", has_arguments("zo_hf.cli.replay")
+    ),
+    "plan": Command("print the peak memory of every training setup of a model", has_arguments("zo_hf.cli.plan")),
+    "find-lr": Command("find a learning rate for `zo-hf train` before training", has_main("zo_hf.cli.find_lr")),
+    "methods": Command("list all methods with their papers and costs", has_arguments("zo_hf.cli.methods")),
+    "bench": Command("compare speed and memory of a step with inference", has_arguments("zo_hf.cli.bench")),
+}
+
+
+def help_text() -> str:
+    """Return the text that `zo-hf --help` prints."""
+    lines = [
+        "usage: zo-hf COMMAND [options]",
+        "",
+        "Fine-tune language models with forward passes only.",
+        "",
+        "commands:",
+    ]
+    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`zo-hf COMMAND --help` describes a command and its options.", "", "start here:"]
+    lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."']
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `zo-hf`; `argv` is the command line without the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"zo-hf: {name!r} is not a command; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        raise SystemExit(2)
+    COMMANDS[name].start(rest, f"zo-hf {name}")
+
+
+if __name__ == "__main__":
+    main()

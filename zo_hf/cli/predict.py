@@ -1,0 +1,55 @@
+"""Label sentences with a model trained by `zo-hf train`.
+
+The folder is a transformers checkpoint with a prompt.json. The command prints one line for each sentence: the most
+probable label word, its probability among the label words, and the sentence.
+
+    zo-hf predict out "a deep and moving film ." "an hour too long ."
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zo_hf.tasks.classify import calibrated, label_scores
+from zo_hf.tasks.saved_prompt import load_prompt, load_quantization
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `zo-hf predict`."""
+    parser.add_argument("folder", type=Path, help="output folder of a training run")
+    parser.add_argument("sentences", nargs="+", metavar="sentence", help="a sentence to label")
+    parser.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="subtract the labels' scores on texts without content; this helps a model with little or no training",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the label of each sentence."""
+    for sentence, (word, probability) in zip(
+        args.sentences, predict(args.folder, args.sentences, args.calibrated), strict=True
+    ):
+        print(f"{word}\t{probability:.3f}\t{sentence}")
+
+
+def predict(folder: Path, sentences: list[str], calibrate: bool = False) -> list[tuple[str, float]]:
+    """Return the most probable label word of each sentence, and its probability among the label words.
+
+    Raises:
+        ValueError: the folder has no prompt.json.
+    """
+    prompt, prior = load_prompt(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    quantization = load_quantization(folder)
+    more = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **more)
+    scores = label_scores(model, tokenizer, sentences, prompt)
+    if calibrate:
+        scores = calibrated(scores, prior)
+    probabilities, labels = scores.softmax(dim=-1).max(dim=-1)
+    return [
+        (prompt.verbalizers[label].strip(), probability)
+        for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True)
+    ]

@@ -1,0 +1,121 @@
+"""Turn a base model and the log of a fine-tuning run into the fine-tuned model, bit for bit.
+
+A run of zo_hf writes OUTPUT_DIR/trajectory, with about forty bytes for every optimizer step: the projected gradient,
+the learning rates and the clip factor. Directions are regenerated from the seed. So a replay needs no data and no
+forward pass, and a step costs one update. Send this folder instead of the model, or keep it as a record of the run.
+
+    zo-hf replay out --model facebook/opt-125m --output tuned
+    zo-hf replay out --model facebook/opt-125m --output early --until 200
+    zo-hf replay out --verify
+
+LOG is a run's output folder, one of its checkpoints, or the log itself. First the log's checksums are verified, and
+the base model must have exactly the weights with which the run began. The base is loaded in the run's dtype, and on a
+GPU if the run used one. The bits are those of the run on the same kind of device with the same version of torch. A run
+of a PEFT adapter is replayed into the adapter, whose starting weights are read from the log's folder.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from zo_hf.trajectory.log import Trajectory, TrajectoryError
+from zo_hf.trajectory.replay import replay, verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `zo-hf replay`."""
+    parser.add_argument("log", type=Path, metavar="LOG", help="output folder of a run, a checkpoint, or a log")
+    parser.add_argument("--model", metavar="BASE", help="the base model: a name on the hub, or a folder")
+    parser.add_argument("--revision", help="revision of the base model on the hub; default: the run's, if known")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop after this many steps; default: all")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the model and its tokenizer")
+    parser.add_argument(
+        "--verify", action="store_true", help="only check the log, and the base model if --model is given"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Verify a log, and replay it unless only verification is requested."""
+    if not args.verify and (args.model is None or args.output is None):
+        raise ValueError("a replay needs --model BASE and --output DIR; give both, or --verify to only check the log.")
+    trajectory = verify(args.log, until=args.until)
+    print(summary(trajectory))
+    if args.model is None:
+        return
+    model = load_base(args.model, trajectory, args.revision)
+    if args.verify:
+        verify(args.log, model, args.until)
+        print(f"{args.model} is the base model of the log")
+        return
+    model = replay(model, args.log, args.until, progress=True)
+    model.save_pretrained(args.output)
+    _save_tokenizer(args.model, args.revision, args.output)
+    print(f"replayed {len(trajectory.records)} steps and saved the model in {args.output}")
+
+
+def summary(trajectory: Trajectory) -> str:
+    """Return a description of a log in a few lines."""
+    header, records = trajectory.header, trajectory.records
+    settings, base = header["settings"], header["base"]
+    skipped = sum(record.skipped for record in records)
+    lines = [
+        f"{trajectory.path}: {len(records)} steps in {trajectory.path.stat().st_size:,} bytes, every record intact",
+        f"  base       {base.get('name') or base.get('class')} ({base.get('dtype')} on {base.get('device')})",
+        f"  moves      {settings['coordinates']:,} coordinates, zo_subspace={settings['zo_subspace']}",
+        f"  optimizer  {header['optimizer'].get('kind')}, seed {settings['seed']}",
+        f"  written by zo_hf {header.get('zo_hf')}, torch {header.get('torch')}",
+    ]
+    if skipped:
+        lines.append(f"  skipped    {skipped} steps with a loss that was not finite")
+    if trajectory.dropped:
+        lines.append(f"  ignored    {trajectory.dropped} bytes at the end that form no complete record")
+    return "\n".join(lines)
+
+
+def load_base(name: str, trajectory: Trajectory, revision: str | None = None) -> Any:
+    """Load the base model with the run's class and dtype, and wrap it with the run's adapter if it had one.
+
+    Raises:
+        TrajectoryError: transformers does not have the class, or torch the dtype.
+    """
+    import torch
+    import transformers
+
+    base = trajectory.header["base"]
+    kind = getattr(transformers, str(base.get("class")), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded from a {base.get('class')}, which transformers does not have; replay it in "
+            "Python with zo_hf.trajectory.replay(model, path)."
+        )
+    dtype = getattr(torch, str(base.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TrajectoryError(
+            f"{trajectory.path} names no dtype of torch, so zo_hf did not write it; use another copy of it."
+        )
+    if revision is None and not Path(name).exists() and name == base.get("name"):
+        revision = base.get("revision")
+    model: Any = kind
+    more: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if base.get("quantization") is not None:
+        on_cuda = base.get("device") == "cuda" and torch.cuda.is_available()
+        more |= {"quantization_config": base["quantization"], "device_map": "cuda" if on_cuda else "cpu"}
+    model = model.from_pretrained(name, dtype=dtype, **more)
+    if base.get("device") == "cuda" and torch.cuda.is_available():  # the same kind of device gives the run's bits
+        model.to("cuda")
+    if trajectory.header.get("start") is None:
+        return model
+    from peft import PeftConfig, get_peft_model
+
+    # PEFT converts half-precision adapters to float32 by default, as it did in the run.
+    return get_peft_model(model, PeftConfig.from_pretrained(str(trajectory.path.parent)))
+
+
+def _save_tokenizer(name: str, revision: str | None, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **({} if revision is None else {"revision": revision}))
+    except (OSError, ValueError, KeyError, ImportError):  # the model has no tokenizer
+        return
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,488 @@
+"""The engine: one step of zeroth-order optimization on any `nn.Module`, with any closure and any optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from zo_hf.case import Case
+from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, unit_vectors
+from zo_hf.estimators.estimate import Estimate, Step
+from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.curvature_probes import CurvatureProbes
+from zo_hf.evaluation.evaluate import ProbeEvaluator
+from zo_hf.evaluation.flat_loss import FlatLossWarning
+from zo_hf.evaluation.rows import RowGroups
+from zo_hf.parallel.ranks import Ranks
+from zo_hf.rng import Stream, StreamOf
+from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.rules import ScalarNormalization
+from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
+from zo_hf.settings import Settings, method_of
+from zo_hf.subspaces import SUBSPACES, Folded, LowRank, Subspace
+from zo_hf.subspaces.reports import report_what_stays
+from zo_hf.subspaces.settled_reads import SettledReads
+from zo_hf.subspaces.sites import is_decayed
+
+logger = logging.getLogger(__name__)
+
+
+class ZerothOrder:
+    """Estimates gradients of a model's loss from forward passes and hands them to an optimizer.
+
+        zo = ZerothOrder(model, seed=0)
+        optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-4))
+        for batch in data:
+            estimate = zo.estimate(lambda: loss_function(model(batch)))
+            optimizer.step()
+        model = zo.finish()
+
+    Args:
+        model: any module; the engine does not change its mode (train or eval).
+        settings: the method, see `Settings`; or the subspace alone, by name or as an object made for this model.
+        subspace: the subspace, by name or as an object made for this model. Default: the settings'.
+        direction: the distribution of directions, by name or as an object made for this subspace. Default: the settings'.
+        ranks: the processes that train together, made with `zo_hf.parallel.ranks.make_grid`. Their weights must be equal
+            (`Ranks.broadcast`). Default: this process alone.
+        replays: True if the engine will only replay steps; the estimator then need not be able to probe the model.
+        batched: a short name of the option `batched_probes`.
+        options: fields of `Settings`, in place of `settings`.
+
+    Attributes:
+        on_step: called with a `Step` after every optimizer step; None calls nothing.
+        curvature: measures the curvature in some steps, and keeps the results; None measures nothing.
+
+    Raises:
+        ValueError: an argument cannot be used; the message names it.
+    """
+
+    on_step: Callable[[Step], None] | None = None
+    curvature: CurvatureProbes | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings | Subspace | str | None = None,
+        *,
+        subspace: Subspace | str | None = None,
+        direction: Distribution | str | None = None,
+        ranks: Ranks | None = None,
+        replays: bool = False,
+        batched: bool | str | None = None,
+        **options: Any,
+    ) -> None:
+        if batched is not None:
+            options["batched_probes"] = batched
+        settings, subspace, own_distribution = method_of(settings, subspace, direction, options)
+        if not replays:
+            settings.estimator_kind.check_model(model)
+        name = settings.subspace_of(model) if subspace is None else subspace.name
+        if name in SUBSPACES:  # else the subspace is of the caller's own kind
+            settings = replace(settings, subspace=name)
+        case = Case(settings, distribution=own_distribution, subspace=subspace)
+        check(case)
+        is_auto = settings.rows_per_direction == "auto"
+        if subspace is None:
+            subspace = settings.make_subspace(model)
+        rows, one_grid = rows_per_direction(case), ranks is None or ranks.grid.directions == 1
+        if is_auto and not (one_grid and subspace.takes_groups_cheaply):
+            rows = 0
+        settings = replace(settings, rows_per_direction=rows)
+        self.model, self.subspace, self.settings, self.seed = model, subspace, settings, settings.seed
+        self.estimator = settings.make_estimator(subspace.default_eps)
+        if settings.moves_along_coordinates:
+            self.distribution: Distribution = unit_vectors(
+                subspace.coordinates, settings.num_directions, settings.coordinate_order, settings.seed
+            )
+        elif own_distribution is not None:
+            self.distribution = own_distribution
+        else:
+            self.distribution = DISTRIBUTIONS[settings.direction](
+                subspace.direction_context(settings.num_directions, settings)
+            )
+        self.rule = settings.rule_kind(subspace, self.estimator, settings)
+        max_projected_grad = settings.max_projected_grad
+        if max_projected_grad is None:
+            max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
+        self.max_projected_grad = max_projected_grad
+        self.normalization = ScalarNormalization() if settings.normalize else None
+        self.evaluator = ProbeEvaluator(False if self.estimator.needs_tangents else settings.batched_probes)
+        self.ranks = ranks if ranks is not None else Ranks()
+        self.evaluator.all_reduce_and = self.ranks.all_reduce_and
+        self.step = 0
+        self.skipped_steps = 0
+        self._optimizer: Optimizer | None = None
+        self._losses: Tensor | None = None
+        self._curvature_losses: Tensor | None = None
+        self._batches: list[tuple[Callable[[], Any], float | Tensor, GlobalGenerators | None]] = []
+        self._clean_loss: float | None = None
+        self._applied: tuple[tuple[float, ...], bool] | None = None
+        self._pending_decay: dict[str, float] = {}
+        self._flat_loss = FlatLossWarning()
+        self._reads = SettledReads(subspace, self.ranks)
+        every = settings.noise_scale_steps
+        self.row_groups = RowGroups(subspace, self.evaluator, self.ranks, rows, is_auto, every) if rows else None
+        self._begins_to_move: list[str] = []
+        subspace.attach()
+        if not replays:
+            report_what_stays(subspace)
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings as resolved for this model, under the names of the options; a resumed run must have the same."""
+        low_rank = self.subspace if isinstance(self.subspace, LowRank) else None
+        along_coordinates = self.estimator.along_coordinates
+        saved = self.settings.to_saved() | {
+            "zo_subspace": self.subspace.name,
+            "zo_rank": low_rank.rank if low_rank else None,
+            "zo_fold_steps": low_rank.fold_steps if low_rank else None,
+            "zo_eps": self.estimator.eps,
+            "zo_direction": self.settings.direction if along_coordinates else self.distribution.name,
+            "zo_max_projected_grad": self.max_projected_grad,
+            "coordinates": self.subspace.dimension,
+        }
+        if isinstance(self.distribution, Layers):
+            saved["zo_active_layers"] = self.distribution.active
+        return saved
+
+    def share_directions(self) -> None:
+        """Let all rows of a step share its directions, if the choice is the engine's and no step has been taken."""
+        if self.row_groups is not None and self.row_groups.is_auto and self.row_groups.works is None:
+            self.row_groups, self.settings = None, replace(self.settings, rows_per_direction=0)
+
+    def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
+        decayed = {site.name for site in self.subspace.sites if self.subspace.are_weights and is_decayed(site)}
+        groups = []
+        for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
+            params = [p for name, p in self.subspace.coordinates.items() if name in names]
+            if params:
+                groups.append({"params": params, "weight_decay": decay})
+        return groups
+
+    def prepare(self, optimizer: Optimizer) -> Optimizer:
+        """Register the optimizer that moves the coordinates; every optimizer step then ends a step of the engine.
+
+        Raises:
+            ValueError: the rule does not work with this optimizer; the message says which to use instead.
+        """
+        self.rule.check_optimizer(optimizer)
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: self._advance())
+        return optimizer
+
+    def estimate(self, closure: Callable[[], Any]) -> Estimate:
+        """Probe the loss around the current point, and prepare the estimated gradient for `optimizer.step()`.
+
+        Args:
+            closure: evaluates the model and returns a scalar loss; it is called once per probe, on the same batch.
+        """
+        self.probe(closure)
+        return self.finish_estimate()
+
+    def probe(self, closure: Callable[[], Any], weight: float | Tensor = 1.0) -> Tensor:
+        """Add one micro-batch to the step; returns its losses at this rank's probes, times `weight`: (probes,)."""
+        self.distribution.begin()
+        generators = self._generators()
+        if self.row_groups is not None:
+            probes = self.estimator.probes()
+            found = self.row_groups.evaluate(closure, probes, self._stream, self.distribution, weight, generators)
+            if found is not None:
+                return found
+        losses = self._own_losses(closure, self._probes(), generators) * weight
+        self._losses = losses if self._losses is None else self._losses + losses
+        if self.curvature is not None and self.curvature.due(self.step):
+            with self.curvature.along(self.subspace):
+                more = self._own_losses(closure, self.curvature.probes, generators) * weight
+            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+        if self.rule.candidates:
+            self._batches.append((closure, weight, generators))
+        return losses
+
+    def losses_at(
+        self,
+        batches: Sequence[tuple[Callable[[], Any], float | Tensor]],
+        probes: Sequence[Probe],
+        stream_of: StreamOf | None = None,
+        distribution: Distribution | None = None,
+    ) -> list[float]:
+        """Return the mean losses of all ranks at points outside of any step; of the run, only its count of passes changes.
+
+        Args:
+            batches: closures of a step's micro-batches, as for `estimate`, and the weight of each.
+            probes: the points, evaluated one after another.
+            stream_of: the stream of each direction index; None takes the step's.
+            distribution: the distribution of directions; None takes the step's.
+        """
+        self.distribution.begin()
+        # The first step makes the choice that batched_probes="auto" stands for, not this evaluation.
+        batched, self.evaluator.batched = self.evaluator.batched, False
+        generators = self._generators()
+        try:
+            own = [
+                self._own_losses(closure, probes, generators, stream_of, distribution) * weight
+                for closure, weight in batches
+            ]
+        finally:
+            self.evaluator.batched = batched
+            if generators is not None:
+                generators.restore()
+        return self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist()
+
+    def _probes(self) -> list[Probe]:
+        return probes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
+
+    def _own_losses(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        generators: GlobalGenerators | None,
+        stream_of: StreamOf | None = None,
+        distribution: Distribution | None = None,
+    ) -> Tensor:
+        """Return the losses at this rank's share of the probes, and count the forward passes of all ranks."""
+        own = [probes[i] for i in self.ranks.grid.own(probes)]
+        if not own:
+            self.evaluator.forward_passes += len(probes)
+            device = next(iter(self.subspace.coordinates.values())).device
+            return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        stream_of, distribution = stream_of or self._stream, distribution or self.distribution
+        return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, len(probes), generators)
+
+    def _generators(self) -> GlobalGenerators | None:
+        if not self.settings.common_random_numbers:
+            return None
+        return GlobalGenerators.now(next(iter(self.subspace.coordinates.values())).device)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer that moves the coordinates; None before `prepare`."""
+        return self._optimizer
+
+    @property
+    def forward_passes(self) -> int:
+        """Number of evaluations of the loss on a whole batch so far, on all ranks together."""
+        return self.evaluator.forward_passes
+
+    @property
+    def forward_passes_per_step(self) -> int:
+        """Number of evaluations of the loss on a whole batch in the next step, on all ranks together."""
+        return forward_passes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
+
+    @property
+    def curvature_passes(self) -> int:
+        """Number of evaluations in the present step that measure the curvature, beyond `forward_passes_per_step`."""
+        return len(self.curvature.probes) if self.curvature is not None and self.curvature.due(self.step) else 0
+
+    @property
+    def numbers(self) -> int:
+        """Count of numbers in a step's record: the estimator's at every point, and one more for a rule's choice."""
+        if self.row_groups is not None and self.row_groups.works and self.row_groups.count is not None:
+            return self.estimator.numbers * self.row_groups.count
+        return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
+
+    @property
+    def at_start_of_step(self) -> bool:
+        """True if no micro-batch of the step has been probed yet."""
+        return self._losses is None and not (self.row_groups is not None and self.row_groups.has_losses)
+
+    def finish_estimate(self) -> Estimate:
+        """Turn the losses that `probe` has gathered on all ranks into the gradient of this step."""
+        probes, groups = self._probes(), self.row_groups
+        here = len(self.estimator.probes())
+        if groups is not None and groups.has_losses:
+            by_group = groups.gather()
+            losses = [sum(losses_at_probe) for losses_at_probe in zip(*by_group, strict=True)]
+        else:
+            assert self._losses is not None, "finish_estimate needs a probe first"
+            losses = self.ranks.mean_losses(self._losses, probes).tolist()
+            by_group = [losses[:here]]
+        self._losses = None
+        curvatures = self._found_curvatures(losses[:here])
+        self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
+        self._begins_to_move = self._reads.settle(self.step)
+        numbers = [c for group in by_group for c in self.estimator.projected_gradients(group)]
+        if self.rule.points > 1:
+            numbers += self.estimator.projected_gradients(losses[-here:])
+        is_finite = bool(torch.tensor([*losses, *numbers]).isfinite().all())  # in float32, as the coordinates are
+        try:
+            self.apply(numbers, skipped=not is_finite)
+        except BaseException:
+            self.subspace.clear_gradient()
+            raise
+        finally:
+            self._batches = []
+        found = tuple(numbers[: self.estimator.num_directions * len(by_group)])
+        if groups is not None and is_finite and groups.noise_scale.due(self.step):
+            groups.noise_scale.see(found, self.estimator.num_directions)
+        self._flat_loss.see(found, self.estimator.eps)
+        return Estimate(self.estimator.loss(losses[:here]), found, is_finite, tuple(curvatures))
+
+    def _found_curvatures(self, losses: Sequence[float]) -> list[float]:
+        """Return the curvatures that the step has measured, given the losses at its own probes."""
+        if self.curvature is None or self._curvature_losses is None:
+            return []
+        probes = self.curvature.probes
+        more = self.ranks.mean_losses(self._curvature_losses, probes).tolist() if probes else []
+        self._curvature_losses = None
+        return self.curvature.record(losses, more, self.evaluator.dtype)
+
+    def apply(self, numbers: Sequence[float], skipped: bool) -> None:
+        """Prepare the gradient that a step's numbers stand for, in training and in replay.
+
+        Args:
+            numbers: the estimator's numbers, with c neither clipped nor normalized; in a replay the rule's choice, too.
+            skipped: True prepares no gradient.
+        """
+        self.distribution.begin()
+        self.subspace.clip_factor = 1.0
+        by_groups = bool(self.settings.rows_per_direction)  # every number then is the slope of one direction
+        count = len(numbers) if by_groups else self.estimator.numbers * self.rule.points
+        found, chosen = tuple(numbers[:count]), tuple(numbers[count:])
+        if skipped:
+            missing = self.numbers - len(numbers)
+            self._applied = (*found, *chosen, *(math.nan,) * missing), True
+            self.skipped_steps += 1
+            self.subspace.clear_gradient()
+            return
+        self.distribution.observe(self._stream(0), found[: self.estimator.num_directions])
+        slopes = count if by_groups else self.estimator.num_directions * self.rule.points
+        gradients = list(found[:slopes])
+        if self.max_projected_grad:
+            gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
+        if self.normalization is not None:
+            gradients = self.normalization(gradients)
+            if by_groups:  # the length of the sum over groups is then that of one direction
+                groups = slopes / self.estimator.num_directions
+                gradients = [c / math.sqrt(groups) for c in gradients]
+        others = found[slopes:]
+        self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
+        self.subspace.hold_still()
+        if self.rule.candidates:
+            if not chosen:
+                chosen = (self.rule.choose(self._losses_along_gradient(self.rule.candidates)),)
+            self.rule.take(chosen[0])
+        self._applied = (*found, *chosen), False
+
+    def _losses_along_gradient(self, steps: Sequence[float]) -> list[float]:
+        """Return the mean losses of all ranks at ξ - steps[i] · η · ĝ; the loss at ξ is evaluated only if unknown."""
+        assert self.subspace.coordinate_blocks is not None
+        assert self._optimizer is not None, "a rule with candidates needs prepare(optimizer) before the first step"
+        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+        by_name = {name: rates.get(id(p), 0.0) for name, p in self.subspace.coordinates.items()}
+        self.subspace.coordinate_blocks.set_learning_rates(by_name)
+        clean = self._clean_loss
+        # Consecutive negative indices, because ranks that share a batch divide these probes among them as well.
+        probes = [Probe(-1 - i, step) for i, step in enumerate(steps) if step or clean is None]
+        after = self._generators()
+        own = [self._own_losses(closure, probes, begin) * weight for closure, weight, begin in self._batches]
+        if after is not None:
+            after.restore()
+        found = iter(self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist())
+        return [clean if clean is not None and not step else next(found) for step in steps]
+
+    def discard(self) -> None:
+        """Forget the micro-batches probed since the last step."""
+        self._losses, self._curvature_losses, self._batches = None, None, []
+        if self.row_groups is not None:
+            self.row_groups.discard()
+
+    def finish(self) -> nn.Module:
+        """Fold the coordinates into the weights, and remove the engine from the model.
+
+        Returns:
+            The trained model: usually the model itself. If factors over a quantized model are never folded, it is a PEFT
+            model around it, with the factors as a LoRA adapter.
+        """
+        subspace, decay = self.subspace, self._pending_decay
+        self._pending_decay = {}
+        if self.step == 0 and isinstance(subspace, Folded) and subspace.at_origin:
+            subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
+            subspace.detach()
+            return self.model
+        return subspace.finish(self.step, decay)
+
+    def folded_state_dict(self) -> dict[str, Tensor] | None:
+        """Return a state dict of the model as `finish` would leave it; None if the model already is in that state."""
+        return self.subspace.folded_state_dict(self.step, self._pending_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the engine's state as plain numbers, without the coordinates and the optimizer's state."""
+        normalization = self.normalization
+        return {
+            "step": self.step,
+            "forward_passes": self.forward_passes,
+            "skipped_steps": self.skipped_steps,
+            "batched": self.evaluator.batched,
+            "row_groups": None if self.row_groups is None else self.row_groups.state(),
+            "pending_decay": dict(self._pending_decay),
+            "normalization": None if normalization is None else [normalization.mean_square, normalization.steps],
+            "distribution": self.distribution.state(),
+            "curvature": None if self.curvature is None else self.curvature.state(),
+            "still": sorted(self.subspace.still),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state that `state_dict` returned."""
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.evaluator.forward_passes = state["forward_passes"]
+        self.evaluator.batched = state["batched"]
+        if self.row_groups is not None and state.get("row_groups") is not None:
+            self.row_groups.load_state(state["row_groups"])
+        self._pending_decay = dict(state["pending_decay"])
+        self.subspace.remember(state.get("still") or ())
+        if isinstance(self.subspace, Folded):
+            self.subspace.next_fold = self.step, self._pending_decay
+        self.distribution.load_state(state.get("distribution", {}))
+        if self.curvature is not None and state.get("curvature") is not None:
+            self.curvature.load_state(state["curvature"])
+        if self.normalization is not None and state["normalization"] is not None:
+            self.normalization = ScalarNormalization(*state["normalization"])
+
+    def _stream(self, direction: int) -> Stream:
+        if self.row_groups is not None:
+            direction = self.row_groups.noise_scale.shared(direction, self.estimator.num_directions, self.step)
+        return Stream(self.seed, self.step, direction)
+
+    def _advance(self) -> None:
+        self._report_step()
+        self.step += 1
+        self.subspace.coordinates_changed()
+        if isinstance(self.subspace, Folded):
+            self._remember_decay(self.subspace)
+            if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
+                self.subspace.fold(self.step, self._pending_decay)
+                self._pending_decay = {}
+                self.rule.after_fold()
+            self.subspace.next_fold = self.step, self._pending_decay
+
+    def _report_step(self) -> None:
+        nothing = ((math.nan,) * self.numbers, True)
+        gradients, skipped = self._applied or nothing
+        self._applied = None
+        if self.on_step is not None:
+            assert self._optimizer is not None
+            rates = tuple(float(group["lr"]) for group in self._optimizer.param_groups)
+            begins = tuple(self._begins_to_move)
+            self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor, begins))
+        self._begins_to_move = []
+
+    def _remember_decay(self, subspace: Folded) -> None:
+        """Remember the factor by which the optimizer decayed B; the next fold applies it to the weights as well."""
+        assert self._optimizer is not None
+        names = {id(p): name for name, p in subspace.coordinates.items()}
+        for group in self._optimizer.param_groups:
+            factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
+            if factor != 1.0:
+                for parameter in group["params"]:
+                    if parameter.grad is None:  # a skipped step: the optimizer did not decay B either
+                        continue
+                    name = names[id(parameter)]
+                    self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor

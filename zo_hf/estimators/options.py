@@ -1,0 +1,68 @@
+"""Options of estimators; `ZOConfig` has the same with `zo_` in front."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from zo_hf.method_info import option
+
+
+@dataclass(frozen=True)
+class EstimatorOptions:
+    """Options of the estimators; see the help of each.
+
+    Raises:
+        ValueError: a value is out of range; the message names the option.
+    """
+
+    estimator: str = option(
+        "two_point",
+        "The estimator that turns losses into projected gradients. Its cost is in forward passes per step, with q = "
+        "zo_num_directions. two_point takes central differences (2q). one_sided takes forward differences from one clean "
+        "loss (q + 1). fzoo is one_sided, divided by the standard deviation of the losses (q + 1); its paper draws "
+        "rademacher directions. evolution (or es) takes z-scores of the losses of antithetic pairs (2q). evolution_ranks "
+        "takes their centered ranks (2q). forward_gradient takes exact derivatives by forward-mode differentiation (2q), "
+        "and needs attn_implementation='eager'. second_difference is two_point with the clean loss, which also gives the "
+        "curvature (2q + 1). coordinate probes the next q coordinates, one at a time, by central differences (2q). "
+        "coordinate_forward does so by forward differences (q + 1). For fzoo, the learning rate is zo_eps times the "
+        "length of a step. For evolution and evolution_ranks, it is about the length of a step.",
+    )
+    num_directions: int = option(
+        1, "Number of directions per step (q). The help of zo_estimator gives the cost of each estimator."
+    )
+    rows_per_direction: int | str = option(
+        0,
+        "Number of rows of a batch that share their directions. With 1, every row has directions of its own, and gives "
+        "numbers of its own, in the same forward passes. The estimate is less noisy, so the learning rate can be larger. "
+        "With 0, all rows of a step share the directions (MeZO). auto takes 1 where the method and the loss allow it, "
+        "with at most 32 directions for a batch, and 0 elsewhere. A loss that is not a sum over rows keeps one direction, "
+        "and the log says so. zo_direction='rademacher' is cheaper to draw than 'gaussian'.",
+    )
+    noise_scale_steps: int = option(
+        10,
+        "Number of steps between measurements of the gradient noise scale, which zo/noise_scale logs in rows; 0 never "
+        "measures. It needs zo_rows_per_direction above 0. A measurement costs no forward pass. Groups of rows share "
+        "their directions in pairs at that step.",
+    )
+    eps: float | None = option(
+        None,
+        "Distance of a probe along the direction. auto takes MeZO's values. They are 1e-3 for weights (low_rank, full, "
+        "and PEFT methods that train weights) and 1e-2 for LoRA, DoRA, IA3 and other adapters. They are 1e-1 for prefixes "
+        "and prompts.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_directions < 1:
+            raise ValueError(f"zo_num_directions={self.num_directions} must be at least 1, which is a good start.")
+        rows = self.rows_per_direction
+        if rows != "auto" and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 0):
+            raise ValueError(
+                f"zo_rows_per_direction={rows!r} must be 'auto' or a whole number; use 0 for one direction for all rows."
+            )
+        if self.noise_scale_steps < 0:
+            raise ValueError(
+                f"zo_noise_scale_steps={self.noise_scale_steps} must not be negative; use 0 to never measure."
+            )
+        if self.eps is not None and not 0 < self.eps < math.inf:
+            raise ValueError(f"zo_eps={self.eps} must be a positive number; use 'auto' for the subspace's default.")

@@ -1,0 +1,260 @@
+"""Evaluation of a step's probes, one after another or all in one batch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_hf.directions import Distribution
+from zo_hf.estimators.probe import NotBatchable, Probe
+from zo_hf.evaluation.derivative import loss_and_derivative
+from zo_hf.rng import StreamOf
+from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.subspaces.subspace import Subspace
+
+logger = logging.getLogger(__name__)
+
+# The part of a loss that rounding explains between batched and sequential evaluation, by the dtype of the computation.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@runtime_checkable
+class BatchableLoss(Protocol):
+    """A loss that can also be evaluated for several probes in one forward pass.
+
+    Attributes:
+        rows: rows of the batch.
+    """
+
+    rows: int
+
+    def __call__(self) -> Tensor: ...
+
+    def batched(self, copies: int) -> Tensor: ...
+
+
+class ProbeEvaluator:
+    """Evaluates the losses at a list of probes.
+
+    Args:
+        batched: True, False, or "auto". "auto" evaluates the first step's probes in both ways, and chooses one batch
+            if the losses are the same.
+
+    Attributes:
+        batched: the choice; None until "auto" has decided.
+        forward_passes: loss evaluations so far, including those of other processes on the same batch.
+        dtype: dtype of the losses that the closure last returned.
+        autocast_dtype: the dtype in which autocast lets the model compute; None computes in the parameters' dtype.
+        all_reduce_and: turns this process's answer into the AND over all processes, which must make the same forward
+            passes. It takes the answer as a tensor on the losses' device.
+        recover: makes the model usable after a forward pass that raised. It is set only where all processes make a
+            forward pass together.
+    """
+
+    def __init__(self, batched: bool | str = "auto") -> None:
+        self.batched = None if batched == "auto" else bool(batched)
+        self._must_batch = batched is True
+        self.forward_passes = 0
+        self.dtype = torch.float32
+        self.autocast_dtype: torch.dtype | None = None
+        self.all_reduce_and: Callable[[Tensor], bool] = bool
+        self.recover: Callable[[], None] | None = None
+        self._has_batched = False
+        self._has_failed = False
+
+    def losses(
+        self,
+        subspace: Subspace,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        count: int | None = None,
+        generators: GlobalGenerators | None = None,
+        batched: bool | None = None,
+    ) -> Tensor:
+        """Return the losses at the probes, (len(probes),), in float64 (float32 on a device without it).
+
+        Args:
+            subspace: perturbs the model.
+            closure: returns the loss at the current point: a number, or a tensor with one element.
+            probes: the points at which to evaluate the loss.
+            stream_of: the random stream of each direction.
+            distribution: the distribution of the directions.
+            count: forward passes that all processes together make on this batch; None means `len(probes)`.
+            generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+            batched: a choice for this call alone; None takes the run's.
+
+        Raises:
+            NotBatchable: batched evaluation was requested, and the model or the loss cannot do it.
+            ValueError: the loss is not one number; or a derivative was requested and cannot be computed, see
+                `loss_and_derivative`.
+        """
+        evaluation = _Evaluation(subspace, closure, probes, stream_of, distribution, generators)
+        count = len(probes) if count is None else count
+        self.forward_passes += count
+        batched = self.batched if batched is None else batched
+        with torch.no_grad():
+            if batched is None:
+                values = self._decide(evaluation, count)
+            else:
+                values = self._batched(evaluation) if batched else evaluation.sequential()
+        self.dtype = values.dtype
+        return values.float() if values.device.type == "mps" else values.double()
+
+    def _batched(self, evaluation: _Evaluation) -> Tensor:
+        """Return the losses from one forward pass, or one at a time for a batch on which it fails."""
+        try:
+            values = evaluation.batched()
+            self._has_batched = True
+            return values
+        except Exception as error:
+            if self.recover is not None:
+                raise  # other processes may be in the middle of the same forward pass, waiting for this one
+            if isinstance(error, NotBatchable) and self._must_batch and not self._has_batched:
+                raise NotBatchable(
+                    f"zo_batched_probes=True cannot evaluate the probes in one batch: {error}; use zo_batched_probes='auto'."
+                ) from error
+            if not self._has_failed:
+                logger.warning(
+                    "a forward pass for all probes failed (%s: %s); a batch like this is evaluated one probe at a time",
+                    type(error).__name__,
+                    _first_line(error),
+                )
+            self._has_failed = True
+        # Only here, outside of the handler, has the traceback given back the memory of the failed forward pass.
+        return evaluation.sequential()
+
+    def _decide(self, evaluation: _Evaluation, count: int) -> Tensor:
+        expected = evaluation.sequential()
+        if not isinstance(evaluation.closure, BatchableLoss):
+            self._choose(False, "the loss is not the model's own")
+            return expected
+        after = None if evaluation.generators is None else GlobalGenerators.now(evaluation.device)
+        try:
+            actual = evaluation.batched()
+            self.forward_passes += count
+        except Exception as error:  # out of memory, a shape that the model fixes, an input of another meaning, ...
+            if self.recover is not None:
+                if not isinstance(error, NotBatchable):
+                    raise  # other processes may be in the middle of the same forward pass, waiting for this one
+                self.recover()
+            self.all_reduce_and(torch.tensor(False, device=expected.device))
+            self._choose(False, _first_line(error))
+            return expected
+        finally:
+            if after is not None:
+                after.restore()
+        apart = _spread(expected).abs().max().item()
+        level = (actual.mean() - expected.mean()).abs().item()
+        difference = (_spread(actual) - _spread(expected)).abs().max().item()
+        allowed = (
+            self.rounding(evaluation.subspace, expected.dtype) * max(1.0, expected.abs().max().item()) + 0.02 * apart
+        )
+        close = max(level, difference) <= allowed
+        if not self.all_reduce_and(torch.tensor(close, device=expected.device)):
+            where = "on another process" if close else f"by {max(level, difference):.2g}"
+            self._choose(False, f"in one batch the losses differ {where}")
+            return expected
+        self._has_batched = True
+        self._choose(True, f"in one batch the losses agree to {difference:.2g}")
+        return actual
+
+    def rounding(self, subspace: Subspace, losses: torch.dtype) -> float:
+        """Return the relative difference of a loss that rounding explains, in the coarsest dtype of the computation."""
+        dtypes = {losses} | {p.dtype for p in subspace.model.parameters() if p.is_floating_point()}
+        if self.autocast_dtype is not None:
+            dtypes.add(self.autocast_dtype)
+        return max((_ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]) for dtype in dtypes), default=2e-5)
+
+    def _choose(self, batched: bool, reason: str) -> None:
+        self.batched = batched
+        logger.info("zo_batched_probes='auto' chose %s: %s", batched, reason)
+
+
+class _Evaluation:
+    """The losses of one batch at a list of probes; the arguments are those of `ProbeEvaluator.losses`."""
+
+    def __init__(
+        self,
+        subspace: Subspace,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> None:
+        self.subspace, self.closure, self.generators = subspace, closure, generators
+        self._probes, self._stream_of, self._distribution = probes, stream_of, distribution
+        self.device = next(iter(subspace.coordinates.values())).device
+
+    def sequential(self) -> Tensor:
+        """Return the losses of one forward pass for each probe, (probes,)."""
+        values = []
+        for probe, following in itertools.zip_longest(self._probes, self._probes[1:]):
+            if following is not None and following.derivative:
+                continue  # its loss comes with its derivative
+            self._begin()
+            with self.subspace.at((probe,), self._stream_of, self._distribution):
+                values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])
+        return torch.cat(values)
+
+    def batched(self) -> Tensor:
+        """Return the losses of one forward pass for all probes, (probes,).
+
+        Raises:
+            NotBatchable: the model or the loss cannot do it, or the loss has drawn random numbers.
+        """
+        if not isinstance(self.closure, BatchableLoss):
+            raise NotBatchable("the loss is not the model's own")
+        self._begin()
+        with self.subspace.at(self._probes, self._stream_of, self._distribution, rows=self.closure.rows):
+            losses = self.closure.batched(len(self._probes)).detach()
+        if self.generators is not None and self.generators.have_moved():
+            raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")
+        return losses
+
+    def _begin(self) -> None:
+        if self.generators is not None:
+            self.generators.restore()
+
+    def _loss(self) -> Tensor:
+        return one_number(self.closure(), self.device)
+
+
+def one_number(loss: Any, device: torch.device) -> Tensor:
+    """Return a loss as a scalar tensor, ().
+
+    Args:
+        loss: a number of Python or numpy, or a tensor or array with one element.
+        device: the device for a loss that is no tensor.
+
+    Raises:
+        ValueError: it is something else; the message names its shape or type.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    if isinstance(loss, Real) or (isinstance(loss, np.ndarray) and loss.size == 1):
+        return torch.tensor(float(loss), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    if isinstance(loss, Tensor | np.ndarray):
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)}, but a probe needs one number; reduce it in compute_loss or the "
+            "closure, for example with .mean()."
+        )
+    raise ValueError(f"the loss is a {type(loss).__name__}; compute_loss or the closure must return one number.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def _spread(losses: Tensor) -> Tensor:
+    """Return the losses minus their mean; an estimate depends on these differences alone."""
+    return losses - losses.mean()

@@ -1,0 +1,298 @@
+"""The loss of a transformers model: logits only where a label needs them, and several probes in one forward pass.
+
+Both need the loss to be a known function of the logits. A model may add terms of its own: a mixture of experts the loss
+of its router, a subclass whatever its forward computes. `ModelLoss` therefore compares the model's loss with the known
+function on the same logits before it relies on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
+
+from zo_hf.estimators.probe import NotBatchable
+
+IGNORED = -100
+
+# transformers derives the loss from the class name, and falls back to the causal loss for these names.
+_CAUSAL_BY_DEFAULT = ("GPT2LMHeadModel", "BertLMHeadModel")
+
+# Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
+_WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+@dataclass
+class LossChecks:
+    """Results of comparing a run's model with the known function of its logits; shared by the run's `ModelLoss`es.
+
+    Attributes:
+        is_known: True if the model's loss is the known function; None before the first comparison.
+        layouts: which inputs carry the rows, for every kind of batch that has been evaluated in one forward pass.
+        grouped: the same for batches whose loss came apart by rows.
+        averages: whether the loss of a batch is the mean of its groups' losses, not their sum; None if it is unknown.
+    """
+
+    is_known: bool | None = None
+    layouts: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
+    grouped: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
+    averages: bool | None = None
+
+
+class ModelLoss:
+    """The loss of one batch: call it for one probe, or call `batched` for several at once.
+
+    Args:
+        forward: the module to call, e.g. the model itself or a wrapper of accelerate or PEFT around it.
+        model: the transformers model inside; its class determines its loss.
+        inputs: the batch, with `labels`.
+        sequential: computes the caller's loss for one probe; the batched loss must agree with it.
+        num_items_in_batch: divisor of the loss in place of this batch's own count, as in Trainer.
+        factor: multiplies the batched loss, for a `sequential` that scales the model's own loss.
+        in_front: number of logit positions that precede those of the input.
+        checks: what the run's earlier batches have shown about the model; None begins anew.
+    """
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        sequential: Callable[[dict[str, Any]], Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+        factor: float = 1.0,
+        in_front: int = 0,
+        checks: LossChecks | None = None,
+    ) -> None:
+        self._forward, self._model, self._sequential, self._factor = forward, model, sequential, factor
+        self._num_items, self._in_front = num_items_in_batch, in_front
+        self._checks = LossChecks() if checks is None else checks
+        self._all, self._inputs = inputs, inputs
+        # A forward of the user's own may compute a term from all logits, even one that is 0 in the first batch.
+        self._is_stock = _has_stock_forward(model)
+        if self._is_stock and self._checks.is_known is not False:
+            self._inputs = only_labeled_logits(model, inputs, in_front)
+        self.rows = len(inputs["labels"])
+
+    def __call__(self) -> Tensor:
+        """Return the loss at the current point, a scalar."""
+        # Behind a prompt, only few logits have the positions of the labels.
+        if self._checks.is_known is None and (not self._in_front or "logits_to_keep" in self._inputs):
+            return self._first()
+        return self._sequential(dict(self._inputs))
+
+    def _first(self) -> Tensor:
+        """Evaluate, and compare the model's loss with the known function; if they differ, evaluate with all logits."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        loss: Tensor | None = None
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            # A copy, because Trainer multiplies the loss in place.
+            seen.append((output["loss"].detach().clone(), output["logits"]))
+
+        handle = self._forward.register_forward_hook(look)
+        try:
+            loss = self._sequential(dict(self._inputs))
+            own, logits = seen[-1]
+            self._checks.is_known = _is_same(own, self._loss(logits))
+        except Exception:  # a model that takes logits_to_keep, and then compares their number with all labels
+            self._checks.is_known = False
+        finally:
+            handle.remove()
+        if loss is not None and (self._checks.is_known or "logits_to_keep" not in self._inputs):
+            return loss
+        self._inputs = self._all
+        return self._sequential(dict(self._inputs))
+
+    def batched(self, copies: int) -> Tensor:
+        """Return the losses of `copies` probes, (copies,), from one forward pass over as many copies of the batch.
+
+        Raises:
+            NotBatchable: the batch cannot be repeated, or the model's loss is not the known function of its logits.
+        """
+        layout = self._separable_layout(self._checks.layouts)
+        compares = self._must_compare
+        inputs = {k: self._repeat(k, v, copies) for k, v in self._inputs.items()}
+        if not compares:
+            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        outputs = self._forward(**inputs)
+        parts = outputs["logits"].chunk(copies)
+        if compares:
+            # Without `num_items_in_batch`, the mean over copies of the same labels is the mean of the copies' means.
+            known = torch.stack([self._loss(part, counted=False) for part in parts]).mean()
+            if not _is_same(outputs["loss"], known):
+                self._checks.is_known = False
+                raise NotBatchable("the model's loss has terms of its own")
+            self._checks.is_known = True
+        self._checks.layouts.add(layout)
+        return torch.stack([self._loss(part) for part in parts]) * self._factor
+
+    def by_groups(self, groups: int) -> Tensor:
+        """Return the shares of `groups` equal groups of consecutive rows in the loss, (groups,), from one forward pass.
+
+        Raises:
+            NotBatchable: the model's loss does not come apart by rows.
+        """
+        layout = self._separable_layout(self._checks.grouped)
+        within = [name for name in _WITHIN_ROWS if name in self._inputs]
+        if within:
+            raise NotBatchable(f"{within[0]} describes the sequences of this batch, which is free of padding")
+        compares = self._must_compare
+        inputs = dict(self._inputs)
+        if not compares:
+            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        outputs = self._forward(**inputs)
+        logits = outputs["logits"]
+        if compares and not _is_same(outputs["loss"], self._loss(logits, counted=False)):
+            self._checks.is_known = False
+            raise NotBatchable("the model's loss has terms of its own")
+        self._checks.is_known = True
+        shares = self._shares(logits, groups)
+        self._checks.grouped.add(layout)
+        return shares * self._factor
+
+    def _shares(self, logits: Tensor, groups: int) -> Tensor:
+        """Return the shares of groups of rows in the loss, (groups,), from all logits, (rows, ...)."""
+        labels, config = self._inputs["labels"].to(logits.device), self._model.config
+        kind: Any = loss_kind(self._model)
+        if kind is ForSequenceClassificationLoss:
+            if config.problem_type is None:
+                ForSequenceClassificationLoss(labels, logits, config)  # decides on the type of the whole batch
+            parts = zip(labels.chunk(groups), logits.chunk(groups), strict=True)
+            return torch.stack([ForSequenceClassificationLoss(part, of, config) for part, of in parts]) / groups
+        shift_labels = self._inputs.get("shift_labels")
+        if shift_labels is None and kind is ForCausalLMLoss:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        targets = labels if shift_labels is None else shift_labels.to(logits.device)
+        is_mean = self._num_items is None or kind is ForTokenClassification  # which ignores num_items_in_batch
+        count: Any = (targets != IGNORED).sum() if is_mean else self._num_items
+        losses = nn.functional.cross_entropy(
+            logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view(groups, -1).sum(1) / count
+
+    def _separable_layout(self, evaluated: set[tuple[tuple[str, bool], ...]]) -> tuple[tuple[str, bool], ...]:
+        """Return which inputs carry the rows.
+
+        Args:
+            evaluated: layouts of the batches that have been evaluated in the same way; empty before the first.
+
+        Raises:
+            NotBatchable: rows of this batch cannot be told apart.
+        """
+        if self._in_front:
+            raise NotBatchable("PEFT makes one prompt for all rows of a batch")
+        if self._checks.is_known is False:
+            raise NotBatchable("the model's loss has terms of its own")
+        layout = self._layout()
+        if evaluated and layout not in evaluated:
+            raise NotBatchable("the batch has other inputs than the first one")
+        return layout
+
+    @property
+    def _must_compare(self) -> bool:
+        """True if nothing guarantees that the model's loss still is the known function of its logits."""
+        return not self._is_stock or bool(self._model._forward_hooks) or self._checks.is_known is None
+
+    def _layout(self) -> tuple[tuple[str, bool], ...]:
+        """Return which inputs carry the rows."""
+        names = [name for name in self._inputs if name not in ("logits_to_keep", "shift_labels")]
+        return tuple((name, self._carries_rows(name, self._inputs[name])) for name in sorted(names))
+
+    def _carries_rows(self, name: str, value: Any) -> bool:
+        # The list of logit positions is shared by all rows, even if it has as many entries as there are rows.
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows and name != "logits_to_keep"
+
+    def _repeat(self, name: str, value: Any, copies: int) -> Any:
+        if name in _WITHIN_ROWS:
+            raise NotBatchable(f"{name} describes the sequences of this batch, which is free of padding")
+        if not self._carries_rows(name, value):
+            return value
+        return value.repeat(copies, *([1] * (value.ndim - 1)))
+
+    def _loss(self, logits: Tensor, counted: bool = True) -> Tensor:
+        """Return the loss of one probe from its logits, (rows, ...); `counted` divides it by `num_items_in_batch`."""
+        labels, config = self._inputs["labels"].to(logits.device), self._model.config
+        kind = loss_kind(self._model)
+        assert kind is not None, "the caller asks loss_kind first"
+        if kind is ForSequenceClassificationLoss:
+            return ForSequenceClassificationLoss(labels, logits, config)
+        if kind is ForTokenClassification:
+            return ForTokenClassification(logits, labels, config)
+        return kind(
+            logits,
+            labels,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=self._num_items if counted else None,
+            shift_labels=self._inputs.get("shift_labels"),
+        )
+
+
+def _is_same(own: Tensor, known: Tensor) -> bool:
+    """Return whether two losses from the same logits differ by no more than the order of summation explains."""
+    own, known = own.detach().float(), known.detach().float()
+    return bool(torch.isclose(own, known, rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def _has_stock_forward(model: PreTrainedModel) -> bool:
+    """Return whether code of transformers computes the model's output, and not a forward of the user's own."""
+    own = model.__dict__.get("forward")
+    replaced = own is not None and inspect.unwrap(own) not in (
+        type(model).forward,
+        inspect.unwrap(type(model).forward),
+    )
+    return type(model).forward.__module__.startswith("transformers.") and not replaced
+
+
+def loss_kind(model: PreTrainedModel) -> Callable | None:
+    """Return the function behind the model's own loss, or None if this module cannot compute that loss per probe."""
+    if model.config.is_encoder_decoder:
+        return None
+    name = model.loss_type
+    if name is None and any(base.__name__ in _CAUSAL_BY_DEFAULT for base in type(model).__mro__):
+        name = "ForCausalLM"
+    kind = LOSS_MAPPING.get(name) if name is not None else None
+    known = (ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
+    return kind if kind in known else None
+
+
+def _is_on_several_devices(model: nn.Module) -> bool:
+    return len({parameter.device for parameter in model.parameters()}) > 1
+
+
+def only_labeled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], in_front: int = 0) -> dict[str, Any]:
+    """Return inputs with which a causal model computes logits only at positions that predict a label.
+
+    All rows share one list of positions: those that any row of the batch needs. The inputs stay as they are if the
+    model does not support this, or if most positions carry a label. `in_front` is as in `ModelLoss`.
+    """
+    inputs = dict(inputs)
+    accepted = inspect.signature(model.forward).parameters
+    takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    if (
+        loss_kind(model) is not ForCausalLMLoss
+        or "logits_to_keep" not in accepted
+        or not takes_kwargs
+        or "logits_to_keep" in inputs
+        or inputs["labels"].ndim != 2
+        or _is_on_several_devices(model)  # the positions and the tensor they index would be on different devices
+    ):
+        return inputs
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    positions = (shifted != IGNORED).any(0).nonzero().flatten()
+    if 0 < len(positions) <= shifted.shape[1] // 2:
+        inputs["logits_to_keep"] = positions + in_front
+        inputs["shift_labels"] = shifted[:, positions].contiguous()
+    return inputs

@@ -1,0 +1,281 @@
+"""A direction for every group of rows: many projected gradients from the same forward passes.
+
+A batch's loss is the sum of its groups' shares, L = Σ_g ℓ_g. The perturbation lives inside the forward, so every group
+of rows can have a direction of its own in one forward pass, and gives its own number:
+
+    c_g = [ℓ_g(ξ + ε·z_g) − ℓ_g(ξ − ε·z_g)] / 2ε        ĝ = Σ_g c_g · z_g        E[ĝ] = Σ_g ∇ℓ_g = ∇L
+
+With G groups of a batch of B rows, d coordinates and the gradient noise scale B_s = E‖∇ℓ_row − ∇L‖² / ‖∇L‖²:
+
+    E‖ĝ‖² ≈ d · ‖∇L‖² · (1/G + B_s/B)        G = 1 is MeZO
+
+so a step may be longer by up to (1 + B_s/B) / (1/G + B_s/B). Groups are numbered by the place of their rows in the step,
+across micro-batches and ranks. The estimate therefore does not depend on how a step is divided.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from zo_hf.directions import Distribution
+from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
+from zo_hf.evaluation.noise_scale import NoiseScale
+from zo_hf.parallel.ranks import Ranks
+from zo_hf.rng import StreamOf
+from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.subspaces.subspace import Subspace
+
+logger = logging.getLogger(__name__)
+
+#: Directions of a batch with "auto". Every one takes memory of twice the coordinates, and the gain saturates at B_s rows.
+MOST_GROUPS = 32
+
+
+@runtime_checkable
+class GroupedLoss(Protocol):
+    """A loss that is the sum of shares of groups of rows.
+
+    Attributes:
+        rows: rows of the batch.
+    """
+
+    rows: int
+
+    def __call__(self) -> Tensor: ...
+
+    def by_groups(self, groups: int) -> Tensor:
+        """Return the shares of `groups` equal groups of consecutive rows, (groups,), from one forward pass."""
+
+
+class RowGroups:
+    """Evaluates a step's probes with a direction for every group of rows.
+
+    Args:
+        subspace: perturbs the model.
+        evaluator: counts forward passes, and evaluates batches that do not come apart.
+        ranks: the processes that train together.
+        rows_per_direction: number of consecutive rows in a group.
+        is_auto: True if the user has left the number to the engine. Groups are then larger where a batch would have more
+            than `MOST_GROUPS`, and a loss that does not come apart is no reason for a warning.
+        noise_scale_steps: number of steps between measurements of the noise scale; 0 never measures.
+
+    Attributes:
+        is_auto: see above.
+        works: whether the run's loss comes apart by rows; None before the first batch.
+        groups_per_batch: number of groups in a micro-batch; None before the first batch.
+        count: number of groups in a step of all ranks; None before the end of the first step.
+        noise_scale: measures the gradient noise scale.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace,
+        evaluator: ProbeEvaluator,
+        ranks: Ranks,
+        rows_per_direction: int,
+        is_auto: bool = False,
+        noise_scale_steps: int = 0,
+    ) -> None:
+        self._subspace, self._evaluator, self._ranks = subspace, evaluator, ranks
+        self._rows_per_direction, self.is_auto = rows_per_direction, is_auto
+        self.works: bool | None = None
+        self.groups_per_batch: int | None = None
+        self.count: int | None = None
+        self.noise_scale = NoiseScale(noise_scale_steps)
+        self._parts: list[Tensor] = []
+        self._micro_batches: int | None = None
+        self._rows_per_group = 1.0
+
+    def state(self) -> list[Any]:
+        """Return the choices of the first step as plain numbers, for a checkpoint."""
+        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state()]
+
+    def load_state(self, state: Sequence[Any]) -> None:
+        """Restore the choices that `state` returned; the size of a batch may have changed since."""
+        self.works, groups, count, sums = state
+        if self._micro_batches is None:
+            self.groups_per_batch, self.count = groups, count
+        self.noise_scale.load_state(sums)
+
+    def expect(self, rows: int, micro_batches: int | None = None) -> None:
+        """Number directions for micro-batches of `rows` rows, whatever the first one has.
+
+        Args:
+            rows: rows of a micro-batch.
+            micro_batches: micro-batches of a step. If a step has more, they share the directions of its first ones.
+        """
+        self.groups_per_batch = groups_of(rows, "auto" if self.is_auto else self._rows_per_direction)
+        self._micro_batches = micro_batches
+        if micro_batches is not None:
+            self.count = self.groups_per_batch * micro_batches * self._ranks.grid.world_size
+
+    def logs(self) -> dict[str, float]:
+        """Return the entry of the training log."""
+        scale = self.noise_scale.value(self._rows_per_group)
+        return {} if scale is None else {"zo/noise_scale": scale}
+
+    @property
+    def has_losses(self) -> bool:
+        """True if a micro-batch of the present step has been evaluated by groups."""
+        return bool(self._parts)
+
+    def discard(self) -> None:
+        """Forget the micro-batches of the present step."""
+        self._parts = []
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        weight: float | Tensor,
+        generators: GlobalGenerators | None,
+    ) -> Tensor | None:
+        """Evaluate one micro-batch, and keep the losses for `gather`.
+
+        Args:
+            closure: the loss.
+            probes: the estimator's probes for one group.
+            stream_of: the stream of each direction of the step.
+            distribution: the distribution of the directions.
+            weight: factor of the loss.
+            generators: see `ProbeEvaluator.losses`.
+
+        Returns:
+            The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
+        """
+        if self.works is None and not isinstance(closure, GroupedLoss):
+            self._decide("the loss is not the model's own")
+        if self.works is False:
+            return None
+        losses = None
+        if isinstance(closure, GroupedLoss):
+            try:
+                losses = self._by_groups(closure, probes, stream_of, distribution, generators)
+            except Exception as error:  # another kind of batch, or out of memory
+                if self.works is None:
+                    self._decide(str(error).split("\n")[0] or type(error).__name__)
+                logger.debug("a batch does not come apart by rows: %s", error)
+        if not self.works:
+            return None
+        if losses is None:  # all of its rows share a direction
+            first = self._first_group() * _directions(probes)
+            together = [Probe(first + probe.direction, probe.scale) for probe in probes]
+            losses = self._evaluator.losses(
+                self._subspace, closure, together, stream_of, distribution, len(probes), generators
+            )[:, None]
+        assert self.groups_per_batch is not None
+        losses = losses * weight
+        self._parts.append(torch.nn.functional.pad(losses, (0, self.groups_per_batch - losses.shape[1])))
+        return losses.sum(1)
+
+    def gather(self) -> list[list[float]]:
+        """Return the losses of the step's groups at each of the probes, of all micro-batches and ranks in order."""
+        limit = self._micro_batches or len(self._parts)
+        parts = torch.stack(self._parts[:limit])  # (micro-batches, probes, groups)
+        for number, more in enumerate(self._parts[limit:]):
+            parts[number % limit] += more
+        self._parts = []
+        everywhere = self._ranks.all_gather(parts) / self._ranks.grid.world_size  # (ranks, micro-batches, ...)
+        losses = everywhere.permute(1, 0, 3, 2).flatten(0, 2).tolist()
+        if self.count is None:
+            self.count = len(losses)
+        # A step of fewer micro-batches leaves its last directions alone, as if they had found no slope.
+        return losses + [[0.0] * len(losses[0])] * (self.count - len(losses))
+
+    def _by_groups(
+        self,
+        closure: GroupedLoss,
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> Tensor:
+        """Return the losses of the groups at each of the probes, (probes, groups); the first batch decides `works`."""
+        if self.groups_per_batch is None:
+            self.expect(closure.rows)
+        assert self.groups_per_batch is not None
+        groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch)
+        self._rows_per_group = closure.rows / groups
+        first, directions = self._first_group(), _directions(probes)
+
+        def points(probe: Probe) -> list[Probe]:
+            return [Probe((first + g) * directions + probe.direction, probe.scale) for g in range(groups)]
+
+        def shares(at: Sequence[Probe]) -> Tensor:
+            if generators is not None:
+                generators.restore()
+            with self._subspace.at(at, stream_of, distribution, rows=closure.rows // len(at)):
+                return closure.by_groups(groups).detach()
+
+        found = [shares(points(probe) if probe.scale else points(probe)[:1]) for probe in probes]
+        self._evaluator.forward_passes += len(probes)
+        if self.works is None:
+            last = points(probes[-1])
+            if generators is not None:
+                generators.restore()
+            with self._subspace.at(last, stream_of, distribution, rows=closure.rows // groups):
+                whole = one_number(closure(), found[-1].device).detach()
+            others = shares([point if group % 2 == 0 else last[0] for group, point in enumerate(last)])
+            self._evaluator.forward_passes += 2
+            self._decide(self._problem(found[-1], whole, others))
+        return torch.stack(found).double()
+
+    def _first_group(self) -> int:
+        """Return the number of this micro-batch's first group in the step."""
+        assert self.groups_per_batch is not None
+        number = len(self._parts) % self._micro_batches if self._micro_batches else len(self._parts)
+        return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
+
+    def _problem(self, shares: Tensor, whole: Tensor, others: Tensor) -> str | None:
+        """Return why the first batch does not come apart, or None.
+
+        Args:
+            shares: the groups' shares at a probe, (groups,).
+            whole: the caller's loss at the same probe, which is their sum.
+            others: the shares if every second group takes another direction; the remaining groups' stay as they are.
+        """
+        apart = max((shares.sum() - whole).abs().item(), (shares - others)[::2].abs().max().item())
+        allowed = self._evaluator.rounding(self._subspace, shares.dtype) * max(1.0, whole.abs().item())
+        return None if apart <= allowed else f"its rows give other losses together, by {apart:.2g}"
+
+    def _decide(self, problem: str | None) -> None:
+        """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""
+        device = next(iter(self._subspace.coordinates.values())).device
+        self.works = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
+        if not self.works:
+            reason = problem or "the loss of another process does not come apart by rows"
+            level = logging.INFO if self.is_auto else logging.WARNING
+            logger.log(level, "all rows of a step share its directions: %s", reason)
+
+
+def groups_of(rows: int, rows_per_direction: int | str) -> int:
+    """Return the number of groups of a batch, given the setting."""
+    if rows_per_direction == "auto":
+        return _divisor(rows, 1, MOST_GROUPS)
+    return _divisor(rows, int(rows_per_direction), rows) if rows_per_direction else 1
+
+
+def _directions(probes: Sequence[Probe]) -> int:
+    """Return the number of directions of a group."""
+    return 1 + max(probe.direction for probe in probes)
+
+
+def _divisor(rows: int, rows_per_direction: int, most: int) -> int:
+    """Return the number of equal groups: the largest that divides `rows` with groups that are large enough.
+
+    Args:
+        rows: rows of the batch.
+        rows_per_direction: smallest size of a group; a smaller batch is one group.
+        most: largest number of groups.
+    """
+    largest = max(1, min(rows // max(1, rows_per_direction), most))
+    return next(groups for groups in range(largest, 0, -1) if rows % groups == 0)

@@ -1,0 +1,1 @@
+"""Running on several processes: ranks, sharded weights, and checksums."""

@@ -1,0 +1,89 @@
+"""Options of rules; `ZOConfig` has the same with `zo_` in front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zo_hf.method_info import option
+
+AT_FOLD = ("carry", "reset")
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """Options of the rules; see the help of each.
+
+    Raises:
+        ValueError: a value is out of range; the message names the option.
+    """
+
+    rule: str = option(
+        "none",
+        "The rule that changes the estimate before the optimizer (optim) gets it. none changes nothing. sign takes the "
+        "sign of c. conservative takes the best of staying, stepping and stepping back; it costs three more forward "
+        "passes, or two with a clean loss. curvature (or hizoo) is HiZOO, and needs zo_estimator=second_difference. muon "
+        "takes the matrix sign (ZO-Muon). power_iteration (or mopi) takes the leading singular directions (ZO-MOPI). cocd "
+        "is coherent coordinate descent, which keeps differences along coordinates and reuses them; it needs zo_estimator "
+        "coordinate or coordinate_forward, and optim=sgd. svrg reduces variance by differences from a snapshot "
+        "(MeZO-SVRG); zo_fold_steps must be a multiple of zo_svrg_batches + zo_svrg_steps. With muon and "
+        "power_iteration, the learning rate is the root mean square length of a step per coordinate. With sign, it is "
+        "√q times that.",
+    )
+    momentum: float = option(
+        0.0,
+        "Weight of the past in the running mean of estimates, for zo_rule muon and power_iteration. The rule takes the "
+        "singular directions of that mean; 0 uses the latest estimate alone. Set the optimizer's own momentum through "
+        "optim_args.",
+    )
+    momentum_at_fold: str = option(
+        "carry",
+        "The effect of a fold on the running mean of zo_momentum, for zo_rule muon and power_iteration: carry keeps it, "
+        "reset sets it to zero.",
+    )
+    spectral_rank: int | None = option(
+        None, "Number of singular directions in a matrix's step, for zo_rule power_iteration. Default: half of all."
+    )
+    curvature_rate: float = option(
+        1e-6,
+        "Weight of a step in the running mean of the curvature, for zo_rule curvature. The paper uses 1e-8 to 1e-6.",
+    )
+    cocd_decay: float = option(
+        0.99,
+        "Factor that multiplies the remembered differences at every step, for zo_rule cocd. 0 forgets them and 1 keeps "
+        "them.",
+    )
+    cocd_memory: int | None = option(
+        None, "Number of the latest differences that zo_rule cocd keeps. Default: one for each coordinate."
+    )
+    svrg_batches: int = option(
+        9,
+        "Number of steps in which zo_rule svrg estimates the gradient at a new snapshot, each from its own batch. Only the "
+        "last of them moves, along that gradient.",
+    )
+    svrg_steps: int = option(
+        1, "Number of steps in which zo_rule svrg then uses the snapshot. The paper uses 1 (its q is 2)."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"zo_momentum={self.momentum} must be at least 0 and below 1; use 0 for none.")
+        if self.momentum_at_fold not in AT_FOLD:
+            raise ValueError(
+                f"zo_momentum_at_fold={self.momentum_at_fold!r} is unknown; choose one of {', '.join(AT_FOLD)}."
+            )
+        if self.spectral_rank is not None and self.spectral_rank < 1:
+            raise ValueError(
+                f"zo_spectral_rank={self.spectral_rank} must be at least 1; leave it out for half of all."
+            )
+        if not 0 <= self.curvature_rate < 1:
+            raise ValueError(
+                f"zo_curvature_rate={self.curvature_rate} must be at least 0 and below 1; 1e-6 is the paper's."
+            )
+        if not 0 <= self.cocd_decay <= 1:
+            raise ValueError(
+                f"zo_cocd_decay={self.cocd_decay} must be from 0 (remembers nothing) to 1 (forgets nothing)."
+            )
+        if self.svrg_batches < 1:
+            raise ValueError(f"zo_svrg_batches={self.svrg_batches} must be at least 1; 9 is the default.")
+        if self.svrg_steps < 1:
+            raise ValueError(f"zo_svrg_steps={self.svrg_steps} must be at least 1, which is the paper's.")

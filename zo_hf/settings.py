@@ -1,0 +1,193 @@
+"""The method of a run in one frozen record: subspace, directions, estimator, rule, and their options.
+
+`ZOConfig`, the engine, checkpoints, the header of a log and its replay share this record. Each part of a method declares
+its options, with default, help and range: `SubspaceOptions`, `EstimatorOptions`, `DirectionOptions` and `RuleOptions`.
+`ZOConfig` has every option under the same name with `zo_` in front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo_hf.directions import DISTRIBUTIONS, ORDERS, Distribution
+from zo_hf.directions.options import DirectionOptions
+from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.estimators.options import EstimatorOptions
+from zo_hf.method_info import canonical_name, option
+from zo_hf.rules import RULES, Rule
+from zo_hf.rules.options import RuleOptions
+from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
+from zo_hf.subspaces.options import SubspaceOptions
+from zo_hf.subspaces.peft_methods import is_peft
+
+BATCHED_PROBES = ("auto", True, False)
+
+#: Settings that may differ when a run is resumed or replayed. Batched probes give the same losses. Checkpoints and logs
+#: name the parameters that move.
+_NOT_SAVED = ("batched_probes", "common_random_numbers", "target_modules", "exclude_modules")
+
+
+@dataclass(frozen=True)
+class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions):
+    """The options of a run's method; every value is checked, and names of methods are canonical.
+
+    Raises:
+        ValueError: a value is unknown or out of range; the message names the option.
+    """
+
+    max_projected_grad: float | None = option(
+        None, "Largest magnitude of c. A larger c is clipped to it; 0 never clips. Default: 0; 100 for scales."
+    )
+    normalize: bool = option(
+        False,
+        "Divide c by its running root mean square. The learning rate is then the length of a step per coordinate, "
+        "whatever the scale of the loss.",
+    )
+    batched_probes: bool | str = option(
+        "auto",
+        "Evaluate all probes of a step in one forward pass: True, False or auto. auto does so if the first step gives the "
+        "same losses both ways. Batched probes are faster, and need memory for the activations of all probes. A batch "
+        "for which such a forward pass fails is evaluated one probe at a time.",
+    )
+    common_random_numbers: bool = option(
+        True,
+        "Let all probes of a step see the same random numbers of torch, numpy and Python, for a loss that draws them. "
+        "False saves about 0.1 ms per probe, and lets each probe draw its own.",
+    )
+    seed: int = option(0, "The seed of every random number.")
+
+    def __post_init__(self) -> None:
+        for base in Settings.__bases__:
+            base.__post_init__(self)  # type: ignore[attr-defined]
+        if self.subspace not in ("auto", *SUBSPACES):
+            raise ValueError(f"zo_subspace={self.subspace!r} is unknown; choose one of auto, {', '.join(SUBSPACES)}.")
+        self._resolve("estimator", ESTIMATORS)
+        self._resolve("direction", DISTRIBUTIONS)
+        self._resolve("rule", RULES)
+        _check_choice("coordinate_order", self.coordinate_order, ORDERS)
+        _check_choice("batched_probes", self.batched_probes, BATCHED_PROBES)
+        if self.max_projected_grad is not None and not 0 <= self.max_projected_grad < math.inf:
+            raise ValueError(
+                f"zo_max_projected_grad={self.max_projected_grad} must not be negative; use 0 to clip nothing."
+            )
+
+    def _resolve(self, name: str, entries: Mapping[str, Any]) -> None:
+        object.__setattr__(self, name, canonical_name(f"zo_{name}", getattr(self, name), entries))
+
+    @property
+    def estimator_kind(self) -> type[Estimator]:
+        """The class that `estimator` names."""
+        return ESTIMATORS[self.estimator]
+
+    @property
+    def rule_kind(self) -> type[Rule]:
+        """The class that `rule` names."""
+        return RULES[self.rule]
+
+    @property
+    def moves_along_coordinates(self) -> bool:
+        """True if directions are single coordinates; the coordinates are then held in memory, with a gradient."""
+        return self.estimator_kind.along_coordinates
+
+    @property
+    def holds_gradient(self) -> bool:
+        """False if the estimate is never held as a tensor: with all weights along random directions."""
+        return self.subspace != "full" or self.moves_along_coordinates
+
+    def make_estimator(self, eps: float) -> Estimator:
+        """Make the estimator; its probes are at distance `eps` unless the settings have a distance."""
+        return self.estimator_kind(eps if self.eps is None else self.eps, self.num_directions)
+
+    def subspace_of(self, model: nn.Module) -> str:
+        """Return the name of the subspace; "auto" is resolved for this model."""
+        if self.subspace == "auto":
+            return "adapter" if is_peft(model) else "low_rank"
+        return self.subspace
+
+    def make_subspace(self, model: nn.Module, among: Iterable[Tensor] | None = None) -> Subspace:
+        """Make the subspace of a model.
+
+        Args:
+            model: the model.
+            among: only these parameters may move, such as those that an optimizer was built for; None allows all.
+
+        Raises:
+            ValueError: nothing is selected, or a selected parameter cannot move this way.
+        """
+        common: dict[str, Any] = {
+            "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            "among": among,
+            "seed": self.seed,
+        }
+        kind = subspace_kind(self.subspace_of(model), self.moves_along_coordinates)
+        if has_factors(kind):
+            return kind(model, rank=self.rank, fold_steps=self.fold_steps, **common)
+        return kind(model, **common)
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return the settings that a resumed or replayed run must share, under the names of the options."""
+        used = {"rule", "direction", *self.rule_kind.uses, *DISTRIBUTIONS[self.direction].uses}
+        if self.moves_along_coordinates:
+            used.add("coordinate_order")
+        unused = {option.name for option in (*fields(RuleOptions), *fields(DirectionOptions))} - used
+        return {
+            _option_name(field.name): getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in unused and field.name not in _NOT_SAVED
+        }
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any], **more: Any) -> Settings:
+        """Make settings from `to_saved` of this version or an older one; a missing setting has its default.
+
+        Args:
+            saved: the saved settings; other entries, and settings that are None, are ignored.
+            more: fields that take precedence.
+
+        Raises:
+            ValueError: a method is unknown to this version.
+        """
+        known = {field.name: saved.get(_option_name(field.name)) for field in fields(cls)}
+        return cls(**{name: value for name, value in known.items() if value is not None} | more)
+
+
+def method_of(
+    settings: Settings | Subspace | str | None,
+    subspace: Subspace | str | None,
+    direction: Distribution | str | None,
+    options: dict[str, Any],
+) -> tuple[Settings, Subspace | None, Distribution | None]:
+    """Return an engine's settings, and the parts that its caller has already made.
+
+    Raises:
+        ValueError: an option is given twice.
+    """
+    if not isinstance(settings, Settings | None):
+        settings, subspace = None, settings
+    named = {"subspace": subspace, "direction": direction}
+    options = options | {name: value for name, value in named.items() if isinstance(value, str)}
+    if settings is not None and options:
+        option = next(iter(options))
+        raise ValueError(f"{option}={options[option]!r} is given beside settings=...; set {option} in the Settings.")
+    made_subspace = None if isinstance(subspace, str) else subspace
+    made_direction = None if isinstance(direction, str) else direction
+    return Settings(**options) if settings is None else settings, made_subspace, made_direction
+
+
+def _option_name(name: str) -> str:
+    return name if name == "seed" else f"zo_{name}"
+
+
+#: Every setting's default, under its name in checkpoints and logs.
+SAVED_DEFAULTS = {_option_name(field.name): field.default for field in fields(Settings)}
+
+
+def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"zo_{name}={value!r} is unknown; choose one of {', '.join(map(str, choices))}.")

@@ -1,0 +1,184 @@
+"""Coordinates that are few enough to have a gradient in memory, so that any torch optimizer applies to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from zo_hf.directions import Distribution, UnitVectors
+from zo_hf.estimators.probe import Probe
+from zo_hf.rng import NoiseLayout, Stream, StreamOf
+
+
+class CoordinateBlock:
+    """The coordinates of one dtype on one device, and the points around them.
+
+    Args:
+        coordinates: parameters by name, all of one dtype and on one device.
+
+    Attributes:
+        layout: positions of the coordinate tensors in a flat vector of length `size`.
+        point: the points of the current probes, (probes, size), or None.
+        tangent: direction of a derivative, (1, size), or None.
+        scale: factors for the elements of every direction, (size,); None leaves directions as they are.
+        learning_rates: η of every coordinate tensor, by name, for probes along the gradient.
+        snapshot: earlier values of the coordinates, (size,), for probes around them.
+    """
+
+    scale: Tensor | None = None
+    learning_rates: Mapping[str, float] = {}
+    snapshot: Tensor | None = None
+
+    def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
+        self.coordinates = dict(coordinates)
+        first = next(iter(self.coordinates.values()))
+        self.dtype = first.dtype
+        self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
+        self.point: Tensor | None = None
+        self.tangent: Tensor | None = None
+        self._drawn: dict[Stream, Tensor] = {}
+        self._drawn_from: Distribution | None = None
+        self._kept = 1
+
+    def direction(self, stream: Stream, distribution: Distribution) -> Tensor:
+        """Return the direction over the coordinates of this block, (size,), in their dtype."""
+        noise = self.noise(stream, distribution)
+        return noise if self.scale is None else noise * self.scale
+
+    def noise(self, stream: Stream, distribution: Distribution) -> Tensor:
+        """Return z without `scale`, (size,), in the dtype of the coordinates; the last ones drawn are cached."""
+        if self._drawn_from is not distribution:
+            self._drawn, self._drawn_from = {}, distribution
+        if stream not in self._drawn:
+            if len(self._drawn) >= self._kept:
+                self._drawn = {}
+            z = distribution.draw_layout(stream, self.layout, self.coordinates)
+            self._drawn[stream] = z.to(self.dtype)
+        return self._drawn[stream]
+
+    def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
+        """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself.
+
+        A derivative must be the only probe; it also sets `tangent`, (1, size), to z.
+        """
+        self.tangent = None
+        rows = max(1, len(probes))
+        # Groups of rows with directions of their own: the same ones come again for the other sign and for the gradient.
+        directions = {probe.direction for probe in probes}
+        self._kept = len(directions) if len(directions) == len(probes) else 1
+        if self.point is None or len(self.point) != rows:
+            self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
+        with torch.no_grad():
+            views = list(self.layout.views(self.point[0]).values())
+            torch._foreach_copy_(views, list(self.coordinates.values()))
+            if self._is_grouped(probes, distribution):
+                # The last group first, because the first row holds the present values.
+                for row, probe in reversed(list(zip(self.point, probes, strict=True))):
+                    z = self.direction(stream_of(probe.direction), distribution)
+                    torch.add(self.point[0], z, alpha=probe.scale, out=row)
+                return
+            self.point[1:] = self.point[0]
+            for row, probe in zip(self.point, probes, strict=False):
+                if probe.at_snapshot:
+                    assert self.snapshot is not None, "call take_snapshot() before a probe at the snapshot"
+                    row.copy_(self.snapshot)
+            if isinstance(distribution, UnitVectors):
+                units = [(i, p) for i, p in enumerate(probes) if p.scale and p.direction >= 0]
+                self._add_units(self.point, [(i, stream_of(p.direction), p.scale) for i, p in units], distribution)
+            for row, probe in zip(self.point, probes, strict=False):
+                if probe.direction < 0:
+                    self._step_along_gradient(row, probe.scale)
+                elif probe.scale and not isinstance(distribution, UnitVectors):
+                    row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
+                if probe.derivative:
+                    self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
+
+    @staticmethod
+    def _is_grouped(probes: Sequence[Probe], distribution: Distribution) -> bool:
+        """Return True if every probe is around the present values, along a direction drawn as a whole."""
+        plain = all(p.scale and p.direction >= 0 and not p.at_snapshot and not p.derivative for p in probes)
+        return len(probes) > 2 and plain and not isinstance(distribution, UnitVectors)
+
+    def take_snapshot(self) -> None:
+        """Store the present values of the coordinates in `snapshot`."""
+        self.snapshot = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.layout.views(self.snapshot).values()), list(self.coordinates.values()))
+
+    def _step_along_gradient(self, point: Tensor, steps: float) -> None:
+        """Take `steps` steps of SGD on a copy of the coordinates, (size,), with the rounding of torch's SGD."""
+        for name, coordinate in self.coordinates.items():
+            if steps and coordinate.grad is not None:
+                rate = self.learning_rates[name]
+                self.layout.view(point, name).add_(coordinate.grad, alpha=-rate * steps)
+
+    def at_point(self, name: str) -> Tensor:
+        """Return one coordinate tensor at every probe, (probes, *shape); for a derivative, a dual tensor."""
+        assert self.point is not None
+        value = self.layout.view(self.point, name)
+        return value if self.tangent is None else forward_ad.make_dual(value, self.layout.view(self.tangent, name))
+
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
+        """Set `.grad` of every coordinate to its part of Σᵢ coefficients[i] · zᵢ, or to None if no z moves it."""
+        gradient = torch.zeros(self.layout.size, dtype=self.dtype, device=self.layout.device)
+        if isinstance(distribution, UnitVectors):
+            moves = [(0, stream_of(index), coefficient) for index, coefficient in enumerate(coefficients)]
+            self._add_units(gradient[None], moves, distribution)
+        else:
+            for index, coefficient in enumerate(coefficients):
+                gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
+        for name, coordinate in self.coordinates.items():
+            coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
+
+    def _add_units(self, target: Tensor, moves: Sequence[tuple[int, Stream, float]], units: UnitVectors) -> None:
+        """Add scale · e_k to target[row] for each of the moves (row, stream of e_k, scale) that falls into this block.
+
+        target: (rows, size)
+        """
+        rows, columns, scales = [], [], []
+        for row, stream, scale in moves:
+            name, element = units.place(stream)
+            if name in self.coordinates:
+                rows.append(row)
+                columns.append(self.layout.offsets[name] + element)
+                scales.append(scale)
+        if rows:
+            where = torch.tensor([rows, columns], device=target.device)
+            values = torch.tensor(scales, dtype=target.dtype, device=target.device)
+            target.index_put_((where[0], where[1]), values, accumulate=True)
+
+
+class CoordinateBlocks:
+    """All coordinates of a subspace, in one block per device and dtype."""
+
+    def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+        for name, coordinate in coordinates.items():
+            groups.setdefault((coordinate.device, coordinate.dtype), {})[name] = coordinate
+        self._blocks = [CoordinateBlock(group) for group in groups.values()]
+        self._block_of = {name: block for block in self._blocks for name in block.coordinates}
+
+    def __iter__(self) -> Iterator[CoordinateBlock]:
+        return iter(self._blocks)
+
+    def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
+        """See `CoordinateBlock.set_point`."""
+        for block in self._blocks:
+            block.set_point(probes, stream_of, distribution)
+
+    def set_learning_rates(self, learning_rates: Mapping[str, float]) -> None:
+        """Set η of every coordinate tensor, by name, which is the length of a step along the gradient."""
+        for block in self._blocks:
+            block.learning_rates = learning_rates
+
+    def at_point(self, name: str) -> Tensor:
+        """See `CoordinateBlock.at_point`."""
+        return self._block_of[name].at_point(name)
+
+    def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
+        """See `CoordinateBlock.write_gradient`."""
+        for block in self._blocks:
+            block.write_gradient(coefficients, stream_of, distribution)

@@ -1,0 +1,47 @@
+"""Options of subspaces; `ZOConfig` has the same with `zo_` in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zo_hf.method_info import option
+
+
+@dataclass(frozen=True)
+class SubspaceOptions:
+    """Options of the subspaces; see the help of each.
+
+    Raises:
+        ValueError: a value is out of range; the message names the option.
+    """
+
+    subspace: str = option(
+        "auto",
+        "The tensors that move: low_rank, core, full, adapter, norms, scales or auto. low_rank moves float32 factors of "
+        "every matrix, and every 1-D parameter. core moves r x r numbers of every matrix (SubZero). full moves all "
+        "weights (MeZO's algorithm). adapter moves the trainable weights of a PEFT model. norms moves the 1-D "
+        "parameters. scales moves the scales of quantized layers (QZO). auto is adapter for a PEFT model, else low_rank.",
+    )
+    rank: int | None = option(None, "Rank r of the low-rank factors, or of the core. Default: 4; 32 for the core.")
+    fold_steps: int | None = option(
+        None,
+        "Number of steps between folds. A fold adds the low-rank factors, or the core, to the weights and draws new "
+        "bases; 0 never folds. Default: 50, but 0 for a quantized model, whose training then ends with a LoRA adapter. "
+        "Folds of a quantized model write its 8-bit and 4-bit weights anew, rounded stochastically. A checkpoint is "
+        "smallest if save_steps is a multiple of zo_fold_steps.",
+    )
+    target_modules: str | Sequence[str] | None = option(
+        None,
+        "The parameters that move: a regular expression that matches the whole name of a parameter or module, or a list "
+        "of name endings. Default: all trainable parameters, but only B of a LoRA that begins at zero.",
+    )
+    exclude_modules: str | Sequence[str] | None = option(
+        None, "The parameters that do not move, in the form of zo_target_modules."
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"zo_rank={self.rank} must be at least 1; 4 is a good start.")
+        if self.fold_steps is not None and self.fold_steps < 0:
+            raise ValueError(f"zo_fold_steps={self.fold_steps} must not be negative; use 0 to never fold.")

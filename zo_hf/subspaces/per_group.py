@@ -1,0 +1,198 @@
+"""Running a module once for a batch whose groups of rows have parameters of their own.
+
+Two ways, the same to rounding:
+
+- one call: a linear layer is a batched product. The parameters of a norm get a dimension for the rows, and broadcast
+  against the activations, because it multiplies and adds them element by element.
+- one call per group, and a concatenation of the outputs.
+
+A class of norms takes the first way if a comparison with random parameters finds no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from zo_hf.estimators.probe import NotBatchable
+from zo_hf.subspaces.functional import HALF, Entry, functional_call, map_tensors, upcast_from, with_parameters
+
+#: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
+_BROADCASTS: dict[tuple[Callable, int], bool] = {}
+
+_NEEDS_SHAPE = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+
+
+def _is_entered(module: nn.Module) -> bool:
+    return any(isinstance(module.__dict__.get(key), Entry) for key in ("forward", "_old_forward"))
+
+
+def functional_call_per_group(
+    module: nn.Module,
+    parameters: Callable[[int], Mapping[str, Tensor]],
+    groups: int,
+    rows: int,
+    args: Sequence,
+    kwargs: Mapping,
+    stacked: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Any:
+    """Compute the module's output with separate parameters for each group of rows in the batch.
+
+    Args:
+        module: the module, which stays unchanged.
+        parameters: returns the parameters of group g, as `functional_call` takes them.
+        groups: number of groups. The first dimension of the inputs contains them in order, unless its size is 1.
+        rows: number of rows of the batch in each group.
+        args: positional inputs, of shape (groups · rows, ...) or (1, ...).
+        kwargs: inputs by keyword, of these shapes.
+        stacked: returns the parameters of all groups at once, (groups, *shape) by name; None if it cannot.
+
+    Returns:
+        The outputs of the groups, concatenated along the first dimension.
+
+    Raises:
+        NotBatchable: the inputs cannot be divided into one equal part per group.
+    """
+    if groups == 1:
+        return functional_call(module, parameters(0), args, kwargs)
+    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 0]
+    if any(_is_entered(child) for child in module.modules() if child is not module):
+        raise NotBatchable(f"{type(module).__name__} has both parameters and child modules with parameters")
+    if not inputs:
+        raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")
+    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        raise NotBatchable(f"{type(module).__name__} writes keys and values into a cache of the whole batch")
+    # A tensor with one row belongs to the whole batch; the first tensor with more rows carries the batch.
+    total = next((t.shape[0] for t in inputs if t.shape[0] != 1), 1)
+    shared = total == 1
+    if not shared and total % groups:
+        raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
+    size = total // groups
+    if stacked is not None and not shared and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        if type(module).forward is nn.Linear.forward:
+            every = stacked()
+            if all(value.dtype == args[0].dtype for value in every.values()):
+                return _linear(module, every, args[0])
+        elif _may_broadcast(module, args[0]):
+            every = stacked()
+            if all(value.ndim == 2 for value in every.values()) and _broadcasts(module, every, args[0]):
+                return _in_one_call(module, every, args[0])
+
+    def part(tensor: Tensor, group: int) -> Tensor:
+        carries_batch = not shared and tensor.ndim > 0 and tensor.shape[0] == total
+        return tensor[group * size : (group + 1) * size] if carries_batch else tensor
+
+    def own(value: Any, group: int) -> Any:
+        # A list may have one entry per row, such as the name of the row's adapter.
+        by_row = isinstance(value, list) and len(value) == total and not any(isinstance(v, Tensor) for v in value)
+        return value[group * size : (group + 1) * size] if by_row and not shared else value
+
+    def repeated(tensor: Tensor) -> Tensor:
+        # Position embeddings are looked up once for the whole batch; repeat them for the rows of this group.
+        if tensor.ndim == 0:
+            raise NotBatchable(f"{type(module).__name__} returns a number for the whole batch")
+        return tensor.expand(rows if shared else size, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+    outputs = []
+    for group in range(groups):
+
+        def pick(tensor: Tensor, group: int = group) -> Tensor:
+            return part(tensor, group)
+
+        own_args = tuple(map_tensors(own(value, group), pick) for value in args)
+        own_kwargs = {name: map_tensors(own(value, group), pick) for name, value in kwargs.items()}
+        output = functional_call(module, parameters(group), own_args, own_kwargs)
+        outputs.append(map_tensors(output, repeated))
+    return _concatenate(outputs)
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple | list):
+        return type(first)(_concatenate(list(parts)) for parts in zip(*outputs, strict=True))
+    if isinstance(first, Mapping):
+        raise NotBatchable("a module that is run once for every probe returns a mapping")
+    return first
+
+
+def _linear(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute a linear layer in one product for all groups.
+
+    x: (groups · size, ..., n) -> (groups · size, ..., m)
+    """
+    every = {**module._parameters, **parameters}
+    weight, bias = every["weight"], every["bias"]
+    assert weight is not None
+    groups = next(len(value) for value in parameters.values())
+    output = x.reshape(groups, -1, x.shape[-1]) @ weight.mT
+    if bias is not None:
+        output += bias[:, None] if "bias" in parameters else bias
+    return output.view(*x.shape[:-1], -1)
+
+
+def _may_broadcast(module: nn.Module, x: Tensor) -> bool:
+    """Return True for a norm or a module like it: code of torch or transformers, without children."""
+    if next(module.children(), None) is not None or x.ndim < 2 or not x.is_floating_point():
+        return False
+    forward = type(module).forward
+    return forward in _NEEDS_SHAPE or forward.__module__.startswith("transformers.")
+
+
+def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Call the module once.
+
+    Args:
+        module: the module.
+        parameters: those of every group, (groups, d), by name.
+        x: the input, (groups · size, ..., d).
+    """
+
+    def by_row(stacked: Tensor) -> Tensor:
+        rows = stacked.repeat_interleave(len(x) // len(stacked), 0)
+        return rows.view(len(x), *[1] * (x.ndim - 2), -1)
+
+    own = {name: by_row(value) for name, value in parameters.items()}
+    if type(module).forward not in _NEEDS_SHAPE:
+        return functional_call(module, own, (x,), {})
+    # These two check the shape of their parameters, so the parameters come after them.
+    half = upcast_from(module, own)
+    stand_in: Any = with_parameters(module, own)
+    x = x if half is None else x.float()
+    if type(module).forward is nn.RMSNorm.forward:
+        normal = nn.functional.rms_norm(x, stand_in.normalized_shape, None, stand_in.eps)
+    else:
+        normal = nn.functional.layer_norm(x, stand_in.normalized_shape, None, None, stand_in.eps)
+    weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
+    normal = normal if weight is None else normal * weight
+    normal = normal if bias is None else normal + bias
+    return normal if half is None else normal.to(half)
+
+
+def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> bool:
+    """Return whether one call gives what a call per group gives, as found once for a class, from random tensors."""
+    key = type(module).forward, x.ndim
+    if key not in _BROADCASTS:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(like: Tensor, *shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+        sample = random(x, 4, *[3] * (x.ndim - 2), x.shape[-1])
+        stacked = {name: random(value, 2, value.shape[1]) for name, value in parameters.items()}
+        try:
+            whole = _in_one_call(module, stacked, sample)
+            parts = [
+                functional_call(module, {name: value[i] for name, value in stacked.items()}, (part,), {})
+                for i, part in enumerate(sample.chunk(2))
+            ]
+            tolerance = 1e-4 if whole.dtype not in HALF else 2e-2
+            _BROADCASTS[key] = torch.allclose(whole, torch.cat(parts), rtol=tolerance, atol=tolerance)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            _BROADCASTS[key] = False
+    return _BROADCASTS[key]

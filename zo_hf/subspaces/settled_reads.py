@@ -1,0 +1,41 @@
+"""The parameters that a step moves: those that a probe on any rank has read."""
+
+from __future__ import annotations
+
+import logging
+
+from zo_hf.parallel.ranks import Ranks
+from zo_hf.subspaces.reports import unread_parameters
+from zo_hf.subspaces.subspace import Subspace
+
+logger = logging.getLogger(__name__)
+
+
+class SettledReads:
+    """Keeps parameters still until a probe has read them.
+
+    Args:
+        subspace: the subspace that may move them.
+        ranks: the processes that train together.
+    """
+
+    def __init__(self, subspace: Subspace, ranks: Ranks) -> None:
+        self._subspace, self._ranks = subspace, ranks
+        self._has_settled = False
+
+    def settle(self, step: int) -> list[str]:
+        """Find out, after the probes of a step, which parameters move from this step on.
+
+        Returns:
+            Names of the parameters that did not move before, and do now.
+        """
+        subspace = self._subspace
+        if self._has_settled and not subspace.still:
+            return []
+        first, self._has_settled = not self._has_settled, True
+        device = next(iter(subspace.coordinates.values())).device
+        unread = self._ranks.shared_by_all(list(subspace.coordinates), subspace.unread(), device)
+        begins = subspace.settle(unread)
+        if first and unread:
+            logger.warning("%s", unread_parameters(subspace))
+        return begins

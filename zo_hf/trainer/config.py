@@ -1,0 +1,189 @@
+"""`ZOConfig`: Trainer's arguments and every option of zeroth-order training, validated together."""
+
+# Annotations are not postponed, because HfArgumentParser reads the types of the fields. Of several types it takes the first
+# after None.
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from transformers import Seq2SeqTrainingArguments
+
+from zo_hf.case import Case
+from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.method_info import option
+from zo_hf.parallel.ranks import PARALLEL
+from zo_hf.settings import Settings
+from zo_hf.stability.actions import check_action
+
+_OF_SETTINGS = {setting.name: setting for setting in fields(Settings)}
+_AUTO = "auto"
+
+
+def _setting(name: str, **default: Any) -> Any:
+    """Make an option from a field of `Settings`, with its help, and with its default unless another is given."""
+    setting = _OF_SETTINGS[name]
+    return field(default=default.get("default", setting.default), metadata=dict(setting.metadata))
+
+
+@dataclass
+class ZOConfig(Seq2SeqTrainingArguments):
+    """Arguments of `ZOTrainer`: those of `transformers.TrainingArguments`, with the defaults below, and the `zo_*` options.
+
+    The arguments of `Seq2SeqTrainingArguments`, such as `predict_with_generate`, are for `ZOSeq2SeqTrainer`. ZOTrainer does
+    not write to its arguments. The learning rate and the number of steps that a training resolves are kept elsewhere.
+
+    Raises:
+        ValueError: an option cannot work forward-only; the message names it and the option to use instead.
+    """
+
+    # Trainer's arguments with other defaults.
+    learning_rate: None | str | float = option(  # noqa: RUF036
+        None,
+        "The initial learning rate. auto finds one before training, with at most a twentieth of the run's forward passes "
+        "(see zo-hf find-lr). It means the same in every subspace: the weights move by learning_rate x c x z, as in MeZO. "
+        "Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes "
+        "and prompts. The default for full along coordinates (zo_estimator=coordinate) is 1e-2. For fzoo, the default is "
+        "multiplied by zo_eps. The best value depends on the model. MeZO's are 1e-7 to 1e-6 for all weights of large "
+        "models, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes.",
+    )
+    lr_scheduler_type: str = option(
+        "constant", "The schedule of the learning rate. MeZO's is constant, and every schedule of Trainer works."
+    )
+    optim: str = option(
+        "sgd",
+        "The optimizer of the coordinates: sgd (momentum goes through optim_args), adamw_torch, adafactor, and every "
+        "other optimizer of Trainer that needs only gradients.",
+    )
+    max_grad_norm: float = option(
+        0.0,
+        "Maximum norm of the estimated gradient; 0 does not clip. The norm of a zeroth-order estimate is about |c| x "
+        "sqrt(number of coordinates), far above that of a backward pass. Trainer's default of 1 would turn every step "
+        "into a normalized one.",
+    )
+
+    # The method: fields of `Settings`.
+    zo_subspace: str = _setting("subspace")
+    zo_rank: None | int = _setting("rank")  # noqa: RUF036
+    zo_fold_steps: None | int = _setting("fold_steps")  # noqa: RUF036
+    zo_eps: None | str | float = _setting("eps", default=_AUTO)  # noqa: RUF036
+    zo_estimator: str = _setting("estimator")
+    zo_num_directions: int = _setting("num_directions")
+    zo_rows_per_direction: None | str | int = _setting("rows_per_direction", default=_AUTO)  # noqa: RUF036
+    zo_noise_scale_steps: int = _setting("noise_scale_steps")
+    zo_direction: str = _setting("direction")
+    zo_active_layers: None | float = _setting("active_layers")  # noqa: RUF036
+    zo_coordinate_order: str = _setting("coordinate_order")
+    zo_rule: str = _setting("rule")
+    zo_momentum: float = _setting("momentum")
+    zo_momentum_at_fold: str = _setting("momentum_at_fold")
+    zo_spectral_rank: None | int = _setting("spectral_rank")  # noqa: RUF036
+    zo_curvature_rate: float = _setting("curvature_rate")
+    zo_cocd_decay: float = _setting("cocd_decay")
+    zo_cocd_memory: None | int = _setting("cocd_memory")  # noqa: RUF036
+    zo_svrg_batches: int = _setting("svrg_batches")
+    zo_svrg_steps: int = _setting("svrg_steps")
+    zo_max_projected_grad: None | float = _setting("max_projected_grad")  # noqa: RUF036
+    zo_normalize: bool = _setting("normalize")
+    zo_batched_probes: Literal["auto", True, False] = _setting("batched_probes")
+    zo_common_random_numbers: bool = _setting("common_random_numbers")
+    zo_target_modules: None | str | list[str] = _setting("target_modules")  # noqa: RUF009, RUF036
+    zo_exclude_modules: None | str | list[str] = _setting("exclude_modules")  # noqa: RUF009, RUF036
+
+    # Budgets.
+    zo_max_forward_passes: None | int = option(  # noqa: RUF036
+        None,
+        "Maximum number of forward passes of the run; a step that would exceed it does not begin. Without max_steps, it "
+        "sets the number of steps and the end of the learning rate's schedule, and num_train_epochs has no effect. "
+        "Default: no limit.",
+    )
+    zo_max_time: None | float = option(  # noqa: RUF036
+        None,
+        "Maximum time of training in seconds, including evaluations, checkpoints and the time before a resume. Training "
+        "ends after the step in which the time is up. max_steps or num_train_epochs still apply. Default: no limit.",
+    )
+
+    # Checkpoints.
+    save_only_trajectory: bool = option(
+        False,
+        "Write checkpoints that hold only the log of the steps so far, a few kilobytes. Resuming from one takes these "
+        "steps again, from the model that the run began with. A call of save_model still writes the whole model.",
+    )
+
+    # Several processes.
+    zo_parallel: str = option(
+        "data",
+        "The work that several processes divide among them: data, directions or both. With data, each process has its "
+        "own rows, and all have the same directions. With directions, each has its own directions, and all have the same "
+        "rows. With both, the processes form a grid.",
+    )
+    zo_check_steps: int = option(
+        100,
+        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares. Each "
+        "comparison covers a part of the weights.",
+    )
+
+    # Stability.
+    zo_stability_steps: int = option(
+        0,
+        "Number of steps between measurements of the curvature; 0 never measures. They give the largest learning rate at "
+        "which the run is stable. They are logged as zo/hessian_trace (and _error), zo/lambda_max, zo/critical_lr_lower, "
+        "zo/critical_lr_upper and zo/stability_ratio. That ratio is the learning rate divided by zo/critical_lr_upper. A "
+        "measurement costs one forward pass, or three with AdamW. It needs zo_estimator two_point, one_sided or "
+        "second_difference, and optim sgd or adamw_torch.",
+    )
+    zo_stability_action: str = option(
+        "warn",
+        "The reaction when zo/stability_ratio crosses 1: warn or cap. From then on, cap keeps the learning rate at or "
+        "below 0.8 times zo/critical_lr_lower.",
+    )
+
+    def __post_init__(self) -> None:
+        self.learning_rate = number_or_auto("learning_rate", self.learning_rate)
+        self.zo_eps = number_or_auto("zo_eps", _AUTO if self.zo_eps is None else self.zo_eps)
+        settings = self.settings()
+        settings.make_estimator(1.0)  # raises if the estimator needs more directions
+        if self.zo_parallel not in PARALLEL:
+            raise ValueError(f"zo_parallel={self.zo_parallel!r} is unknown; choose one of {', '.join(PARALLEL)}.")
+        if self.zo_check_steps < 0:
+            raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
+        if self.zo_stability_steps:
+            check_action(self.zo_stability_steps, self.zo_stability_action)
+        if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
+            raise ValueError(
+                f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."
+            )
+        if self.zo_max_time is not None and not self.zo_max_time > 0:
+            raise ValueError(
+                f"zo_max_time={self.zo_max_time} must be a positive number of seconds; leave it out for no limit."
+            )
+        check(Case(settings, vars(self)))
+        super().__post_init__()
+
+    def settings(self) -> Settings:
+        """The method that these arguments describe.
+
+        Raises:
+            ValueError: a value is unknown or out of range; a hyperparameter search may have set it after validation.
+        """
+        values = {name: getattr(self, f"zo_{name}") for name in _OF_SETTINGS if name != "seed"}
+        eps = number_or_auto("zo_eps", values["eps"])
+        rows = values["rows_per_direction"]
+        if isinstance(rows, str) and rows.isdecimal():  # from the command line
+            values["rows_per_direction"] = int(rows)
+        settings = Settings(**values | {"eps": None if eps == _AUTO else eps, "seed": self.seed})
+        if rows == _AUTO and not rows_per_direction(Case(settings, vars(self))):
+            return replace(settings, rows_per_direction=0)
+        return settings
+
+
+def number_or_auto(name: str, value: Any) -> Any:
+    """Turn an argument that may be a string, as on the command line, into a number, "auto" or None.
+
+    Raises:
+        ValueError: the string is neither a number nor "auto".
+    """
+    if not isinstance(value, str) or value == _AUTO:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not a number; give one, or 'auto'.") from None

@@ -1,0 +1,172 @@
+"""The loss of a micro-batch as the engine evaluates it: `compute_loss`, or in parts if it is the model's own loss."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from zo_hf.estimators.probe import NotBatchable
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss, loss_kind
+from zo_hf.evaluation.output_loss import OutputLoss
+from zo_hf.parallel.ranks import Ranks
+from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
+from zo_hf.trainer.accumulation import CountTest, share_of_labels
+from zo_hf.trainer.loss_calls import LossCalls
+from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
+from zo_hf.trainer.stop_gradient import DetachTest
+
+
+class MicroBatchLosses:
+    """Makes the closure of every micro-batch's loss, and its weight in the step's loss.
+
+    Args:
+        trainer: computes the loss, as its attributes and its `compute_loss` say.
+        ranks: the processes that train together.
+    """
+
+    def __init__(self, trainer: Any, ranks: Ranks) -> None:
+        self._trainer, self._ranks = trainer, ranks
+        self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
+        self._detach_test = DetachTest(ranks.all_reduce_and)
+
+    def of(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        micro_batches: int,
+        counts: bool = True,
+    ) -> tuple[Callable[[], Any], float | Tensor]:
+        """Return the closure of a micro-batch's loss, and its weight.
+
+        Args:
+            model: the module to call, such as accelerate's wrapper of the model.
+            inputs: the micro-batch, on the model's device.
+            num_items: the step's number of labels, see Trainer; None if it is unknown.
+            micro_batches: number of micro-batches of the step.
+            counts: False if the loss leaves no metrics, as in a search before training.
+        """
+        weight = self._weight(model, inputs, num_items, micro_batches)  # may change what the closure passes on
+        calls = self._calls(model, num_items, counts)
+        passes = calls.at_current_point(inputs, self._trainer.args.device)
+        self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
+        return self._closure(model, inputs, num_items, calls), weight
+
+    def _calls(self, model: nn.Module, num_items: Tensor | int | None, counts: bool) -> LossCalls:
+        def compute_loss(inputs: dict[str, Any]) -> Any:
+            # It may remove labels from the dict, which later probes need.
+            return self._trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+
+        return LossCalls(compute_loss, self._trainer, self._detach_test, counts)
+
+    def _closure(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, sequential: LossCalls
+    ) -> Callable[[], Any]:
+        """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
+        trainer, unwrapped = self._trainer, self._unwrapped(model)
+
+        is_fused = self._is_models_own and "labels" in inputs and self._has_fused_loss(unwrapped)
+        in_parts = (
+            self._is_models_own
+            and not is_fused
+            and "labels" in inputs
+            and isinstance(unwrapped, PreTrainedModel)
+            and loss_kind(unwrapped) is not None
+            and not adds_to_the_loss(trainer.model)
+        )
+        function = None if in_parts or is_fused else self._function_of_outputs(model, inputs)
+        if function is not None:
+            counts = num_items is not None and (
+                trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+            )
+            factor = self._factor if counts else 1
+            return OutputLoss(model, inputs, function, sequential, num_items, factor, self._checks)
+        if not in_parts:
+            more = {"skip_logits": True} if is_fused else {}
+            return lambda: sequential(inputs | more)
+        assert isinstance(unwrapped, PreTrainedModel)
+        counts = trainer.model_accepts_loss_kwargs and num_items is not None
+        return ModelLoss(
+            model,
+            unwrapped,
+            inputs,
+            sequential,
+            num_items if counts else None,
+            self._factor if counts else 1,
+            tokens_in_front(trainer.model),
+            self._checks,
+        )
+
+    def _weight(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, micro_batches: int
+    ) -> float | Tensor:
+        """Return the weight of a micro-batch's loss in the step's: 1 for a loss that divides by the step's labels."""
+        trainer = self._trainer
+        if trainer.loss_is_scaled_for_ga is not None:
+            return 1.0 if trainer.loss_is_scaled_for_ga else 1.0 / micro_batches
+        if num_items is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
+            return 1.0 if trainer.compute_loss_func is not None else 1.0 / micro_batches
+        if micro_batches == 1 and self._factor == 1:
+            return 1.0
+        self._count_test.see(
+            lambda count: self._closure(model, inputs, count, self._calls(model, count, False)),
+            num_items,
+            trainer.args.device,
+        )
+        if self._count_test.divides is not False:
+            return 1.0
+        share = share_of_labels(self._unwrapped(model), inputs, num_items) if self._is_models_own else None
+        if share is not None:
+            return share
+        if type(trainer).compute_loss is not Trainer.compute_loss:
+            trainer.model_accepts_loss_kwargs = (
+                False  # Trainer.compute_loss, if a subclass calls it, adds no factor then
+            )
+            return 1.0 / micro_batches
+        return 1.0 / micro_batches / self._factor
+
+    def _function_of_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """Return the function by which Trainer computes the loss from outputs and labels; None if there is none."""
+        trainer = self._trainer
+        has_labels = isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim > 0
+        if not has_labels or overrides(trainer, "compute_loss") or not has_stock_contexts(trainer):
+            return None
+        if trainer.compute_loss_func is not None:
+
+            def function(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+                if self._detach_test.matters:
+                    raise NotBatchable("the loss detaches values, which stay those of the whole batch")
+                return trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+
+            return function
+        if trainer.label_smoother is None:
+            return None
+        is_causal = self._unwrapped(model)._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        return functools.partial(trainer.label_smoother, shift_labels=is_causal)
+
+    @property
+    def _is_models_own(self) -> bool:
+        """True if `compute_loss` only returns the model's own loss."""
+        trainer = self._trainer
+        return has_stock_loss(trainer) and has_stock_contexts(trainer) and trainer.label_smoother is None
+
+    @property
+    def _factor(self) -> int:
+        """The factor by which Trainer multiplies a loss that is divided by the labels on all processes."""
+        return self._ranks.grid.data if self._trainer.args.average_tokens_across_devices else 1
+
+    def _has_fused_loss(self, unwrapped: nn.Module) -> bool:
+        """Return whether Liger computes the loss without logits, which in evaluation mode it does only when told to."""
+        return (
+            bool(self._trainer.args.use_liger_kernel)
+            and "skip_logits" in inspect.signature(unwrapped.forward).parameters
+        )
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return base_model(self._trainer.accelerator.unwrap_model(model, keep_torch_compile=False))

@@ -1,0 +1,90 @@
+"""One batch's loss, called at every probe as if it were called once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from zo_hf.evaluation.evaluate import one_number
+from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.trainer.overrides import has_stock_loss
+from zo_hf.trainer.side_effects import Snapshot
+from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
+
+
+class LossCalls:
+    """A Trainer's `compute_loss` of one batch, in the contexts that Trainer gives it.
+
+    The effects on the Trainer (metrics, counts) are those of the first call. Values that the loss detaches are the first
+    call's at every later one.
+
+    Args:
+        compute_loss: computes the loss of a batch, a scalar.
+        trainer: the Trainer.
+        detach_test: knows whether detached values matter to this loss.
+        counts: False if even the first call leaves no effects, as in a search before training.
+    """
+
+    def __init__(
+        self,
+        compute_loss: Callable[[dict[str, Any]], Any],
+        trainer: Trainer,
+        detach_test: DetachTest,
+        counts: bool = True,
+    ) -> None:
+        self._compute_loss, self._trainer, self._test = compute_loss, trainer, detach_test
+        self._is_stock = has_stock_loss(trainer)
+        self._stop_gradients, self._first = StopGradients(), 0.0
+        self._counts = counts
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        if self._is_stock or self._test.matters is False or self._stop_gradients.is_empty:
+            return self._once(inputs)
+        if self._test.matters is None:
+            return self._test_at_probe(inputs)
+        with self._stop_gradients:
+            return self._once(inputs)
+
+    @torch.no_grad()
+    def at_current_point(self, inputs: dict[str, Any], device: torch.device) -> int:
+        """Evaluate the loss before any probe, for the values that it detaches, unless they do not matter.
+
+        Returns:
+            The forward passes that every such micro-batch takes: 1 if the values are known to matter, else 0.
+        """
+        if self._is_stock or self._test.matters is False:
+            return 0
+        before = GlobalGenerators.now(device)
+        matters = bool(self._test.matters)
+        with self._stop_gradients:
+            loss = self._once(inputs)
+        before.restore()
+        if not matters:
+            self._first = one_number(loss, device).item()
+            self._test.see_first(self._stop_gradients, device)
+        return int(matters)
+
+    def _once(self, inputs: dict[str, Any]) -> Any:
+        if self._is_stock:
+            with self._trainer.compute_loss_context_manager():
+                return self._compute_loss(inputs)
+        before = None if self._counts else Snapshot(self._trainer)
+        self._counts = False
+        with self._trainer.compute_loss_context_manager():
+            loss = self._compute_loss(inputs)
+        if before is not None:
+            before.restore()
+        return loss
+
+    def _test_at_probe(self, inputs: dict[str, Any]) -> Any:
+        device = self._trainer.args.device
+        before = GlobalGenerators.now(device)
+        moved = one_number(self._once(inputs), device).item()
+        before.restore()
+        with self._stop_gradients:
+            loss = self._once(inputs)
+        self._test.see(self._first, one_number(loss, device).item(), moved, device)
+        return loss

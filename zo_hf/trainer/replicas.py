@@ -1,0 +1,128 @@
+"""A Trainer over several processes that exchange losses instead of gradients; FSDP shards weights only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.ranks import Ranks, share_batches
+from zo_hf.parallel.shards import is_sharded, is_sharded_model
+from zo_hf.quantization import stored_tensors
+from zo_hf.trainer.fsdp import Sharding, fsdp_settings
+from zo_hf.trainer.setup import grid_of
+from zo_hf.trajectory.header import weights_hash
+
+
+class ReplicaTrainer(Trainer):
+    """Overrides the hooks of Trainer that concern processes; every process holds the whole model, or shards of it.
+
+    Raises:
+        ValueError: the processes were launched in a way that cannot work without gradients.
+    """
+
+    args: Any
+    model: Any
+    _ranks = Ranks()
+    _sharding: Sharding | None = None
+    _batches_compared = False
+    _compiled: nn.Module | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create Trainer's accelerator without a gradient scaler; refuse DeepSpeed, and let FSDP shard weights only."""
+        fsdp = fsdp_settings(self.args)
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed shards gradients, and there are none; launch with FSDP2, or without sharding.")
+        self._ranks = Ranks(grid_of(self.args))
+        self._sharding = Sharding(fsdp, self.accelerator) if fsdp and self.accelerator.num_processes > 1 else None
+        self.is_fsdp_enabled = False
+        self.accelerator.scaler = None
+
+    def get_tp_size(self) -> int:
+        """Return the number of ranks that get the same batch, which here evaluate different directions."""
+        return super().get_tp_size() * self._ranks.grid.directions
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return Trainer's data loader, with equal batches on ranks that share them."""
+        dataloader = super().get_train_dataloader()
+        if self._ranks.grid.directions > 1:
+            share_batches(dataloader, self._ranks.grid)
+        return dataloader
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if isinstance(count, Tensor) and self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            self._ranks.bytes_sent += 8  # super() has gathered every rank's count, an int64
+        return count
+
+    def store_flos(self) -> None:
+        """Store the floating-point operations, which Trainer adds up over all ranks."""
+        if self.args.world_size > 1:
+            self._ranks.count_bytes(torch.tensor(self.current_flos))
+        super().store_flos()
+
+    def _shard(self, model: nn.Module) -> None:
+        assert self._sharding is not None
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        is_adapter = self.args.settings().subspace_of(model) == "adapter"
+        if self.args.should_save and not is_sharded_model(model):
+            # The trajectory needs the base's hash, and now is the last moment that one process holds the whole model.
+            self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
+        self._sharding.shard(model, adapter=is_adapter)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._sharding is None:  # a model that will be sharded may not fit on one device
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wrap the model for autocast and compilation, but not in DistributedDataParallel with its gradient buckets."""
+        if self._sharding is not None and model is self.model:  # not sharded yet in an evaluation before any training
+            self._shard(model)
+        if model is self._compiled:
+            return model
+        if training and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        else:
+            model = super()._wrap_model(model, training, dataloader)
+        compiled: Any = self._compiled
+        return model if compiled is None or compiled._orig_mod is not model else compiled
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return the model that `model_init` makes; a compiled one is kept apart."""
+        return self._without_compilation(super().call_model_init(trial))
+
+    def _without_compilation(self, model: Any) -> Any:
+        """Keep a model that the user has compiled for the forward passes, and return the model inside.
+
+        The wrapper hides names, signatures and whether the model is a PEFT model.
+        """
+        self._compiled = model if isinstance(model, nn.Module) and is_compiled_module(model) else None
+        return model if self._compiled is None else model._orig_mod
+
+    def _check_ranks(self, inputs: dict[str, Any], zo: ZerothOrder) -> None:
+        """Compare the first batch on ranks that share it, and every `zo_check_steps` steps the weights on all ranks."""
+        if not self._batches_compared:
+            self._ranks.check_shared_batch(inputs, self.args.device)
+            self._batches_compared = True
+        every = self.args.zo_check_steps
+        if every and zo.step % every == 0:
+            weights = {name: t for name, t in stored_tensors(self.model).items() if not is_sharded(t)}
+            turn = zo.step // every
+            self._ranks.check_replicas(zo.subspace.coordinates, weights, turn, zo.step)
+
+    def _make_replicas_equal(self) -> None:
+        """Shard the model, or give every process the first one's weights."""
+        self._batches_compared = False
+        if self._sharding is not None:
+            self._shard(self.model)
+            return
+        # Each process may have initialized an adapter or a head of its own; DistributedDataParallel does the same.
+        held = (*stored_tensors(self.model).values(), *self.model.buffers())
+        for tensor in {id(tensor): tensor for tensor in held}.values():
+            self._ranks.broadcast(tensor)

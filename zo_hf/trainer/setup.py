@@ -1,0 +1,150 @@
+"""Checks of a Trainer's model, arguments and processes before training starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from zo_hf.case import Case
+from zo_hf.compatibility import check
+from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.ranks import Grid, make_grid
+from zo_hf.quantization import coded_layers, is_quantized, quantized_layers
+from zo_hf.settings import Settings
+from zo_hf.subspaces import SUBSPACES, Adapter, Norms, Scales, has_factors
+from zo_hf.subspaces.lora import check_peft
+from zo_hf.subspaces.peft_methods import is_peft, refuse_what_needs_gradients
+from zo_hf.subspaces.sites import find_sites
+from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.fsdp import fsdp_settings, refuse_sharded_at_loading, weights_arrive_later
+
+
+def check_model(model: nn.Module, args: ZOConfig) -> None:
+    """Refuse a model that cannot be trained with these arguments, before anything is loaded or moved.
+
+    Raises:
+        ValueError: the model cannot be trained; the message names the argument and the way out.
+    """
+    settings = args.settings()
+    if args.zo_subspace == "adapter" and not is_peft(model):
+        raise ValueError(
+            f"zo_subspace='adapter' needs a PEFT model and {type(model).__name__} is not one; wrap it with "
+            "peft.get_peft_model, or use zo_subspace='low_rank'."
+        )
+    if settings.subspace_of(model) == "adapter":
+        refuse_what_needs_gradients(model)
+    facts = {
+        "fsdp": fsdp_settings(args) is not None,
+        "quantized": is_quantized(model),
+        "adapter on a quantized model": is_peft(model) and bool(quantized_layers(model)),
+    }
+    check(Case(settings, vars(args), frozenset(name for name, holds in facts.items() if holds)))
+    if is_quantized(model):
+        _check_quantized(model, settings)
+    elif settings.subspace == Scales.name:
+        Scales.check(quantized_layers(model), model)
+    settings.estimator_kind.check_model(model)
+    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
+    if offloaded and not weights_arrive_later():
+        raise ValueError(
+            f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
+            "in memory."
+        )
+    refuse_sharded_at_loading(model)
+    if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
+        find_sites(model, args.zo_target_modules, args.zo_exclude_modules, quantized=quantized_layers(model))
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model in which everything is frozen.
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if is_peft(model):
+        raise ValueError(
+            "the adapter has nothing to train; load it with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    if not quantized_layers(model):
+        raise ValueError(
+            f"all parameters of {type(model).__name__} are frozen; set requires_grad of those that should train, for "
+            "example by model.requires_grad_(True)."
+        )
+
+
+def _check_quantized(model: Any, settings: Settings) -> None:
+    kinds = sorted({parameter.device.type for parameter in model.parameters()} - {"meta"})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the quantized model is spread over {' and '.join(kinds)}; load it with a device_map that keeps all of it on "
+            "GPUs, or all of it on the CPU."
+        )
+    kind = SUBSPACES[settings.subspace_of(model)]
+    if kind not in (Norms, Adapter) and not coded_layers(model):
+        raise ValueError(
+            f"the model's quantization is not supported ({type(model.hf_quantizer).__name__}); attach an adapter with "
+            "peft.get_peft_model, or use zo_subspace='norms'."
+        )
+    if has_factors(kind) and not settings.fold_steps:
+        check_peft()
+
+
+def check_processes(args: ZOConfig) -> None:
+    """Refuse several GPUs in one process, and several processes that would each train alone.
+
+    Raises:
+        ValueError: the launch is one of these; the message says how to launch.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES "
+            "to one GPU."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{processes} processes were launched and each would train alone; pass use_cpu=True to train together on CPUs, "
+            "or unset WORLD_SIZE if there is only one process."
+        )
+
+
+def grid_of(args: ZOConfig) -> Grid:
+    """Make the grid of a run's processes.
+
+    Raises:
+        ValueError: the processes cannot divide the work as `zo_parallel` says.
+    """
+    grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions)
+    if grid.directions > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            f"zo_parallel={args.zo_parallel!r} needs average_tokens_across_devices=True, because ranks that share a batch "
+            "must weigh its tokens equally; set it."
+        )
+    return grid
+
+
+def check_shared_forwards(zo: ZerothOrder, grid: Grid, args: ZOConfig) -> None:
+    """Refuse a sharded run in which a process would skip a forward pass, because the others would wait forever.
+
+    Raises:
+        ValueError: the ranks cannot divide a step's forward passes equally.
+    """
+    probes = len(zo.estimator.probes())
+    measured = 0 if zo.curvature is None else len(zo.curvature.probes)
+    parts = (probes, zo.forward_passes_per_step - probes, measured)
+    if any(part % grid.directions for part in parts):
+        raise ValueError(
+            f"zo_parallel={args.zo_parallel!r} cannot divide the {zo.forward_passes_per_step} forward passes of a step "
+            "equally, as fsdp=... needs; use zo_parallel='data'."
+        )
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """Return the dtype in which autocast lets the model compute; None without autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

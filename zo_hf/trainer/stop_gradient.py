@@ -1,0 +1,113 @@
+"""Detached values are the same at every probe of a batch, as a gradient treats them as constants.
+
+A loss such as GRPO's has the ratio of a probability to its own detached value. A difference of losses would see no slope,
+because both values move with the probe. So the values that it detaches at the current point ξ stand in for those of probes:
+
+    c = (L(ξ + ε·z; d) - L(ξ - ε·z; d)) / 2ε        d: the values that the loss detaches at ξ
+
+The gradient of L is that of its first argument, so c estimates the gradient that a backward pass would give. The evaluation
+at ξ costs one more forward pass a micro-batch. It is left out once a test has found that detached values do not matter.
+This holds for what a loss passes through `detach` or `.data`, outside of the model's forward. What it computes under
+`torch.no_grad()` instead moves with the probe; see `zo_hf.trainer.objectives`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+
+_DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+class StopGradients(TorchFunctionMode):
+    """Keeps the values that a loss detaches at its first evaluation, and returns them at every later one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: list[Tensor] = []
+        self._position = 0
+        self._is_first = True
+
+    def __enter__(self) -> StopGradients:
+        self._position = 0
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._is_first = False
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in _DETACH or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        # The engine's own code detaches the tensors that make a probe.
+        if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("zo_hf."):
+            return result
+        if self._is_first:
+            self._values.append(result)
+            return result
+        position, self._position = self._position, self._position + 1
+        kept = self._values[position] if position < len(self._values) else result
+        return kept if kept.shape == result.shape and kept.dtype == result.dtype else result
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the first evaluation has detached nothing."""
+        return not self._values
+
+    @staticmethod
+    def suspend() -> StopGradients | None:
+        """Take the mode off for a forward of the model, which then runs at full speed; return it for `resume`."""
+        mode = _get_current_function_mode()
+        if not isinstance(mode, StopGradients):
+            return None
+        _pop_mode()
+        return mode
+
+    @staticmethod
+    def resume(mode: StopGradients | None) -> None:
+        """Put back what `suspend` returned."""
+        if mode is not None:
+            _push_mode(mode)
+
+
+class DetachTest:
+    """Finds out whether the values that a loss detaches matter to it: metrics detach, too.
+
+    Args:
+        all_reduce_and: turns this process's answer into the AND over all processes.
+
+    Attributes:
+        matters: the answer; None until a loss has given it.
+    """
+
+    def __init__(self, all_reduce_and: Callable[[Tensor], bool]) -> None:
+        self._all_reduce_and = all_reduce_and
+        self.matters: bool | None = None
+
+    def see_first(self, values: StopGradients, device: torch.device) -> None:
+        """Note what the first evaluation of a batch has detached."""
+        if self.matters is None and self._all_reduce_and(torch.tensor(values.is_empty, device=device)):
+            self.matters = False
+
+    def see(self, first: float, kept: float, moved: float, device: torch.device) -> None:
+        """Draw the conclusion from a probe's loss, if there is one.
+
+        Args:
+            first: the loss of the first evaluation; a probe with the same loss, as at the current point, tells nothing.
+            kept: the loss at the probe, with the values of the first evaluation.
+            moved: the loss at the probe, with its own values.
+            device: device of the model.
+        """
+        if not self._all_reduce_and(torch.tensor(kept == moved, device=device)):
+            self.matters = True
+        elif self._all_reduce_and(torch.tensor(kept != first, device=device)):
+            self.matters = False

@@ -1,0 +1,494 @@
+"""`ZOTrainer`: a Trainer whose backward pass is replaced by forward passes.
+
+Trainer's loop stays as it is: data, clipping, `optimizer.step()`, schedule, callbacks, logs, evaluation, checkpoints. The
+class overrides only hooks of Trainer. They estimate the gradient of a step, give the optimizer its parameters, and add the
+engine's files to checkpoints. Other objects, which the hooks call, do the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import Trainer
+
+from zo_hf import checkpoint
+from zo_hf.case import Case
+from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.estimate import Estimate
+from zo_hf.lr_finder.find import LRFinderResult
+from zo_hf.parallel.ranks import naming_lost_ranks
+from zo_hf.parallel.shards import gathered_state_dict
+from zo_hf.quantization import quantized_layers, training_allowed
+from zo_hf.settings import Settings
+from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
+from zo_hf.stability.rounding_noise import warn_of_rounding
+from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.trainer import learning_rate, setup
+from zo_hf.trainer.budget import Budget
+from zo_hf.trainer.checkpoints import (
+    FinishesFirst,
+    RunFiles,
+    becoming_adapter,
+    check_saveable,
+    load_best_weights,
+    load_weights_of,
+    save_becoming_adapter,
+)
+from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.described import DescribedTrainer
+from zo_hf.trainer.logs import engine_logs, reports_evaluation
+from zo_hf.trainer.loss import MicroBatchLosses
+from zo_hf.trainer.objectives import check_objective
+from zo_hf.trainer.optimizer import (
+    divides,
+    give_back,
+    new_optimizer,
+    parameters_of,
+    retarget,
+)
+from zo_hf.trainer.overrides import NoBackward, overrides
+from zo_hf.trainer.rate_watch import RateWatch
+from zo_hf.trainer.root_mode import RootMode
+
+logger = logging.getLogger(__name__)
+
+_DECAY = "get_decay_parameter_names"
+
+
+class ZOTrainer(DescribedTrainer):
+    """`transformers.Trainer` with backward replaced by forward passes.
+
+    It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.
+
+    Attributes:
+        zo: the engine while training runs; None at other times.
+        found_learning_rate: the result of the last search (`learning_rate="auto"`); None without one.
+
+    Raises:
+        ValueError: an argument cannot work forward-only; the message names it and the way out.
+    """
+
+    found_learning_rate: LRFinderResult | None = None
+
+    def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
+        if args is None:
+            args = ZOConfig(output_dir="tmp_trainer")
+        if not isinstance(args, ZOConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; ZOTrainer needs a zo_hf.ZOConfig, which takes the same options."
+            )
+        model = self._without_compilation(model)
+        if isinstance(model, nn.Module):
+            setup.check_model(model, args)
+        self._root_mode, self._no_backward = RootMode(), NoBackward(self)
+        self._users_groups: list[list[nn.Parameter]] | None = None
+        self._estimate: Estimate | None = None
+        self._learning_rate: learning_rate.InitialLearningRate | None = None
+        self._searches_only = False
+        self._budget = Budget(args)
+        with training_allowed():
+            # Trainer needs max_steps if a data set has no length; the budget may determine it.
+            super().__init__(model, self._budget.resolved(args), *more, **kwargs)
+        self.args = args
+        self._files = RunFiles(args, self._ranks)
+        self.add_callback(self._budget)
+        self.add_callback(RateWatch())
+        if self._stability is None and args.zo_stability_steps:
+            self.add_callback(StabilityCallback(args.zo_stability_steps, args.zo_stability_action))
+        if not isinstance(model, nn.Module):
+            setup.check_model(self.model, args)  # model_init, or a subclass, has made it
+        check_objective(self)
+        # Prepares the layers, so that an evaluation before any training gives the same as after.
+        quantized_layers(self.model)
+        setup.check_processes(args)
+        check(Case(args.settings(), vars(args), self._facts))
+
+    # The engine's lifetime: from the making of the optimizer until `train` returns.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; afterwards, even after an exception, the trained model is without an engine.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the last complete checkpoint in `output_dir`.
+        """
+        if self.model_init is None:
+            setup.check_trainable(self.model)
+            check_saveable(self.model, self.args)
+        self._forget_own_optimizer()
+        resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.found_learning_rate = None
+        finishes = FinishesFirst(self._finish_zeroth_order)
+        self.callback_handler.callbacks.insert(0, finishes)
+        try:
+            with naming_lost_ranks(), self._spending(self.args.learning_rate == "auto"):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.callback_handler.callbacks.remove(finishes)
+            self._finish_zeroth_order()
+
+    def find_learning_rate(self) -> LRFinderResult:
+        """Search as `train` does with `learning_rate="auto"`, without training.
+
+        Raises:
+            ValueError: a search is not possible; the message names the argument and the way out.
+        """
+        self._resumed_from, self._searches_only = None, True
+        try:
+            with self._spending(searches=True):
+                self._forget_own_optimizer()
+                *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+                self.create_optimizer()
+                with self.accelerator.autocast():
+                    self._search(steps)
+        finally:
+            self._searches_only = False
+            self._finish_zeroth_order()
+        assert self.found_learning_rate is not None
+        return self.found_learning_rate
+
+    def _spending(self, searches: bool) -> Any:
+        """Return a context in which one training spends the budget."""
+        is_adam = divides(self.optimizer and self._torch_optimizer(), self.optimizer_cls_and_kwargs)
+        every = 0 if self._stability is None else self._stability.every
+        return self._budget.of(self.args, is_adam, every, searches)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the engine, and the optimizer of its coordinates."""
+        self._finish_last_attempt()
+        self._forget_own_optimizer()
+        setup.check_trainable(self.model)
+        self._make_replicas_equal()
+        users = self.optimizer
+        among = None if users is None else parameters_of(users)
+        settings = self._settings()
+        subspace = settings.make_subspace(self.model, among)
+        subspace.check_end()
+        self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
+        if zo.row_groups is not None:
+            zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
+        given = "auto" if self._searches_only else self.args.learning_rate
+        self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
+        self._losses = MicroBatchLosses(self, self._ranks)
+        zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
+        self._budget.watch(zo, self._ranks)
+        if self._sharding is not None:
+            zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
+        logger.info(
+            "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
+            zo.subspace.name,
+            f"{zo.subspace.dimension:,}",
+            zo.estimator.eps,
+            rate if users is None else type(users).__name__,
+            zo.forward_passes_per_step,
+        )
+        if users is not None:
+            self._users_groups = retarget(users, zo.subspace)
+        else:
+            decayed = self.get_decay_parameter_names(self.model) if overrides(self, _DECAY) else None
+            self.optimizer = new_optimizer(
+                zo, self.args.weight_decay, rate.value, lambda: self._optimizer_class(rate.value), decayed
+            )
+        if rate.is_searched:
+            learning_rate.check_searchable(
+                zo, self.optimizer, self.args, self.train_dataset, self._facts - {"optimizers"}
+            )
+        zo.prepare(self.optimizer)
+        if self._stability is not None:
+            self._stability.watch(zo, self.optimizer)
+        if self._sharding is not None:
+            setup.check_shared_forwards(zo, self._ranks.grid, self.args)
+        self._no_backward.watch(self.accelerator)
+        return self.optimizer
+
+    def _settings(self) -> Settings:
+        """Return the method of this run; a resumed run goes on with its rows per direction if the arguments leave it open.
+
+        Raises:
+            ValueError: options of the run do not combine.
+        """
+        settings, arguments = self.args.settings(), dict(vars(self.args))
+        if self._stability is not None:  # the user may have passed the callback
+            arguments["zo_stability_steps"] = self._stability.every
+        if self._resumed_from is not None and self.args.zo_rows_per_direction == "auto":
+            saved = checkpoint.read_state(self._resumed_from).get("settings", {})
+            rows = saved.get("zo_rows_per_direction", 0)
+            settings = replace(settings, rows_per_direction="auto" if rows == 1 else rows)
+        case = Case(settings, arguments, self._facts)
+        check(case)
+        return settings if rows_per_direction(case) else replace(settings, rows_per_direction=0)
+
+    @property
+    def _stability(self) -> StabilityCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
+
+    @property
+    def _monitor(self) -> StabilityMonitor | None:
+        return None if self._stability is None else self._stability.monitor
+
+    def _finish_zeroth_order(self) -> None:
+        if self.zo is None:
+            return
+        learned = self.zo.finish()
+        if learned is not self.model:
+            self.model = self.model_wrapped = self.callback_handler.model = learned
+        self._forget_engine()
+
+    def _finish_last_attempt(self) -> None:
+        """Finish the engine of an attempt that auto_find_batch_size restarts; the new attempt goes on from its weights."""
+        if becoming_adapter(self.zo) is None:
+            self._finish_zeroth_order()
+        elif self.zo is not None:  # factors that become an adapter are never folded into weights: start anew
+            self.zo.subspace.detach()
+            self._forget_engine()
+
+    def _forget_engine(self) -> None:
+        zo, self.zo = self.zo, None
+        self._files.close()
+        self._root_mode.leave()
+        self._no_backward.leave()
+        if zo is None:
+            return
+        self._keep_training(zo)
+        if self._sharding is not None:
+            self._sharding.base_hash = None
+        if self._monitor is not None:
+            self._monitor.detach()
+        if self._users_groups is None:
+            self._keep_optimizer(zo)
+        else:
+            self.optimizer = self._torch_optimizer()
+            give_back(self.optimizer, self._users_groups)
+            self._users_groups = None
+
+    # The learning rate.
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create Trainer's schedule, after a search for the learning rate, which needs everything else to exist."""
+        if self.zo is None:
+            self._adopt_optimizer()
+        rate = self._learning_rate
+        if rate is not None and rate.awaits_search:
+            rate.awaits_search = False
+            of_checkpoint = learning_rate.rate_of_checkpoint(self._resumed_from)
+            rate.value = self._search(num_training_steps).learning_rate if of_checkpoint is None else of_checkpoint
+            learning_rate.set_learning_rate(self._torch_optimizer(), rate.value)
+        self._rate_watch.begin(rate is not None and rate.is_searched, self.found_learning_rate)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._keep_rate()
+        return scheduler
+
+    def _adopt_optimizer(self) -> None:
+        """Create the engine around the optimizer that a subclass's `create_optimizer` made without a call of super()."""
+        prepared = self.optimizer
+        if prepared is None:
+            raise ValueError(
+                f"{type(self).__name__}.create_optimizer sets no self.optimizer; let it set one, or return "
+                "super().create_optimizer()."
+            )
+        check(Case(self.args.settings(), vars(self.args), self._facts - {"optimizers"} | {"create_optimizer"}))
+        self.optimizer = self._torch_optimizer()
+        ZOTrainer.create_optimizer(self)
+        self.optimizer = prepared
+
+    @property
+    def _rate_watch(self) -> RateWatch:
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RateWatch))
+
+    def _search(self, num_training_steps: int) -> LRFinderResult:
+        assert self.zo is not None and self._learning_rate is not None
+        args = self.args
+        dataset, collate = self._used_columns()
+        rows, micro_batches = self._train_batch_size, args.gradient_accumulation_steps
+        draw = learning_rate.step_batches(dataset, collate, self._ranks.grid, args.seed, micro_batches, rows)
+        self.found_learning_rate = learning_rate.search(
+            self.zo,
+            self._torch_optimizer(),
+            lambda: self._step_losses(draw()),
+            self._budget,
+            args,
+            num_training_steps,
+            self._learning_rate.value,
+        )
+        return self.found_learning_rate
+
+    def _step_losses(self, batches: list[Any]) -> list[tuple[Any, float | Tensor]]:
+        """Return a closure and a weight for each of a step's micro-batches."""
+        # Trainer's own method, because the search has a budget of its own.
+        batches, items = Trainer.get_batch_samples(self, iter(batches), len(batches), self.args.device)
+        inputs = [self._prepare_inputs(batch) for batch in batches]
+        return [self._losses.of(self.model, batch, items, len(batches), counts=False) for batch in inputs]
+
+    def _used_columns(self) -> tuple[Any, Any]:
+        """Return the training data and the collator; one of them removes columns that the model does not take."""
+        import datasets
+
+        if isinstance(self.train_dataset, datasets.Dataset):
+            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        return self.train_dataset, collate
+
+    # A step.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Probe the loss on one micro-batch; after the step's last one, fill the coordinates' gradient.
+
+        Returns:
+            The whole step's loss (see `Estimate`) for its last micro-batch, and 0 for the others. It is the same on every
+            rank. float32, ().
+        """
+        if self.zo is None:
+            raise ValueError(
+                f"{type(self).__name__}.training_step belongs to a step of train(), which estimates a gradient by forward "
+                "passes; call train(), or compute_loss for a loss alone."
+            )
+        self._root_mode.enter(model, self.model)
+        inputs = self._prepare_inputs(inputs)
+        micro_batches = self.current_gradient_accumulation_steps
+        closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches)
+        if self.zo.at_start_of_step:
+            self._check_ranks(inputs, self.zo)
+            if self.zo.step == 0:
+                warn_of_rounding(self.zo, closure, weight)
+        self.zo.probe(closure, weight)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        loss = 0.0
+        if self.accelerator.sync_gradients:
+            self._estimate = self.zo.finish_estimate()
+            self._no_backward.estimated()
+            loss = self._rate_watch.loss = self._estimate.loss
+            if not self._estimate.is_finite:
+                logger.warning("step %d is skipped: a loss or projected gradient is not finite", self.zo.step)
+            if not self._files.records and self.args.should_save:
+                # Only now is everything known that the first step depends on, down to the parameters that move.
+                base_hash = None if self._sharding is None else self._sharding.base_hash
+                self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
+        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        assert self.zo is not None
+        self._no_backward.check_step()
+        return self.zo.subspace.clip_gradient(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        assert self.zo is not None
+        self._no_backward.check_step()
+        self._no_backward.stepped()
+        return self.zo.subspace.gradient_norm() if grad_norm is None else grad_norm
+
+    # Logs.
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as Trainer does, with the engine's numbers on lines that report a training loss or an evaluation."""
+        if self.zo is not None and "loss" in logs and self._estimate is not None:
+            logs |= engine_logs(self.zo, self._estimate, self._monitor)
+            if self.args.world_size > 1:
+                self._ranks.bytes_sent += 4  # Trainer averages the float32 loss that it is about to log
+                logs["zo/bytes_communicated"] = self._ranks.bytes_sent
+            if not self._estimate.is_finite:
+                logs["loss"] = self._estimate.loss  # Trainer would log an average of earlier losses instead
+        if self.zo is None or not reports_evaluation(logs):
+            super().log(logs, *args, **kwargs)
+            return
+        logs["zo/forward_passes"] = self.zo.forward_passes
+        super().log(logs, *args, **kwargs)
+        del logs["zo/forward_passes"]  # evaluate returns these logs, and a hyperparameter search adds them up
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does, in a staging folder that is moved to its place when the disk holds all of it."""
+        self._files.stage(Path(self._get_output_dir(trial=trial)), self.state)
+        try:
+            super()._save_checkpoint(model, trial)
+            folder = self._files.publish(self.state)
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(folder)
+            self._ranks.barrier()
+        finally:
+            self._files.staging = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._files.staging is None:  # else `_save_checkpoint` pushes the complete checkpoint
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        staging = self._files.staging
+        return super()._get_output_dir(trial) if staging is None else str(staging.folder.parent)
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self._get_output_dir(getattr(self, "_trial", None)))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._files.staging is not None and self.args.save_only_trajectory:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            return
+        if not self.args.should_save and self._sharding is None:
+            return
+        adapter = becoming_adapter(self.zo)
+        if adapter is not None:
+            folder = Path(output_dir or self.args.output_dir)
+            save_becoming_adapter(adapter, folder, self.args, self.processing_class)
+            self._save_arguments(folder)
+            return
+        if self.zo is not None and state_dict is None:
+            state_dict = self.zo.folded_state_dict()
+        if self._sharding is not None and state_dict is None:
+            state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
+        if self._files.staging is not None:
+            self._files.note_weights(self.model, state_dict)
+        super()._save(output_dir, state_dict)
+        self._save_arguments(Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.save_only_trajectory:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.zo is None or not (self.args.should_save or self._sharding is not None):
+            return
+        rate = self._learning_rate
+        found = rate.value if rate is not None and rate.is_searched else None
+        optimizer, data = self._torch_optimizer(), self._position.to_saved()
+        self._files.save_engine(
+            self.zo, optimizer, self.lr_scheduler, Path(output_dir), self._budget.seconds, found, data
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights_of(model or self.model, Path(resume_from_checkpoint))
+        if self._sharding is not None:
+            self._sharding.base_hash = None
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or self.zo is None:
+            super()._load_optimizer_and_scheduler(folder)
+            return
+        path, optimizer = Path(folder), self._torch_optimizer()
+        if self._files.load_engine(self.zo, optimizer, self.lr_scheduler, path):
+            super()._load_optimizer_and_scheduler(folder)
+        elif not checkpoint.is_only_trajectory(path):
+            return
+        self._budget.seconds_before = checkpoint.read_state(path).get("seconds", 0.0)
+        if self.args.should_save:
+            self._files.resume_log(self.zo, optimizer, self._run_folder, path)
+
+    def _load_best_model(self) -> None:
+        # The engine's coordinates belong to the last step's weights, which the best weights replace.
+        if self.zo is not None:
+            self.zo.subspace.detach()
+            self._forget_engine()
+        best = load_best_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        if best is not self.model:
+            self.model = self.model_wrapped = self.callback_handler.model = best
