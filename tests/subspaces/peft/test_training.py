@@ -38,7 +38,8 @@ def test_it_learns_and_peft_alone_loads_what_was_saved(method: Method, tmp_path:
 
     model = method.model()
     before = loss_of(method, model)
-    trainer = trainer_for(method, tmp_path, model, max_steps=40)
+    # Rows enough for a step that descends: how far is then the same, whatever a processor rounds.
+    trainer = trainer_for(method, tmp_path, model, max_steps=40, per_device_train_batch_size=32)
     trainer.train()
     after = loss_of(method, model)
     assert after < 0.98 * before
