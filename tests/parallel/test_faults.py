@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import assert_same_bits
-from tests.parallel.launch import finish, log_of, run, start
+from tests.parallel.launch import Running, finish, log_of, run, start
 
 TIME_OUT = 30  # seconds, ddp_timeout of the runs
 
@@ -96,8 +96,8 @@ def has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("checkpoint-*/trainer_state.json"))
 
 
-def steps_said(script: Path) -> int:
-    return log_of(script, 0).read_text().count("projected_grad")
+def steps_said(process: Running) -> int:
+    return process.said().count("projected_grad")
 
 
 @pytest.mark.slow
@@ -106,9 +106,9 @@ def test_when_a_rank_dies_the_other_says_so_and_stops(tmp_path: Path) -> None:
     script.write_text(DYING)
     processes = start(script, 2, tmp_path, "new", 100_000)
     deadline = time.monotonic() + 120
-    while steps_said(script) < 3 and time.monotonic() < deadline:
+    while steps_said(processes[0]) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    processes[1].send_signal(signal.SIGKILL)
+    processes[1].kill()
     killed = time.monotonic()
     codes = finish(processes, TIME_OUT + 30)
     assert codes == [1, -signal.SIGKILL], log_of(script, 0).read_text()[-3000:]
@@ -128,10 +128,10 @@ def test_kills_of_a_random_rank_end_with_the_bits_of_a_run_never_killed(tmp_path
     while not (folder / "final.pt").exists():
         processes = start(script, 2, folder, "resume" if has_checkpoint(folder) else "new", 120)
         victim, target = chance.randrange(2), chance.randint(1, 14)
-        while kills < KILLS and all(process.poll() is None for process in processes):
-            if steps_said(script) >= target:
+        while kills < KILLS and all(process.code is None for process in processes):
+            if steps_said(processes[0]) >= target:
                 time.sleep(chance.uniform(0, 0.05))
-                processes[victim].send_signal(signal.SIGKILL)
+                processes[victim].kill()
                 kills += 1
                 break
             time.sleep(0.005)

@@ -55,7 +55,10 @@ def by_its_library(module: nn.Module, kind: str) -> Tensor:
         return weight.dequantize().float()
     if kind == "int8":
         return bitsandbytes.functional.int8_vectorwise_dequant(module.state.CB, module.state.SCB).float()
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # for some shapes it would compile, for minutes where cores are busy
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
 
 
 # Reading.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import assert_same_bits
-from tests.parallel.launch import ROOT, run
+from tests.parallel.launch import Running, run
 from tests.quantization.runs import held, model_for, write_base
 from zo_hf.trajectory import replay
 
@@ -33,28 +30,25 @@ torch.save(held(trainer.model), folder / "final.pt")
 """
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-u", "-c", KILLED, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "kind"), [("folds", "int8"), ("factors", "nf4 nested"), ("scales", "nf4")])
 def test_a_killed_run_ends_with_the_bits_of_one_never_killed(tmp_path: Path, way: str, kind: str) -> None:
-    base = write_base(tmp_path / "base")
-    assert start(tmp_path / "whole", base, way, kind, "new").wait(300) == 0
+    base, script = write_base(tmp_path / "base"), tmp_path / "run.py"
+    script.write_text(KILLED)
+
+    def start(folder: Path, resume: str) -> Running:
+        return Running(script, folder.with_suffix(".log"), folder, base, way, kind, resume)
+
+    assert start(tmp_path / "whole", "new").wait(300) == 0
     killed = tmp_path / "killed"
     for attempt in range(20):
-        process = start(killed, base, way, kind, "resume" if any(killed.glob("checkpoint-*")) else "new")
-        assert process.stdout is not None
-        seen = 0
-        for line in process.stdout:
-            seen += b"projected_grad" in line
-            if seen == 11 + attempt % 5:
-                process.send_signal(signal.SIGKILL)
+        process = start(killed, "resume" if any(killed.glob("checkpoint-*")) else "new")
+        while process.code is None and process.said().count("projected_grad") < 11 + attempt % 5:
+            time.sleep(0.002)
+        if process.code is None:
+            process.kill()
         if process.wait(300) == 0:
             break
-        time.sleep(0.1)
     assert attempt > 1
     expected = torch.load(tmp_path / "whole" / "final.pt")
     assert_same_bits(torch.load(killed / "final.pt"), expected)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, seeded, tiny_gpt2, tiny_llama, weights_of
+from tests.parallel.launch import Running
 from tests.subspaces.helpers import basis, left, move_off_the_origin, sgd
 from zo_hf.directions import GAUSSIAN
 from zo_hf.engine import ZerothOrder
@@ -110,9 +109,11 @@ assert threads == int(sys.argv[1])
 
 @pytest.mark.slow
 def test_bases_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
     for threads in (1, 2, 4):
-        command = [sys.executable, "-c", SCRIPT, str(threads), str(tmp_path / f"{threads}.pt")]
-        subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+        process = Running(script, tmp_path / f"{threads}.log", threads, tmp_path / f"{threads}.pt")
+        assert process.wait(60) == 0, process.said()
     one, *others = (torch.load(tmp_path / f"{threads}.pt") for threads in (1, 2, 4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import CAUSAL_MODELS, TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
+from tests.parallel.launch import Running
 from tests.trainer.runs import At, SaveAt, logged, make_trainer, trained, with_lora
 from zo_hf import ZOTrainer
 from zo_hf.checkpoint import BASE_FILE, COORDINATES_FILE, STAGING, STATE_FILE
@@ -405,17 +404,10 @@ torch.save(trainer.model.state_dict(), folder + "/final.pt")
 """
 
 
-def start_killed_run(folder: Path, resume: bool) -> subprocess.Popen:
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", KILLED_RUN, str(folder), "resume" if resume else "new"],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_killed_run(folder: Path, resume: bool) -> Running:
+    script = folder.with_suffix(".py")
+    script.write_text(KILLED_RUN)
+    return Running(script, folder.with_suffix(".log"), folder, "resume" if resume else "new")
 
 
 def has_complete_checkpoint(folder: Path) -> bool:
@@ -441,36 +433,29 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path:
     """Half of the kills fall on a random step, half on a random moment of writing a checkpoint."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     process = start_killed_run(whole, resume=False)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    assert process.wait(300) == 0, process.said()
 
     chance = random.Random(0)
     kills = halves = 0
     while not (folder / "final.pt").exists():
         resume = has_complete_checkpoint(folder)
         process = start_killed_run(folder, resume)
-        lines = []
         in_a_checkpoint, target = kills % 2 == 1, chance.randint(1, 7)
         before = staged_files(folder)
         killed = False
         if kills < 10:
-            if in_a_checkpoint:
-                while process.poll() is None:
-                    if staged_files(folder) - before:
-                        time.sleep(chance.uniform(0, 0.03))
-                        break
-                    time.sleep(0.001)
-            else:
-                for line in process.stdout:
-                    lines.append(line)
-                    if sum("projected_grad" in seen for seen in lines) == target:
-                        time.sleep(chance.uniform(0, 0.05))
-                        break
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            while process.code is None:
+                if in_a_checkpoint and staged_files(folder) - before:
+                    time.sleep(chance.uniform(0, 0.03))
+                    break
+                if not in_a_checkpoint and process.said().count("projected_grad") >= target:
+                    time.sleep(chance.uniform(0, 0.05))
+                    break
+                time.sleep(0.001)
+            if process.code is None:
+                process.kill()
                 killed = True
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == (-signal.SIGKILL if killed else 0), "".join(lines) + output
+        assert process.wait(300) == (-signal.SIGKILL if killed else 0), process.said()
         kills += killed
         halves += killed and (folder / STAGING).exists()
         assert all((each / "trainer_state.json").exists() for each in folder.glob("checkpoint-*"))
