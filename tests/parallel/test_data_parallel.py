@@ -18,11 +18,11 @@ from tests.trainer.runs import logged, trained, with_lora
 from zo_hf import ZOTrainer
 from zo_hf.trajectory import replay
 
-STEPS, SAVED_AT = 100, 60
+STEPS, SAVED_AT = 40, 24
 SUBSPACES = {"low_rank": {}, "full": {"learning_rate": 1e-4}, "adapter": {}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(subspace, dtype) for subspace in SUBSPACES for dtype in DTYPES]
-OPTIONS = {"max_steps": STEPS, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 25, "zo_check_steps": 40}
+OPTIONS = {"max_steps": STEPS, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 10, "zo_check_steps": 16}
 ROWS = 12
 
 
