@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -27,6 +29,18 @@ LENGTH = 12
 
 # Models this small are slower on several threads, and far slower when the cores are busy.
 torch.set_num_threads(1)
+
+
+# Made by slowest.py.
+SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of slow.txt before pytest selects by marks."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -19,18 +19,15 @@ REPLAY, UPDATE = its_numbers_replay.__name__, the_update_is_along_what_was_probe
 
 
 def cases() -> list[tuple[Combination, str]]:
-    """Combinations and the checks that they get: every entry gets every check, every two that work together at least two.
+    """Combinations and the checks that they get: every entry gets every check, every two that work together at least one.
 
-    The few combinations that hold every entry get all checks. Each of the others replays a run, which takes all the parts of a
-    step, and gets one more check in turn.
+    The few combinations that hold every entry get all checks, each of the others gets one in turn.
     """
     every = combinations()
     whole = one_for_every_entry()
     found = list(itertools.product(whole, CHECKS))
-    in_turn = itertools.cycle(check for check in CHECKS if check not in (REPLAY, UPDATE))
-    for combination in every:
-        if combination not in whole:
-            found += [(combination, REPLAY), (combination, next(in_turn))]
+    in_turn = itertools.cycle(check for check in CHECKS if check != UPDATE)
+    found += [(combination, next(in_turn)) for combination in every if combination not in whole]
     found += [(combination, UPDATE) for combination in every if has_plain_update(combination)]
     return [case for case in dict.fromkeys(found) if case[1] != UPDATE or has_plain_update(case[0])]
 

@@ -66,7 +66,7 @@ def build() -> nn.Module:
     return seeded(tiny_opt, num_hidden_layers=1)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(processes, marks=pytest.mark.slow) for processes in (2, 4)])
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("directions")
     (folder / "run.py").write_text(SCRIPT)

@@ -55,6 +55,7 @@ def corrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "name", "latest"),
     [

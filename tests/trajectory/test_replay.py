@@ -27,10 +27,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 NEEDS_GRADIENTS = {"momentum", "adamw"}
 CASES = [
     (subspace, optimizer)
-    for subspace in ("low_rank", "full", "adapter")
+    for subspace in ("low_rank", "full")
     for optimizer in OPTIMIZERS
     if subspace != "full" or optimizer not in NEEDS_GRADIENTS
 ]
+CASES += [("adapter", optimizer) for optimizer in ("adamw", "weight decay", "clipped")]
 
 
 def build(subspace: str = "low_rank", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
