@@ -29,11 +29,11 @@ class Running:
     def __init__(self, script: Path, log: Path, *arguments: object, **environment: str) -> None:
         self.log = log
         log.unlink(missing_ok=True)
-        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-        # The server reads neither sys.path nor the working directory of this process.
-        with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)} | environment):
-            forkserver.ensure_running()
-        self._process = FORKS.Process(target=_run, args=(script, log, [*map(str, arguments)], environment))
+        common = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        with mock.patch.dict(os.environ, common):
+            forkserver.ensure_running()  # it reads PYTHONPATH, but not the sys.path of this process
+            whole = dict(os.environ) | environment
+        self._process = FORKS.Process(target=_run, args=(script, log, [*map(str, arguments)], whole))
         self._process.start()
 
     @property
@@ -66,6 +66,7 @@ def _run(script: Path, log: Path, arguments: list[str], environment: dict[str, s
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
