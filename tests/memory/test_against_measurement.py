@@ -118,8 +118,7 @@ def test_a_backward_pass_is_planned_as_it_is(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.kind)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(("name", "setup"), list(zip(REAL, SETUPS, strict=True)), ids=str)
 def test_the_plan_of_real_shapes_is_what_the_allocator_hands_out(name: str, setup: Setup) -> None:
     assert_close(REAL[name], setup, GIVEN)
 
@@ -128,8 +127,7 @@ def test_the_plan_of_real_shapes_is_what_the_allocator_hands_out(name: str, setu
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, PeakMemory measures that instead of the process"
 )
-@pytest.mark.parametrize("setup", SETUPS[:2], ids=lambda setup: setup.kind)
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(("name", "setup"), list(zip(REAL, SETUPS[:2], strict=False)), ids=str)
 def test_the_process_holds_what_the_plan_says(name: str, setup: Setup) -> None:
     _, peak = predicted(REAL[name], setup, GIVEN)
     context = multiprocessing.get_context("spawn")
