@@ -67,8 +67,11 @@ def functional_call_per_group(
     if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
         raise NotBatchable(f"{type(module).__name__} writes keys and values into a cache of the whole batch")
     # A tensor with one row belongs to the whole batch; the first tensor with more rows carries the batch.
-    total = next((t.shape[0] for t in inputs if t.shape[0] != 1), 1)
+    first = next((t for t in inputs if t.shape[0] != 1), inputs[0])
+    total = first.shape[0]
     shared = total == 1
+    # An embedding of positions may get the positions of one row beside the ids of all rows.
+    dimensions = first.ndim if isinstance(module, nn.Embedding) else 1
     if not shared and total % groups:
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups
@@ -83,7 +86,7 @@ def functional_call_per_group(
                 return _in_one_call(module, every, args[0])
 
     def part(tensor: Tensor, group: int) -> Tensor:
-        carries_batch = not shared and tensor.ndim > 0 and tensor.shape[0] == total
+        carries_batch = not shared and tensor.ndim >= dimensions and tensor.shape[0] == total
         return tensor[group * size : (group + 1) * size] if carries_batch else tensor
 
     def own(value: Any, group: int) -> Any:

@@ -18,6 +18,7 @@ from zo_hf.method_info import Method
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
 from zo_hf.subspaces.reads import ReadWatch, must_read
@@ -86,6 +87,7 @@ class Subspace:
             for module, attribute in site.uses:
                 if not must_read(module, attribute, site):
                     self._holders.setdefault(module, {})[attribute] = site
+        self._with_bias = position_bias.layers_with_bias(model, self._holders)
         self.reads = ReadWatch(self)
 
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
@@ -117,11 +119,13 @@ class Subspace:
             previous = module.__dict__.get(key)
             # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
             module.__dict__[key] = Entry(_entered_forward, self, module, previous)
+        position_bias.enter(self._with_bias, self)
         self.reads.begin()
 
     def detach(self) -> None:
         """Restore every forward to its state before `attach`."""
         self.reads.end()
+        position_bias.leave(self._with_bias)
         for module in self._entered():
             for key in ("_old_forward", "forward"):
                 entry = module.__dict__.get(key)
