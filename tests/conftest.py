@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -83,6 +85,17 @@ def tiny_t5(**options) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(T5Config(**config | {"decoder_start_token_id": 0} | options))
 
 
+def tiny_bart(**options) -> BartForConditionalGeneration:
+    config = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.1}
+    config |= {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    }
+    return BartForConditionalGeneration(BartConfig(**config | {"max_position_embeddings": 64} | options))
+
+
 CAUSAL_MODELS = {"opt": tiny_opt, "llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral}
 
 
@@ -103,6 +116,16 @@ def causal_batch(rows: int = 4, length: int = LENGTH, seed: int = 0) -> dict[str
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def translation_batch(rows: int = 4, length: int = LENGTH, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random sentences for an encoder-decoder, padded, with other numbers of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(3, VOCABULARY, (2, rows, length), generator=generator)
+    mask = (torch.arange(length) < length - torch.arange(rows)[:, None] % 3).long()
+    labels = labels[:, : length // 2].contiguous()
+    labels[torch.arange(length // 2) > 1 + torch.arange(rows)[:, None] % 4] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class TinyTask(torch.utils.data.Dataset):

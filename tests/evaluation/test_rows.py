@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import BertForSequenceClassification, BertForTokenClassification
+from transformers import BertForSequenceClassification, BertForTokenClassification, PreTrainedModel
 
 from tests.conftest import (
     TinyTask,
     assert_same_bits,
     causal_batch,
     seeded,
+    tiny_bart,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
     tiny_opt,
+    tiny_t5,
+    translation_batch,
     weights_of,
 )
 from tests.subspaces.helpers import prepared, sgd
@@ -66,6 +69,8 @@ MODELS = {
     "mixtral": (tiny_mixtral, causal_batch(ROWS)),
     "classes": (partial(bert, BertForSequenceClassification), with_labels(torch.arange(ROWS) % 3)),
     "tokens": (partial(bert, BertForTokenClassification), with_labels(ragged()["labels"].clamp(max=2))),
+    "t5": (tiny_t5, translation_batch(ROWS)),
+    "bart": (tiny_bart, translation_batch(ROWS)),
 }
 SUBSPACES = ["low_rank", "core", "full", "norms", "adapter"]
 
@@ -73,11 +78,26 @@ SUBSPACES = ["low_rank", "core", "full", "norms", "adapter"]
 def row_loss(model: nn.Module, batch: dict[str, Tensor], rows: slice) -> float:
     """The share of some rows in the batch's loss, from a forward pass over them alone."""
     part = {name: tensor[rows] for name, tensor in batch.items()}
-    labels = [b["labels"] if b["labels"].ndim == 1 else b["labels"][:, 1:] for b in (part, batch)]
-    if "token" in type(model).__name__.lower():
-        labels = [part["labels"], batch["labels"]]
-    share = (labels[0] != -100).sum() / (labels[1] != -100).sum()
-    return (model(**part).loss.double() * share).item()
+    return (model(**part).loss.double() * share(model, part, batch)).item()
+
+
+def share(model: Any, part: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """The share of some rows in the labels of the batch."""
+    is_shifted = isinstance(model, PreTrainedModel) and model.loss_type == "ForCausalLM"
+    counts = [(b["labels"][:, 1:] if is_shifted else b["labels"]).ne(-100).sum() for b in (part, batch)]
+    return counts[0] / counts[1]
+
+
+def numbers_of_rows_alone(zo: ZerothOrder, batch: dict[str, Tensor], groups: int) -> list[float]:
+    """The projected gradients of groups of rows, each from forward passes over its rows alone."""
+    size, numbers = len(batch["labels"]) // groups, []
+    for group in range(groups):
+        ends = []
+        for scale in (EPS, -EPS):
+            with torch.no_grad(), zo.subspace.at((Probe(group, scale),), zo._stream, zo.distribution):
+                ends.append(row_loss(zo.model, batch, slice(group * size, group * size + size)))
+        numbers.append((ends[0] - ends[1]) / (2 * EPS))
+    return numbers
 
 
 @pytest.mark.parametrize("rows_per_direction", [1, 2, 4])
@@ -88,15 +108,7 @@ def test_every_group_has_the_number_of_its_own_rows(name: str, subspace: str, ro
     model = seeded(build)
     zo = ZerothOrder(model, subspace, eps=EPS, seed=0, rows_per_direction=rows_per_direction)
     found = zo.estimate(loss_of(model, batch)).projected_gradients
-    groups = {1: 6, 2: 3, 4: 1}[rows_per_direction]
-    size = ROWS // groups
-    expected = []
-    for group in range(groups):
-        ends = []
-        for scale in (EPS, -EPS):
-            with torch.no_grad(), zo.subspace.at((Probe(group, scale),), zo._stream, zo.distribution):
-                ends.append(row_loss(model, batch, slice(group * size, group * size + size)))
-        expected.append((ends[0] - ends[1]) / (2 * EPS))
+    expected = numbers_of_rows_alone(zo, batch, {1: 6, 2: 3, 4: 1}[rows_per_direction])
     assert found == pytest.approx(expected, abs=2e-6 / EPS)
     assert zo.row_groups is not None and zo.row_groups.works
     assert zo.forward_passes == 2 + 2
@@ -138,10 +150,7 @@ def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(name: st
     for group in range(groups):
         with zo.subspace.differentiable() as leaves:
             part = {key: tensor[group * size : (group + 1) * size] for key, tensor in batch.items()}
-            whole = batch["labels"] if "tokens" in name or batch["labels"].ndim == 1 else batch["labels"][:, 1:]
-            own = part["labels"] if "tokens" in name or batch["labels"].ndim == 1 else part["labels"][:, 1:]
-            share = (own != -100).sum() / (whole != -100).sum()
-            parts = torch.autograd.grad(model(**part).loss * share, leaves, allow_unused=True)
+            parts = torch.autograd.grad(model(**part).loss * share(model, part, batch), leaves, allow_unused=True)
         gradients.append(
             torch.cat(
                 [(torch.zeros_like(z) if g is None else g).flatten() for g, z in zip(parts, leaves, strict=True)]

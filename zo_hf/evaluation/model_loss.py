@@ -15,20 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import (
-    LOSS_MAPPING,
-    ForCausalLMLoss,
-    ForMaskedLMLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-)
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.estimators.probe import NotBatchable
-
-IGNORED = -100
-
-# transformers derives the loss from the class name, and falls back to the causal loss for these names.
-_CAUSAL_BY_DEFAULT = ("GPT2LMHeadModel", "BertLMHeadModel")
+from zo_hf.evaluation.known_losses import (
+    IGNORED,
+    known_loss,
+    loss_kind,
+    mean_cross_entropy,
+    shares_of_groups,
+)
 
 # Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
 _WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -123,19 +119,9 @@ class ModelLoss:
             NotBatchable: the batch cannot be repeated, or the model's loss is not the known function of its logits.
         """
         layout = self._separable_layout(self._checks.layouts)
-        compares = self._must_compare
-        inputs = {k: self._repeat(k, v, copies) for k, v in self._inputs.items()}
-        if not compares:
-            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
-        outputs = self._forward(**inputs)
-        parts = outputs["logits"].chunk(copies)
-        if compares:
-            # Without `num_items_in_batch`, the mean over copies of the same labels is the mean of the copies' means.
-            known = torch.stack([self._loss(part, counted=False) for part in parts]).mean()
-            if not _is_same(outputs["loss"], known):
-                self._checks.is_known = False
-                raise NotBatchable("the model's loss has terms of its own")
-            self._checks.is_known = True
+        parts = self._logits({k: self._repeat(k, v, copies) for k, v in self._inputs.items()}).chunk(copies)
+        if loss_kind(self._model) is mean_cross_entropy:
+            parts = tuple(part.float() for part in parts)  # differences of half-precision losses would be lost
         self._checks.layouts.add(layout)
         return torch.stack([self._loss(part) for part in parts]) * self._factor
 
@@ -149,39 +135,35 @@ class ModelLoss:
         within = [name for name in _WITHIN_ROWS if name in self._inputs]
         if within:
             raise NotBatchable(f"{within[0]} describes the sequences of this batch, which is free of padding")
-        compares = self._must_compare
-        inputs = dict(self._inputs)
-        if not compares:
-            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
-        outputs = self._forward(**inputs)
-        logits = outputs["logits"]
-        if compares and not _is_same(outputs["loss"], self._loss(logits, counted=False)):
-            self._checks.is_known = False
-            raise NotBatchable("the model's loss has terms of its own")
-        self._checks.is_known = True
-        shares = self._shares(logits, groups)
+        logits = self._logits(self._inputs)
+        shares = shares_of_groups(self._model, logits, self._inputs, self._num_items, groups)
         self._checks.grouped.add(layout)
         return shares * self._factor
 
-    def _shares(self, logits: Tensor, groups: int) -> Tensor:
-        """Return the shares of groups of rows in the loss, (groups,), from all logits, (rows, ...)."""
-        labels, config = self._inputs["labels"].to(logits.device), self._model.config
-        kind: Any = loss_kind(self._model)
-        if kind is ForSequenceClassificationLoss:
-            if config.problem_type is None:
-                ForSequenceClassificationLoss(labels, logits, config)  # decides on the type of the whole batch
-            parts = zip(labels.chunk(groups), logits.chunk(groups), strict=True)
-            return torch.stack([ForSequenceClassificationLoss(part, of, config) for part, of in parts]) / groups
-        shift_labels = self._inputs.get("shift_labels")
-        if shift_labels is None and kind is ForCausalLMLoss:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-        targets = labels if shift_labels is None else shift_labels.to(logits.device)
-        is_mean = self._num_items is None or kind is ForTokenClassification  # which ignores num_items_in_batch
-        count: Any = (targets != IGNORED).sum() if is_mean else self._num_items
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view(groups, -1).sum(1) / count
+    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the logits of one forward pass, (rows, ...), after a comparison of its loss where that is due.
+
+        Raises:
+            NotBatchable: the model's loss is not the known function of its logits.
+        """
+        compares, count = self._must_compare, None
+        inputs = dict(inputs)
+        if self._model.config.is_encoder_decoder:
+            # It makes the decoder's inputs from the labels. Many ignore the count, so the comparison is with the count.
+            count = self._num_items if compares else None
+            inputs |= {} if count is None else {"num_items_in_batch": count}
+        elif not compares:
+            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        outputs = self._forward(**inputs)
+        if compares and not _is_same(outputs["loss"], known_loss(self._model, outputs["logits"], inputs, count)):
+            self._checks.is_known = False
+            raise NotBatchable("the model's loss has terms of its own")
+        self._checks.is_known = True
+        return outputs["logits"]
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        """Return the loss of one probe from its logits, (rows, ...)."""
+        return known_loss(self._model, logits, self._inputs, self._num_items)
 
     def _separable_layout(self, evaluated: set[tuple[tuple[str, bool], ...]]) -> tuple[tuple[str, bool], ...]:
         """Return which inputs carry the rows.
@@ -222,23 +204,6 @@ class ModelLoss:
             return value
         return value.repeat(copies, *([1] * (value.ndim - 1)))
 
-    def _loss(self, logits: Tensor, counted: bool = True) -> Tensor:
-        """Return the loss of one probe from its logits, (rows, ...); `counted` divides it by `num_items_in_batch`."""
-        labels, config = self._inputs["labels"].to(logits.device), self._model.config
-        kind = loss_kind(self._model)
-        assert kind is not None, "the caller asks loss_kind first"
-        if kind is ForSequenceClassificationLoss:
-            return ForSequenceClassificationLoss(labels, logits, config)
-        if kind is ForTokenClassification:
-            return ForTokenClassification(logits, labels, config)
-        return kind(
-            logits,
-            labels,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=self._num_items if counted else None,
-            shift_labels=self._inputs.get("shift_labels"),
-        )
-
 
 def _is_same(own: Tensor, known: Tensor) -> bool:
     """Return whether two losses from the same logits differ by no more than the order of summation explains."""
@@ -254,18 +219,6 @@ def _has_stock_forward(model: PreTrainedModel) -> bool:
         inspect.unwrap(type(model).forward),
     )
     return type(model).forward.__module__.startswith("transformers.") and not replaced
-
-
-def loss_kind(model: PreTrainedModel) -> Callable | None:
-    """Return the function behind the model's own loss, or None if this module cannot compute that loss per probe."""
-    if model.config.is_encoder_decoder:
-        return None
-    name = model.loss_type
-    if name is None and any(base.__name__ in _CAUSAL_BY_DEFAULT for base in type(model).__mro__):
-        name = "ForCausalLM"
-    kind = LOSS_MAPPING.get(name) if name is not None else None
-    known = (ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
-    return kind if kind in known else None
 
 
 def _is_on_several_devices(model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from zo_hf.engine import ZerothOrder
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss, loss_kind
+from zo_hf.evaluation.known_losses import loss_kind
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.memory.assumptions import Assumptions
 from zo_hf.memory.model import layers, tensors
 from zo_hf.memory.subspaces import TracedLowRank

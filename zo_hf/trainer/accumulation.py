@@ -14,14 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForSequenceClassificationLoss, ForTokenClassification
 
 from zo_hf.evaluation.evaluate import one_number
-from zo_hf.evaluation.model_loss import IGNORED, loss_kind
+from zo_hf.evaluation.known_losses import IGNORED, MEANS, loss_kind
 from zo_hf.rng.global_generators import GlobalGenerators
-
-# Losses of transformers that are a mean over the labels of a batch.
-_MEANS = (ForSequenceClassificationLoss, ForTokenClassification)
 
 
 class CountTest:
@@ -70,6 +66,6 @@ def share_of_labels(model: Any, inputs: dict[str, Any], count: Tensor | int) -> 
         inputs: the micro-batch.
         count: the step's number of labels.
     """
-    if not isinstance(model, PreTrainedModel) or loss_kind(model) not in _MEANS:
+    if not isinstance(model, PreTrainedModel) or loss_kind(model) not in MEANS:
         return None
     return inputs["labels"].ne(IGNORED).sum() / count

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zo_hf.estimators.probe import NotBatchable
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss, loss_kind
+from zo_hf.evaluation.known_losses import loss_kind
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.evaluation.output_loss import OutputLoss
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
