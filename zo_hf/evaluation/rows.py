@@ -219,14 +219,14 @@ class RowGroups:
         found = [shares(points(probe) if probe.scale else points(probe)[:1]) for probe in probes]
         self._evaluator.forward_passes += len(probes)
         if self.works is None:
-            last = points(probes[-1])
+            last = points(probes[-1])[-1:]
             if generators is not None:
                 generators.restore()
-            with self._subspace.at(last, stream_of, distribution, rows=closure.rows // groups):
+            with self._subspace.at(last, stream_of, distribution):
                 whole = one_number(closure(), found[-1].device).detach()
-            others = shares([point if group % 2 == 0 else last[0] for group, point in enumerate(last)])
+            alone = shares(last)
             self._evaluator.forward_passes += 2
-            self._decide(self._problem(found[-1], whole, others))
+            self._decide(self._problem(found[-1], whole, alone))
         return torch.stack(found).double()
 
     def _first_group(self) -> int:
@@ -235,15 +235,15 @@ class RowGroups:
         number = len(self._parts) % self._micro_batches if self._micro_batches else len(self._parts)
         return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
 
-    def _problem(self, shares: Tensor, whole: Tensor, others: Tensor) -> str | None:
+    def _problem(self, shares: Tensor, whole: Tensor, alone: Tensor) -> str | None:
         """Return why the first batch does not come apart, or None.
 
         Args:
-            shares: the groups' shares at a probe, (groups,).
-            whole: the caller's loss at the same probe, which is their sum.
-            others: the shares if every second group takes another direction; the remaining groups' stay as they are.
+            shares: the groups' shares at a probe, each with its own direction, (groups,).
+            whole: the caller's loss with the last group's direction for all rows, without groups.
+            alone: the shares at that point, which sum to `whole`. The last is that of `shares`, whatever moves the others.
         """
-        apart = max((shares.sum() - whole).abs().item(), (shares - others)[::2].abs().max().item())
+        apart = max((alone.sum() - whole).abs().item(), (shares - alone)[-1].abs().item())
         allowed = self._evaluator.rounding(self._subspace, shares.dtype) * max(1.0, whole.abs().item())
         return None if apart <= allowed else f"its rows give other losses together, by {apart:.2g}"
 
