@@ -182,7 +182,8 @@ class ZerothOrder:
         """Probe the loss around the current point, and prepare the estimated gradient for `optimizer.step()`.
 
         Args:
-            closure: evaluates the model and returns a scalar loss; it is called once per probe, on the same batch.
+            closure: evaluates the model and returns a scalar loss, or `RowLosses`. It is called once per probe, on the same
+                batch; with `rows_per_direction`, up to three more times in the first step.
         """
         self.probe(closure)
         return self.finish_estimate()

@@ -15,6 +15,7 @@ from torch import Tensor
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative
+from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.subspaces.subspace import Subspace
@@ -233,12 +234,14 @@ def one_number(loss: Any, device: torch.device) -> Tensor:
     """Return a loss as a scalar tensor, ().
 
     Args:
-        loss: a number of Python or numpy, or a tensor or array with one element.
+        loss: a number of Python or numpy, a tensor or array with one element, or `RowLosses`, which stands for its mean.
         device: the device for a loss that is no tensor.
 
     Raises:
         ValueError: it is something else; the message names its shape or type.
     """
+    if isinstance(loss, RowLosses):
+        return loss.mean_loss()
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.reshape(())
     if isinstance(loss, Real) or (isinstance(loss, np.ndarray) and loss.size == 1):
@@ -246,7 +249,7 @@ def one_number(loss: Any, device: torch.device) -> Tensor:
     if isinstance(loss, Tensor | np.ndarray):
         raise ValueError(
             f"the loss has shape {tuple(loss.shape)}, but a probe needs one number; reduce it in compute_loss or the "
-            "closure, for example with .mean()."
+            "closure, for example with .mean(), or return RowLosses."
         )
     raise ValueError(f"the loss is a {type(loss).__name__}; compute_loss or the closure must return one number.")
 

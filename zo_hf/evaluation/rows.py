@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.noise_scale import NoiseScale
+from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -35,22 +36,6 @@ logger = logging.getLogger(__name__)
 
 #: Directions of a batch with "auto". Every one takes memory of twice the coordinates, and the gain saturates at B_s rows.
 MOST_GROUPS = 32
-
-
-@runtime_checkable
-class GroupedLoss(Protocol):
-    """A loss that is the sum of shares of groups of rows.
-
-    Attributes:
-        rows: rows of the batch.
-    """
-
-    rows: int
-
-    def __call__(self) -> Tensor: ...
-
-    def by_groups(self, groups: int) -> Tensor:
-        """Return the shares of `groups` equal groups of consecutive rows, (groups,), from one forward pass."""
 
 
 class RowGroups:
@@ -91,14 +76,16 @@ class RowGroups:
         self._parts: list[Tensor] = []
         self._micro_batches: int | None = None
         self._rows_per_group = 1.0
+        self._rows: int | None = None
 
     def state(self) -> list[Any]:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
-        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state()]
+        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
-        self.works, groups, count, sums = state
+        self.works, groups, count, sums, *rows = state
+        self._rows = rows[0] if rows else None
         if self._micro_batches is None:
             self.groups_per_batch, self.count = groups, count
         self.noise_scale.load_state(sums)
@@ -152,18 +139,18 @@ class RowGroups:
         Returns:
             The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
         """
-        if self.works is None and not isinstance(closure, GroupedLoss):
-            self._decide("the loss is not the model's own")
         if self.works is False:
             return None
+        closure = self._with_rows(closure, generators)
         losses = None
         if isinstance(closure, GroupedLoss):
-            try:
-                losses = self._by_groups(closure, probes, stream_of, distribution, generators)
-            except Exception as error:  # another kind of batch, or out of memory
-                if self.works is None:
-                    self._decide(str(error).split("\n")[0] or type(error).__name__)
-                logger.debug("a batch does not come apart by rows: %s", error)
+            losses = self._tried(closure, probes, stream_of, distribution, generators)
+            if losses is None and self.works and isinstance(closure, LossByRows) and self._micro_batches is None:
+                before, closure = closure.rows, self._with_rows(closure.closure, generators, looks=True)
+                if isinstance(closure, LossByRows) and closure.rows != before:
+                    losses = self._tried(closure, probes, stream_of, distribution, generators)
+        elif self.works is None:
+            self._decide("the loss is neither the model's own nor RowLosses")
         if not self.works:
             return None
         if losses is None:  # all of its rows share a direction
@@ -190,6 +177,37 @@ class RowGroups:
             self.count = len(losses)
         # A step of fewer micro-batches leaves its last directions alone, as if they had found no slope.
         return losses + [[0.0] * len(losses[0])] * (self.count - len(losses))
+
+    def _with_rows(self, closure: Any, generators: GlobalGenerators | None, looks: bool = False) -> Callable[[], Any]:
+        """Return a closure of `RowLosses` as a loss that comes apart, and any other closure as it is.
+
+        One evaluation shows which it is, and the number of rows. A caller that knows its batches, see `expect`, says so
+        itself.
+
+        Args:
+            closure: the loss.
+            generators: see `evaluate`.
+            looks: True if the rows may be others than before.
+        """
+        if isinstance(closure, GroupedLoss) or self._micro_batches is not None:
+            return closure
+        if self._rows is None or looks:
+            loss = closure()
+            self._evaluator.forward_passes += 1
+            self._rows = len(loss) if isinstance(loss, RowLosses) else None
+            if generators is not None:
+                generators.restore()
+        return closure if self._rows is None else LossByRows(closure, self._rows)
+
+    def _tried(self, closure: GroupedLoss, *how: Any) -> Tensor | None:
+        """Return what `_by_groups` returns, or None if the batch does not come apart."""
+        try:
+            return self._by_groups(closure, *how)
+        except Exception as error:  # another kind of batch, or out of memory
+            if self.works is None:
+                self._decide(str(error).split("\n")[0] or type(error).__name__)
+            logger.debug("a batch does not come apart by rows: %s", error)
+        return None
 
     def _by_groups(
         self,

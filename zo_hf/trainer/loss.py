@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation.known_losses import loss_kind
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.evaluation.output_loss import OutputLoss
+from zo_hf.evaluation.row_losses import LossByRows
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
@@ -35,6 +36,7 @@ class MicroBatchLosses:
         self._trainer, self._ranks = trainer, ranks
         self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
         self._detach_test = DetachTest(ranks.all_reduce_and)
+        self._are_by_rows: bool | None = None
 
     def of(
         self,
@@ -56,6 +58,8 @@ class MicroBatchLosses:
         weight = self._weight(model, inputs, num_items, micro_batches)  # may change what the closure passes on
         calls = self._calls(model, num_items, counts)
         passes = calls.at_current_point(inputs, self._trainer.args.device)
+        if calls.are_by_rows is not None:
+            self._are_by_rows = calls.are_by_rows
         self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
         return self._closure(model, inputs, num_items, calls), weight
 
@@ -90,7 +94,11 @@ class MicroBatchLosses:
             return OutputLoss(model, inputs, function, sequential, num_items, factor, self._checks)
         if not in_parts:
             more = {"skip_logits": True} if is_fused else {}
-            return lambda: sequential(inputs | more)
+
+            def closure() -> Any:
+                return sequential(inputs | more)
+
+            return LossByRows(closure, _rows(inputs)) if self._are_by_rows else closure
         assert isinstance(unwrapped, PreTrainedModel)
         counts = trainer.model_accepts_loss_kwargs and num_items is not None
         return ModelLoss(
@@ -171,3 +179,8 @@ class MicroBatchLosses:
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         return base_model(self._trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    """Return the rows of a batch: the length of its first tensor."""
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)

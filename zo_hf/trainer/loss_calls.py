@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from zo_hf.evaluation.evaluate import one_number
+from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.trainer.overrides import has_stock_loss
 from zo_hf.trainer.side_effects import Snapshot
@@ -26,6 +27,9 @@ class LossCalls:
         trainer: the Trainer.
         detach_test: knows whether detached values matter to this loss.
         counts: False if even the first call leaves no effects, as in a search before training.
+
+    Attributes:
+        are_by_rows: whether the loss at the current point was `RowLosses`; None if it has not been evaluated there.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LossCalls:
         self._is_stock = has_stock_loss(trainer)
         self._stop_gradients, self._first = StopGradients(), 0.0
         self._counts = counts
+        self.are_by_rows: bool | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
         if self._is_stock or self._test.matters is False or self._stop_gradients.is_empty:
@@ -62,6 +67,7 @@ class LossCalls:
         with self._stop_gradients:
             loss = self._once(inputs)
         before.restore()
+        self.are_by_rows = isinstance(loss, RowLosses)
         if not matters:
             self._first = one_number(loss, device).item()
             self._test.see_first(self._stop_gradients, device)

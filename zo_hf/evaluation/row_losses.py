@@ -1,0 +1,86 @@
+"""Losses that come apart by rows: the protocol of the engine, and a mark for a loss of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from zo_hf.estimators.probe import NotBatchable
+
+
+@runtime_checkable
+class GroupedLoss(Protocol):
+    """A loss that is the sum of shares of groups of rows.
+
+    Attributes:
+        rows: rows of the batch.
+    """
+
+    rows: int
+
+    def __call__(self) -> Tensor: ...
+
+    def by_groups(self, groups: int) -> Tensor:
+        """Return the shares of `groups` equal groups of consecutive rows, (groups,), from one forward pass."""
+
+
+class RowLosses(Tensor):
+    """One loss for every row of a batch, which a closure or `compute_loss` returns instead of one number.
+
+        zo.estimate(lambda: RowLosses(cross_entropy(model(x), y, reduction="none")))
+
+    The loss of the batch is their mean. With `rows_per_direction`, every row or group of rows has a direction of its
+    own. Entry i may depend on row i of the model's inputs alone.
+
+    Args:
+        losses: (rows,), of any dtype. Operations on the object itself give plain tensors.
+
+    Raises:
+        ValueError: `losses` has another shape, or no entry.
+    """
+
+    # Whatever a reader computes from it, for example the mean that Trainer logs, is no loss for every row.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, losses: Tensor) -> RowLosses:
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses):
+            shape = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
+            raise ValueError(f"losses has {shape}; RowLosses takes a tensor with one loss for every row, (rows,).")
+        return losses.as_subclass(cls)
+
+    def mean_loss(self) -> Tensor:
+        """Return the loss of the batch, (), in float32 or float64."""
+        return self.mean(dtype=torch.promote_types(self.dtype, torch.float32))
+
+
+class LossByRows:
+    """The loss of a batch of which a closure returns `RowLosses`.
+
+    Args:
+        closure: evaluates the model.
+        rows: rows of the batch.
+    """
+
+    def __init__(self, closure: Callable[[], Any], rows: int) -> None:
+        self.closure, self.rows = closure, rows
+
+    def __call__(self) -> Any:
+        """Return what the closure returns."""
+        return self.closure()
+
+    def by_groups(self, groups: int) -> Tensor:
+        """Return the shares of `groups` equal groups of consecutive rows in the mean, (groups,), from one forward pass.
+
+        Raises:
+            NotBatchable: the closure returns another loss, or another number of rows.
+        """
+        losses = self.closure()
+        if not isinstance(losses, RowLosses):
+            raise NotBatchable("the loss is not RowLosses, one for every row")
+        if len(losses) != self.rows:
+            raise NotBatchable(f"RowLosses has {len(losses)} entries for a batch of {self.rows} rows")
+        precise = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        return precise.view(groups, -1).sum(1) / self.rows
