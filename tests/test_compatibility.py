@@ -17,6 +17,7 @@ from zo_hf.settings import Settings
 from zo_hf.subspaces import Full
 
 COORDINATE, TANGENTS, TWO = {"estimator": "coordinate"}, {"estimator": "forward_gradient"}, {"num_directions": 2}
+ROWS: dict[str, Any] = {"rows_per_direction": 1}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
 
 # (settings, arguments, facts): each is refused by one row, and together by all.
@@ -38,12 +39,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({"coordinate_order": "permuted"}, {}, set()),
     ({"active_layers": 0.5}, {}, set()),
     (TANGENTS | {"batched_probes": True}, {}, set()),
-    ({"rows_per_direction": 1, "estimator": "fzoo"} | TWO, {}, set()),
-    ({"rows_per_direction": 1, "direction": "sphere"}, {}, set()),
-    ({"rows_per_direction": 1, "rule": "conservative"}, {}, set()),
-    ({"rows_per_direction": 1, "batched_probes": True}, {}, set()),
-    ({"rows_per_direction": 1}, {"zo_parallel": "directions"}, set()),
-    ({"rows_per_direction": 1}, {"zo_stability_steps": 2}, set()),
+    (ROWS | COORDINATE, {}, set()),
+    (ROWS | TWO | {"estimator": "evolution_ranks"}, {}, set()),
+    (ROWS | {"direction": "sphere"}, {}, set()),
+    (ROWS | {"direction": "orthogonal"}, {}, set()),
+    (ROWS | {"direction": "adaptive_layers"}, {}, set()),
+    (ROWS | {"rule": "svrg"}, {}, set()),
+    (ROWS | {"rule": "conservative"}, {}, set()),
+    (ROWS | {"batched_probes": True}, {}, set()),
+    (ROWS, {"zo_parallel": "directions"}, set()),
+    (ROWS, {"zo_stability_steps": 2}, set()),
     ({"rule": "svrg", "direction": "layers"}, {}, set()),
     ({"rule": "muon", "direction": "sparse"} | TWO, {}, set()),
     (TANGENTS | FULL | {"direction": "layers"}, {}, set()),

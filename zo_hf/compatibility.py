@@ -17,6 +17,7 @@ from zo_hf.case import Case
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
+from zo_hf.evaluation.by_rows import BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
@@ -60,26 +61,23 @@ class Conflict:
         return sentence.format_map(case.values)
 
 
-#: Methods and arguments that combine with directions for groups of rows.
-BY_ROWS: Mapping[str, Sequence[Any]] = {
-    "estimator": ("two_point", "one_sided"),
-    "direction": ("gaussian", "rademacher"),
-    "rule": ("none", "sign", "muon"),
-    "batched_probes": ("auto", False),
-}
-RUNS_BY_ROWS = {"zo_parallel": (None, "data"), "zo_stability_steps": (None, 0)}
-
-
-def _by_rows(name: str, values: Sequence[Any], value_of: Callable[[Case, str], Any]) -> Conflict:
-    """Refuse `zo_rows_per_direction` with another value of an option than these."""
+def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
+    """Refuse `zo_rows_per_direction` with some values of an option, see `NOT_BY_ROWS`."""
     option = name if name.startswith("zo_") else f"zo_{name}"
+    values = (BY_ROWS if name in BY_ROWS else RUNS_BY_ROWS)[name]
     named = " or ".join(repr(value) for value in values if value is not None)
+
+    def applies(case: Case) -> bool:
+        value = getattr(case.settings, name) if name in BY_ROWS else case.argument(name)
+        is_meant = value in which if which else value not in values
+        return case.settings.rows_per_direction not in (0, "auto") and is_meant
+
     return Conflict(
         "zo_rows_per_direction={zo_rows_per_direction}",
         f"{option}={{{option}}}",
-        "it needs all rows along the same directions",
+        why,
         f"use zo_rows_per_direction=0, or {option}={named}",
-        lambda case: case.settings.rows_per_direction not in (0, "auto") and value_of(case, name) not in values,
+        applies,
     )
 
 
@@ -90,6 +88,7 @@ def rows_per_direction(case: Case) -> int:
         return int(settings.rows_per_direction)
     combines = (
         settings.rule == "none"  # other rules divide the size of c out, and would then take longer steps
+        and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
         and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
         and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
         and case.direction_kind.name in BY_ROWS["direction"]
@@ -254,8 +253,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         for option in fields(DirectionOptions)
         if option.name not in ("direction", "coordinate_order")
     ),
-    *(_by_rows(name, values, lambda case, name: getattr(case.settings, name)) for name, values in BY_ROWS.items()),
-    *(_by_rows(name, values, lambda case, name: case.argument(name)) for name, values in RUNS_BY_ROWS.items()),
+    *(_by_rows(name, why, values) for name, why, values in NOT_BY_ROWS),
     Conflict(
         "zo_estimator={zo_estimator}",
         "zo_batched_probes=True",

@@ -309,7 +309,7 @@ class ZerothOrder:
         curvatures = self._found_curvatures(losses[:here])
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._begins_to_move = self._reads.settle(self.step)
-        numbers = [c for group in by_group for c in self.estimator.projected_gradients(group)]
+        numbers = self.estimator.numbers_of_groups(by_group)
         if self.rule.points > 1:
             numbers += self.estimator.projected_gradients(losses[-here:])
         is_finite = bool(torch.tensor([*losses, *numbers]).isfinite().all())  # in float32, as the coordinates are
@@ -344,7 +344,7 @@ class ZerothOrder:
         """
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
-        by_groups = bool(self.settings.rows_per_direction)  # every number then is the slope of one direction
+        by_groups = bool(self.settings.rows_per_direction)  # every group then has the estimator's numbers
         count = len(numbers) if by_groups else self.estimator.numbers * self.rule.points
         found, chosen = tuple(numbers[:count]), tuple(numbers[count:])
         if skipped:
@@ -354,7 +354,7 @@ class ZerothOrder:
             self.subspace.clear_gradient()
             return
         self.distribution.observe(self._stream(0), found[: self.estimator.num_directions])
-        slopes = count if by_groups else self.estimator.num_directions * self.rule.points
+        slopes = count // self.estimator.numbers * self.estimator.num_directions
         gradients = list(found[:slopes])
         if self.max_projected_grad:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]

@@ -72,6 +72,11 @@ def directions(
 
 def numbers(estimator: Estimator, model: Quadratic, z: Tensor) -> Tensor:
     """c that the estimator makes of the losses at its probes along z, (q, DIMENSION); (q,)."""
+    return torch.tensor(every_number(estimator, model, z)[: estimator.num_directions], dtype=torch.float64)
+
+
+def every_number(estimator: Estimator, model: Quadratic, z: Tensor) -> list[float]:
+    """All that the estimator makes of these losses."""
     x, probes = model.x.detach(), estimator.probes()
     points = torch.stack([x + probe.scale * z[probe.direction] for probe in probes])
     slopes = z @ model.gradient()
@@ -79,8 +84,7 @@ def numbers(estimator: Estimator, model: Quadratic, z: Tensor) -> Tensor:
         slopes[probe.direction] if probe.derivative else loss
         for probe, loss in zip(probes, model.at(points), strict=True)
     ]
-    found = estimator.projected_gradients([float(loss) for loss in losses])[: estimator.num_directions]
-    return torch.tensor(found, dtype=torch.float64)
+    return estimator.projected_gradients([float(loss) for loss in losses])
 
 
 def drawn(direction: str, *shape: int) -> Tensor:

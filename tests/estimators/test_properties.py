@@ -14,6 +14,7 @@ from tests.estimators.quadratic import (
     directions,
     drawn,
     engine,
+    every_number,
     numbers,
 )
 from zo_hf.directions import ELEMENTWISE
@@ -45,7 +46,7 @@ def test_the_variance_falls_as_one_over_the_directions(estimator: str, direction
     """Of a linear loss: Var(ĝⱼ) = (|g|² + gⱼ²·(E[z⁴] - 2)) / q."""
     model, kind = Quadratic(curvature=0.0), ALONG_NOISE[estimator](1e-3, q)
     gradients = [
-        torch.tensor(kind.coefficients(numbers(kind, model, z).tolist()), dtype=torch.float64) @ z
+        torch.tensor(kind.coefficients(every_number(kind, model, z)), dtype=torch.float64) @ z
         for z in drawn(direction, 2000, q, DIMENSION)
     ]
     g = model.gradient()

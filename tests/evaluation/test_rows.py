@@ -33,6 +33,7 @@ from tests.subspaces.helpers import prepared, sgd
 from tests.trainer.runs import SaveAt, logged, make_trainer, with_lora
 from zo_hf import ZOTrainer
 from zo_hf.engine import ZerothOrder
+from zo_hf.estimators import ESTIMATORS
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.trajectory import read_trajectory, replay
@@ -45,8 +46,8 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> ModelLoss:
     return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss)
 
 
-def bert(kind: type) -> nn.Module:
-    config = tiny_bert().config
+def bert(kind: type, **options: Any) -> nn.Module:
+    config = tiny_bert(**options).config
     config.num_labels = 3
     return kind(config)
 
@@ -75,13 +76,13 @@ MODELS = {
 SUBSPACES = ["low_rank", "core", "full", "norms", "adapter"]
 
 
-def row_loss(model: nn.Module, batch: dict[str, Tensor], rows: slice) -> float:
-    """The share of some rows in the batch's loss, from a forward pass over them alone."""
+def share_of(model: nn.Module, batch: dict[str, Tensor], rows: slice) -> Tensor:
+    """The share of some rows in the batch's loss, a scalar, from a forward pass over them alone."""
     part = {name: tensor[rows] for name, tensor in batch.items()}
-    return (model(**part).loss.double() * share(model, part, batch)).item()
+    return model(**part).loss.double() * label_share(model, part, batch)
 
 
-def share(model: Any, part: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+def label_share(model: Any, part: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     """The share of some rows in the labels of the batch."""
     is_shifted = isinstance(model, PreTrainedModel) and model.loss_type == "ForCausalLM"
     counts = [(b["labels"][:, 1:] if is_shifted else b["labels"]).ne(-100).sum() for b in (part, batch)]
@@ -95,7 +96,7 @@ def numbers_of_rows_alone(zo: ZerothOrder, batch: dict[str, Tensor], groups: int
         ends = []
         for scale in (EPS, -EPS):
             with torch.no_grad(), zo.subspace.at((Probe(group, scale),), zo._stream, zo.distribution):
-                ends.append(row_loss(zo.model, batch, slice(group * size, group * size + size)))
+                ends.append(share_of(zo.model, batch, slice(group * size, group * size + size)).item())
         numbers.append((ends[0] - ends[1]) / (2 * EPS))
     return numbers
 
@@ -149,8 +150,8 @@ def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(name: st
     gradients = []
     for group in range(groups):
         with zo.subspace.differentiable() as leaves:
-            part = {key: tensor[group * size : (group + 1) * size] for key, tensor in batch.items()}
-            parts = torch.autograd.grad(model(**part).loss * share(model, part, batch), leaves, allow_unused=True)
+            share = share_of(model, batch, slice(group * size, group * size + size))
+            parts = torch.autograd.grad(share, leaves, allow_unused=True)
         gradients.append(
             torch.cat(
                 [(torch.zeros_like(z) if g is None else g).flatten() for g, z in zip(parts, leaves, strict=True)]
@@ -260,10 +261,13 @@ def logged_run(folder: Path, **options: Any) -> list[float]:
     [
         ({}, 1),
         ({"zo_estimator": "one_sided"}, 1),
+        ({"zo_estimator": "forward_gradient"}, 1),
+        ({"zo_estimator": "second_difference"}, 1),
         ({"zo_rows_per_direction": 2}, 2),
         ({"zo_subspace": "norms"}, 1),
         ({"zo_subspace": "full", "learning_rate": 1e-4}, 0),
         ({"zo_estimator": "fzoo", "zo_num_directions": 2}, 0),
+        ({"zo_estimator": "fzoo", "zo_num_directions": 2, "zo_rows_per_direction": 2}, 2),
         ({"zo_direction": "sphere"}, 0),
         ({"zo_direction": "layers"}, 0),
         ({"zo_stability_steps": 2}, 0),
@@ -273,15 +277,15 @@ def logged_run(folder: Path, **options: Any) -> list[float]:
 def test_auto_takes_a_direction_for_every_row_where_the_method_allows_it(
     tmp_path: Path, options: dict[str, Any], expected: int
 ) -> None:
-    trainer = make_trainer(
-        tmp_path, max_steps=1, per_device_train_batch_size=4, more={"callbacks": [SaveAt(1)]}, **options
-    )
-    trainer.train()
+    model = seeded(tiny_opt, attn_implementation="eager")  # which forward_gradient needs
+    options = {"max_steps": 1, "per_device_train_batch_size": 4} | options
+    make_trainer(tmp_path, model, more={"callbacks": [SaveAt(1)]}, **options).train()
     settings = json.loads((tmp_path / "checkpoint-1" / "zo_state.json").read_text())["settings"]
     assert settings["zo_rows_per_direction"] == expected
     (record,) = read_trajectory(tmp_path).records
-    directions = options.get("zo_num_directions", 1)
-    assert len(record.projected_gradients) == (4 // expected if expected else directions)
+    kind = ESTIMATORS[options.get("zo_estimator", "two_point")]
+    of_a_group = kind(1.0, options.get("zo_num_directions", 1)).numbers
+    assert len(record.projected_gradients) == of_a_group * (4 // expected if expected else 1)
 
 
 def test_auto_has_at_most_32_directions_for_a_batch() -> None:

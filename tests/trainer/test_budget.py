@@ -59,6 +59,17 @@ def test_the_check_of_batched_probes_is_paid_for(tmp_path: Path) -> None:
         trained(tmp_path, zo_max_forward_passes=3, max_steps=100)
 
 
+def test_tangents_for_every_row_are_paid_for(tmp_path: Path) -> None:
+    """6, 2: the first step looks twice more at one micro-batch, in passes that count as two."""
+    model = seeded(tiny_opt, attn_implementation="eager")
+    options = {"zo_estimator": "forward_gradient", "max_steps": 100}
+    assert passes(trained(tmp_path, model, zo_max_forward_passes=9, **options)) == [6, 8]
+    with pytest.raises(
+        ValueError, match=r"^zo_max_forward_passes=5 does not pay for the first step, which takes 6.*\.$"
+    ):
+        trained(tmp_path, model, zo_max_forward_passes=5, **options)
+
+
 # A rule that evaluates the loss by itself, and one whose steps differ, with every estimator.
 METHODS = [(estimator, rule) for estimator in ESTIMATORS for rule in ("none", "conservative", "svrg")]
 METHODS += [(estimator_for(rule), rule) for rule in RULES if rule not in ("none", "conservative", "svrg")]

@@ -72,6 +72,20 @@ class Estimator:
         """
         raise NotImplementedError
 
+    def numbers_of_groups(self, losses: Sequence[Sequence[float]]) -> list[float]:
+        """Compute the numbers of a step whose groups of rows have directions of their own.
+
+        Added up over groups, c · z must point along the gradient of the sum of their losses.
+
+        Args:
+            losses: losses of every group at `probes()`, (groups, probes).
+
+        Returns:
+            c of every direction, group by group, and then, in the same order, any other number of the groups.
+        """
+        each, q = [self.projected_gradients(group) for group in losses], self.num_directions
+        return [c for numbers in each for c in numbers[:q]] + [other for numbers in each for other in numbers[q:]]
+
     def loss(self, losses: Sequence[float]) -> float:
         """Return the loss that a step reports: the mean over the probes, unless one of them is the current point."""
         return sum(losses) / len(losses)

@@ -8,8 +8,9 @@ as two passes, so it has two entries among the probes and counts as two forward 
 has no effect.
 
 Cost: q passes with tangents, counted as 2q, one after another. Every activation has a tangent in memory, and in the
-full subspace so have the weights of one module at a time. Every kernel must have a forward-mode derivative: attention
-must be "eager", and quantized layers are refused.
+full subspace so have the weights of one module at a time. Groups of rows with directions of their own have tangents of
+their own, in the same pass, which gives the exact derivative of each group's share. Every kernel must have a
+forward-mode derivative: attention must be "eager", and quantized layers are refused.
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ The paper's u are Rademacher (`zo_direction`). Each c is about 1/ε, so the lear
 step per coordinate (times √q). Its default here is ε times that of the subspace. If all perturbed losses are equal, c
 is 0.
 
+If groups of rows have directions of their own, σ² is the sum of σ_g² over groups, each around the mean of its own
+losses. So σ compares only what the directions changed, not a hard row with an easy one. All groups share σ: divided by
+its own, every row would pull as hard as any other, and ĝ would not point along ∇L. With Σ_g |∇ℓ_g|² for |∇L|² in σ, a
+step is as long as with one group.
+
 Cost: q + 1 forward passes; q must be at least 2.
 """
 
@@ -29,9 +34,12 @@ class FZOO(OneSided):
     is_scale_free = True
 
     def projected_gradients(self, losses: Sequence[float]) -> list[float]:
-        clean, *moved = losses
-        deviation = standard_deviation(moved, len(moved) - 1)
-        return [(loss - clean) / deviation / self.eps if deviation != 0.0 else 0.0 for loss in moved]
+        return self.numbers_of_groups([losses])
+
+    def numbers_of_groups(self, losses: Sequence[Sequence[float]]) -> list[float]:
+        deviation = math.hypot(*(standard_deviation(moved, len(moved) - 1) for _, *moved in losses))
+        changes = [loss - clean for clean, *moved in losses for loss in moved]
+        return [change / deviation / self.eps if deviation != 0.0 else 0.0 for change in changes]
 
     def learning_rate(self, subspace_default: float) -> float:
         return subspace_default * self.eps

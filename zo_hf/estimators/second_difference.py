@@ -3,6 +3,9 @@
     cᵢ = (L(ξ + ε·zᵢ) - L(ξ - ε·zᵢ)) / 2ε
     κᵢ = (L(ξ + ε·zᵢ) + L(ξ - ε·zᵢ) - 2·L(ξ)) / ε²          = zᵢᵀ∇²L zᵢ up to O(ε²): the curvature along zᵢ
 
+If groups of rows have directions of their own, κ of a group belongs to its share ℓ_g of the loss: κ = zᵀ∇²ℓ_g z. The
+shares' Hessians add up to ∇²L, so the sum of κ over groups has the mean that κ of the whole loss has, tr ∇²L.
+
 Cost: 2q + 1 forward passes; all directions share the clean loss. κ has a rounding error of about
 (the losses' last place)·L/ε², so the losses must be at least float32.
 """
@@ -17,7 +20,7 @@ from zo_hf.method_info import Method
 
 
 class SecondDifference(Estimator):
-    """Central differences and curvatures: the numbers of a step are all cᵢ, followed by all κᵢ."""
+    """Central differences and curvatures: the numbers of a step are all c, followed by all κ in the same order."""
 
     name = "second_difference"
     about = Method("HiZOO (2402.15173)", forwards="2q + 1")
@@ -41,8 +44,8 @@ class SecondDifference(Estimator):
         return losses[0]
 
     def coefficients(self, projected_gradients: Sequence[float]) -> list[float]:
-        return super().coefficients(projected_gradients[: self.num_directions])
+        return super().coefficients(projected_gradients[: len(projected_gradients) // 2])
 
     def curvatures(self, projected_gradients: Sequence[float]) -> Sequence[float]:
-        """Return κ of every direction, out of the result of `projected_gradients`."""
-        return projected_gradients[self.num_directions :]
+        """Return κ of every direction, out of a step's numbers."""
+        return projected_gradients[len(projected_gradients) // 2 :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
-from zo_hf.evaluation.derivative import loss_and_derivative
+from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -199,9 +198,7 @@ class _Evaluation:
     def sequential(self) -> Tensor:
         """Return the losses of one forward pass for each probe, (probes,)."""
         values = []
-        for probe, following in itertools.zip_longest(self._probes, self._probes[1:]):
-            if following is not None and following.derivative:
-                continue  # its loss comes with its derivative
+        for probe in own_passes(self._probes):
             self._begin()
             with self.subspace.at((probe,), self._stream_of, self._distribution):
                 values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])

@@ -9,14 +9,16 @@ With G groups of a batch of B rows, d coordinates and the gradient noise scale B
 
     E‖ĝ‖² ≈ d · ‖∇L‖² · (1/G + B_s/B)        G = 1 is MeZO
 
-so a step may be longer by up to (1 + B_s/B) / (1/G + B_s/B). Groups are numbered by the place of their rows in the step,
-across micro-batches and ranks. The estimate therefore does not depend on how a step is divided.
+so a step may be longer by up to (1 + B_s/B) / (1/G + B_s/B). A forward pass with tangents gives c_g = ∇ℓ_g · z_g of all
+groups at once, the limit for ε → 0. Groups are numbered by the place of their rows in the step, across micro-batches and
+ranks. The estimate therefore does not depend on how a step is divided.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
@@ -155,7 +158,7 @@ class RowGroups:
             return None
         if losses is None:  # all of its rows share a direction
             first = self._first_group() * _directions(probes)
-            together = [Probe(first + probe.direction, probe.scale) for probe in probes]
+            together = [replace(probe, direction=first + probe.direction) for probe in probes]
             losses = self._evaluator.losses(
                 self._subspace, closure, together, stream_of, distribution, len(probes), generators
             )[:, None]
@@ -226,26 +229,28 @@ class RowGroups:
         first, directions = self._first_group(), _directions(probes)
 
         def points(probe: Probe) -> list[Probe]:
-            return [Probe((first + g) * directions + probe.direction, probe.scale) for g in range(groups)]
+            return [replace(probe, direction=(first + g) * directions + probe.direction) for g in range(groups)]
 
-        def shares(at: Sequence[Probe]) -> Tensor:
+        def losses(at: Sequence[Probe], loss: Callable[[], Tensor]) -> Tensor:
+            """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
             if generators is not None:
                 generators.restore()
             with self._subspace.at(at, stream_of, distribution, rows=closure.rows // len(at)):
-                return closure.by_groups(groups).detach()
+                return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
 
-        found = [shares(points(probe) if probe.scale else points(probe)[:1]) for probe in probes]
+        def shares(at: Sequence[Probe]) -> Tensor:
+            return losses(at, lambda: closure.by_groups(groups))
+
+        own = own_passes(probes)
+        found = [shares(points(probe) if probe.scale or probe.derivative else points(probe)[:1]) for probe in own]
         self._evaluator.forward_passes += len(probes)
         if self.works is None:
-            last = points(probes[-1])[-1:]
-            if generators is not None:
-                generators.restore()
-            with self._subspace.at(last, stream_of, distribution):
-                whole = one_number(closure(), found[-1].device).detach()
+            last = points(own[-1])[-1:]
+            whole = losses(last, lambda: one_number(closure(), found[-1].device))
             alone = shares(last)
-            self._evaluator.forward_passes += 2
+            self._evaluator.forward_passes += passes_of_check(probes)
             self._decide(self._problem(found[-1], whole, alone))
-        return torch.stack(found).double()
+        return torch.cat(found).double()
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""
@@ -257,13 +262,17 @@ class RowGroups:
         """Return why the first batch does not come apart, or None.
 
         Args:
-            shares: the groups' shares at a probe, each with its own direction, (groups,).
-            whole: the caller's loss with the last group's direction for all rows, without groups.
+            shares: the groups' shares at a probe, each with its own direction, (1, groups), and below them their
+                derivatives, if it asks for them.
+            whole: the caller's loss with the last group's direction for all rows, (1,), and its derivative.
             alone: the shares at that point, which sum to `whole`. The last is that of `shares`, whatever moves the others.
         """
-        apart = max((alone.sum() - whole).abs().item(), (shares - alone)[-1].abs().item())
-        allowed = self._evaluator.rounding(self._subspace, shares.dtype) * max(1.0, whole.abs().item())
-        return None if apart <= allowed else f"its rows give other losses together, by {apart:.2g}"
+        apart = torch.maximum((alone.sum(1) - whole).abs(), (shares - alone)[:, -1].abs())
+        # A sum of derivatives may be small where they are large.
+        size = torch.maximum(whole.abs(), shares.abs().amax(1)).clamp(min=1.0)
+        worst = (apart / size).max().item()
+        allowed = self._evaluator.rounding(self._subspace, shares.dtype)
+        return None if worst <= allowed else f"its rows give other losses together, by {apart.max().item():.2g}"
 
     def _decide(self, problem: str | None) -> None:
         """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""
@@ -280,6 +289,11 @@ def groups_of(rows: int, rows_per_direction: int | str) -> int:
     if rows_per_direction == "auto":
         return _divisor(rows, 1, MOST_GROUPS)
     return _divisor(rows, int(rows_per_direction), rows) if rows_per_direction else 1
+
+
+def passes_of_check(probes: Sequence[Probe]) -> int:
+    """Return the forward passes that a run's first micro-batch takes beyond its probes, if its loss comes apart."""
+    return 4 if any(probe.derivative for probe in probes) else 2  # a pass with tangents counts as two
 
 
 def _directions(probes: Sequence[Probe]) -> int:

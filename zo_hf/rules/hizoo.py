@@ -10,6 +10,10 @@ did not measure. A later version of that code stores 1/h under the same name.
 On a quadratic with Hessian H and D = h^(-½)·H·h^(-½), E[½·κ·h·z²] = ½·tr(D)·h + diag(H): h tends to (d + 2)/2 ·
 diag(H) in d coordinates. So h has the ratios of the diagonal but not its scale, which affects ε and the learning rate.
 
+If groups of rows have directions of their own, κ of a group belongs to its share ℓ_g, with Hessian H_g. Their sum comes
+before the absolute value, |Σ_g κ_gᵢ · z_gᵢ²| in place of |κᵢ| · zᵢ². Since Σ_g H_g = H, the mean of ½·h·Σ_g κ_g·z_g² is
+the same ½·tr(D)·h + diag(H). Absolute values of every κ_g would add up to more, as shares curve both ways.
+
 A fold keeps h. The curvature of an entry of B, Vⱼᵀ·Hᵢ·Vⱼ/r, has the same mean for every draw of V, so h stays a valid
 estimate of it. With the paper's s, an h that restarted at every fold would never leave 1.
 """
@@ -57,13 +61,20 @@ class Curvature(Rule):
         self, projected_gradients: Sequence[float], stream_of: StreamOf, distribution: Distribution
     ) -> None:
         super().write_gradient(projected_gradients, stream_of, distribution)
-        rate, curvatures = self.options.curvature_rate, self._curvatures(projected_gradients)
+        rate, directions = self.options.curvature_rate, self.estimator.num_directions
+        curvatures = self._curvatures(projected_gradients)
         for block, h in zip(self._blocks, self._h, strict=True):
             factor, measured = torch.full_like(h, 1.0 - rate), torch.zeros_like(h, dtype=torch.bool)
-            for index, curvature in enumerate(curvatures):
+            for index in range(directions):
                 squared = block.noise(stream_of(index), distribution).square()
-                factor.add_(squared, alpha=rate * 0.5 * abs(curvature) / len(curvatures))
                 measured |= squared > 0
+                curvature = curvatures[index]
+                if len(curvatures) > directions:  # of several groups
+                    squared.mul_(curvature)
+                    for other in range(index + directions, len(curvatures), directions):
+                        squared.add_(block.noise(stream_of(other), distribution).square(), alpha=curvatures[other])
+                    squared, curvature = squared.abs_(), 1.0
+                factor.add_(squared, alpha=rate * 0.5 * abs(curvature) / directions)
             # An entry that no direction perturbed was not measured, and keeps its h.
             h.mul_(factor.where(measured, 1.0)).clamp_(SMALLEST, LARGEST)
         self._rescale()

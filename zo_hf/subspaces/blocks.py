@@ -22,7 +22,7 @@ class CoordinateBlock:
     Attributes:
         layout: positions of the coordinate tensors in a flat vector of length `size`.
         point: the points of the current probes, (probes, size), or None.
-        tangent: direction of a derivative, (1, size), or None.
+        tangent: directions of the current probes if they are derivatives, (probes, size), or None.
         scale: factors for the elements of every direction, (size,); None leaves directions as they are.
         learning_rates: η of every coordinate tensor, by name, for probes along the gradient.
         snapshot: earlier values of the coordinates, (size,), for probes around them.
@@ -62,7 +62,7 @@ class CoordinateBlock:
     def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
         """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself.
 
-        A derivative must be the only probe; it also sets `tangent`, (1, size), to z.
+        Probes are all derivatives or none. Derivatives also set `tangent`, (probes, size), to their z.
         """
         self.tangent = None
         rows = max(1, len(probes))
@@ -93,8 +93,9 @@ class CoordinateBlock:
                     self._step_along_gradient(row, probe.scale)
                 elif probe.scale and not isinstance(distribution, UnitVectors):
                     row.add_(self.direction(stream_of(probe.direction), distribution), alpha=probe.scale)
-                if probe.derivative:
-                    self.tangent = self.direction(stream_of(probe.direction), distribution)[None]
+            tangents = [self.direction(stream_of(p.direction), distribution) for p in probes if p.derivative]
+            if tangents:
+                self.tangent = torch.stack(tangents) if len(tangents) > 1 else tangents[0][None]
 
     @staticmethod
     def _is_grouped(probes: Sequence[Probe], distribution: Distribution) -> bool:
@@ -116,7 +117,7 @@ class CoordinateBlock:
                 self.layout.view(point, name).add_(coordinate.grad, alpha=-rate * steps)
 
     def at_point(self, name: str) -> Tensor:
-        """Return one coordinate tensor at every probe, (probes, *shape); for a derivative, a dual tensor."""
+        """Return one coordinate tensor at every probe, (probes, *shape); for derivatives, a dual tensor."""
         assert self.point is not None
         value = self.layout.view(self.point, name)
         return value if self.tangent is None else forward_ad.make_dual(value, self.layout.view(self.tangent, name))

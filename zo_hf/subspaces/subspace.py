@@ -147,7 +147,7 @@ class Subspace:
 
         Args:
             probes: one probe, or several that share a forward pass. The batch then has a group of rows for each, in
-                order.
+                order. Either all of them ask for a derivative or none.
             stream_of: maps a direction's index to its stream.
             distribution: distribution of the directions.
             rows: number of rows of the batch in each group, if several probes share it.

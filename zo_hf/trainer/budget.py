@@ -2,8 +2,8 @@
 
 The cost of a step is known before it begins. Every micro-batch costs forward passes for the step's probes, for the rule's
 own evaluations, and for a measurement of the curvature. The rule's evaluations may vary from step to step. The first step
-evaluates the probes of one micro-batch twice if `zo_batched_probes="auto"` compares both ways. A step that would exceed the
-budget does not begin.
+evaluates the probes of one micro-batch twice if `zo_batched_probes="auto"` compares both ways, and a few more if rows get
+directions of their own. A step that would exceed the budget does not begin.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import Estimator
 from zo_hf.evaluation.curvature_probes import curvature_probes
+from zo_hf.evaluation.rows import passes_of_check
 from zo_hf.lr_finder.find import SHARE, forward_passes_of_search
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rules.step_probes import forward_passes_of_a_step
@@ -185,9 +186,9 @@ class Budget(TrainerCallback):
         return min(accumulation, self._batches - first)
 
     def _cost(self, batches: int) -> int:
-        twice = len(self._estimator().probes()) if self._checks() else 0
+        more = self._passes_of_check() if self._checks() else 0
         step, measured = (0, 0) if self._zo is None else (self._zo.step, self._zo.curvature_passes)
-        return (self._passes_per_batch(step) + measured) * batches + twice
+        return (self._passes_per_batch(step) + measured) * batches + more
 
     def _passes_per_batch(self, step: int) -> int:
         return forward_passes_of_a_step(self._estimator(), self._settings.rule_kind, self._settings, step)
@@ -201,6 +202,12 @@ class Budget(TrainerCallback):
             return False
         groups = self._zo.row_groups
         return self._zo.evaluator.batched is None if groups is None or groups.works is False else groups.works is None
+
+    def _passes_of_check(self) -> int:
+        """Return the most forward passes that such a look may take."""
+        probes = self._estimator().probes()
+        groups = None if self._zo is None else self._zo.row_groups
+        return len(probes) if groups is None else max(len(probes), passes_of_check(probes))
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes

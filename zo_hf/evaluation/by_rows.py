@@ -1,0 +1,31 @@
+"""Methods and arguments that combine with directions for groups of rows, and the reasons why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Values of settings, by the setting.
+BY_ROWS: Mapping[str, Sequence[Any]] = {
+    "estimator": ("two_point", "second_difference", "one_sided", "forward_gradient", "fzoo", "evolution"),
+    "direction": ("gaussian", "rademacher"),
+    "rule": ("none", "sign", "curvature", "muon", "power_iteration"),
+    "batched_probes": ("auto", False),
+}
+#: Values of arguments of a run.
+RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data"), "zo_stability_steps": (None, 0)}
+
+_UNTESTED = "it has only been tested along directions that all rows share"
+#: Reasons against other values of an option, and the values that a reason is about; () stands for all the rest.
+NOT_BY_ROWS: Sequence[tuple[str, str, Sequence[Any]]] = (
+    ("estimator", "an entry of the gradient is the slope of the whole loss", ("coordinate", "coordinate_forward")),
+    ("estimator", "its numbers do not add up over rows, or are not known to", ()),
+    ("direction", "a step by rows has more directions than its orthogonal ones", ("orthogonal",)),
+    ("direction", "it rates layers by slopes of the whole loss", ("adaptive_layers",)),
+    ("direction", _UNTESTED, ()),
+    ("rule", "the numbers at its snapshot are those of directions that all rows share", ("svrg",)),
+    ("rule", _UNTESTED, ()),
+    ("batched_probes", "the rows of one batch already have different probes", ()),
+    ("zo_parallel", "it divides directions that all rows share among processes", ()),
+    ("zo_stability_steps", "its theory is of directions that all rows share", ()),
+)
