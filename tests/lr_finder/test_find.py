@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import assert_same_bits
-from tests.lr_finder.noisy_bowl import DIMENSION, Bowl, after_training, batches, engine, square
+from tests.lr_finder.noisy_bowl import DIMENSION, Bowl, Rows, after_training, batches, engine, square
 from zo_hf.engine import ZerothOrder
 from zo_hf.lr_finder.find import (
     ADAPTER_WARNING,
@@ -30,11 +30,13 @@ from zo_hf.lr_finder.loss_probes import LineProbe, LossProbes
 from zo_hf.lr_finder.report import rises, table
 from zo_hf.subspaces import Adapter, LowRank
 
+BY_ROWS = {"rows_per_direction": 1, "noise_scale_steps": 0}
+
 
 def found(
-    zo: ZerothOrder, optimizer: torch.optim.Optimizer, noise: float, steps: float, passes: int = 50
+    zo: ZerothOrder, optimizer: torch.optim.Optimizer, noise: float, steps: float, passes: int = 50, rows: int = 0
 ) -> LRFinderResult:
-    source = batches(zo, noise)
+    source = batches(zo, noise, rows=rows)
     return find_learning_rate(zo, optimizer, lambda: [(next(source), 1.0)], passes, steps, 1e-5)
 
 
@@ -48,18 +50,21 @@ def test_without_noise_it_is_a_little_below_the_rate_of_fastest_descent() -> Non
 
 
 @pytest.mark.parametrize(
-    ("noise", "steps"),
-    [(2.0, 200), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5.0, 400), (20.0, 200)))],
+    ("noise", "steps", "rows"),
+    [
+        (2.0, 200, 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5.0, 400, 0), (20.0, 200, 0), (2.0, 100, 4))),
+    ],
 )
-def test_it_trains_as_well_as_the_second_best_of_a_grid(noise: float, steps: int) -> None:
-    curvature = 1.0
-    zo, optimizer = engine(Bowl(curvature))
-    rate = found(zo, optimizer, noise, steps).learning_rate
+def test_it_trains_as_well_as_the_second_best_of_a_grid(noise: float, steps: int, rows: int) -> None:
+    curvature, options = 1.0, BY_ROWS if rows else {}
+    zo, optimizer = engine(Bowl(curvature), **options)
+    rate = found(zo, optimizer, noise, steps, rows=rows).learning_rate
 
     def ends_with(rate: float) -> float:
-        return sum(after_training([rate] * steps, curvature, noise, seed) for seed in range(2)) / 2
+        return sum(after_training([rate] * steps, curvature, noise, seed, rows, **options) for seed in range(2)) / 2
 
-    assert ends_with(rate) <= sorted(ends_with(1e-5 * 3**power) for power in range(2, 7))[1]
+    assert ends_with(rate) <= sorted(ends_with(1e-5 * 3**power) for power in range(2, 8 if rows else 7))[1]
 
 
 def test_where_noise_dominates_it_is_far_below_what_curvature_allows() -> None:
@@ -145,12 +150,13 @@ def chosen(
     optimizer: Callable = torch.optim.SGD,
     options: Any = None,
     probes: LossProbes = PROBES,
+    groups: int = 1,
     **more: Any,
 ) -> float:
     model = Bowl(1.0)
     zo = ZerothOrder(model, LowRank(model, 1, 0), batched_probes=False, **more)
     return choose(
-        zo, zo.prepare(optimizer(zo.coordinates(), lr=1.0, **options or {})), probes, 0, steps, 1.0
+        zo, zo.prepare(optimizer(zo.coordinates(), lr=1.0, **options or {})), probes, 0, steps, 1.0, groups=groups
     ).learning_rate
 
 
@@ -165,6 +171,76 @@ def test_what_the_rate_depends_on() -> None:
     assert chosen(rule="sign") == pytest.approx(plain * size)
     assert chosen(optimizer=torch.optim.AdamW) == pytest.approx(plain * size)
     assert chosen(optimizer=torch.optim.AdamW, num_directions=4) == pytest.approx(four * size / 2)
+    assert plain < chosen(groups=4) <= four  # groups do not average the noise of batches
+    normalized = chosen(groups=4, normalize=True)
+    assert chosen(groups=4, rule="sign") == pytest.approx(normalized / 2)
+
+
+# Directions for groups of rows.
+
+
+class Inseparable(Rows):
+    """A loss whose shares are not those of its rows."""
+
+    def by_groups(self, groups: int) -> torch.Tensor:
+        return super().by_groups(groups).flip(0)
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.0, 3.0, 8.0), (20.0, 0.8, 1.4)])
+def test_directions_for_rows_allow_a_larger_rate_unless_batches_are_the_noise(
+    noise: float, least: float, most: float
+) -> None:
+    one, many = (found(*engine(Bowl(1.0), **options), noise, 10, 200, rows=8) for options in ({}, BY_ROWS))
+    assert (one.groups, many.groups) == (1, 8)
+    lines = zip(one.probes.lines, many.probes.lines, strict=True)
+    assert all(a.near == pytest.approx(b.near, rel=1e-6) and a.far == b.far for a, b in lines)
+    assert least < many.learning_rate / one.learning_rate < most
+    assert "for 8 groups of rows" in table(many) and "groups of rows" not in table(one)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_groups_of_rows_tell_how_much_batches_differ(noise: float) -> None:
+    """Along z, slopes of batches have the variance noise²·|z|²."""
+    zo, optimizer = engine(Bowl(1.0), direction="rademacher", **BY_ROWS)
+    probes = found(zo, optimizer, noise, 100, 200, rows=16).probes
+    value, error = probes.noise_square
+    assert value == pytest.approx(noise**2 * DIMENSION, abs=4 * error + 1e-12)
+    assert error == pytest.approx(value * math.sqrt(2 / 15 / len(probes.lines)), rel=0.35)
+    square, error = probes.gradient_square
+    assert square == pytest.approx(float(zo.model.x.detach().square().sum()), abs=4 * error)
+
+
+def test_the_search_decides_whether_rows_come_apart_and_the_first_step_does_not() -> None:
+    zo, optimizer = engine(Bowl(1.0), **BY_ROWS)
+    before = {name: tensor.clone() for name, tensor in zo.subspace.coordinates.items()}
+    random = torch.get_rng_state()
+    source = batches(zo, 1.0, rows=6)
+    micro_batches = [(next(source), 0.5), (next(source), 0.5)]
+    result = find_learning_rate(zo, optimizer, lambda: micro_batches, 101, 100, 1e-5)
+    assert result.groups == 12 and zo.row_groups.works
+    assert result.forward_passes == zo.forward_passes == forward_passes_of_search(101, 2) + 3
+    assert zo.at_start_of_step and torch.equal(torch.get_rng_state(), random)
+    assert_same_bits(dict(zo.subspace.coordinates), before)
+    other, _ = engine(Bowl(1.0), **BY_ROWS)
+    for closure, weight in micro_batches:
+        zo.probe(closure, weight)
+        other.probe(Rows(other.model, closure.batch), weight)
+    assert zo.finish_estimate() == other.finish_estimate()
+    assert zo.forward_passes - result.forward_passes == other.forward_passes - 2 == 4
+
+
+@pytest.mark.parametrize("kind", [Inseparable, lambda model, batch: lambda: model(batch).mean()])
+def test_a_loss_that_does_not_come_apart_gets_the_rate_of_one_direction(kind: Callable) -> None:
+    results = []
+    for options in (BY_ROWS, {}):
+        zo, optimizer = engine(Bowl(1.0), **options)
+        source = batches(zo, 1.0, rows=6)
+        result = find_learning_rate(
+            zo, optimizer, lambda zo=zo, source=source: [(kind(zo.model, next(source).batch), 1.0)], 50, 100, 1e-5
+        )
+        assert zo.row_groups is None or zo.row_groups.works is False
+        results.append((result.learning_rate, result.groups))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +287,7 @@ ANY = st.floats(-1e9, 1e9) | st.sampled_from([0.0, -0.0, math.inf, -math.inf, ma
             loss=ANY | st.floats(0.1, 10),
             rise=ANY | st.floats(-1, 1),
             far=ANY | st.floats(-100, 100),
+            noise=st.none() | st.floats(0, 1e9) | st.sampled_from([math.inf, math.nan]),
         ),
         min_size=1,
         max_size=6,
@@ -223,7 +300,7 @@ def test_whatever_was_measured_there_is_a_rate(lines: list[LineProbe], steps: in
     zo, optimizer = engine(Bowl(1.0))
     schedule = [(m, m * m) for m in np.linspace(1.0, ends, 8).tolist()]
     with np.errstate(all="ignore"):
-        result = choose(zo, optimizer, LossProbes(tuple(lines)), 20, steps, 1e-5, schedule)
+        result = choose(zo, optimizer, LossProbes(tuple(lines)), 20, steps, 1e-5, schedule, groups=8)
     if result.prediction is None:
         assert result.learning_rate == 1e-5 and result.warnings[0].endswith("the default is used.")
     else:

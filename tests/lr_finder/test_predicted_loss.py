@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from zo_hf.lr_finder.loss_probes import LineProbe, LossProbes
 from zo_hf.lr_finder.predicted_loss import DIVERGED, Posterior, candidate_rates, posterior_of, predicted_losses
 
 
-def known(gradient: float, noise: float, curvature: float) -> Posterior:
-    return Posterior(*(np.array([float(value)]) for value in (gradient, noise, curvature, 1.0)))
+def known(gradient: float, noise: float, *curvatures: float, groups: int = 1) -> Posterior:
+    values = (gradient, noise, curvatures[0], curvatures[-1], 1.0)
+    return Posterior(*(np.array([float(value)]) for value in values), groups=groups)
 
 
 def constant(*multiples: float) -> list[tuple[float, float]]:
@@ -24,34 +26,42 @@ def constant(*multiples: float) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("multiples", "part", "noise", "rule"),
+    ("multiples", "part", "noise", "options", "groups"),
     [
-        ((1.0,), 0.1, 8.0, "none"),
-        ((1.0,), 1.2, 2.0, "none"),
-        ((1.0, 0.6, 0.2), 0.5, 4.0, "none"),
-        ((1.0, 0.6, 0.2), 0.2, 4.0, "sign"),
-        *(pytest.param((1.0,), 0.2, 0.0, rule, marks=pytest.mark.slow) for rule in ("none", "sign")),
+        ((1.0,), 0.1, 8.0, {}, 1),
+        ((1.0,), 1.2, 2.0, {}, 1),
+        ((1.0, 0.6, 0.2), 0.5, 4.0, {}, 1),
+        ((1.0, 0.6, 0.2), 0.2, 4.0, {"rule": "sign"}, 1),
+        ((1.0,), 0.3, 0.0, {}, 4),
+        ((1.0, 0.4), 0.3, 1.0, {"num_directions": 2, "direction": "rademacher"}, 2),
+        ((1.0,), 0.15, 2.0, {"rule": "sign"}, 4),
+        ((1.0,), 0.15, 2.0, {"normalize": True}, 4),
+        *(pytest.param((1.0,), 0.2, 0.0, {"rule": rule}, 1, marks=pytest.mark.slow) for rule in ("none", "sign")),
     ],
 )
 def test_it_is_what_runs_end_with_on_a_quadratic(
-    multiples: tuple[float, ...], part: float, noise: float, rule: str
+    multiples: tuple[float, ...], part: float, noise: float, options: dict[str, Any], groups: int
 ) -> None:
     """With equal eigenvalues h the gradient's square is 2·h·L, and the prediction exact."""
-    curvature, steps = 2.0, 60
-    kappa = curvature * (DIMENSION + 2)
+    curvature, steps, seeds = 2.0, 60 if groups == 1 else 32, 20 if groups == 1 else 10
+    q, fixed_length = options.get("num_directions", 1), options.get("rule", "none") != "none" or "normalize" in options
+    kappa, kappa_v = (curvature * (DIMENSION + count + 1) / count for count in (q * groups, q))
     rate, unit = part / kappa, 1.0
     first = curvature / 2 * square(Bowl(curvature))
     variance = noise**2 * DIMENSION
-    if rule == "sign":
+    if fixed_length:
         unit = math.sqrt(2 * curvature * first + variance)
+        # Signs of the groups add up, while their normalized numbers have one group's length together.
+        unit /= math.sqrt(groups) if options.get("rule") == "sign" else 1.0
     rates = [rate * unit * multiple for multiple in multiples for _ in range(steps // len(multiples))]
-    runs = [after_training(rates, curvature, noise, seed, rule=rule) / first for seed in range(20)]
-    what = known(2 * curvature, variance / first, kappa)
-    schedule = constant(*multiples)
-    (expected,) = predicted_losses(what, np.array([rate]), steps, schedule, fixed_length=rule == "sign")[0]
+    more = options | ({"rows_per_direction": 1, "noise_scale_steps": 0} if groups > 1 else {})
+    rows = groups if groups > 1 else 0
+    runs = [after_training(rates, curvature, noise, seed, rows, **more) / first for seed in range(seeds)]
+    what = known(2 * curvature, variance / first, kappa, kappa_v, groups=groups)
+    (expected,) = predicted_losses(what, np.array([rate]), steps, constant(*multiples), fixed_length)[0]
     error = np.std(runs, ddof=1) / math.sqrt(len(runs))
     # Steps are finite, the differential equation's are not; and the mean of |c| is √(2/π) of its root mean square.
-    slack = 0.1 if rule == "none" else 0.35
+    slack = 0.35 if options.get("rule") == "sign" else 0.1
     assert np.mean(runs) == pytest.approx(expected, abs=4 * error, rel=slack)
 
 
@@ -79,7 +89,7 @@ def test_the_best_rate_in_the_limits() -> None:
 
 
 def test_a_constant_schedule_in_pieces_is_the_same() -> None:
-    what = Posterior(*np.random.default_rng(0).uniform(0.1, 2.0, (4, 50)))
+    what = Posterior(*np.random.default_rng(0).uniform(0.1, 2.0, (5, 50)))
     rates = np.geomspace(1e-3, 10.0, 30)
     whole = predicted_losses(what, rates, 320)
     assert np.allclose(whole, predicted_losses(what, rates, 320, constant(*[1.0] * 32)), rtol=1e-9)
@@ -90,7 +100,7 @@ def test_a_constant_schedule_in_pieces_is_the_same() -> None:
 def test_what_is_lost_does_not_come_back(steps: int) -> None:
     """A third of the run is unstable, and what follows would bring any number down to nothing."""
     linear = constant(*np.linspace(1.0, 0.0, 32))
-    what = Posterior(*np.array([[2.0, 2.0], [0.0, 0.3], [1.0, 1.0], [0.5, 0.5]]))
+    what = Posterior(*np.array([[2.0, 2.0], [0.0, 0.3], [1.0, 1.0], [1.0, 1.0], [0.5, 0.5]]))
     assert (predicted_losses(what, np.array([3.0]), steps, linear) == DIVERGED).all()
     losses = predicted_losses(what, candidate_rates(what, linear), steps, linear)
     assert np.isfinite(losses).all() and losses.min() < 0.1
@@ -105,23 +115,27 @@ def test_rates_reach_as_far_as_a_schedule_that_stays_small_allows() -> None:
     )
 
 
-def drawn(correlation: float, pairs: int, generator: np.random.Generator) -> LossProbes:
-    """Probes of a loss of which ϱ is known; E[c²] = 9."""
+def drawn(correlation: float, pairs: int, generator: np.random.Generator, groups: int = 1) -> LossProbes:
+    """Probes of a loss of which ϱ is known; E[c²] = 9. Groups of rows give v, and then far slopes are of no use."""
     common, own = math.sqrt(correlation), math.sqrt(1 - correlation)
     lines = []
     for _ in range(pairs):
         shared, near, far = 3 * generator.standard_normal(3)
-        lines.append(LineProbe(common * shared + own * near, 0.1, 2.0, 0.4, common * shared + own * far))
+        noise = None
+        if groups > 1:
+            each = 3 * math.sqrt(groups) * generator.standard_normal(groups)
+            near, far, noise = each.mean(), 10 * far, float(own**2 * each.var(ddof=1) / groups)
+        lines.append(LineProbe(common * shared + own * near, 0.1, 2.0, 0.4, common * shared + own * far, noise))
     return LossProbes(tuple(lines))
 
 
-@pytest.mark.parametrize("pairs", [4, 12])
-def test_what_is_left_open_is_honest(pairs: int) -> None:
+@pytest.mark.parametrize(("pairs", "groups"), [(4, 1), (12, 1), (4, 4), (12, 16)])
+def test_what_is_left_open_is_honest(pairs: int, groups: int) -> None:
     """The true ϱ, drawn as it is thought to be beforehand, is in the middle nine tenths nine times in ten."""
     generator, inside = np.random.default_rng(pairs), 0
     for _ in range(300):
         true = generator.uniform()
-        what = posterior_of(drawn(true, pairs, generator), 1)
+        what = posterior_of(drawn(true, pairs, generator, groups), 1, groups)
         below = what.weight[what.gradient / (what.gradient + what.noise) < true].sum()
         inside += 0.05 < below < 0.95
     assert 0.85 <= inside / 300 <= 0.95
@@ -159,6 +173,30 @@ def test_more_directions_leave_less_open() -> None:
         return math.sqrt(what.weight @ (correlation - what.weight @ correlation) ** 2)
 
     assert np.mean([spread(40) for _ in range(10)]) < 0.6 * np.mean([spread(4) for _ in range(10)])
+
+
+@pytest.mark.parametrize("fixed_length", [False, True])
+def test_groups_allow_larger_rates_where_directions_are_the_noise(fixed_length: bool) -> None:
+    """In a short run by the factor of the curvatures without noise of batches, and not at all if that is all there is."""
+
+    def best(correlation: float, groups: int) -> float:
+        what = posterior_of(drawn(correlation, 400, np.random.default_rng(0), 16), 1, groups)
+        rates = candidate_rates(what)
+        return float(rates[(predicted_losses(what, rates, 0.1, fixed_length=fixed_length) @ what.weight).argmin()])
+
+    # The probes of `drawn` all rise alike, so λmax is 0. Steps of a fixed length are √G times as long for their rate.
+    factor = 16 / (4 if fixed_length else 1)
+    assert best(1.0, 16) / best(1.0, 1) == pytest.approx(factor, rel=0.15)
+    assert best(0.0, 16) / best(0.0, 1) == pytest.approx(1.0, rel=0.25)
+    rates = [best(0.8, groups) for groups in (1, 2, 4, 8)]
+    assert rates == sorted(rates)
+
+
+def test_what_is_thought_of_a_loss_does_not_depend_on_groups() -> None:
+    one, many = (posterior_of(drawn(0.5, 6, np.random.default_rng(4)), 2, groups) for groups in (1, 32))
+    for name in ("gradient", "noise", "noise_curvature", "weight"):
+        assert (getattr(one, name) == getattr(many, name)).all()
+    assert (one.curvature == one.noise_curvature).all() and (many.curvature < one.curvature).all()
 
 
 @settings(deadline=None, max_examples=10)

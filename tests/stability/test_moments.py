@@ -97,6 +97,14 @@ def test_moments_grow_as_they_should(options: dict[str, Any], factor: float) -> 
     assert (expected > 1) == (factor > 1)
 
 
+def drawn(direction: str | None, shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """A direction for each particle, (particles, d); Gaussian ones for None."""
+    u = generator.standard_normal(shape)
+    if direction == "sphere":
+        return u * shape[1] ** 0.5 / np.linalg.norm(u, axis=1, keepdims=True)
+    return np.sign(u) if direction == "rademacher" else u
+
+
 PARTICLES: list[tuple[dict[str, Any], float]] = [
     ({}, 1e-3),
     ({"momentum": 0.9, "num_directions": 2}, 1.0),
@@ -122,11 +130,7 @@ def test_particles_agree(options: dict[str, Any], mu: float) -> None:
     for _ in range(5):
         estimate = np.zeros_like(x)
         for _ in range(q):
-            u = generator.standard_normal(x.shape)
-            if direction == "sphere":
-                u *= 5**0.5 / np.linalg.norm(u, axis=1, keepdims=True)
-            elif direction == "rademacher":
-                u = np.sign(u)
+            u = drawn(direction, x.shape, generator)
             estimate += ((loss(x + mu * u) - loss(x - mu * u)) / (2 * mu))[:, None] * u / q
         m = beta * m + (1 - beta if options.get("ema") else 1.0) * estimate
         x = x - step_size / options.get("preconditioner", 1.0) * m
@@ -136,7 +140,68 @@ def test_particles_agree(options: dict[str, Any], mu: float) -> None:
             assert (np.abs(measured.mean(0) - expected) < 5 * error + 1e-9).all()
 
 
+GROUPS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.8, "num_directions": 2},
+    {"direction": "rademacher", "momentum": 0.5, "ema": True},
+    {"direction": "sphere"},
+]
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_particles_with_groups_of_rows_agree(options: dict[str, Any], groups: int) -> None:
+    """Each group has directions of its own, and a share of the loss that differs from the others in its slope."""
+    count, generator, mu = 20_000, np.random.default_rng(4), 0.1
+    values, noise = np.array([2.0, 1.0, 0.3]), np.array([0.5, 0.1, 2.0])
+    q, beta, direction = options.get("num_directions", 1), options.get("momentum", 0.0), options.get("direction")
+    step_size = 0.7 * critical_step_size(values, **options | {"num_directions": q * groups})
+    start = np.array([1.0, -1.0, 2.0])
+    x, m, moments = np.tile(start, (count, 1)), np.zeros((count, 3)), Moments.at(start)
+    for _ in range(4):
+        estimate = np.zeros_like(x)
+        for _ in range(groups):
+            slope = generator.standard_normal(x.shape) * (noise / groups) ** 0.5
+
+            def share(at: np.ndarray, slope: np.ndarray = slope) -> np.ndarray:
+                return 0.5 * at**2 @ values / groups + (slope * at).sum(1)
+
+            for _ in range(q):
+                u = drawn(direction, x.shape, generator)
+                estimate += ((share(x + mu * u) - share(x - mu * u)) / (2 * mu))[:, None] * u / q
+        m = beta * m + (1 - beta if options.get("ema") else 1.0) * estimate
+        x = x - step_size * m
+        moments = next_moments(moments, step_size, values, groups=groups, batch_noise=noise, **options)
+        for measured, expected in ((x**2, moments.position), (x * m, moments.mixed), (m**2, moments.velocity)):
+            assert (np.abs(measured.mean(0) - expected) < 5 * measured.std(0) / count**0.5 + 1e-9).all()
+
+
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_noise_of_batches_leaves_the_critical_step_size_as_it_is(direction: str, factor: float) -> None:
+    """Differences of two runs under the same noise grow as without it: by q·G directions, whose η* divides them."""
+    values, groups, q, noise = np.array([1.0, 0.5, 0.2]), 6, 2, np.full(3, 0.3)
+    many = {"num_directions": q * groups, "direction": direction}
+    step_size = factor * critical_step_size(values, **many)
+    growth = moment_growth(step_size, values, **many)
+    one, other = Moments.at(np.ones(3)), Moments.at(np.full(3, 2.0))
+    before = one
+    for _ in range(40):
+        before = one, other
+        one, other = (
+            next_moments(
+                each, step_size, values, num_directions=q, direction=direction, groups=groups, batch_noise=noise
+            )
+            for each in before
+        )
+    grown = (other.position - one.position) / (before[1].position - before[0].position)
+    assert grown == pytest.approx(growth, rel=1e-3)
+    assert (growth > 1) == (factor > 1)
+
+
 def test_edges() -> None:
+    with pytest.raises(ValueError, match=r"^groups=0 must be at least 1\.$"):
+        next_moments(Moments.at(np.ones(2)), 0.1, [1.0, 2.0], groups=0)
     assert moment_growth(0.0, [1.0, 2.0]) == 1.0
     assert moment_growth(5.0, [0.0, 0.0]) == 1.0
     assert moment_growth(0.3, [1.0, 0.5, 0.0]) == moment_growth(0.3, [1.0, 0.5])

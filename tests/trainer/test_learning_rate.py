@@ -66,7 +66,8 @@ def test_the_run_is_the_one_with_the_found_rate_given_by_hand(tmp_path: Path, op
     for key in ("loss", "learning_rate", "zo/projected_grad"):
         assert logged(auto, key) == logged(by_hand, key)
     passes = zip(logged(auto, "zo/forward_passes"), logged(by_hand, "zo/forward_passes"), strict=True)
-    assert {a - b for a, b in passes} == {result.forward_passes}
+    # The first step of a run by hand finds out whether its rows come apart.
+    assert {a - b for a, b in passes} == {result.forward_passes - (2 if result.groups > 1 else 0)}
     assert auto.args.learning_rate == "auto" and by_hand.found_learning_rate is None
 
 
@@ -75,8 +76,9 @@ def test_it_takes_at_most_five_percent_and_they_count(tmp_path: Path) -> None:
     options |= {"max_steps": -1, "logging_steps": 100, "per_device_train_batch_size": 2, "zo_num_directions": 4}
     trainer = trained(tmp_path, learning_rate="auto", more={"train_dataset": TinyTask(400)}, **options)
     result = trainer.found_learning_rate
-    assert result.forward_passes == forward_passes_of_search(20, 1) == 20
-    assert trainer.state.global_step == (410 - 20) // 8
+    assert result.groups == 2
+    assert result.forward_passes == forward_passes_of_search(20, 1) + 3 == 23
+    assert trainer.state.global_step == (410 - 23) // 8
     # The schedule ends where the passes do.
     assert trainer.lr_scheduler.get_last_lr()[0] == 0
 
@@ -167,3 +169,46 @@ def test_what_a_learning_rate_can_be(tmp_path: Path) -> None:
     assert config(tmp_path, learning_rate="auto").learning_rate == "auto"
     with pytest.raises(ValueError, match=r"^learning_rate='fast' is not a number; give one, or 'auto'\.$"):
         config(tmp_path, learning_rate="fast")
+
+
+# Directions for rows.
+
+
+class OwnLoss(ZOTrainer):
+    """Computes its loss in a way that the engine cannot take apart."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs) * 1.0
+
+
+def test_directions_for_rows_are_found_a_larger_rate(tmp_path: Path) -> None:
+    options = RUN | {"gradient_accumulation_steps": 2, "max_steps": 400}
+    one = make_trainer(tmp_path, zo_rows_per_direction=0, **options).find_learning_rate()
+    many = make_trainer(tmp_path, **options).find_learning_rate()
+    assert (one.groups, many.groups) == (1, 16)
+    assert many.forward_passes == one.forward_passes + 3
+    assert one.probes.curvature == pytest.approx(many.probes.curvature, rel=1e-3)
+    assert many.learning_rate > 1.5 * one.learning_rate
+
+
+def test_a_loss_that_stays_whole_gets_the_rate_of_one_direction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, many = (
+        make_trainer(tmp_path, kind=OwnLoss, zo_rows_per_direction=rows, **RUN).find_learning_rate() for rows in (0, 1)
+    )
+    assert many.groups == 1 and many.learning_rate == one.learning_rate
+    assert "all rows of a step share its directions" in caplog.text
+
+
+def test_how_a_step_is_divided_does_not_matter_to_what_rows_tell(tmp_path: Path) -> None:
+    whole, parts = (
+        make_trainer(
+            tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=8 // rows, **RUN
+        ).find_learning_rate()
+        for rows in (8, 4)
+    )
+    assert whole.groups == parts.groups == 8
+    assert whole.probes.noise_square == pytest.approx(parts.probes.noise_square, rel=1e-3)
+    assert whole.probes.gradient_square == pytest.approx(parts.probes.gradient_square, rel=1e-3)
+    assert whole.learning_rate == pytest.approx(parts.learning_rate, rel=0.07)  # a step of the candidates

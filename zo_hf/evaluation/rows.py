@@ -142,18 +142,7 @@ class RowGroups:
         Returns:
             The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
         """
-        if self.works is False:
-            return None
-        closure = self._with_rows(closure, generators)
-        losses = None
-        if isinstance(closure, GroupedLoss):
-            losses = self._tried(closure, probes, stream_of, distribution, generators)
-            if losses is None and self.works and isinstance(closure, LossByRows) and self._micro_batches is None:
-                before, closure = closure.rows, self._with_rows(closure.closure, generators, looks=True)
-                if isinstance(closure, LossByRows) and closure.rows != before:
-                    losses = self._tried(closure, probes, stream_of, distribution, generators)
-        elif self.works is None:
-            self._decide("the loss is neither the model's own nor RowLosses")
+        losses = self._apart(closure, probes, stream_of, distribution, generators)
         if not self.works:
             return None
         if losses is None:  # all of its rows share a direction
@@ -166,6 +155,35 @@ class RowGroups:
         losses = losses * weight
         self._parts.append(torch.nn.functional.pad(losses, (0, self.groups_per_batch - losses.shape[1])))
         return losses.sum(1)
+
+    @torch.no_grad()
+    def decide(
+        self,
+        closure: Callable[[], Any],
+        probe: Probe,
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> bool:
+        """Find out before the first step, in three forward passes, whether the run's loss comes apart by rows.
+
+        Args:
+            closure: the loss of a batch.
+            probe: a point away from the present one.
+            stream_of, distribution, generators: as for `evaluate`.
+        """
+        if self.works is None:
+            self._apart(closure, (probe,), stream_of, distribution, generators)
+        return bool(self.works)
+
+    def in_step(self, micro_batches: int) -> int:
+        """Return the number of groups in a step of all ranks; `works` must be True.
+
+        Args:
+            micro_batches: micro-batches of a step, if `expect` has not been told.
+        """
+        assert self.groups_per_batch is not None
+        return self.count or self.groups_per_batch * micro_batches * self._ranks.grid.world_size
 
     def gather(self) -> list[list[float]]:
         """Return the losses of the step's groups at each of the probes, of all micro-batches and ranks in order."""
@@ -180,6 +198,29 @@ class RowGroups:
             self.count = len(losses)
         # A step of fewer micro-batches leaves its last directions alone, as if they had found no slope.
         return losses + [[0.0] * len(losses[0])] * (self.count - len(losses))
+
+    def _apart(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> Tensor | None:
+        """Return the losses of the groups at each of the probes, (probes, groups); None if the batch stays whole."""
+        if self.works is False:
+            return None
+        loss = self._with_rows(closure, generators)
+        if not isinstance(loss, GroupedLoss):
+            if self.works is None:
+                self._decide("the loss is neither the model's own nor RowLosses")
+            return None
+        losses = self._tried(loss, probes, stream_of, distribution, generators)
+        if losses is None and self.works and isinstance(loss, LossByRows) and self._micro_batches is None:
+            again = self._with_rows(loss.closure, generators, looks=True)
+            if isinstance(again, LossByRows) and again.rows != loss.rows:
+                losses = self._tried(again, probes, stream_of, distribution, generators)
+        return losses
 
     def _with_rows(self, closure: Any, generators: GlobalGenerators | None, looks: bool = False) -> Callable[[], Any]:
         """Return a closure of `RowLosses` as a loss that comes apart, and any other closure as it is.

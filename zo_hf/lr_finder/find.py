@@ -14,7 +14,7 @@ import numpy as np
 from torch.optim import Optimizer
 
 from zo_hf.engine import ZerothOrder
-from zo_hf.lr_finder.loss_probes import EVALUATIONS, TARGET_RISE, Batch, LossProbes, probe_loss
+from zo_hf.lr_finder.loss_probes import EVALUATIONS, TARGET_RISE, LossProbes, probe_loss
 from zo_hf.lr_finder.optimizer_units import check_findable, divides_scale_out, unit_of_rate
 from zo_hf.lr_finder.predicted_loss import (
     CONSTANT,
@@ -25,6 +25,7 @@ from zo_hf.lr_finder.predicted_loss import (
     predicted_losses,
     weighted_quantiles,
 )
+from zo_hf.lr_finder.step_groups import Batch, groups_of_step
 from zo_hf.subspaces import Adapter
 
 #: The largest fraction of a run's forward passes that the search may take.
@@ -68,10 +69,11 @@ class LRFinderResult:
     Attributes:
         learning_rate: the rate to give to the optimizer.
         probes: the measurements; None if nothing was measured.
-        forward_passes: the number of forward passes that the measurements took.
+        forward_passes: the number of forward passes that the search took.
         prediction: the predicted losses, lowest at `learning_rate`; None if the search fell back to the default rate.
         factor: one standard error of the rate, as a factor in either direction.
         warnings: reasons why the rate is uncertain, one sentence each; empty if there are none.
+        groups: the number of groups of rows with directions of their own in a step, for which the rate is.
     """
 
     learning_rate: float
@@ -80,10 +82,11 @@ class LRFinderResult:
     prediction: Prediction | None
     factor: float
     warnings: tuple[str, ...]
+    groups: int = 1
 
 
 def forward_passes_of_search(allowed: int, micro_batches: int) -> int:
-    """Return the exact number of forward passes that a search takes out of `allowed`; 0 if `allowed` is too small."""
+    """Return the exact number of forward passes that the probes take out of `allowed`; 0 if `allowed` is too small."""
     within = min(allowed // micro_batches, MAX_EVALUATIONS)
     return within // EVALUATIONS * EVALUATIONS * micro_batches if within >= MIN_EVALUATIONS else 0
 
@@ -103,7 +106,7 @@ def find_learning_rate(
         zo: the engine, before its first step.
         optimizer: the optimizer that was passed to `zo.prepare`.
         draw: returns a new batch of the run at every call, always with the same number of micro-batches.
-        forward_passes: the number of forward passes that the search may take.
+        forward_passes: the number of forward passes that the probes may take; see also `groups_of_step`.
         steps: the number of steps of the run.
         default: the rate to return if the search finds none.
         schedule: the multiples of the rate over the course of the run.
@@ -121,8 +124,9 @@ def find_learning_rate(
         )
         return LRFinderResult(default, None, 0, None, math.nan, (warning,))
     before, ready = zo.forward_passes, [first]
-    probes = probe_loss(zo, lambda: ready.pop() if ready else draw(), taken // len(first) // EVALUATIONS)
-    return choose(zo, optimizer, probes, zo.forward_passes - before, steps, default, schedule)
+    groups = groups_of_step(zo, first)
+    probes = probe_loss(zo, lambda: ready.pop() if ready else draw(), taken // len(first) // EVALUATIONS, groups)
+    return choose(zo, optimizer, probes, zo.forward_passes - before, steps, default, schedule, groups)
 
 
 def choose(
@@ -133,31 +137,34 @@ def choose(
     steps: float,
     default: float,
     schedule: Schedule = CONSTANT,
+    groups: int = 1,
 ) -> LRFinderResult:
     """Choose the learning rate with the lowest predicted final loss.
 
     Args:
         probes: the measurements.
-        forward_passes: the number of forward passes that the measurements took.
+        forward_passes: the number of forward passes that the search took.
+        groups: the number of groups of rows with directions of their own in a step.
         zo, optimizer, steps, default, schedule: as for `find_learning_rate`.
     """
     reason = _reason_for_default(probes, schedule)
     if reason:
-        return LRFinderResult(default, probes, forward_passes, None, math.nan, (f"{reason}; the default is used.",))
-    posterior = posterior_of(probes, zo.estimator.num_directions)
+        said = f"{reason}; the default is used."
+        return LRFinderResult(default, probes, forward_passes, None, math.nan, (said,), groups)
+    posterior = posterior_of(probes, zo.estimator.num_directions, groups)
     rates = candidate_rates(posterior, schedule)
     fractions = predicted_losses(posterior, rates, steps, schedule, fixed_length=divides_scale_out(zo, optimizer))
     mean = fractions @ posterior.weight
     best = int(mean.argmin())
     best_of_each = np.log(rates[fractions.argmin(axis=0)])
     factor = math.exp(math.sqrt(posterior.weight @ (best_of_each - posterior.weight @ best_of_each) ** 2))
-    own_rates = tuple((rates * unit_of_rate(zo, optimizer, probes.slope_square)).tolist())
+    own_rates = tuple((rates * unit_of_rate(zo, optimizer, probes.slope_square, groups)).tolist())
     losses = np.stack([mean, *weighted_quantiles(fractions, posterior.weight, (0.1, 0.9))]) * probes.loss
     prediction = Prediction(own_rates, *map(tuple, losses.tolist()))
     warnings = _warnings_about(probes, posterior, factor, float(mean[best]), best in (0, len(rates) - 1))
     if isinstance(zo.subspace, Adapter) and not all(tensor.any() for tensor in zo.subspace.coordinates.values()):
         warnings = (*warnings, ADAPTER_WARNING)
-    return LRFinderResult(own_rates[best], probes, forward_passes, prediction, factor, warnings)
+    return LRFinderResult(own_rates[best], probes, forward_passes, prediction, factor, warnings, groups)
 
 
 def _reason_for_default(probes: LossProbes, schedule: Schedule) -> str | None:

@@ -5,8 +5,10 @@
              (ℓ_B(ξ + δz) + ℓ_B(ξ - δz)) / 2 - ℓ_B(ξ),  the rise, with δ steered to a rise of `TARGET_RISE`.
 
 On a quadratic the rise has the mean ½·δ²·Tr H, and c_A·c_B has the mean ‖g‖². c² has the mean ‖g‖² + v, where v comes
-from the differences between batches. Every direction and every batch is new. No weight is written, and nothing that
-the run depends on changes: the directions are those of negative step numbers.
+from the differences between batches. If a step has directions for G groups of rows, the near probes of batch A give a
+slope for each group's share of the loss, all along the same direction. Their mean square deviation has the mean v/G, at
+the distance of a step and without batch B. Every direction and every batch is new. No weight is written, and nothing
+that the run depends on changes: the directions are those of negative step numbers.
 """
 
 from __future__ import annotations
@@ -16,16 +18,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-from torch import Tensor
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
+from zo_hf.lr_finder.step_groups import Batch, shares_at
 from zo_hf.rng import Stream
-
-#: The micro-batches of a step: for each, a function that evaluates its loss, and its weight in the step's loss.
-Batch = Sequence[tuple[Callable[[], Any], float | Tensor]]
 
 EVALUATIONS_NEAR, EVALUATIONS_FAR = 2, 3
 EVALUATIONS = EVALUATIONS_NEAR + EVALUATIONS_FAR
@@ -46,6 +43,7 @@ class LineProbe:
         loss: ℓ_B at the current point.
         rise: the mean of ℓ_B at the two far probes, minus `loss`; it may be infinite or NaN.
         far: c_B, the slope between the far probes.
+        noise: v along this direction, from the slopes of groups of rows; None if they share their directions.
     """
 
     near: float
@@ -53,6 +51,7 @@ class LineProbe:
     loss: float
     rise: float
     far: float
+    noise: float | None = None
 
     @property
     def relative_rise(self) -> float:
@@ -95,8 +94,12 @@ class LossProbes:
 
     @property
     def slope_square(self) -> float:
-        """E[c²] over directions; each c is about normally distributed over directions."""
-        slopes = [line.near for line in self.lines] + [line.far for line in self.lines if line.far_is_slope]
+        """E[c²] over directions; each c is about normally distributed over directions.
+
+        With slopes of groups of rows, which need no batch B, only near slopes count: those far away may be others.
+        """
+        far = [line.far for line in self.lines if line.far_is_slope and line.noise is None]
+        slopes = [line.near for line in self.lines] + far
         return _mean([slope * slope for slope in slopes])
 
     @property
@@ -115,7 +118,14 @@ class LossProbes:
     @property
     def gradient_square(self) -> tuple[float, float]:
         """‖g‖² of the whole loss, and its standard error."""
-        return _mean_and_error([near * far for near, far in self.pairs])
+        by_rows = [line.near * line.near - line.noise for line in self.lines if line.noise is not None]
+        return _mean_and_error(by_rows or [near * far for near, far in self.pairs])
+
+    @property
+    def noise_square(self) -> tuple[float, float] | None:
+        """v from the slopes of groups of rows, and its standard error; None if they share their directions."""
+        found = [line.noise for line in self.lines if line.noise is not None]
+        return _mean_and_error(found) if found else None
 
     @cached_property
     def curvature(self) -> tuple[float, float]:
@@ -161,36 +171,47 @@ class LossProbes:
         ]
 
 
-def probe_loss(zo: ZerothOrder, draw: Callable[[], Batch], directions: int) -> LossProbes:
+def probe_loss(zo: ZerothOrder, draw: Callable[[], Batch], directions: int, groups: int = 1) -> LossProbes:
     """Measure the loss along random directions.
 
     Args:
         zo: the engine, before its first step.
         draw: returns a new batch of the run at every call.
         directions: the number of directions; each takes `EVALUATIONS` evaluations of a batch's loss.
+        groups: the number of groups of rows with directions of their own in a step.
     """
     eps, limit = zo.estimator.eps, zo.max_projected_grad or math.inf
     near: list[float] = []
+    noise: list[float | None] = []
     loss = 0.0
     for index in range(directions):
-        plus, minus = _losses(zo, draw(), index, [eps, -eps])
-        near.append(_clipped((plus - minus) / (2 * eps), limit))
-        loss += (plus + minus) / 2 / directions
+        if groups > 1:
+            shares = shares_at(zo, draw(), _stream(zo, index), [eps, -eps])
+        else:
+            shares = [_losses(zo, draw(), index, [eps, -eps])]
+        slopes = [_clipped((plus - minus) / (2 * eps), limit) for plus, minus in shares]
+        near.append(sum(slopes))
+        noise.append(_noise(slopes) if groups > 1 else None)
+        loss += sum(plus + minus for plus, minus in shares) / 2 / directions
     length = math.sqrt(_mean([c * c for c in near]))
     # Start where a linear loss would reach the target rise, at least at ε, and at ε if the slope is unusable.
     distance = max(TARGET_RISE * abs(loss) / length, eps) if math.isfinite(loss) and 0 < length < math.inf else eps
     lines: list[LineProbe] = []
     for index, slope in enumerate(near):
         clean, plus, minus = _losses(zo, draw(), index, [0.0, distance, -distance])
-        far = _clipped((plus - minus) / (2 * distance), limit)
-        lines.append(LineProbe(slope, distance, clean, (plus + minus) / 2 - clean, far))
+        far = _clipped((plus - minus) / (2 * distance), groups * limit)
+        lines.append(LineProbe(slope, distance, clean, (plus + minus) / 2 - clean, far, noise[index]))
         distance = _next_distance(lines)
     return LossProbes(tuple(lines))
 
 
 def _losses(zo: ZerothOrder, batch: Batch, index: int, scales: Sequence[float]) -> list[float]:
-    stream = Stream(zo.seed, step=-1 - index)
+    stream = _stream(zo, index)
     return zo.losses_at(batch, [Probe(0, scale) for scale in scales], lambda direction: stream)
+
+
+def _stream(zo: ZerothOrder, index: int) -> Stream:
+    return Stream(zo.seed, step=-1 - index)
 
 
 def _next_distance(lines: Sequence[LineProbe]) -> float:
@@ -204,6 +225,13 @@ def _next_distance(lines: Sequence[LineProbe]) -> float:
     factor = math.sqrt(TARGET_RISE / max(rises[-1], TARGET_RISE / 9)) if rises[-1] < RISE_LIMIT else 1 / 4
     usable = sum(TARGET_RISE / 5 <= rise < RISE_LIMIT for rise in rises)
     return last.distance * factor ** (1 / (1 + usable))
+
+
+def _noise(slopes: Sequence[float]) -> float:
+    """Return v along a direction, from the slopes of groups of rows, each with the variance v divided by their number."""
+    mean = _mean(slopes)
+    deviations = [slope - mean for slope in slopes]
+    return len(slopes) * sum(each * each for each in deviations) / (len(slopes) - 1)
 
 
 def _clipped(slope: float, limit: float) -> float:

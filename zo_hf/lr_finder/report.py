@@ -17,7 +17,8 @@ def one_line(result: LRFinderResult) -> str:
     spent = f"{result.forward_passes} forward passes"
     if result.prediction is None:
         return f"{result.learning_rate:.3g}, the default, after {spent}"
-    return f"{result.learning_rate:.3g}, to within a factor of {result.factor:.2g}, from {spent}"
+    rows = f", for {result.groups} groups of rows with directions of their own" if result.groups > 1 else ""
+    return f"{result.learning_rate:.3g}, to within a factor of {result.factor:.2g}, from {spent}{rows}"
 
 
 def rises(probes: LossProbes) -> list[tuple[float, float, float, int]]:

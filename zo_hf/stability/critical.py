@@ -13,6 +13,9 @@ which F = 1:
 
 If the bracket is negative (random signs with momentum, q·(1 - β) < 1 + β), the two bounds change places.
 
+If each of G groups of rows has q directions of its own, and its share of the loss the Hessian H/G, then ĝ is a mean over
+q·G directions: q·G takes the place of q. Noise of batches that does not depend on x leaves η* as it is, see `moments`.
+
 A moving average m ← β·m + (1 - β)·g replaces η by η·(1 - β). A preconditioned step x ← x - η·P⁻¹·m replaces λᵢ by
 λᵢ/Pᵢ if P is diagonal in H's eigenbasis; for any other P see `zo_hf.stability.preconditioned`.
 """
@@ -49,7 +52,7 @@ def critical_step_size(
         momentum: β of m ← β·m + g, x ← x - η·m.
         ema: True for m ← β·m + (1 - β)·g. Zeroth-order Adam with constant second moments is of this form, with β₁ as
             `momentum` and √v̂ + ε as `preconditioner`.
-        num_directions: q, the number of directions whose estimates are averaged.
+        num_directions: q, the number of directions whose estimates are averaged; q·G with directions for G groups of rows.
         direction: "gaussian", "sphere" (of radius √d) or "rademacher". Random signs depend on the basis in which they
             are drawn; the result is exact if H is diagonal in it.
         preconditioner: diagonal of P in the eigenbasis of H, positive, (d,), for x ← x - η·P⁻¹·m. If P does not

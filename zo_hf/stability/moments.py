@@ -5,6 +5,14 @@ For every eigenvector i of H, with a step x ← x - (η/P)·m, m ← β·m + w·
     C ← β²·C + 2βw·λB + w²·[(1 + c₁)·λ²A + c₀·Σⱼ λⱼ²Aⱼ]
     B ← βB + wλA - (η/P)·C        A ← A - 2·(η/P)·(βB + wλA) + (η/P)²·C        (both with the new C)
 
+In a step of G groups of rows with q directions each, the share of group g has the gradient Hx/G + n_g. Let the n_g be
+independent of each other and of x, with E[n_g n_gᵀ] = S/G. Then ĝ has, with c₀(q) and c₁(q) of `process`,
+
+    E[ĝ ĝᵀ]ᵢᵢ = (1 + c₁(qG))·λᵢ²Aᵢ + c₀(qG)·Σⱼ λⱼ²Aⱼ + (1 + c₁(q))·Sᵢᵢ + c₀(q)·Tr S
+
+because c₀(q)/G = c₀(qG), and the same for c₁. So groups average the noise of directions and not that of batches, which
+is added to C and does not change the operator below: its growth is that of q·G directions.
+
 Only the sum couples the modes, so the operator is block diagonal with blocks of 3 × 3, plus a matrix of rank one. It
 maps covariances to covariances; therefore its spectral radius ρ is an eigenvalue, and the largest root of
 
@@ -124,6 +132,11 @@ def _joint_excess(steps: Array, counts: Array, method: Process) -> float:
             high = middle
 
 
+def _estimate_square(squares: Array, method: Process) -> Array:
+    """Return the diagonal of E[ĝ ĝᵀ] for gradients whose second moments have the diagonal `squares`, both (d,)."""
+    return (1 + method.own) * squares + method.common * squares.sum()
+
+
 @dataclass(frozen=True)
 class Moments:
     """Second moments in the eigenbasis of H, each (d,) float64.
@@ -159,6 +172,8 @@ def next_moments(
     num_directions: int = 1,
     direction: str = "gaussian",
     preconditioner: Any = None,
+    groups: int = 1,
+    batch_noise: Any = None,
 ) -> Moments:
     """Return the moments one step later; the expected loss is then ½·Σ λᵢ·position.
 
@@ -166,16 +181,22 @@ def next_moments(
         moments: the moments of d modes.
         step_size, eigenvalues, momentum, ema, num_directions, direction, preconditioner: as for `moment_growth`, in
             the order of the moments. Negative eigenvalues are allowed here.
+        groups: G, the number of groups of rows with `num_directions` directions each.
+        batch_noise: Sᵢᵢ, the variance of the batch's gradient along each eigenvector of H, (d,); None is the full batch.
 
     Raises:
         ValueError: an argument is not usable; the message names it.
     """
     values = as_array(eigenvalues, "eigenvalues")
     scale = np.ones_like(values) if preconditioner is None else as_array(preconditioner, "preconditioner")
-    method = process(momentum, ema, num_directions, direction, values.size)
+    if groups < 1:
+        raise ValueError(f"groups={groups} must be at least 1.")
+    method = process(momentum, ema, num_directions * groups, direction, values.size)
     beta, weight, eta = method.momentum, method.weight, step_size / scale
-    slopes = values**2 * moments.position
-    square = (1 + method.own) * slopes + method.common * slopes.sum()
+    square = _estimate_square(values**2 * moments.position, method)
+    if batch_noise is not None:
+        of_a_group = process(momentum, ema, num_directions, direction, values.size)
+        square = square + _estimate_square(as_array(batch_noise, "batch_noise"), of_a_group)
     velocity = beta**2 * moments.velocity + 2 * beta * weight * values * moments.mixed + weight**2 * square
     along = beta * moments.mixed + weight * values * moments.position
     position = moments.position - 2 * eta * along + eta**2 * velocity

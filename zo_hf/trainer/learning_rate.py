@@ -25,10 +25,10 @@ from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
 from zo_hf.lr_finder.find import LRFinderResult, find_learning_rate
-from zo_hf.lr_finder.loss_probes import Batch
 from zo_hf.lr_finder.optimizer_units import check_findable
 from zo_hf.lr_finder.predicted_loss import CONSTANT, Schedule
 from zo_hf.lr_finder.report import one_line
+from zo_hf.lr_finder.step_groups import Batch
 from zo_hf.parallel.ranks import Grid
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.config import ZOConfig, number_or_auto
