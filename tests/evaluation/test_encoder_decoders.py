@@ -210,6 +210,15 @@ def test_an_encoder_decoder_that_classifies_comes_apart() -> None:
     assert found == pytest.approx(numbers_of_rows_alone(zo, batch, ROWS), abs=2e-6 / EPS)
 
 
+def test_half_precision_losses_of_one_probe_are_summed_in_float32() -> None:
+    """The first evaluation, which compares, and those after it."""
+    model, batch = seeded(tiny_t5, torch.bfloat16), translation_batch(ROWS)
+    with torch.no_grad():
+        loss = loss_of(model, batch)
+        expected = nn.functional.cross_entropy(model(**batch).logits.float().flatten(0, 1), batch["labels"].flatten())
+        assert [loss().item(), loss().item()] == pytest.approx([expected.item()] * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("function", ["by_groups", "batched"])
 def test_half_precision_losses_are_summed_in_float32(function: str) -> None:
     model, batch = seeded(tiny_t5, torch.bfloat16), translation_batch(ROWS)

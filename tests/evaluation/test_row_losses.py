@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import default_data_collator
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.evaluation.test_rows import InOrder
+from tests.parallel.launch import log_of, run
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import SaveAt, make_trainer
 from zo_hf import RowLosses
@@ -59,10 +61,10 @@ def test_every_group_has_the_number_of_its_own_rows(subspace: str, rows_per_dire
                 ends.append(nn.functional.cross_entropy(model(some_x), some_y).item() / groups)
         expected.append((ends[0] - ends[1]) / (2 * EPS))
     assert estimate.projected_gradients == pytest.approx(expected, abs=1e-6 / EPS)
-    assert zo.forward_passes == 1 + 2 + 2  # a look at the closure, the probes, and whether the rows are independent
+    assert zo.forward_passes == 1 + 2 + 3  # a look at the closure, the probes, and whether the rows are independent
     zo.discard()
     zo.estimate(losses_of(model))
-    assert zo.forward_passes == 1 + 2 + 2 + 2
+    assert zo.forward_passes == 1 + 2 + 3 + 2
 
 
 def test_a_rows_number_is_the_slope_of_its_share_along_its_direction() -> None:
@@ -194,7 +196,62 @@ def test_rows_that_are_not_independent_keep_one_direction(
     with caplog.at_level(logging.WARNING, logger="zo_hf"):
         estimate = engine(model, 1).estimate(losses_of(model))
     assert len(estimate.projected_gradients) == 1
-    assert len([r for r in caplog.records if "its rows give other losses together" in r.message]) == 1
+    assert len([r for r in caplog.records if "all rows of a step share its directions" in r.message]) == 1
+
+
+def contrastive(outputs: Tensor, losses: Tensor) -> Tensor:
+    """Row i against all rows, as in CLIP."""
+    similar = outputs @ outputs.roll(1, 1).t()
+    return nn.functional.cross_entropy(similar, torch.arange(len(outputs)), reduction="none")
+
+
+# A row's loss from the outputs of all rows and their own losses, (rows,).
+DEPENDENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "on the next row": lambda outputs, losses: losses + torch.cat([losses[1:], losses[-1:] * 0]),
+    "on the row before": lambda outputs, losses: losses + torch.cat([losses[:1] * 0, losses[:-1]]),
+    "even on odd": lambda outputs, losses: losses.index_add(0, torch.arange(0, 7, 2), losses[1::2]),
+    "odd on even": lambda outputs, losses: losses.index_add(0, torch.arange(1, 8, 2), losses[::2]),
+    "halves": lambda outputs, losses: losses + losses.roll(4),
+    "on the mean": lambda outputs, losses: 0.5 * losses + 0.5 * losses.mean(),
+    "contrastive": contrastive,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("loss", DEPENDENT.values(), ids=DEPENDENT)
+def test_a_loss_that_compares_rows_keeps_one_direction(
+    loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """With the default ε, at which a row moves its neighbor by less than rounding explains of the whole loss."""
+    model = seeded(network, dtype)
+    x, y = data(8)
+
+    def closure() -> RowLosses:
+        outputs = model(x.to(dtype)).float()
+        return RowLosses(loss(outputs, nn.functional.cross_entropy(outputs, y, reduction="none")))
+
+    zo = ZerothOrder(model, "low_rank", rows_per_direction=1)
+    zo.estimate(closure)
+    assert zo.row_groups is not None and zo.row_groups.works is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_positions_that_are_looked_up_once_are_no_rows(dtype: torch.dtype) -> None:
+    """Also where they divide into as many parts as there are groups."""
+    table = seeded(lambda: nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(16, 8), nn.Linear(8, 3)]), dtype)
+    ids, y = torch.arange(8 * 16).view(8, 16) % 50, data(8)[1]
+
+    def closure() -> RowLosses:
+        tokens, positions, head = table
+        return RowLosses(
+            nn.functional.cross_entropy(
+                head((tokens(ids) + positions(torch.arange(16))).tanh().mean(1)).float(), y, reduction="none"
+            )
+        )
+
+    zo = ZerothOrder(table, "low_rank", rows_per_direction=1)
+    zo.estimate(closure)
+    assert zo.row_groups is not None and zo.row_groups.works is False
 
 
 def test_a_closure_of_one_number_keeps_one_direction() -> None:
@@ -292,3 +349,62 @@ def test_a_trainer_with_other_rows_keeps_one_direction(tmp_path: Path, kind: typ
     trainer = make_trainer(tmp_path, kind=kind, zo_rows_per_direction=rows_per_direction, **OPTIONS)
     trainer.train()
     assert [len(r.projected_gradients) for r in read_trajectory(tmp_path).records] == [1] * 3
+
+
+def test_an_input_without_rows_may_come_first(tmp_path: Path) -> None:
+    """Such as the weights of classes, which a collator adds to the batch."""
+
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        return {"class_weights": torch.ones(3)} | default_data_collator(rows)
+
+    more = {"data_collator": collate}
+    trainer = make_trainer(tmp_path, kind=LastToken, more=more, remove_unused_columns=False, **OPTIONS)
+    trainer.train()
+    assert {len(r.projected_gradients) for r in read_trajectory(tmp_path).records} == {8}
+
+
+def test_compute_loss_func_may_return_them(tmp_path: Path) -> None:
+    def last_token(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> RowLosses:
+        return RowLosses(nn.functional.cross_entropy(outputs["logits"][:, -2], labels[:, -1], reduction="none"))
+
+    own, found = [], []
+    for folder, kind, more in (("own", LastToken, {}), ("function", InOrder, {"compute_loss_func": last_token})):
+        trainer = make_trainer(tmp_path / folder, kind=kind, more=more, **OPTIONS)
+        trainer.train()
+        (own if folder == "own" else found).extend(
+            c for r in read_trajectory(tmp_path / folder).records for c in r.projected_gradients
+        )
+    assert len(own) == 3 * 8
+    assert found == pytest.approx(own, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
+def test_ranks_of_which_one_has_fewer_losses_agree_on_one_direction(tmp_path: Path, estimator: str) -> None:
+    """And end at the same step of a budget. The loss detaches something, which the ranks must agree about as well."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"""
+import os
+from tests.evaluation.test_row_losses import OPTIONS, FewerLosses, LastToken
+from tests.trainer.runs import logged, make_trainer
+
+class Detaches:
+    def reduced(self, losses):
+        self.metric = losses.detach().mean()
+        return super().reduced(losses)
+
+kind = FewerLosses if os.environ["RANK"] == "1" else LastToken
+options = OPTIONS | {{"max_steps": 20, "zo_max_forward_passes": 12, "zo_estimator": "{estimator}"}}
+trainer = make_trainer({str(tmp_path / "run")!r}, kind=type("Own", (Detaches, kind), {{}}), **options)
+trainer.train()
+print("steps", trainer.state.global_step, logged(trainer, "zo/forward_passes"))
+"""
+    )
+    run(script, 2)
+    first, second = (
+        [line for line in log_of(script, rank).read_text().splitlines() if line.startswith("steps ")]
+        for rank in (0, 1)
+    )
+    assert first == second != []
+    assert {len(r.projected_gradients) for r in read_trajectory(tmp_path / "run").records} == {1}

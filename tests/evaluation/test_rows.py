@@ -112,7 +112,7 @@ def test_every_group_has_the_number_of_its_own_rows(name: str, subspace: str, ro
     expected = numbers_of_rows_alone(zo, batch, {1: 6, 2: 3, 4: 1}[rows_per_direction])
     assert found == pytest.approx(expected, abs=2e-6 / EPS)
     assert zo.row_groups is not None and zo.row_groups.works
-    assert zo.forward_passes == 2 + 2
+    assert zo.forward_passes == 2 + 3
 
 
 @pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
@@ -341,3 +341,33 @@ def test_a_model_with_terms_of_its_own_keeps_one_direction() -> None:
     assert len(estimate.projected_gradients) == 1
     with torch.no_grad():
         assert estimate.loss == pytest.approx(model(**causal_batch(ROWS)).loss.item(), rel=1e-3)
+
+
+class Ragged(TinyTask):
+    """As many labels in each row of the first batch, and one to four in the rows after it."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        count = 2 if index < 8 else 1 + index % 4
+        row["labels"][-count:] = row["input_ids"][-count:]
+        return row
+
+
+def test_a_mean_over_labels_is_asked_in_every_batch_whether_it_is_that_of_its_rows(tmp_path: Path) -> None:
+    """It is in the first batch only. A resumed run, which begins with another batch, ends with the same bits."""
+
+    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"][:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+
+    def run(folder: str, **options: Any) -> ZOTrainer:
+        more = {"compute_loss_func": mean, "train_dataset": Ragged(), "callbacks": [SaveAt(1)]}
+        trainer = make_trainer(tmp_path / folder, kind=InOrder, more=more, **OPTIONS)
+        trainer.train(**options)
+        return trainer
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    numbers = [r.projected_gradients for r in read_trajectory(tmp_path / "whole").records]
+    assert all(numbers[0]) and all(sum(c != 0 for c in of_step) == 1 for of_step in numbers[1:])

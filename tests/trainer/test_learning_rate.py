@@ -67,7 +67,7 @@ def test_the_run_is_the_one_with_the_found_rate_given_by_hand(tmp_path: Path, op
         assert logged(auto, key) == logged(by_hand, key)
     passes = zip(logged(auto, "zo/forward_passes"), logged(by_hand, "zo/forward_passes"), strict=True)
     # The first step of a run by hand finds out whether its rows come apart.
-    assert {a - b for a, b in passes} == {result.forward_passes - (2 if result.groups > 1 else 0)}
+    assert {a - b for a, b in passes} == {result.forward_passes - (3 if result.groups > 1 else 0)}
     assert auto.args.learning_rate == "auto" and by_hand.found_learning_rate is None
 
 
@@ -77,8 +77,8 @@ def test_it_takes_at_most_five_percent_and_they_count(tmp_path: Path) -> None:
     trainer = trained(tmp_path, learning_rate="auto", more={"train_dataset": TinyTask(400)}, **options)
     result = trainer.found_learning_rate
     assert result.groups == 2
-    assert result.forward_passes == forward_passes_of_search(20, 1) + 3 == 23
-    assert trainer.state.global_step == (410 - 23) // 8
+    assert result.forward_passes == forward_passes_of_search(20, 1) + 4 == 24
+    assert trainer.state.global_step == (410 - 24) // 8
     # The schedule ends where the passes do.
     assert trainer.lr_scheduler.get_last_lr()[0] == 0
 
@@ -186,7 +186,7 @@ def test_directions_for_rows_are_found_a_larger_rate(tmp_path: Path) -> None:
     one = make_trainer(tmp_path, zo_rows_per_direction=0, **options).find_learning_rate()
     many = make_trainer(tmp_path, **options).find_learning_rate()
     assert (one.groups, many.groups) == (1, 16)
-    assert many.forward_passes == one.forward_passes + 3
+    assert many.forward_passes == one.forward_passes + 4
     assert one.probes.curvature == pytest.approx(many.probes.curvature, rel=1e-3)
     assert many.learning_rate > 1.5 * one.learning_rate
 

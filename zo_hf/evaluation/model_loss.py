@@ -38,13 +38,11 @@ class LossChecks:
         is_known: True if the model's loss is the known function; None before the first comparison.
         layouts: which inputs carry the rows, for every kind of batch that has been evaluated in one forward pass.
         grouped: the same for batches whose loss came apart by rows.
-        averages: whether the loss of a batch is the mean of its groups' losses, not their sum; None if it is unknown.
     """
 
     is_known: bool | None = None
     layouts: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
     grouped: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
-    averages: bool | None = None
 
 
 class ModelLoss:
@@ -87,12 +85,28 @@ class ModelLoss:
         # Behind a prompt, only few logits have the positions of the labels.
         if self._checks.is_known is None and (not self._in_front or "logits_to_keep" in self._inputs):
             return self._first()
+        if self._checks.is_known and loss_kind(self._model) is mean_cross_entropy:
+            return self._precise(*self._seen())
         return self._sequential(dict(self._inputs))
 
     def _first(self) -> Tensor:
         """Evaluate, and compare the model's loss with the known function; if they differ, evaluate with all logits."""
-        seen: list[tuple[Tensor, Tensor]] = []
         loss: Tensor | None = None
+        try:
+            loss, own, logits = self._seen()
+            self._checks.is_known = _is_same(own, self._loss(logits))
+            if self._checks.is_known:
+                return self._precise(loss, own, logits)
+        except Exception:  # a model that takes logits_to_keep, and then compares their number with all labels
+            self._checks.is_known = False
+        if loss is not None and "logits_to_keep" not in self._inputs:
+            return loss
+        self._inputs = self._all
+        return self._sequential(dict(self._inputs))
+
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the caller's loss, the model's own loss and its logits, from one forward pass."""
+        seen: list[tuple[Tensor, Tensor]] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             # A copy, because Trainer multiplies the loss in place.
@@ -101,16 +115,14 @@ class ModelLoss:
         handle = self._forward.register_forward_hook(look)
         try:
             loss = self._sequential(dict(self._inputs))
-            own, logits = seen[-1]
-            self._checks.is_known = _is_same(own, self._loss(logits))
-        except Exception:  # a model that takes logits_to_keep, and then compares their number with all labels
-            self._checks.is_known = False
         finally:
             handle.remove()
-        if loss is not None and (self._checks.is_known or "logits_to_keep" not in self._inputs):
-            return loss
-        self._inputs = self._all
-        return self._sequential(dict(self._inputs))
+        return loss, *seen[-1]
+
+    def _precise(self, loss: Tensor, own: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss, or, if the model sums it in half precision, where differences are lost, its sum in float32."""
+        is_half = own.dtype in (torch.float16, torch.bfloat16)
+        return self._loss(logits.float()) * self._factor if is_half else loss
 
     def batched(self, copies: int) -> Tensor:
         """Return the losses of `copies` probes, (copies,), from one forward pass over as many copies of the batch.

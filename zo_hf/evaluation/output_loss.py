@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.estimators.probe import NotBatchable
-from zo_hf.evaluation.model_loss import LossChecks
+from zo_hf.evaluation.row_losses import RowLosses
 
 
 class OutputLoss:
@@ -22,7 +22,6 @@ class OutputLoss:
         sequential: computes the caller's loss of the whole batch.
         num_items_in_batch: see Trainer.
         factor: multiplies the shares, for a `sequential` that scales the function's loss.
-        checks: what the run's earlier batches have shown.
     """
 
     def __init__(
@@ -33,10 +32,9 @@ class OutputLoss:
         sequential: Callable[[dict[str, Any]], Tensor],
         num_items_in_batch: Tensor | int | None,
         factor: float,
-        checks: LossChecks,
     ) -> None:
         self._forward, self._inputs, self._function, self._sequential = forward, inputs, function, sequential
-        self._num_items, self._factor, self._checks = num_items_in_batch, factor, checks
+        self._num_items, self._factor = num_items_in_batch, factor
         self.rows = len(inputs["labels"])
 
     def __call__(self) -> Tensor:
@@ -52,6 +50,9 @@ class OutputLoss:
         inputs = dict(self._inputs)
         labels = inputs.pop("labels")
         outputs = self._forward(**inputs)
+        whole = self._function(outputs, labels, num_items_in_batch=self._num_items)
+        if isinstance(whole, RowLosses):
+            return whole.shares(groups, self.rows) * self._factor
         size = self.rows // groups
         parts = torch.stack(
             [
@@ -63,15 +64,11 @@ class OutputLoss:
                 for start in range(0, self.rows, size)
             ]
         )
-        if self._checks.averages is None:
-            whole = self._function(outputs, labels, num_items_in_batch=self._num_items).reshape(())
-            if torch.isclose(parts.sum(), whole, rtol=1e-4, atol=1e-6):
-                self._checks.averages = False
-            elif torch.isclose(parts.mean(), whole, rtol=1e-4, atol=1e-6):
-                self._checks.averages = True
-            else:
-                raise NotBatchable("the loss of a batch is neither the sum nor the mean of the losses of its rows")
-        return parts * (self._factor / groups if self._checks.averages else self._factor)
+        # A mean over labels is that of the rows in some batches only, so every batch is asked.
+        for shares in (parts, parts / groups):
+            if torch.isclose(shares.sum(), whole.reshape(()), rtol=1e-4, atol=1e-6):
+                return shares * self._factor
+        raise NotBatchable("the loss of a batch is neither the sum nor the mean of the losses of its rows")
 
 
 def _rows_of(outputs: Any, start: int, stop: int, rows: int) -> Any:

@@ -55,6 +55,21 @@ class RowLosses(Tensor):
         """Return the loss of the batch, (), in float32 or float64."""
         return self.mean(dtype=torch.promote_types(self.dtype, torch.float32))
 
+    def shares(self, groups: int, rows: int) -> Tensor:
+        """Return the shares of `groups` equal groups of consecutive rows in the mean, (groups,), in the same dtype.
+
+        Args:
+            groups: the number of groups.
+            rows: rows of the batch.
+
+        Raises:
+            NotBatchable: there is not one entry for every row.
+        """
+        if len(self) != rows:
+            raise NotBatchable(f"RowLosses has {len(self)} entries for a batch of {rows} rows")
+        precise = self.to(torch.promote_types(self.dtype, torch.float32))
+        return precise.view(groups, -1).sum(1) / rows
+
 
 class LossByRows:
     """The loss of a batch of which a closure returns `RowLosses`.
@@ -80,7 +95,4 @@ class LossByRows:
         losses = self.closure()
         if not isinstance(losses, RowLosses):
             raise NotBatchable("the loss is not RowLosses, one for every row")
-        if len(losses) != self.rows:
-            raise NotBatchable(f"RowLosses has {len(losses)} entries for a batch of {self.rows} rows")
-        precise = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        return precise.view(groups, -1).sum(1) / self.rows
+        return losses.shares(groups, self.rows)

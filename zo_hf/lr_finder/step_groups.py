@@ -23,7 +23,7 @@ Batch = Sequence[tuple[Callable[[], Any], float | Tensor]]
 def groups_of_step(zo: ZerothOrder, batch: Batch) -> int:
     """Return the number of groups in a step of all ranks; 1 if all rows share directions.
 
-    If the engine has not decided whether the loss comes apart by rows, it does so now, in three forward passes, and its
+    If the engine has not decided whether the loss comes apart by rows, it does so now, in four forward passes, and its
     first step does not. All ranks must call this function.
 
     Args:
@@ -56,8 +56,13 @@ def shares_at(zo: ZerothOrder, batch: Batch, stream: Stream, scales: Sequence[fl
     groups, probes = zo.row_groups, [Probe(0, scale) for scale in scales]
     assert groups is not None
     generators = _begin(zo)
-    for closure, weight in batch:
-        groups.evaluate(closure, probes, lambda i: stream, zo.distribution, weight, generators)
+    # The first step makes the choice that batched_probes="auto" stands for, not this evaluation.
+    batched, zo.evaluator.batched = zo.evaluator.batched, False
+    try:
+        for closure, weight in batch:
+            groups.evaluate(closure, probes, lambda i: stream, zo.distribution, weight, generators)
+    finally:
+        zo.evaluator.batched = batched
     if generators is not None:
         generators.restore()
     return groups.gather()

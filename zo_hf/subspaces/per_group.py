@@ -70,6 +70,8 @@ def functional_call_per_group(
     first = next((t for t in inputs if t.shape[0] != 1), inputs[0])
     total = first.shape[0]
     shared = total == 1
+    if isinstance(module, nn.Embedding) and first.ndim == 1 and total not in (1, groups * rows):
+        raise NotBatchable(f"{type(module).__name__} looks up {total} positions that belong to no row")
     # An embedding of positions may get the positions of one row beside the ids of all rows.
     dimensions = first.ndim if isinstance(module, nn.Embedding) else 1
     if not shared and total % groups:

@@ -144,7 +144,7 @@ class Budget(TrainerCallback):
         batches = self._next_batches(state.global_step)
         pays = self.pays_for(batches)
         if not pays and not state.global_step:
-            also = ", of which it checks one micro-batch twice" if self._checks() else ""
+            also = f", {self._passes_of_check()} of them to find out how to evaluate it" if self._checks() else ""
             if self._spent():
                 also += f", beside the {self._spent()} of learning_rate='auto'"
             raise ValueError(
@@ -204,10 +204,10 @@ class Budget(TrainerCallback):
         return self._zo.evaluator.batched is None if groups is None or groups.works is False else groups.works is None
 
     def _passes_of_check(self) -> int:
-        """Return the most forward passes that such a look may take."""
+        """Return the forward passes that such a look takes, by rows if the loss comes apart."""
         probes = self._estimator().probes()
-        groups = None if self._zo is None else self._zo.row_groups
-        return len(probes) if groups is None else max(len(probes), passes_of_check(probes))
+        by_rows = self._zo is not None and self._zo.row_groups is not None and self._zo.row_groups.works is None
+        return passes_of_check(probes) if by_rows else len(probes)
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes

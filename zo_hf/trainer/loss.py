@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,6 +25,8 @@ from zo_hf.trainer.loss_calls import LossCalls
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
 from zo_hf.trainer.stop_gradient import DetachTest
 
+logger = logging.getLogger(__name__)
+
 
 class MicroBatchLosses:
     """Makes the closure of every micro-batch's loss, and its weight in the step's loss.
@@ -36,7 +40,8 @@ class MicroBatchLosses:
         self._trainer, self._ranks = trainer, ranks
         self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
         self._detach_test = DetachTest(ranks.all_reduce_and)
-        self._are_by_rows: bool | None = None
+        self._row_input: str | None = None
+        self._knows_rows = False
 
     def of(
         self,
@@ -58,10 +63,19 @@ class MicroBatchLosses:
         weight = self._weight(model, inputs, num_items, micro_batches)  # may change what the closure passes on
         calls = self._calls(model, num_items, counts)
         passes = calls.at_current_point(inputs, self._trainer.args.device)
-        if calls.are_by_rows is not None:
-            self._are_by_rows = calls.are_by_rows
+        if calls.entries is not None and not self._knows_rows:
+            self._find_rows(inputs, calls.entries)
         self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
         return self._closure(model, inputs, num_items, calls), weight
+
+    def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
+        """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""
+        names = [k for k, v in inputs.items() if entries and isinstance(v, Tensor) and v.ndim and len(v) == entries]
+        if self._ranks.all_reduce_and(torch.tensor(bool(names), device=self._trainer.args.device)):
+            self._row_input = "labels" if "labels" in names else names[0]
+        elif entries:
+            logger.warning("RowLosses has %d entries, but not every process has an input with as many rows", entries)
+        self._knows_rows = True
 
     def _calls(self, model: nn.Module, num_items: Tensor | int | None, counts: bool) -> LossCalls:
         def compute_loss(inputs: dict[str, Any]) -> Any:
@@ -91,14 +105,15 @@ class MicroBatchLosses:
                 trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
             )
             factor = self._factor if counts else 1
-            return OutputLoss(model, inputs, function, sequential, num_items, factor, self._checks)
+            return OutputLoss(model, inputs, function, sequential, num_items, factor)
         if not in_parts:
             more = {"skip_logits": True} if is_fused else {}
 
             def closure() -> Any:
                 return sequential(inputs | more)
 
-            return LossByRows(closure, _rows(inputs)) if self._are_by_rows else closure
+            carrier = inputs.get(self._row_input) if self._row_input is not None else None
+            return closure if carrier is None else LossByRows(closure, len(carrier))
         assert isinstance(unwrapped, PreTrainedModel)
         counts = trainer.model_accepts_loss_kwargs and num_items is not None
         return ModelLoss(
@@ -179,8 +194,3 @@ class MicroBatchLosses:
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         return base_model(self._trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
-
-
-def _rows(inputs: Mapping[str, Any]) -> int:
-    """Return the rows of a batch: the length of its first tensor."""
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)

@@ -29,7 +29,8 @@ class LossCalls:
         counts: False if even the first call leaves no effects, as in a search before training.
 
     Attributes:
-        are_by_rows: whether the loss at the current point was `RowLosses`; None if it has not been evaluated there.
+        entries: number of losses at the current point, 0 if they were not `RowLosses`; None if it has not been evaluated
+            there.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LossCalls:
         self._is_stock = has_stock_loss(trainer)
         self._stop_gradients, self._first = StopGradients(), 0.0
         self._counts = counts
-        self.are_by_rows: bool | None = None
+        self.entries: int | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
         if self._is_stock or self._test.matters is False or self._stop_gradients.is_empty:
@@ -67,7 +68,7 @@ class LossCalls:
         with self._stop_gradients:
             loss = self._once(inputs)
         before.restore()
-        self.are_by_rows = isinstance(loss, RowLosses)
+        self.entries = len(loss) if isinstance(loss, RowLosses) else 0
         if not matters:
             self._first = one_number(loss, device).item()
             self._test.see_first(self._stop_gradients, device)
