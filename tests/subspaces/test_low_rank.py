@@ -353,3 +353,27 @@ def test_noise_for_a_block_of_coordinates_is_that_of_each_tensor() -> None:
         assert coordinate.dtype == coordinate.grad.dtype == torch.float32
         expected: Tensor = 2.0 * first[name] - 0.5 * second[name]
         assert torch.allclose(coordinate.grad, expected, rtol=1e-6, atol=1e-6), name
+
+
+class LooksUpMore(nn.Embedding):
+    """Returns its ids, too, as ProphetNet's table of positions does."""
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(ids), ids
+
+
+def test_a_table_that_returns_more_is_probed_as_a_plain_one() -> None:
+    def network(kind: type[nn.Embedding]) -> nn.ModuleDict:
+        return nn.ModuleDict({"table": kind(20, 8), "head": nn.Linear(8, 3)})
+
+    ids, found = torch.arange(12).view(4, 3), []
+    for kind in (nn.Embedding, LooksUpMore):
+        model = seeded(network, torch.float64, kind=kind)
+        zo = ZerothOrder(model, "low_rank", seed=0)
+
+        def loss(model: nn.ModuleDict = model) -> torch.Tensor:
+            output = model["table"](ids)
+            return model["head"](output[0] if isinstance(output, tuple) else output).tanh().mean()
+
+        found.append(zo.estimate(loss).projected_gradients)
+    assert found[1] == pytest.approx(found[0], rel=1e-9)

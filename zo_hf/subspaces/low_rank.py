@@ -189,7 +189,9 @@ class LowRank(Folded):
                 original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
             )
         if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
-            return self._correct_lookup(module, weight, original(*args, **kwargs), args, kwargs)
+            output = original(*args, **kwargs)
+            if isinstance(output, Tensor):  # ProphetNet's also returns the positions that it has looked up
+                return self._correct_lookup(module, weight, output, args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}

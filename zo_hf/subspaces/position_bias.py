@@ -19,6 +19,7 @@ from zo_hf.estimators.probe import Probe
 from zo_hf.subspaces.functional import Entry
 
 _TABLE, _METHOD = "relative_attention_bias", "compute_bias"
+_NONE = Entry(lambda: None)
 
 
 class Grouped(Protocol):
@@ -38,7 +39,7 @@ def layers_with_bias(model: nn.Module, moving: Iterable[nn.Module]) -> list[nn.M
         for layer in model.modules()
         if layer._modules.get(_TABLE) in tables
         and callable(getattr(type(layer), _METHOD, None))
-        and _METHOD not in layer.__dict__
+        and isinstance(layer.__dict__.get(_METHOD, _NONE), Entry)  # of this module, also in a copy of a model, or none
     ]
 
 
