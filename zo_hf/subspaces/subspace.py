@@ -63,6 +63,7 @@ class Subspace:
     are_weights = True
     #: True if the weights of quantized layers may move.
     moves_quantized = False
+    _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class Subspace:
             for module, attribute in site.uses:
                 if not must_read(module, attribute, site):
                     self._holders.setdefault(module, {})[attribute] = site
-        self._with_bias = position_bias.layers_with_bias(model, self._holders)
         self.reads = ReadWatch(self)
 
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
@@ -119,6 +119,7 @@ class Subspace:
             previous = module.__dict__.get(key)
             # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
             module.__dict__[key] = Entry(_entered_forward, self, module, previous)
+        self._with_bias = position_bias.layers_with_bias(self.model, self._holders)
         position_bias.enter(self._with_bias, self)
         self.reads.begin()
 
