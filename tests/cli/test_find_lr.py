@@ -46,7 +46,7 @@ def test_the_rate_is_for_the_groups_of_rows_of_a_step(
     command_line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     zo_hf(["find-lr", *command_line, "--max_steps", "220", "--zo_rows_per_direction", "1"])
-    assert "from 23 forward passes, for 4 groups of rows with directions of their own" in capsys.readouterr().out
+    assert "from 24 forward passes, for 4 groups of rows with directions of their own" in capsys.readouterr().out
 
 
 def test_too_short_a_training_is_said(command_line: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,4 +136,6 @@ def test_few_sentences_make_as_many_micro_batches_as_a_step_has(tmp_path: Path, 
     trainer = make_trainer(tmp_path, more={"train_dataset": TinyTask(rows)}, zo_rank=1, **options)
     result = trainer.find_learning_rate()
     assert result.groups == 16
-    assert result.forward_passes == forward_passes_of_search(400, 4) + 4 > 4  # and whether the loss comes apart by rows
+    assert (
+        result.forward_passes == forward_passes_of_search(400, 4) + 4 > 4
+    )  # and whether the loss comes apart by rows

@@ -181,9 +181,11 @@ def test_every_logged_number_is_that_of_its_step(tmp_path: Path, directions: int
     assert logged(trainer, "zo/skipped_steps") == [0] * steps
 
 
-def test_auto_counts_the_forward_passes_of_its_check(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, max_steps=2, zo_batched_probes="auto")
-    assert logged(trainer, "zo/forward_passes") == [4, 6]
+@pytest.mark.parametrize(("rows_per_direction", "check"), [(0, 2), ("auto", 3)])
+def test_auto_counts_the_forward_passes_of_its_check(tmp_path: Path, rows_per_direction: Any, check: int) -> None:
+    options = {"zo_batched_probes": "auto", "zo_rows_per_direction": rows_per_direction}
+    trainer = trained(tmp_path, max_steps=2, **options)
+    assert logged(trainer, "zo/forward_passes") == [2 + check, 4 + check]
 
 
 def test_full_logs_the_expected_norm_of_its_update(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def _reason_for_default(probes: LossProbes, schedule: Schedule) -> str | None:
     curvature, error = probes.curvature
     if not math.isfinite(probes.loss) or not math.isfinite(probes.slope_square):
         return "the loss is not finite"
+    if probes.noise_square is not None and not math.isfinite(probes.noise_square[0]):
+        return "the losses of the rows of a batch are too different to compare"
     if min(line.loss for line in probes.lines) <= 0:
         return "the loss of a batch is not positive, so a relative improvement of it is not defined"
     if probes.slope_square <= 0:
