@@ -38,11 +38,13 @@ class LossChecks:
         is_known: True if the model's loss is the known function; None before the first comparison.
         layouts: which inputs carry the rows, for every kind of batch that has been evaluated in one forward pass.
         grouped: the same for batches whose loss came apart by rows.
+        sums_in_half: True for an encoder-decoder that sums its loss in half precision, where differences are lost.
     """
 
     is_known: bool | None = None
     layouts: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
     grouped: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
+    sums_in_half: bool = False
 
 
 class ModelLoss:
@@ -85,8 +87,9 @@ class ModelLoss:
         # Behind a prompt, only few logits have the positions of the labels.
         if self._checks.is_known is None and (not self._in_front or "logits_to_keep" in self._inputs):
             return self._first()
-        if self._checks.is_known and loss_kind(self._model) is mean_cross_entropy:
-            return self._precise(*self._seen())
+        if self._checks.is_known and self._checks.sums_in_half:
+            _, _, logits = self._seen()
+            return self._loss(logits.float()) * self._factor
         return self._sequential(dict(self._inputs))
 
     def _first(self) -> Tensor:
@@ -95,11 +98,12 @@ class ModelLoss:
         try:
             loss, own, logits = self._seen()
             self._checks.is_known = _is_same(own, self._loss(logits))
-            if self._checks.is_known:
-                return self._precise(loss, own, logits)
+            self._note_precision(own)
+            if self._checks.is_known and self._checks.sums_in_half:
+                return self._loss(logits.float()) * self._factor
         except Exception:  # a model that takes logits_to_keep, and then compares their number with all labels
             self._checks.is_known = False
-        if loss is not None and "logits_to_keep" not in self._inputs:
+        if loss is not None and (self._checks.is_known or "logits_to_keep" not in self._inputs):
             return loss
         self._inputs = self._all
         return self._sequential(dict(self._inputs))
@@ -119,11 +123,6 @@ class ModelLoss:
             handle.remove()
         return loss, *seen[-1]
 
-    def _precise(self, loss: Tensor, own: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss, or, if the model sums it in half precision, where differences are lost, its sum in float32."""
-        is_half = own.dtype in (torch.float16, torch.bfloat16)
-        return self._loss(logits.float()) * self._factor if is_half else loss
-
     def batched(self, copies: int) -> Tensor:
         """Return the losses of `copies` probes, (copies,), from one forward pass over as many copies of the batch.
 
@@ -132,8 +131,8 @@ class ModelLoss:
         """
         layout = self._separable_layout(self._checks.layouts)
         parts = self._logits({k: self._repeat(k, v, copies) for k, v in self._inputs.items()}).chunk(copies)
-        if loss_kind(self._model) is mean_cross_entropy:
-            parts = tuple(part.float() for part in parts)  # differences of half-precision losses would be lost
+        if self._checks.sums_in_half:
+            parts = tuple(part.float() for part in parts)
         self._checks.layouts.add(layout)
         return torch.stack([self._loss(part) for part in parts]) * self._factor
 
@@ -167,11 +166,18 @@ class ModelLoss:
         elif not compares:
             inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         outputs = self._forward(**inputs)
+        if compares:
+            self._note_precision(outputs["loss"])
         if compares and not _is_same(outputs["loss"], known_loss(self._model, outputs["logits"], inputs, count)):
             self._checks.is_known = False
             raise NotBatchable("the model's loss has terms of its own")
         self._checks.is_known = True
         return outputs["logits"]
+
+    def _note_precision(self, own: Tensor) -> None:
+        """Note whether differences of the model's own loss, (), are lost in its dtype."""
+        is_half = own.dtype in (torch.float16, torch.bfloat16)
+        self._checks.sums_in_half = is_half and loss_kind(self._model) is mean_cross_entropy
 
     def _loss(self, logits: Tensor) -> Tensor:
         """Return the loss of one probe from its logits, (rows, ...)."""
