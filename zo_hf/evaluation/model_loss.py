@@ -168,10 +168,10 @@ class ModelLoss:
         outputs = self._forward(**inputs)
         if compares:
             self._note_precision(outputs["loss"])
-        if compares and not _is_same(outputs["loss"], known_loss(self._model, outputs["logits"], inputs, count)):
-            self._checks.is_known = False
-            raise NotBatchable("the model's loss has terms of its own")
-        self._checks.is_known = True
+            known = known_loss(self._model, outputs["logits"], inputs, count)
+            self._checks.is_known = _is_same(outputs["loss"], known)
+            if not self._checks.is_known:
+                raise NotBatchable("the model's loss has terms of its own")
         return outputs["logits"]
 
     def _note_precision(self, own: Tensor) -> None:

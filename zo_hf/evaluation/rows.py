@@ -87,8 +87,7 @@ class RowGroups:
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
-        self.works, groups, count, sums, *rows = state
-        self._rows = rows[0] if rows else None
+        self.works, groups, count, sums, self._rows = state
         if self._micro_batches is None:
             self.groups_per_batch, self.count = groups, count
         self.noise_scale.load_state(sums)
@@ -291,8 +290,8 @@ class RowGroups:
         found = [shares(points(probe) if probe.scale or probe.derivative else points(probe)[:1]) for probe in own]
         self._evaluator.forward_passes += len(probes)
         if whole is not None:
-            kept = torch.tensor([is_kept(group) for group in range(groups)], device=device)
-            others = shares([p if is_kept(group) else _elsewhere(p, last[0]) for group, p in enumerate(last)])
+            kept = torch.tensor([_is_kept(group) for group in range(groups)], device=device)
+            others = shares([p if _is_kept(group) else _elsewhere(p, last[0]) for group, p in enumerate(last)])
             self._evaluator.forward_passes += passes_of_check(probes)
             self._decide(self._problem(found[-1], others, kept, shares(last[-1:]), whole))
         return torch.cat(found).double()
@@ -353,7 +352,7 @@ def passes_of_check(probes: Sequence[Probe]) -> int:
     return 6 if any(probe.derivative for probe in probes) else 3  # a pass with tangents counts as two
 
 
-def is_kept(group: int) -> bool:
+def _is_kept(group: int) -> bool:
     """Return whether a group keeps its point when others move: those with an even number of ones in binary.
 
     Groups whose numbers differ by any power of two are then told apart somewhere, for example neighbors and halves.

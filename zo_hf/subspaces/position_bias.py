@@ -19,7 +19,6 @@ from zo_hf.estimators.probe import Probe
 from zo_hf.subspaces.functional import Entry
 
 _TABLE, _METHOD = "relative_attention_bias", "compute_bias"
-_NONE = Entry(lambda: None)
 
 
 class Grouped(Protocol):
@@ -39,7 +38,7 @@ def layers_with_bias(model: nn.Module, moving: Iterable[nn.Module]) -> list[nn.M
         for layer in model.modules()
         if layer._modules.get(_TABLE) in tables
         and callable(getattr(type(layer), _METHOD, None))
-        and isinstance(layer.__dict__.get(_METHOD, _NONE), Entry)  # of this module, also in a copy of a model, or none
+        and (_METHOD not in layer.__dict__ or isinstance(layer.__dict__[_METHOD], Entry))  # a copied model has entries
     ]
 
 
