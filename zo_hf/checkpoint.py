@@ -39,6 +39,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.parallel.checksum import saved_hash
 from zo_hf.parallel.shards import is_sharded, local_part, part_of, reshard
 from zo_hf.settings import SAVED_DEFAULTS
+from zo_hf.subspaces import adapter_config
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
@@ -47,7 +48,6 @@ from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "zo_state.json"
-ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 COORDINATES_FILE = "zo_coordinates.safetensors"
 RULE_FILE = "zo_rule.safetensors"
 BASE_FILE = "zo_base.safetensors"
@@ -334,7 +334,7 @@ def is_only_trajectory(folder: Path) -> bool:
 
 def holds_adapter(folder: Path) -> bool:
     """Return whether a checkpoint's model is an adapter in PEFT's format."""
-    return (folder / ADAPTER_CONFIG_NAME).exists()
+    return (folder / adapter_config.FILE).exists()
 
 
 def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from zo_hf.rules.options import RuleOptions
 from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.options import SubspaceOptions
 from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.untrusted.fields import fits_type, shown
 
 BATCHED_PROBES = ("auto", True, False)
 
@@ -151,9 +152,15 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
             more: fields that take precedence.
 
         Raises:
-            ValueError: a method is unknown to this version.
+            ValueError: a method is unknown to this version, or a value has another type than its setting.
         """
-        known = {field.name: saved.get(_option_name(field.name)) for field in fields(cls)}
+        known = {field.name: saved.get(_option_name(field.name)) for field in fields(cls) if field.name not in more}
+        kinds = get_type_hints(cls)
+        for name, value in known.items():
+            if value is not None and not fits_type(value, kinds[name]):
+                raise ValueError(
+                    f"{_option_name(name)}={shown(value)} has another type than this setting; correct it."
+                )
         return cls(**{name: value for name, value in known.items() if value is not None} | more)
 
 

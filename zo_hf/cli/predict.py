@@ -11,8 +11,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from zo_hf.checkpoint import holds_adapter
+from zo_hf.subspaces.adapter_config import read_adapter_config
 from zo_hf.tasks.classify import calibrated, label_scores
 from zo_hf.tasks.saved_prompt import load_prompt, load_quantization
+from zo_hf.untrusted.fields import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,16 +34,19 @@ def run(args: argparse.Namespace) -> None:
     for sentence, (word, probability) in zip(
         args.sentences, predict(args.folder, args.sentences, args.calibrated), strict=True
     ):
-        print(f"{word}\t{probability:.3f}\t{sentence}")
+        print(f"{shown(word)}\t{probability:.3f}\t{sentence}")
 
 
 def predict(folder: Path, sentences: list[str], calibrate: bool = False) -> list[tuple[str, float]]:
     """Return the most probable label word of each sentence, and its probability among the label words.
 
     Raises:
-        ValueError: the folder has no prompt.json.
+        ValueError: the folder has no prompt.json that can be read, or an adapter's configuration that zo_hf does not hand
+            to PEFT.
     """
     prompt, prior = load_prompt(folder)
+    if holds_adapter(folder):  # transformers gives PEFT the whole file
+        read_adapter_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     quantization = load_quantization(folder)
     more = {} if quantization is None else {"quantization_config": quantization, "device_map": "auto"}

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
+from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
@@ -189,7 +189,7 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
-        is_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
+        is_adapter = holds_adapter(folder)
         save_prompt(folder, task.prompt, after.prior, quantization_of(task.model) if is_adapter else None)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         print_line(f"written    {folder}: the model, prompt.json, metrics.json")

@@ -28,9 +28,10 @@ from zo_hf.estimators.estimate import Step
 from zo_hf.parallel.shards import is_sharded_model
 from zo_hf.subspaces import Adapter
 from zo_hf.subspaces.peft_methods import active_adapter
+from zo_hf.trajectory.checks import START_FILE, check_numbers, check_replayable, check_start, read_start
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
-from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps, verify
+from zo_hf.trajectory.replay import take_steps, verify
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +207,12 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
     check_replayable(trajectory)
     _check_same_groups(zo, optimizer, trajectory)
-    leave_out = list(zo.subspace.start.values()) if isinstance(zo.subspace, Adapter) else []
+    leave_out = []
+    if isinstance(zo.subspace, Adapter):
+        leave_out = list(zo.subspace.start.values())
+        check_start(zo.model, trajectory, read_start(trajectory))
     check_base(trajectory.header["base"], zo.model, leave_out, path)
+    check_numbers(zo, trajectory)
     take_steps(zo, optimizer, trajectory)
     replayed = zo.state_dict()
     for name in ("step", "skipped_steps", "pending_decay", "normalization"):
