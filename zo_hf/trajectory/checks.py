@@ -30,6 +30,7 @@ START_FILE = "start.safetensors"
 _SPARE_NUMBERS = 1 << 22
 # Far above all options of an optimizer; products with the largest learning rate stay below the overflow of float32.
 _LARGEST_OPTION = 1e10
+_START_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_replayable(trajectory: Trajectory) -> None:
@@ -126,9 +127,9 @@ def check_start(model: nn.Module, trajectory: Trajectory, start: Mapping[str, Te
                 f"{path} holds {shown(name)} with the shape {list(tensor.shape)} and this model has "
                 f"{list(known[name].shape)}; {build}."
             )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if tensor.dtype not in _START_DTYPES or not bool(tensor.isfinite().all()):
             raise TrajectoryError(
-                f"{path} holds numbers in {shown(name)} that are not finite; copy it from where the log came from."
+                f"{path} holds {shown(name)} with numbers that no run starts from; copy it from where the log came from."
             )
 
 
