@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -44,6 +44,23 @@ from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
+from zo_hf.untrusted import plain_json
+from zo_hf.untrusted.fields import (
+    Fits,
+    either,
+    first_misfit,
+    is_flag,
+    is_number,
+    is_object,
+    is_text,
+    list_of,
+    maybe,
+    number,
+    object_of,
+    one_of,
+    whole,
+)
+from zo_hf.untrusted.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +68,35 @@ STATE_FILE = "zo_state.json"
 COORDINATES_FILE = "zo_coordinates.safetensors"
 RULE_FILE = "zo_rule.safetensors"
 BASE_FILE = "zo_base.safetensors"
+
+
+# Numbers that follow from losses, and may overflow with them.
+_MEASURED = either(is_number, lambda value: isinstance(value, float))
+_STATE: dict[str, Fits] = {
+    "settings": maybe(is_object),
+    "engine": maybe(is_object),
+    "trajectory": maybe(whole(0, (1 << 32) - 1)),
+    "learning_rate": maybe(is_number),
+    "learning_rates": maybe(list_of(is_number, 1)),
+    "seconds": maybe(number(0.0, 1e12)),
+    "drawn_at": maybe(whole(0, (1 << 32) - 1)),
+    "at_origin": maybe(is_flag),
+    "weights": maybe(is_text),
+    "data": maybe(lambda value: object_of(whole(0, 1 << 40))(value) and value.keys() >= {"passes", "batches"}),
+}
+_ENGINE: dict[str, Fits] = {
+    "step": whole(0, (1 << 32) - 1),
+    "forward_passes": whole(),
+    "skipped_steps": whole(),
+    "batched": maybe(either(is_flag, one_of("auto"))),
+    "pending_decay": object_of(_MEASURED),
+    "normalization": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),
+    "normalisation": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),  # as 0.1.0 spelled it
+    "distribution": maybe(object_of(_MEASURED)),
+    "still": maybe(list_of(is_text)),
+    "row_groups": maybe(list_of(lambda value: True, 5, 5)),
+    "curvature": maybe(is_object),
+}
 
 
 STAGING = "_unfinished-checkpoint"  # begins with _, which Trainer does not upload
@@ -203,7 +249,7 @@ def is_complete(folder: Path) -> bool:
     """Return whether a checkpoint is complete."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
 
@@ -234,27 +280,40 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
         False, with nothing changed, if the folder has no engine state.
 
     Raises:
-        ValueError: the checkpoint was written with other settings; the message names the first that differs.
+        ValueError: the checkpoint was written with other settings, or is damaged; the message names the first setting that
+            differs, or the file.
     """
     if not (folder / STATE_FILE).exists():
         return False
     state = read_state(folder)
     check_settings(zo, state, folder)
-    subspace = zo.subspace
+    _check_names(zo, state, folder)
     reshard(zo.model)
-    with torch.no_grad():
-        if (folder / COORDINATES_FILE).exists():
-            _copy(load_file(folder / COORDINATES_FILE), dict(subspace.coordinates))
-        if (folder / BASE_FILE).exists() and isinstance(subspace, Folded):
-            _copy(load_file(folder / BASE_FILE), subspace.base_tensors())
-    if isinstance(subspace, Folded):
-        subspace.draw_bases(state["drawn_at"])
-        subspace.coordinates_changed()
-        if state["at_origin"]:
-            subspace.set_origin()
-    zo.load_state_dict(state["engine"])
-    if (folder / RULE_FILE).exists():
-        zo.rule.load_state(load_file(folder / RULE_FILE))
+    subspace = zo.subspace
+    coordinates: dict[str, Tensor] = dict(subspace.coordinates)
+    base = subspace.base_tensors() if isinstance(subspace, Folded) else {}
+    targets = {folder / COORDINATES_FILE: coordinates, folder / BASE_FILE: base}
+    targets = {path: tensors for path, tensors in targets.items() if tensors and path.exists()}
+    # Everything is read before anything is written.
+    read = {path: _read(path, tensors) for path, tensors in targets.items()}
+    rule_file = folder / RULE_FILE
+    rule = _read(rule_file, zo.rule.state(), whole_file=True) if rule_file.exists() else None
+    try:
+        with torch.no_grad():
+            for path, tensors in targets.items():
+                _copy(read[path], tensors)
+        if isinstance(subspace, Folded):
+            subspace.draw_bases(state["drawn_at"])
+            subspace.coordinates_changed()
+            if state["at_origin"]:
+                subspace.set_origin()
+        zo.load_state_dict(state["engine"])
+        if rule is not None:
+            zo.rule.load_state(rule)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"the state in {folder} is not one of this method; resume from another checkpoint."
+        ) from error
     if isinstance(subspace, Adapter):  # only now, because the adapter's weights have had another dtype until training
         check_weights(zo.model, folder)
     return True
@@ -303,9 +362,13 @@ def load_adapter(model: nn.Module, folder: Path) -> bool:
     path = folder / COORDINATES_FILE
     if not computes_its_prompt(model) or not path.exists():
         return False
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = _read(path, {}, whole_file=True)
+    for name, tensor in saved.items():
+        if name not in named or named[name].shape != tensor.shape:
+            raise ValueError(f"{path} is of another adapter than this model's; resume from another checkpoint.")
     with torch.no_grad():
-        for name, tensor in load_file(path).items():
+        for name, tensor in saved.items():
             named[name].copy_(tensor)
     return True
 
@@ -317,10 +380,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     path = folder / STATE_FILE
+    if not path.exists():
+        return {}
     try:
-        state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        # Measurements may not be finite, and Python writes them as they are.
+        state: dict[str, Any] = plain_json.read(path, finite=False)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged; resume from another checkpoint.") from error
+    wrong = first_misfit(state, _STATE) if is_object(state) else "everything"
+    if wrong is None and state.get("engine") is not None:
+        wrong = first_misfit(state["engine"], _ENGINE)
+    if wrong is not None:
+        raise ValueError(
+            f"{path} is damaged, because {wrong} has a value that no run writes; resume from another checkpoint."
+        )
     engine = state.get("engine", {})
     if "normalisation" in engine:  # as zo_hf 0.1.0 spelled it
         engine["normalization"] = engine.pop("normalisation")
@@ -344,7 +417,7 @@ def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None
         ValueError: a setting differs; the message names the first one.
     """
     # An option that is newer than the checkpoint had no other value than its default then.
-    saved = SAVED_DEFAULTS | state["settings"]
+    saved = SAVED_DEFAULTS | (state.get("settings") or {})
     # The rows of a direction may follow from the other settings.
     for name, now in sorted(zo.saved_settings().items(), key=lambda item: item[0] == "zo_rows_per_direction"):
         then = saved.get(name)
@@ -352,6 +425,38 @@ def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None
             raise ValueError(
                 f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
             )
+
+
+def _check_names(zo: ZerothOrder, state: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a state that lacks what every engine needs, or names parameters that do not move.
+
+    Raises:
+        ValueError: it does; the message names the checkpoint.
+    """
+    engine = state.get("engine")
+    names = {*engine["pending_decay"], *(engine.get("still") or ())} if engine is not None else {""}
+    drawn = not isinstance(zo.subspace, Folded) or (state.get("drawn_at") is not None and "at_origin" in state)
+    if not names <= set(zo.subspace.coordinates) or not drawn:
+        raise ValueError(f"the state in {folder} is not one of this method; resume from another checkpoint.")
+
+
+def _read(path: Path, like: Mapping[str, Tensor], whole_file: bool = False) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors, which must have the shapes of those that are like them.
+
+    Args:
+        path: the file.
+        like: tensors with the shapes to expect, by name.
+        whole_file: also return tensors that `like` lacks.
+
+    Raises:
+        ValueError: the file cannot be read, or a tensor is missing or unlike; the message names the file.
+    """
+    shapes = {name: tensor.shape for name, tensor in like.items()}
+    try:
+        tensors = read_tensors(path, shapes)
+        return tensors | read_tensors(path) if whole_file else tensors
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this run, because {error}; resume from another checkpoint.") from error
 
 
 def _detached(tensors: dict[str, Any]) -> dict[str, Tensor]:

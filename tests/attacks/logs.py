@@ -195,7 +195,14 @@ def mutant(run: str, number: int, folder: Path) -> str | None:
     for _ in range(source.choice((1, 1, 1, 2, 3))):
         try:
             what, parts = source.choice(MUTATIONS)(parts, source)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):  # the header is no longer one to mutate
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ):  # the header is no longer one to mutate
             break
         done.append(what)
     wrong = answer(run, folder, parts.signed())
@@ -302,7 +309,9 @@ STARTS: dict[str, Callable[[bytes], bytes]] = {
     "a shape that overflows": lambda content: _safetensors(
         '{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}'
     ),
-    "a negative shape": lambda content: _safetensors('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)),
+    "a negative shape": lambda content: _safetensors(
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)
+    ),
 }
 
 
@@ -330,7 +339,8 @@ CONFIGS: dict[str, Any] = {
     "megatron core alone": _LORA | {"megatron_core": _CANARY},
     "auto mapping": _LORA | {"auto_mapping": {"base_model_class": "x", "parent_library": _CANARY}},
     "custom model": _LORA | {"custom_model": _CANARY},
-    "corda": _LORA | {"init_lora_weights": "corda", "corda_config": {"cache_file": "canary", "covariance_file": "canary"}},
+    "corda": _LORA
+    | {"init_lora_weights": "corda", "corda_config": {"cache_file": "canary", "covariance_file": "canary"}},
     "eva": _LORA | {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
     "loftq": _LORA | {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     "arrow": _LORA | {"arrow_config": {"task_names": ["a"], "arrow_router_temperature": 1.0}},
@@ -378,8 +388,16 @@ CONFIGS: dict[str, Any] = {
         "prompt_tuning_init": "EXACT_SOURCE_TASK",
         "prompt_tuning_init_state_dict_path": "canary.bin",
     },
-    "prompt of a billion tokens": {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1 << 30},
-    "prefix of a million tokens": {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1 << 20},
+    "prompt of a billion tokens": {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 1 << 30,
+    },
+    "prefix of a million tokens": {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 1 << 20,
+    },
     "xlora": {"peft_type": "XLORA", "adapters": {"a": "canary"}, "hidden_size": 8},
     "cpt": {"peft_type": "CPT", "task_type": "CAUSAL_LM", "tokenizer_name_or_path": "canary"},
     "shadow": {"peft_type": "SHADOW", "shadow_model": "canary"},

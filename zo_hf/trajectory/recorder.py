@@ -200,10 +200,15 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     """
     state = checkpoint.read_state(checkpoint_folder)
     checkpoint.check_settings(zo, state, checkpoint_folder)
+    rates = state.get("learning_rates") or []
+    if state.get("engine") is None or len(rates) != len(optimizer.param_groups):
+        raise TrajectoryError(
+            f"the state in {checkpoint_folder} is not one of this run; resume from another checkpoint."
+        )
     step = state["engine"]["step"]
     trajectory = verify(find_log(checkpoint_folder), until=step)
     path = trajectory.path
-    if trajectory.crc_at(step) != state["trajectory"]:
+    if trajectory.crc_at(step) != state.get("trajectory"):
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
     check_replayable(trajectory)
     _check_same_groups(zo, optimizer, trajectory)
@@ -216,10 +221,10 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     take_steps(zo, optimizer, trajectory)
     replayed = zo.state_dict()
     for name in ("step", "skipped_steps", "pending_decay", "normalization"):
-        if replayed[name] != state["engine"][name]:
+        if replayed[name] != state["engine"].get(name):
             raise TrajectoryError(f"{path} leads to another {name} than its checkpoint's; resume from another one.")
     zo.load_state_dict(state["engine"])
-    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

@@ -1,4 +1,4 @@
-"""JSON of a bounded size: finite numbers of 64 bits, no key twice, and not more nesting than a file of ours has."""
+"""JSON of a bounded size: numbers of 64 bits, no key twice, and not more nesting than a file of ours has."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ MAX_CONTAINERS = 1 << 18
 MAX_DEPTH = 16
 
 
-def parse(text: bytes) -> Any:
+def parse(text: bytes, finite: bool = True) -> Any:
     """Return the content of a JSON text.
+
+    Args:
+        text: the text, UTF-8.
+        finite: refuse numbers that are not finite, which Python writes as `NaN` and `Infinity`.
 
     Raises:
         ValueError: the text is too long, is not JSON, or holds what no file of ours holds; the message gives the reason
@@ -28,9 +32,9 @@ def parse(text: bytes) -> Any:
         content = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_float=_number,
+            parse_float=_finite if finite else float,
             parse_int=_integer,
-            parse_constant=_number,
+            parse_constant=_finite if finite else float,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -43,15 +47,15 @@ def parse(text: bytes) -> Any:
     return content
 
 
-def read(path: Path) -> Any:
-    """Return the content of a JSON file.
+def read(path: Path, finite: bool = True) -> Any:
+    """Return the content of a JSON file; the arguments are those of `parse`.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: see `parse`.
     """
     with path.open("rb") as file:
-        return parse(file.read(MAX_BYTES + 1))
+        return parse(file.read(MAX_BYTES + 1), finite)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _number(text: str) -> float:
+def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("it holds a number that is not finite")
