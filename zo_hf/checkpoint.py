@@ -47,6 +47,7 @@ from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
 from zo_hf.untrusted import plain_json
 from zo_hf.untrusted.fields import (
     Fits,
+    brief,
     either,
     first_misfit,
     is_flag,
@@ -294,26 +295,26 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     base = subspace.base_tensors() if isinstance(subspace, Folded) else {}
     targets = {folder / COORDINATES_FILE: coordinates, folder / BASE_FILE: base}
     targets = {path: tensors for path, tensors in targets.items() if tensors and path.exists()}
-    # Everything is read before anything is written.
+    # Everything is read before anything of the model is written.
     read = {path: _read(path, tensors) for path, tensors in targets.items()}
     rule_file = folder / RULE_FILE
     rule = _read(rule_file, zo.rule.state(), whole_file=True) if rule_file.exists() else None
     try:
-        with torch.no_grad():
-            for path, tensors in targets.items():
-                _copy(read[path], tensors)
-        if isinstance(subspace, Folded):
-            subspace.draw_bases(state["drawn_at"])
-            subspace.coordinates_changed()
-            if state["at_origin"]:
-                subspace.set_origin()
         zo.load_state_dict(state["engine"])
         if rule is not None:
             zo.rule.load_state(rule)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the state in {folder} is not one of this method; resume from another checkpoint."
         ) from error
+    with torch.no_grad():
+        for path, tensors in targets.items():
+            _copy(read[path], tensors)
+    if isinstance(subspace, Folded):
+        subspace.draw_bases(state["drawn_at"])
+        subspace.coordinates_changed()
+        if state["at_origin"]:
+            subspace.set_origin()
     if isinstance(subspace, Adapter):  # only now, because the adapter's weights have had another dtype until training
         check_weights(zo.model, folder)
     return True
@@ -423,7 +424,7 @@ def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None
         then = saved.get(name)
         if then != now:
             raise ValueError(
-                f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
+                f"{folder} was written with {name}={brief(then)} and this run has {name}={now!r}; resume with the same value."
             )
 
 

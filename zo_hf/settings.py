@@ -24,7 +24,7 @@ from zo_hf.rules.options import RuleOptions
 from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.options import SubspaceOptions
 from zo_hf.subspaces.peft_methods import is_peft
-from zo_hf.untrusted.fields import fits_type, shown
+from zo_hf.untrusted.fields import brief, fits_type
 
 BATCHED_PROBES = ("auto", True, False)
 
@@ -159,7 +159,7 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
         for name, value in known.items():
             if value is not None and not fits_type(value, kinds[name]):
                 raise ValueError(
-                    f"{_option_name(name)}={shown(value)} has another type than this setting; correct it."
+                    f"{_option_name(name)}={brief(value)} has another type than this setting; correct it."
                 )
         return cls(**{name: value for name, value in known.items() if value is not None} | more)
 

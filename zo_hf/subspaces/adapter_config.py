@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from zo_hf.untrusted import plain_json
 from zo_hf.untrusted.fields import (
     Fits,
+    brief,
     either,
     is_flag,
     is_number,
@@ -163,7 +164,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
             continue
         if name not in FIELDS or name not in defaults or not FIELDS[name](value):
             raise ValueError(
-                f"{path} sets {shown(name)}={shown(value)}, which zo_hf does not hand to PEFT; {way_out}."
+                f"{path} sets {shown(name)}={brief(value)}, which zo_hf does not hand to PEFT; {way_out}."
             )
         taken[name] = value
     taken.pop("peft_type", None)

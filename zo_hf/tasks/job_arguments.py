@@ -170,6 +170,9 @@ def parse_arguments(
     return job, arguments
 
 
+MAX_VALUES = 10_000
+
+
 def read_options(path: Path, known: set[str]) -> dict[str, Any]:
     """Read options from a YAML file.
 
@@ -178,7 +181,7 @@ def read_options(path: Path, known: set[str]) -> dict[str, Any]:
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--config {path} cannot be read ({reason}); give a YAML file of `option: value`.") from error
     if not isinstance(options, dict):
@@ -186,4 +189,19 @@ def read_options(path: Path, known: set[str]) -> dict[str, Any]:
     for name in options:
         if name not in known:
             raise ValueError(f"--config {path} has an unknown option {name!r}; --help lists the options.")
+    if _is_larger(options, MAX_VALUES):
+        raise ValueError(f"--config {path} has more than {MAX_VALUES} values; write each value where it belongs.")
     return options
+
+
+def _is_larger(content: Any, limit: int) -> bool:
+    """Return whether YAML's content has more than `limit` values; an alias counts each time, as whoever prints it does."""
+    left, count = [content], 0
+    while left and count <= limit:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+    return count > limit

@@ -21,7 +21,7 @@ from zo_hf.settings import Settings
 from zo_hf.subspaces import Adapter, Full, has_factors, subspace_kind
 from zo_hf.trajectory.header import OPTIMIZERS
 from zo_hf.trajectory.log import Trajectory, TrajectoryError
-from zo_hf.untrusted.fields import Fits, is_flag, list_of, maybe, number, shown
+from zo_hf.untrusted.fields import Fits, brief, is_flag, list_of, maybe, number, shown
 from zo_hf.untrusted.tensors import read_tensors
 
 START_FILE = "start.safetensors"
@@ -205,7 +205,7 @@ def check_numbers(zo: ZerothOrder, trajectory: Trajectory) -> None:
     for name, value in resolved.items():
         if name in saved and not _is_same(saved[name], value):
             raise TrajectoryError(
-                f"{path} has {name}={shown(saved[name])}, which is {shown(value)} with this model and method; build the "
+                f"{path} has {name}={brief(saved[name])}, which is {brief(value)} with this model and method; build the "
                 "model as for the run."
             )
     by_groups, each = bool(zo.settings.rows_per_direction), zo.estimator.numbers
@@ -278,4 +278,4 @@ def _is_same(saved: Any, value: Any) -> bool:
 
 
 def _impossible(path: object, name: str, value: Any) -> TrajectoryError:
-    return TrajectoryError(f"{path} has {name}={shown(value)}, which no optimizer has; use another copy of it.")
+    return TrajectoryError(f"{path} has {name}={brief(value)}, which no optimizer has; use another copy of it.")

@@ -26,14 +26,18 @@ from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Step
 from zo_hf.parallel.shards import is_sharded_model
-from zo_hf.subspaces import Adapter
+from zo_hf.subspaces import Adapter, adapter_config
 from zo_hf.subspaces.peft_methods import active_adapter
 from zo_hf.trajectory.checks import START_FILE, check_numbers, check_replayable, check_start, read_start
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
 from zo_hf.trajectory.replay import take_steps, verify
+from zo_hf.untrusted.fields import brief, shown
 
 logger = logging.getLogger(__name__)
+
+#: Files that a log needs beside it.
+_BESIDE = (START_FILE, adapter_config.FILE)
 
 
 class Recorder:
@@ -83,9 +87,9 @@ class Recorder:
         assert self._writer is not None
         target = checkpoint_folder / FOLDER
         target.mkdir(parents=True, exist_ok=True)
-        for file in self._writer.path.parent.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+        for name in (FILE, *_BESIDE):
+            if (self._writer.path.parent / name).is_file():
+                shutil.copyfile(self._writer.path.parent / name, target / name)
 
     def close(self) -> None:
         """Close the log."""
@@ -155,6 +159,8 @@ def resume(
         trajectory = _log_up_to(zo, optimizer, checkpoint_folder, output_dir)
         if required:
             check_replayable(trajectory)
+        if trajectory.header.get("start"):  # they are copied with the log
+            read_start(trajectory)
     except TrajectoryError as reason:
         if required:
             raise ValueError(f"save_only_trajectory=True needs the log of the run so far: {reason}") from reason
@@ -168,9 +174,9 @@ def resume(
     try:
         if source.resolve() != folder.resolve():
             folder = _new_folder(output_dir)
-            for file in source.iterdir():
-                if file.name != FILE and file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+            for name in _BESIDE:  # and nothing else, because a link could lead anywhere
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
         writer = Writer.resume(trajectory, zo.step, folder / FILE)
     except OSError as error:
         return _without_log(trajectory.header, optimizer, required, error)
@@ -255,7 +261,7 @@ def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajec
     kind = trajectory.header["optimizer"]["kind"]
     if type(optimizer).__name__ != kind:
         raise TrajectoryError(
-            f"{trajectory.path} was written with {kind} and this run has {type(optimizer).__name__}; use the same."
+            f"{trajectory.path} was written with {shown(kind)} and this run has {type(optimizer).__name__}; use the same."
         )
     then, now = trajectory.header["groups"], describe_groups(zo.subspace, optimizer)
     if [group["names"] for group in then] != [group["names"] for group in now]:
@@ -266,8 +272,8 @@ def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajec
         for name, value in before["options"].items():
             if after["options"].get(name) != value:
                 raise TrajectoryError(
-                    f"{trajectory.path} was written with {name}={value!r} and this run has "
-                    f"{name}={after['options'].get(name)!r}; use the same."
+                    f"{trajectory.path} was written with {shown(name)}={brief(value)} and this run has "
+                    f"{shown(name)}={brief(after['options'].get(name))}; use the same."
                 )
 
 

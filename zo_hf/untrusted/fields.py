@@ -98,7 +98,15 @@ def fits_type(value: Any, kind: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a short form of a value for a message: printable, and on one line."""
-    if isinstance(value, str) and value.isprintable() and len(value) <= 200:
-        return value
-    return ascii(value) if isinstance(value, str) and len(value) <= 200 else ascii(reprlib.repr(value))
+    """Return a short form of a value for a message, printable and on one line; a text stands there without quotes."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else brief(value)
+
+
+def brief(value: Any) -> str:
+    """Return the `repr` of a value for a message, shortened, printable and on one line."""
+    text = _BRIEF.repr(value)
+    return text if text.isprintable() else ascii(text)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -51,9 +52,11 @@ def read(path: Path, finite: bool = True) -> Any:
     """Return the content of a JSON file; the arguments are those of `parse`.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no plain file, such as a pipe that would never end.
         ValueError: see `parse`.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file")
     with path.open("rb") as file:
         return parse(file.read(MAX_BYTES + 1), finite)
 

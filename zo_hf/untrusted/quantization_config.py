@@ -6,6 +6,7 @@ from typing import Any
 
 from zo_hf.untrusted.fields import (
     Fits,
+    brief,
     first_misfit,
     is_flag,
     is_number,
@@ -67,7 +68,7 @@ def loadable(config: Any) -> dict[str, Any] | None:
     options = {name: value for name, value in config.items() if name != "quant_method"}
     wrong = next((name for name in options if name not in table), None) or first_misfit(options, table)
     if wrong is not None:
-        raise ValueError(f"its quantization has {shown(wrong)}={shown(options.get(wrong))}, which no run writes")
+        raise ValueError(f"its quantization has {shown(wrong)}={brief(options.get(wrong))}, which no run writes")
     return dict(config)
 
 

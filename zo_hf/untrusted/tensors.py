@@ -21,6 +21,8 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> 
         ValueError: the file cannot be read, or a tensor is missing, of another shape or not of floating point; the message
             gives the reason as a clause.
     """
+    if not path.is_file():  # a pipe would never end
+        raise ValueError("it is no file")
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
