@@ -32,9 +32,9 @@ from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.trajectory import TrajectoryError, read_trajectory, replay, verify
 from zo_hf.trajectory.log import MAGIC
 
-SAMPLE = 40
+SAMPLE = 30
 
-MUTANTS, DAMAGES = 64, 16  # for every kind of run
+MUTANTS, DAMAGES = 100, 20  # for every kind of run
 SECONDS, MEMORY = 10.0, 256 << 20
 
 SMALL = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 1, "word_embed_proj_dim": 8, "vocab_size": 100}
@@ -125,17 +125,18 @@ def recorded(run: str) -> Recorded:
 
 @contextmanager
 def bounded() -> Any:
-    """Bound the memory that this process may take beside what it has, and the time."""
+    """Bound the time, and where Linux tells the size of this process, the memory that it may take beside what it has."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    if (size := Path("/proc/self/statm")).exists():
+        now = int(size.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
     begin = time.monotonic()
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    if time.monotonic() - begin > SECONDS:
-        raise TimeoutError(f"took {time.monotonic() - begin:.0f} seconds")
+        if time.monotonic() - begin > SECONDS:
+            raise TimeoutError(f"took {time.monotonic() - begin:.0f} seconds")
 
 
 def is_sentence(error: BaseException, path: Path) -> str | None:
@@ -442,6 +443,60 @@ def config(name: str, folder: Path) -> str | None:
 _HARMLESS = {"auto mapping", "base of another", "runtime", "target parameters"}
 
 
+# What the header says about the base model, which decides the class, the dtype and the quantization that are loaded.
+
+BASES: dict[str, dict[str, Any]] = {
+    "class of nothing": {"class": "NoSuchModel"},
+    "class that is a function": {"class": "pipeline"},
+    "class that is a module": {"class": "os"},
+    "class of Python": {"class": "__builtins__"},
+    "class of all models": {"class": "PreTrainedModel"},
+    "automatic class": {"class": "AutoModelForCausalLM"},
+    "another class": {"class": "LlamaForCausalLM"},
+    "no head": {"class": "OPTModel"},
+    "class that is no text": {"class": ["OPTForCausalLM"]},
+    "dtype of nothing": {"dtype": "float33"},
+    "dtype that is a function": {"dtype": "load"},
+    "dtype of integers": {"dtype": "int8"},
+    "dtype of float8": {"dtype": "float8_e4m3fn"},
+    "another dtype": {"dtype": "bfloat16"},
+    "another device": {"device": "cuda"},
+    "name of another": {"name": "somebody/else"},
+    "name with escape sequences": {"name": "\x1b[2J\n"},
+    "revision that is a path": {"revision": "../../x"},
+    "quantization by nobody": {"quantization": {"quant_method": _CANARY, "module": _CANARY}},
+    "quantization with a data set": {"quantization": {"quant_method": "gptq", "bits": 4, "dataset": "c4"}},
+    "quantization with a module": {"quantization": {"quant_method": "bitsandbytes", "module": _CANARY}},
+    "quantization by a class": {
+        "quantization": {"quant_method": "torchao", "quant_type": {"default": {"_type": _CANARY, "_data": {}}}}
+    },
+    "quantization without a method": {"quantization": {"load_in_4bit": True}},
+    "quantization as text": {"quantization": "bitsandbytes"},
+}
+
+
+def described(name: str, folder: Path) -> str | None:
+    """Load the base model that a header describes, as `zo-hf replay` does, and replay the log."""
+    given = recorded("low_rank")
+    log = folder / "trajectory" / "steps.zolog"
+    log.parent.mkdir()
+    log.write_bytes(changed(given.parts, lambda h: h["base"].update(BASES[name])).signed())
+    seeded(tiny_opt, **SMALL).save_pretrained(folder / "base")
+    canary = folder / "canary"
+    (folder / f"{_CANARY}.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
+    sys.path.insert(0, str(folder))
+    try:
+        print(summary(verify(log)))
+        replay(load_base(str(folder / "base"), read_trajectory(log)), log)
+        wrong = None
+    except TrajectoryError as error:
+        wrong = is_sentence(error, log)
+    finally:
+        sys.path.remove(str(folder))
+        imported = sys.modules.pop(_CANARY, None)
+    return "code ran" if canary.exists() or imported else wrong
+
+
 def cases() -> list[Case]:
     """The whole table."""
     table: dict[str, Callable[[Path], str | None]] = {}
@@ -457,4 +512,5 @@ def cases() -> list[Case]:
             table[f"start-{run}-{name}"] = functools.partial(start, run, name, True)
         table[f"start-lora-{name}, unsigned"] = functools.partial(start, "lora", name, False)
     table |= {f"config-{name}": functools.partial(config, name) for name in CONFIGS}
+    table |= {f"base-{name}": functools.partial(described, name) for name in BASES}
     return [Case(name, run) for name, run in table.items()]

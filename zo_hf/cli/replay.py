@@ -26,6 +26,8 @@ from zo_hf.trajectory.replay import replay, verify
 from zo_hf.untrusted.fields import shown
 from zo_hf.untrusted.quantization_config import loadable
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `zo-hf replay`."""
@@ -95,11 +97,11 @@ def load_base(name: str, trajectory: Trajectory, revision: str | None = None) ->
             f"{trajectory.path} was recorded from a {shown(base.get('class'))}, which transformers does not have; replay "
             "it in Python with zo_hf.trajectory.replay(model, path)."
         )
-    dtype = getattr(torch, str(base.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if base.get("dtype") not in DTYPES:
         raise TrajectoryError(
-            f"{trajectory.path} names no dtype of torch, so zo_hf did not write it; use another copy of it."
+            f"{trajectory.path} names no dtype that a model trains in, so zo_hf did not write it; use another copy of it."
         )
+    dtype: torch.dtype = getattr(torch, base["dtype"])
     try:
         quantization = loadable(base.get("quantization"))
     except ValueError as error:

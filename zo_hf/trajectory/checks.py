@@ -225,8 +225,11 @@ def check_numbers(zo: ZerothOrder, trajectory: Trajectory) -> None:
 
 @contextmanager
 def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
-    """Give a model back its weights, in their dtypes, if an error leaves this context; nothing may be written in it."""
-    held = [(parameter, parameter.data) for parameter in model.parameters()]
+    """Give a model back its trainable weights, in their dtypes, if an error leaves this context.
+
+    An adapter's subspace replaces tensors by others of another dtype when it is made. Nothing may be written in place.
+    """
+    held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield
     except BaseException:
