@@ -22,6 +22,8 @@ from zo_hf.untrusted.fields import (
 
 MAX_PER_STEP = 1 << 16
 MAX_NAME = 1024
+# A user's optimizer may have a few groups without a coordinate.
+_EMPTY_GROUPS = 16
 
 _VALUE = maybe(either(is_flag, is_number, lambda value: isinstance(value, str)))
 
@@ -90,6 +92,8 @@ def why_unusable(header: Any) -> str | None:
             return f"{prefix}{wrong} is missing or has a value that no run writes"
     assert isinstance(groups, list)
     names = [name for group in groups for name in group["names"]]
+    if len(groups) > len(names) + _EMPTY_GROUPS:
+        return "it has far more groups than coordinates"
     if len(set(names)) < len(names):
         return "groups name a coordinate twice"
     if not set(header.get("still") or ()) <= set(names):
