@@ -88,6 +88,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (FULL, {}, {"optimizers"}),
     (FULL, {}, {"create_optimizer"}),
     (FULL, {}, {"optimizer_cls_and_kwargs"}),
+    ({"subspace": "core", "basis": "activation"}, {}, set()),
+    ({"basis": "activation"}, {}, {"fsdp"}),
     ({"subspace": "core"}, {}, {"adapter on a quantized model"}),
     (FULL, {}, {"quantized"}),
     ({}, {"torch_compile": True}, {"quantized"}),

@@ -22,7 +22,7 @@ from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
 from zo_hf.rules.spectral import Spectral
-from zo_hf.subspaces import Full
+from zo_hf.subspaces import Full, LowRank
 
 STABILITY_RULES = ("none", "curvature")
 STABILITY_DIRECTIONS = ("gaussian", "rademacher", "sphere", Sparse.name, GivenMask.name)
@@ -441,6 +441,20 @@ CONFLICTS: tuple[Conflict, ...] = (
         "leave it out, or use zo_subspace='low_rank'",
         _full_without_gradient,
         USER_OPTIMIZERS | {"optimizer_cls_and_kwargs": "optimizer_cls_and_kwargs=..."},
+    ),
+    Conflict(
+        "zo_basis='activation'",
+        "zo_subspace={zo_subspace}",
+        "",
+        "use zo_subspace='low_rank', or leave zo_basis out",
+        lambda case: case.settings.basis == "activation" and case.settings.subspace not in ("auto", LowRank.name),
+    ),
+    Conflict(
+        "zo_basis='activation'",
+        "fsdp=...",
+        "every process would gather all weights for a forward pass of its own",
+        "use zo_basis='random'",
+        lambda case: case.settings.basis == "activation" and "fsdp" in case.facts,
     ),
     Conflict(
         "zo_subspace={zo_subspace}",

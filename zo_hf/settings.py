@@ -128,7 +128,7 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
         }
         kind = subspace_kind(self.subspace_of(model), self.moves_along_coordinates)
         if has_factors(kind):
-            return kind(model, rank=self.rank, fold_steps=self.fold_steps, **common)
+            return kind(model, rank=self.rank, fold_steps=self.fold_steps, basis=self.basis, **common)
         return kind(model, **common)
 
     def to_saved(self) -> dict[str, Any]:

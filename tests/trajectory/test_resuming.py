@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "momentum": {"optim_args": "momentum=0.9", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "full": {"zo_subspace": "full", "weight_decay": 0.1, "lr_scheduler_type": "linear"},
     "adapter": {"zo_subspace": "adapter", "optim": "adamw_torch"},
+    "activation": {"zo_basis": "activation", "optim": "adamw_torch"},
     "bf16": {"dtype": torch.bfloat16, "optim": "adamw_torch"},
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zo_hf.method_info import option
+from zo_hf.subspaces.activation_basis import BASES
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class SubspaceOptions:
         "Folds of a quantized model write its 8-bit and 4-bit weights anew, rounded stochastically. A checkpoint is "
         "smallest if save_steps is a multiple of zo_fold_steps.",
     )
+    basis: str = option(
+        "random",
+        "The source of V, the fixed one of the low-rank factors: random draws it from the seed. activation makes it of the "
+        "inputs that linear layers have when the model reads random tokens (AGZO), which takes one forward pass of 128 "
+        "tokens per fold. For zo_subspace low_rank.",
+    )
     target_modules: str | Sequence[str] | None = option(
         None,
         "The parameters that move: a regular expression that matches the whole name of a parameter or module, or a list "
@@ -43,5 +50,7 @@ class SubspaceOptions:
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"zo_rank={self.rank} must be at least 1; 4 is a good start.")
+        if self.basis not in BASES:
+            raise ValueError(f"zo_basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}.")
         if self.fold_steps is not None and self.fold_steps < 0:
             raise ValueError(f"zo_fold_steps={self.fold_steps} must not be negative; use 0 to never fold.")

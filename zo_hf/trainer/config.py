@@ -64,6 +64,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_subspace: str = _setting("subspace")
     zo_rank: None | int = _setting("rank")  # noqa: RUF036
     zo_fold_steps: None | int = _setting("fold_steps")  # noqa: RUF036
+    zo_basis: str = _setting("basis")
     zo_eps: None | str | float = _setting("eps", default=_AUTO)  # noqa: RUF036
     zo_estimator: str = _setting("estimator")
     zo_num_directions: int = _setting("num_directions")
