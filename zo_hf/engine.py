@@ -252,7 +252,7 @@ class ZerothOrder:
         own = [probes[i] for i in self.ranks.grid.own(probes)]
         if not own:
             self.evaluator.forward_passes += len(probes)
-            device = next(iter(self.subspace.coordinates.values())).device
+            device = self.subspace.device
             return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         stream_of, distribution = stream_of or self._stream, distribution or self.distribution
         return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, len(probes), generators)
@@ -260,7 +260,7 @@ class ZerothOrder:
     def _generators(self) -> GlobalGenerators | None:
         if not self.settings.common_random_numbers:
             return None
-        return GlobalGenerators.now(next(iter(self.subspace.coordinates.values())).device)
+        return GlobalGenerators.now(self.subspace.device)
 
     @property
     def optimizer(self) -> Optimizer | None:

@@ -28,6 +28,7 @@ from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
+from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
@@ -283,17 +284,17 @@ class RowGroups:
         def shares(at: Sequence[Probe]) -> Tensor:
             return losses(at, lambda: closure.by_groups(groups))
 
-        own, whole, device = own_passes(probes), None, next(iter(self._subspace.coordinates.values())).device
+        own, whole = own_passes(probes), None
         last = points(own[-1])
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
-            whole = losses(last[-1:], lambda: one_number(closure(), device))
+            whole = losses(last[-1:], lambda: one_number(closure(), self._subspace.device))
         found = [shares(points(probe) if probe.scale or probe.derivative else points(probe)[:1]) for probe in own]
         self._evaluator.forward_passes += len(probes)
         if whole is not None:
-            kept = torch.tensor([_is_kept(group) for group in range(groups)], device=device)
-            others = shares([p if _is_kept(group) else _elsewhere(p, last[0]) for group, p in enumerate(last)])
+            others, alone = shares(some_elsewhere(last)), shares(last[-1:])
             self._evaluator.forward_passes += passes_of_check(probes)
-            self._decide(self._problem(found[-1], others, kept, shares(last[-1:]), whole))
+            rounding = self._evaluator.rounding(self._subspace, alone.dtype)
+            self._decide(why_not_apart(found[-1], others, alone, whole, rounding))
         return torch.cat(found).double()
 
     def _first_group(self) -> int:
@@ -302,34 +303,9 @@ class RowGroups:
         number = len(self._parts) % self._micro_batches if self._micro_batches else len(self._parts)
         return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
 
-    def _problem(self, shares: Tensor, others: Tensor, kept: Tensor, alone: Tensor, whole: Tensor) -> str | None:
-        """Return why the first batch does not come apart, or None.
-
-        Shares are (1, groups), and (2, groups) with their derivatives below if probes ask for those.
-
-        Args:
-            shares: the groups' shares at a probe, each with its own direction.
-            others: the shares if some groups are elsewhere.
-            kept: the groups that are where they were, bool of shape (groups,).
-            alone: the shares if all rows have the last group's direction, from a forward without groups.
-            whole: the caller's loss at that point, (1,), and its derivative.
-        """
-        # A sum of derivatives may be small where they are large.
-        size = torch.maximum(whole.abs(), alone.abs().amax(1)).clamp(min=1.0)
-        smallest, dependent = torch.finfo(shares.dtype).tiny, (shares - others).abs()
-        apart = {
-            "its rows give another loss together": (alone.sum(1) - whole).abs() / size,
-            "its last row gives another loss with a direction of its own": (shares - alone)[:, -1].abs() / size,
-            # The same kernels on the same rows, so rounding hardly differs.
-            "its rows depend on each other": 10 * (dependent / shares.abs().clamp(min=smallest))[:, kept],
-        }
-        allowed = self._evaluator.rounding(self._subspace, shares.dtype)
-        found = [(reason, by.max().item()) for reason, by in apart.items() if not bool((by <= allowed).all())]
-        return f"{found[0][0]} (relative difference {found[0][1]:.2g})" if found else None
-
     def _decide(self, problem: str | None) -> None:
         """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""
-        device = next(iter(self._subspace.coordinates.values())).device
+        device = self._subspace.device
         self.works = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
         # A rank whose first batch failed has counted fewer passes, and all ranks must end at the same step.
         spent = self._ranks.all_gather(torch.tensor(self._evaluator.forward_passes, device=device))
@@ -345,24 +321,6 @@ def groups_of(rows: int, rows_per_direction: int | str) -> int:
     if rows_per_direction == "auto":
         return _divisor(rows, 1, MOST_GROUPS)
     return _divisor(rows, int(rows_per_direction), rows) if rows_per_direction else 1
-
-
-def passes_of_check(probes: Sequence[Probe]) -> int:
-    """Return the forward passes that a run's first micro-batch takes beyond its probes, if its loss comes apart."""
-    return 6 if any(probe.derivative for probe in probes) else 3  # a pass with tangents counts as two
-
-
-def _is_kept(group: int) -> bool:
-    """Return whether a group keeps its point when others move: those with an even number of ones in binary.
-
-    Groups whose numbers differ by any power of two are then told apart somewhere, for example neighbors and halves.
-    """
-    return group.bit_count() % 2 == 0
-
-
-def _elsewhere(probe: Probe, other: Probe) -> Probe:
-    """Return a point far from the probe's, so that rows which depend on it show that; or a derivative along another z."""
-    return replace(probe, scale=-100 * probe.scale) if probe.scale else replace(probe, direction=other.direction)
 
 
 def _directions(probes: Sequence[Probe]) -> int:

@@ -104,6 +104,11 @@ class Subspace:
         """Number of coordinates."""
         return sum(coordinate.numel() for coordinate in self.coordinates.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the coordinates; of the first ones, if they are on several."""
+        return next(iter(self.coordinates.values())).device
+
     def direction_context(self, num_directions: int = 1, options: DirectionOptions | None = None) -> DirectionContext:
         """Return the facts about this subspace that a distribution may need."""
         are_weights = all(self.coordinates[site.name] is site.parameter for site in self.sites)

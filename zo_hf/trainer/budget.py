@@ -27,7 +27,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import Estimator
 from zo_hf.evaluation.curvature_probes import curvature_probes
-from zo_hf.evaluation.rows import passes_of_check
+from zo_hf.evaluation.first_batch import passes_of_check
 from zo_hf.lr_finder.find import SHARE, forward_passes_of_search
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rules.step_probes import forward_passes_of_a_step
