@@ -30,6 +30,7 @@ from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
 from zo_hf.evaluation.noise_scale import NoiseScale
+from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
@@ -81,15 +82,17 @@ class RowGroups:
         self._micro_batches: int | None = None
         self._rows_per_group = 1.0
         self._rows: int | None = None
+        self._packs = False  # whether the first batch has had several sequences in a row
 
     def state(self) -> list[Any]:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
-        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows]
+        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows, self._packs]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
-        self.works, groups, count, sums, self._rows = state
-        if self._micro_batches is None:
+        self.works, groups, count, sums, self._rows, *more = state
+        self._packs = bool(more and more[0])
+        if self._micro_batches is None or self._packs:
             self.groups_per_batch, self.count = groups, count
         self.noise_scale.load_state(sums)
 
@@ -100,7 +103,8 @@ class RowGroups:
             rows: rows of a micro-batch.
             micro_batches: micro-batches of a step. If a step has more, they share the directions of its first ones.
         """
-        self.groups_per_batch = groups_of(rows, "auto" if self.is_auto else self._rows_per_direction)
+        rows_per_direction = "auto" if self.is_auto else self._rows_per_direction
+        self.groups_per_batch = groups_of(rows, rows_per_direction, equal=not self._packs)
         self._micro_batches = micro_batches
         if micro_batches is not None:
             self.count = self.groups_per_batch * micro_batches * self._ranks.grid.world_size
@@ -210,7 +214,9 @@ class RowGroups:
         """Return the losses of the groups at each of the probes, (probes, groups); None if the batch stays whole."""
         if self.works is False:
             return None
-        loss = self._with_rows(closure, generators)
+        loss = packed(self._with_rows(closure, generators))
+        if self.works is None:
+            self._expect_sequences(loss)
         if not isinstance(loss, GroupedLoss):
             if self.works is None:
                 self._decide("the loss is neither the model's own nor RowLosses")
@@ -221,6 +227,14 @@ class RowGroups:
             if isinstance(again, LossByRows) and again.rows != loss.rows:
                 losses = self._tried(again, probes, stream_of, distribution, generators)
         return losses
+
+    def _expect_sequences(self, loss: Any) -> None:
+        """Number directions for as many packed sequences as the first batch of any rank has, if it has some."""
+        own = loss.rows if isinstance(loss, PackedLoss) else 0
+        most = int(self._ranks.all_gather(torch.tensor(own, device=self._subspace.device)).max())
+        if most:
+            self._packs = True
+            self.expect(most, self._micro_batches)
 
     def _with_rows(self, closure: Any, generators: GlobalGenerators | None, looks: bool = False) -> Callable[[], Any]:
         """Return a closure of `RowLosses` as a loss that comes apart, and any other closure as it is.
@@ -267,7 +281,9 @@ class RowGroups:
         if self.groups_per_batch is None:
             self.expect(closure.rows)
         assert self.groups_per_batch is not None
-        groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch)
+        equal = not isinstance(closure, PackedLoss)
+        groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch, equal)
+        packing = closure.packing(groups) if isinstance(closure, PackedLoss) and groups > 1 else None
         self._rows_per_group = closure.rows / groups
         first, directions = self._first_group(), _directions(probes)
 
@@ -278,7 +294,9 @@ class RowGroups:
             """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
             if generators is not None:
                 generators.restore()
-            with self._subspace.at(at, stream_of, distribution, rows=closure.rows // len(at)):
+            rows = 1 if packing is not None else closure.rows // len(at)
+            packed_in = packing if len(at) > 1 else None
+            with self._subspace.at(at, stream_of, distribution, rows, packed_in):
                 return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
 
         def shares(at: Sequence[Probe]) -> Tensor:
@@ -316,11 +334,11 @@ class RowGroups:
             logger.log(level, "all rows of a step share its directions: %s", reason)
 
 
-def groups_of(rows: int, rows_per_direction: int | str) -> int:
-    """Return the number of groups of a batch, given the setting."""
+def groups_of(rows: int, rows_per_direction: int | str, equal: bool = True) -> int:
+    """Return the number of groups of a batch, given the setting; `equal` is False if their sizes may differ."""
     if rows_per_direction == "auto":
-        return _divisor(rows, 1, MOST_GROUPS)
-    return _divisor(rows, int(rows_per_direction), rows) if rows_per_direction else 1
+        return _divisor(rows, 1, MOST_GROUPS, equal)
+    return _divisor(rows, int(rows_per_direction), rows, equal) if rows_per_direction else 1
 
 
 def _directions(probes: Sequence[Probe]) -> int:
@@ -328,13 +346,14 @@ def _directions(probes: Sequence[Probe]) -> int:
     return 1 + max(probe.direction for probe in probes)
 
 
-def _divisor(rows: int, rows_per_direction: int, most: int) -> int:
-    """Return the number of equal groups: the largest that divides `rows` with groups that are large enough.
+def _divisor(rows: int, rows_per_direction: int, most: int, equal: bool = True) -> int:
+    """Return the number of groups: the largest that divides `rows` with groups that are large enough.
 
     Args:
         rows: rows of the batch.
         rows_per_direction: smallest size of a group; a smaller batch is one group.
         most: largest number of groups.
+        equal: False if groups may differ by a row, so that the number need not divide `rows`.
     """
     largest = max(1, min(rows // max(1, rows_per_direction), most))
-    return next(groups for groups in range(largest, 0, -1) if rows % groups == 0)
+    return largest if not equal else next(groups for groups in range(largest, 0, -1) if rows % groups == 0)

@@ -209,8 +209,7 @@ class LowRank(Folded):
         self._refresh_point()
         holders = self._holders[module]
         weight = holders.get("weight")
-        is_linear = type(module).forward in _LINEAR or module in self.quantized
-        if is_linear and (weight is None or weight.name in self.factored):
+        if self._is_corrected(module):
             return self._correct_linear(
                 original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
             )
@@ -236,13 +235,22 @@ class LowRank(Folded):
             stacked if are_vectors else None,
         )
 
+    def forward_packed(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        is_corrected = self._is_corrected(module)  # which needs no padding
+        return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
+
+    def _is_corrected(self, module: nn.Module) -> bool:
+        weight, is_linear = self._holders[module].get("weight"), type(module).forward in _LINEAR
+        return (is_linear or module in self.quantized) and (weight is None or weight.name in self.factored)
+
     def _correct_linear(self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None) -> Tensor:
         """Add (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.
 
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
-        require_equal_parts(x, groups)
+        if self.packing is None:
+            require_equal_parts(x, groups)
         left: list[Tensor] = []  # (rows, r) and (rows, 1)
         right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
         if weight is not None:
@@ -251,9 +259,11 @@ class LowRank(Folded):
         if bias is not None:
             left.append(output.new_ones(rows, 1))
             right.append(self._coordinate_blocks.at_point(bias.name).unsqueeze(-1))
-        thin = torch.cat(left, 1).view(groups, rows // groups, -1)
-        factors = torch.cat(right, 2).to(output.dtype)
-        output.view(groups, rows // groups, -1).baddbmm_(thin, factors.transpose(1, 2))
+        thin, factors = torch.cat(left, 1), torch.cat(right, 2).to(output.dtype).transpose(1, 2)
+        if self.packing is not None:
+            output.view(rows, -1).addmm_(self.packing.in_blocks(thin, x), factors.flatten(0, 1))
+            return output
+        output.view(groups, rows // groups, -1).baddbmm_(thin.view(groups, rows // groups, -1), factors)
         return output
 
     def _correct_lookup(

@@ -21,6 +21,7 @@ from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
+from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.reads import ReadWatch, must_read
 from zo_hf.subspaces.sites import Pattern, Site, find_sites
 
@@ -63,6 +64,8 @@ class Subspace:
     are_weights = True
     #: True if the weights of quantized layers may move.
     moves_quantized = False
+    #: The groups of sequences packed into the present batch, if they are not rows.
+    packing: Packing | None = None
     _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
 
     def __init__(
@@ -147,7 +150,12 @@ class Subspace:
 
     @contextmanager
     def at(
-        self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
+        self,
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        rows: int = 0,
+        packing: Packing | None = None,
     ) -> Iterator[None]:
         """Evaluate the model at ξ + scale · z inside this context; for a derivative, with tangent z.
 
@@ -157,15 +165,16 @@ class Subspace:
             stream_of: maps a direction's index to its stream.
             distribution: distribution of the directions.
             rows: number of rows of the batch in each group, if several probes share it.
+            packing: the groups of sequences packed into the batch, if they are not rows.
         """
-        self.probes, self.rows_per_probe = probes, rows
+        self.probes, self.rows_per_probe, self.packing = probes, rows, packing
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
             with tangents:
                 yield
         finally:
-            self.probes, self.rows_per_probe = (), 0
+            self.probes, self.rows_per_probe, self.packing = (), 0, None
             self._leave_point()
 
     @contextmanager
@@ -291,6 +300,11 @@ class Subspace:
         """
         raise NotImplementedError
 
+    def forward_packed(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        """Compute the same for sequences packed into the rows of the batch, see `packing`."""
+        assert self.packing is not None
+        return self.packing.call(functools.partial(self.forward, module), original, args, kwargs)
+
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """Hand the estimate Σᵢ coefficients[i] · zᵢ to the optimizer."""
         raise NotImplementedError
@@ -404,4 +418,5 @@ def _entered_forward(
         if not subspace.moved(module):
             return original(*args, **kwargs)
         with nullcontext() if subspace._is_differentiable else torch.no_grad():
-            return subspace.forward(module, original, args, kwargs)
+            forward = subspace.forward if subspace.packing is None else subspace.forward_packed
+            return forward(module, original, args, kwargs)
