@@ -17,7 +17,7 @@ from zo_hf.case import Case
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
-from zo_hf.evaluation.by_rows import BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
+from zo_hf.evaluation.by_rows import AUTO_DIRECTIONS, BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
@@ -91,7 +91,7 @@ def rows_per_direction(case: Case) -> int:
         and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
         and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
         and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
-        and case.direction_kind.name in BY_ROWS["direction"]
+        and case.direction_kind.name in AUTO_DIRECTIONS
     )
     # A compiled forward has not been measured with parameters of many groups.
     is_plain = not case.argument("torch_compile") and "fsdp" not in case.facts

@@ -128,7 +128,8 @@ class ZerothOrder:
         self._pending_decay: dict[str, float] = {}
         self._flat_loss = FlatLossWarning()
         self._reads = SettledReads(subspace, self.ranks)
-        every = settings.noise_scale_steps
+        # A step that looks back takes the directions of earlier steps, and cannot tell which of those rows have shared.
+        every = settings.noise_scale_steps if self.rule.points == 1 else 0
         self.row_groups = RowGroups(subspace, self.evaluator, self.ranks, rows, is_auto, every) if rows else None
         self._begins_to_move: list[str] = []
         subspace.attach()
@@ -193,8 +194,9 @@ class ZerothOrder:
         self.distribution.begin()
         generators = self._generators()
         if self.row_groups is not None:
-            probes = self.estimator.probes()
-            found = self.row_groups.evaluate(closure, probes, self._stream, self.distribution, weight, generators)
+            found = self.row_groups.evaluate(
+                closure, self._probes(), self._stream, self.distribution, weight, generators
+            )
             if found is not None:
                 return found
         losses = self._own_losses(closure, self._probes(), generators) * weight
@@ -286,7 +288,7 @@ class ZerothOrder:
     def numbers(self) -> int:
         """Count of numbers in a step's record: the estimator's at every point, and one more for a rule's choice."""
         if self.row_groups is not None and self.row_groups.works and self.row_groups.count is not None:
-            return self.estimator.numbers * self.row_groups.count
+            return self.estimator.numbers * self.row_groups.count * self.rule.points
         return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
 
     @property
@@ -304,14 +306,14 @@ class ZerothOrder:
         else:
             assert self._losses is not None, "finish_estimate needs a probe first"
             losses = self.ranks.mean_losses(self._losses, probes).tolist()
-            by_group = [losses[:here]]
+            by_group = [losses]
         self._losses = None
         curvatures = self._found_curvatures(losses[:here])
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._begins_to_move = self._reads.settle(self.step)
-        numbers = self.estimator.numbers_of_groups(by_group)
+        numbers = self.estimator.numbers_of_groups([group[:here] for group in by_group])
         if self.rule.points > 1:
-            numbers += self.estimator.projected_gradients(losses[-here:])
+            numbers += self.estimator.numbers_of_groups([group[-here:] for group in by_group])
         is_finite = bool(torch.tensor([*losses, *numbers]).isfinite().all())  # in float32, as the coordinates are
         try:
             self.apply(numbers, skipped=not is_finite)
@@ -361,7 +363,7 @@ class ZerothOrder:
         if self.normalization is not None:
             gradients = self.normalization(gradients)
             if by_groups:  # the length of the sum over groups is then that of one direction
-                groups = slopes / self.estimator.num_directions
+                groups = slopes / (self.estimator.num_directions * self.rule.points)
                 gradients = [c / math.sqrt(groups) for c in gradients]
         others = found[slopes:]
         self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
