@@ -46,7 +46,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (ROWS | {"rule": "conservative"}, {}, set()),
     (ROWS | {"batched_probes": True}, {}, set()),
     (ROWS, {"zo_parallel": "directions"}, set()),
-    (ROWS, {"zo_stability_steps": 2}, set()),
     ({"rule": "svrg", "direction": "layers"}, {}, set()),
     ({"rule": "muon", "direction": "sparse"} | TWO, {}, set()),
     (TANGENTS | FULL | {"direction": "layers"}, {}, set()),

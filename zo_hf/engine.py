@@ -117,8 +117,7 @@ class ZerothOrder:
         self.evaluator = ProbeEvaluator(False if self.estimator.needs_tangents else settings.batched_probes)
         self.ranks = ranks if ranks is not None else Ranks()
         self.evaluator.all_reduce_and = self.ranks.all_reduce_and
-        self.step = 0
-        self.skipped_steps = 0
+        self.step, self.skipped_steps = 0, 0
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
         self._curvature_losses: Tensor | None = None
@@ -152,11 +151,6 @@ class ZerothOrder:
         if isinstance(self.distribution, Layers):
             saved["zo_active_layers"] = self.distribution.active
         return saved
-
-    def share_directions(self) -> None:
-        """Let all rows of a step share its directions, if the choice is the engine's and no step has been taken."""
-        if self.row_groups is not None and self.row_groups.is_auto and self.row_groups.works is None:
-            self.row_groups, self.settings = None, replace(self.settings, rows_per_direction=0)
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
@@ -198,16 +192,30 @@ class ZerothOrder:
                 closure, self._probes(), self._stream, self.distribution, weight, generators
             )
             if found is not None:
+                more, drawn = self.row_groups.evaluate_more, (self._stream, self.distribution)
+                self._measure_curvature(lambda at: more(closure, at, *drawn, weight, generators))
                 return found
         losses = self._own_losses(closure, self._probes(), generators) * weight
         self._losses = losses if self._losses is None else self._losses + losses
-        if self.curvature is not None and self.curvature.due(self.step):
-            with self.curvature.along(self.subspace):
-                more = self._own_losses(closure, self.curvature.probes, generators) * weight
-            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+        self._measure_curvature(lambda at: self._own_losses(closure, at, generators) * weight)
         if self.rule.candidates:
             self._batches.append((closure, weight, generators))
         return losses
+
+    def _measure_curvature(self, losses_at: Callable[[Sequence[Probe]], Tensor]) -> None:
+        """Add the losses of a micro-batch at the probes of a measured step; in other steps do nothing."""
+        probes = self._curvature_probes
+        if self.curvature is not None and probes is not None:
+            with self.curvature.along(self.subspace):
+                more = losses_at(probes)
+            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+
+    @property
+    def _curvature_probes(self) -> Sequence[Probe] | None:
+        # Where groups share their directions in pairs, the samples would have another variance.
+        in_pairs = self.row_groups is not None and self.row_groups.noise_scale.due(self.step)
+        is_due = self.curvature is not None and self.curvature.due(self.step) and not in_pairs
+        return self.curvature.probes if self.curvature is not None and is_due else None
 
     def losses_at(
         self,
@@ -260,9 +268,7 @@ class ZerothOrder:
         return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, len(probes), generators)
 
     def _generators(self) -> GlobalGenerators | None:
-        if not self.settings.common_random_numbers:
-            return None
-        return GlobalGenerators.now(self.subspace.device)
+        return GlobalGenerators.now(self.subspace.device) if self.settings.common_random_numbers else None
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -282,14 +288,17 @@ class ZerothOrder:
     @property
     def curvature_passes(self) -> int:
         """Number of evaluations in the present step that measure the curvature, beyond `forward_passes_per_step`."""
-        return len(self.curvature.probes) if self.curvature is not None and self.curvature.due(self.step) else 0
+        return len(self._curvature_probes or ())
 
     @property
     def numbers(self) -> int:
         """Count of numbers in a step's record: the estimator's at every point, and one more for a rule's choice."""
-        if self.row_groups is not None and self.row_groups.works and self.row_groups.count is not None:
-            return self.estimator.numbers * self.row_groups.count * self.rule.points
-        return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
+        return self.estimator.numbers * self.rule.points * self.groups + bool(self.rule.candidates)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of rows with directions of their own in a step; 1 before the end of the first step."""
+        return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
 
     @property
     def at_start_of_step(self) -> bool:

@@ -270,7 +270,7 @@ def logged_run(folder: Path, **options: Any) -> list[float]:
         ({"zo_estimator": "fzoo", "zo_num_directions": 2, "zo_rows_per_direction": 2}, 2),
         ({"zo_direction": "sphere"}, 0),
         ({"zo_direction": "layers"}, 0),
-        ({"zo_stability_steps": 2}, 0),
+        ({"zo_stability_steps": 2}, 1),
         ({"zo_batched_probes": True}, 0),
     ],
 )

@@ -15,7 +15,7 @@ BY_ROWS: Mapping[str, Sequence[Any]] = {
 #: Directions with which "auto" takes rows. No gain has been measured with the others, which cost more to draw or move less.
 AUTO_DIRECTIONS = ("gaussian", "rademacher")
 #: Values of arguments of a run.
-RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data"), "zo_stability_steps": (None, 0)}
+RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data")}
 
 _UNTESTED = "it has only been tested along directions that all rows share"
 #: Reasons against other values of an option, and the values that a reason is about; () stands for all the rest.
@@ -27,5 +27,4 @@ NOT_BY_ROWS: Sequence[tuple[str, str, Sequence[Any]]] = (
     ("rule", _UNTESTED, ()),
     ("batched_probes", "the rows of one batch already have different probes", ()),
     ("zo_parallel", "it divides directions that all rows share among processes", ()),
-    ("zo_stability_steps", "its theory is of directions that all rows share", ()),
 )

@@ -79,6 +79,7 @@ class RowGroups:
         self.count: int | None = None
         self.noise_scale = NoiseScale(noise_scale_steps)
         self._parts: list[Tensor] = []
+        self._batch = 0  # number of the present micro-batch in the step
         self._micro_batches: int | None = None
         self._rows_per_group = 1.0
         self._rows: int | None = None
@@ -121,7 +122,7 @@ class RowGroups:
 
     def discard(self) -> None:
         """Forget the micro-batches of the present step."""
-        self._parts = []
+        self._parts, self._batch = [], 0
 
     @torch.no_grad()
     def evaluate(
@@ -146,19 +147,55 @@ class RowGroups:
         Returns:
             The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
         """
-        losses = self._apart(closure, probes, stream_of, distribution, generators)
-        if not self.works:
+        self._batch = len(self._parts)
+        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        if losses is None:
             return None
-        if losses is None:  # all of its rows share a direction
-            first = self._first_group() * _directions(probes)
-            together = [replace(probe, direction=first + probe.direction) for probe in probes]
-            losses = self._evaluator.losses(
-                self._subspace, closure, together, stream_of, distribution, len(probes), generators
-            )[:, None]
         assert self.groups_per_batch is not None
         losses = losses * weight
         self._parts.append(torch.nn.functional.pad(losses, (0, self.groups_per_batch - losses.shape[1])))
         return losses.sum(1)
+
+    @torch.no_grad()
+    def evaluate_more(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        weight: float | Tensor,
+        generators: GlobalGenerators | None,
+    ) -> Tensor:
+        """Return the loss of the micro-batch that `evaluate` has had at more probes of its groups, (probes,).
+
+        The arguments are those of `evaluate`. `gather` does not return these losses.
+        """
+        if not probes:
+            return torch.zeros(0, device=self._subspace.device)
+        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        assert losses is not None
+        return (losses * weight).sum(1)
+
+    def _by_groups_or_together(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> Tensor | None:
+        """Return the losses of the groups, (probes, groups), with one group if the batch stays whole.
+
+        None means that the run's loss does not come apart.
+        """
+        losses = self._apart(closure, probes, stream_of, distribution, generators)
+        if not self.works or losses is not None:
+            return losses if self.works else None
+        first = self._first_group() * _directions(probes)
+        together = [replace(probe, direction=first + probe.direction) for probe in probes]
+        return self._evaluator.losses(
+            self._subspace, closure, together, stream_of, distribution, len(probes), generators
+        )[:, None]
 
     @torch.no_grad()
     def decide(
@@ -195,7 +232,7 @@ class RowGroups:
         parts = torch.stack(self._parts[:limit])  # (micro-batches, probes, groups)
         for number, more in enumerate(self._parts[limit:]):
             parts[number % limit] += more
-        self._parts = []
+        self.discard()
         everywhere = self._ranks.all_gather(parts) / self._ranks.grid.world_size  # (ranks, micro-batches, ...)
         losses = everywhere.permute(1, 0, 3, 2).flatten(0, 2).tolist()
         if self.count is None:
@@ -313,12 +350,13 @@ class RowGroups:
             self._evaluator.forward_passes += passes_of_check(probes)
             rounding = self._evaluator.rounding(self._subspace, alone.dtype)
             self._decide(why_not_apart(found[-1], others, alone, whole, rounding))
+        self._evaluator.dtype = found[0].dtype
         return torch.cat(found).double()
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""
         assert self.groups_per_batch is not None
-        number = len(self._parts) % self._micro_batches if self._micro_batches else len(self._parts)
+        number = self._batch % self._micro_batches if self._micro_batches else self._batch
         return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
 
     def _decide(self, problem: str | None) -> None:
