@@ -26,5 +26,5 @@ NOT_BY_ROWS: Sequence[tuple[str, str, Sequence[Any]]] = (
     ("direction", "it rates layers by slopes of the whole loss", ("adaptive_layers",)),
     ("rule", _UNTESTED, ()),
     ("batched_probes", "the rows of one batch already have different probes", ()),
-    ("zo_parallel", "it divides directions that all rows share among processes", ()),
+    ("zo_parallel", "processes that divide the rows divide their directions, too", ()),
 )

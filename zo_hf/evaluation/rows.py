@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions import Distribution
-from zo_hf.estimators.probe import Probe
+from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
@@ -300,6 +300,10 @@ class RowGroups:
         try:
             return self._by_groups(closure, *how)
         except Exception as error:  # another kind of batch, or out of memory
+            if self._evaluator.recover is not None:  # other processes may be in the middle of the same forward pass
+                if self.works is not None or not isinstance(error, NotBatchable):
+                    raise
+                self._evaluator.recover()
             self._evaluator.forward_passes = before  # as on ranks whose batch came apart: all rows together count
             if self.works is None:
                 self._decide(str(error).split("\n")[0] or type(error).__name__)
