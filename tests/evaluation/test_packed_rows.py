@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tests.conftest import (
     weights_of,
 )
 from tests.evaluation.test_rows import InOrder
+from tests.parallel.launch import run
 from tests.subspaces.helpers import prepared, sgd
 from tests.trainer.runs import SaveAt, logged, make_trainer
 from zo_hf import ZOTrainer
@@ -266,3 +269,28 @@ def test_a_batch_of_one_row_has_a_direction_for_every_sequence_in_it(tmp_path: P
     resumed = packed_run(tmp_path, 1, 2, data_collator=pack)
     resumed.train(resume_from_checkpoint=True)
     assert_same_bits(weights_of(resumed.model), weights_of(trainer.model))
+
+
+# Two processes, of which one has fewer sequences in its batch.
+
+
+def main() -> None:
+    """What each of the launched processes does."""
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+    def pack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return DataCollatorWithFlattening()([Ragged()[i] for i in range(7 - 2 * rank)])
+
+    trainer = packed_run(folder, 1, data_collator=pack)
+    trainer.train()
+    torch.save(weights_of(trainer.model), folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_processes_number_the_directions_of_the_larger_batch(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text("from tests.evaluation.test_packed_rows import main\n\nmain()\n")
+    run(script, 2, tmp_path, seconds=200)
+    assert_same_bits(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    for record in read_trajectory(tmp_path).records:
+        assert [c != 0 for c in record.projected_gradients] == [True] * 12 + [False] * 2
