@@ -93,9 +93,8 @@ def rows_per_direction(case: Case) -> int:
         and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
         and case.direction_kind.name in AUTO_DIRECTIONS
     )
-    # A compiled forward has not been measured with parameters of many groups.
-    is_plain = not case.argument("torch_compile") and "fsdp" not in case.facts
-    return int(combines and is_plain and settings.subspace != Full.name)
+    # A process of a sharded run that has no memory for its groups cannot fall back alone.
+    return int(combines and "fsdp" not in case.facts and settings.subspace != Full.name)
 
 
 def check(case: Case) -> None:
