@@ -21,7 +21,8 @@ class DirectionOptions:
         "adaptive_layers. gaussian draws normal numbers, and rademacher draws random signs. sphere draws directions of "
         "one length. orthogonal makes the directions of a step orthogonal to each other. sparse moves small weights only "
         "(Sparse-MeZO). layers moves a few random layers in each step (LeZO). adaptive_layers draws layers with large "
-        "projected gradients more often (AdaLeZO).",
+        "projected gradients more often (AdaLeZO). auto, which ZOConfig takes by default, is rademacher with a direction "
+        "for every row and zo_rule none, and gaussian elsewhere.",
     )
     active_layers: float | None = option(
         None,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import Seq2SeqTrainingArguments
 
 from zo_hf.case import Case
-from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.method_info import option
 from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.settings import Settings
@@ -70,7 +70,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_num_directions: int = _setting("num_directions")
     zo_rows_per_direction: None | str | int = _setting("rows_per_direction", default=_AUTO)  # noqa: RUF036
     zo_noise_scale_steps: int = _setting("noise_scale_steps")
-    zo_direction: str = _setting("direction")
+    zo_direction: str = _setting("direction", default=_AUTO)
     zo_active_layers: None | float = _setting("active_layers")  # noqa: RUF036
     zo_coordinate_order: str = _setting("coordinate_order")
     zo_rule: str = _setting("rule")
@@ -170,10 +170,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
         rows = values["rows_per_direction"]
         if isinstance(rows, str) and rows.isdecimal():  # from the command line
             values["rows_per_direction"] = int(rows)
+        if self.zo_direction == _AUTO:
+            values["direction"] = _OF_SETTINGS["direction"].default
         settings = Settings(**values | {"eps": None if eps == _AUTO else eps, "seed": self.seed})
-        if rows == _AUTO and not rows_per_direction(Case(settings, vars(self))):
+        case = Case(settings, vars(self))
+        if rows == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
-        return settings
+        return replace(settings, direction=auto_direction(case)) if self.zo_direction == _AUTO else settings
 
 
 def number_or_auto(name: str, value: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from zo_hf import checkpoint
 from zo_hf.case import Case
-from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.lr_finder.find import LRFinderResult
@@ -210,7 +210,7 @@ class ZOTrainer(DescribedTrainer):
         return self.optimizer
 
     def _settings(self) -> Settings:
-        """Return the method of this run; a resumed run goes on with its rows per direction if the arguments leave it open.
+        """Return the method of this run; a resumed run goes on with its rows and directions if the arguments leave them open.
 
         Raises:
             ValueError: options of the run do not combine.
@@ -218,10 +218,15 @@ class ZOTrainer(DescribedTrainer):
         settings, arguments = self.args.settings(), dict(vars(self.args))
         if self._stability is not None:  # the user may have passed the callback
             arguments["zo_stability_steps"] = self._stability.every
-        if self._resumed_from is not None and self.args.zo_rows_per_direction == "auto":
+        saved = None
+        if self._resumed_from is not None:
             saved = checkpoint.read_state(self._resumed_from).get("settings", {})
+        if saved is not None and self.args.zo_rows_per_direction == "auto":
             rows = saved.get("zo_rows_per_direction", 0)
             settings = replace(settings, rows_per_direction="auto" if rows == 1 else rows)
+        if self.args.zo_direction == "auto":
+            auto = auto_direction(Case(settings, arguments, self._facts))
+            settings = replace(settings, direction=auto if saved is None else saved.get("zo_direction", auto))
         case = Case(settings, arguments, self._facts)
         check(case)
         return settings if rows_per_direction(case) else replace(settings, rows_per_direction=0)
