@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.evaluation.row_losses import LossByRows
 from zo_hf.subspaces.packing import Packing
 
 
@@ -28,11 +29,11 @@ class PackedLoss:
         rows: the number of sequences.
     """
 
-    def __init__(self, loss: ModelLoss, sequence_of: Tensor) -> None:
+    def __init__(self, loss: ModelLoss | LossByRows, sequence_of: Tensor) -> None:
         self._loss, self._sequence_of = loss, sequence_of
         self.rows = int(sequence_of[-1, -1]) + 1
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         """Return the loss at the current point, a scalar."""
         return self._loss()
 

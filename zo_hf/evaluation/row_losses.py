@@ -56,7 +56,9 @@ class RowLosses(Tensor):
         return self.mean(dtype=torch.promote_types(self.dtype, torch.float32))
 
     def shares(self, groups: int, rows: int) -> Tensor:
-        """Return the shares of `groups` equal groups of consecutive rows in the mean, (groups,), in the same dtype.
+        """Return the shares of `groups` groups of consecutive rows in the mean, (groups,), in the same dtype.
+
+        Groups differ by one row at most.
 
         Args:
             groups: the number of groups.
@@ -68,7 +70,10 @@ class RowLosses(Tensor):
         if len(self) != rows:
             raise NotBatchable(f"RowLosses has {len(self)} entries for a batch of {rows} rows")
         precise = self.to(torch.promote_types(self.dtype, torch.float32))
-        return precise.view(groups, -1).sum(1) / rows
+        if rows % groups == 0:
+            return precise.view(groups, -1).sum(1) / rows
+        group_of = torch.arange(rows, device=self.device) * groups // rows
+        return precise.new_zeros(groups).index_add(0, group_of, precise) / rows
 
 
 class LossByRows:
@@ -76,18 +81,34 @@ class LossByRows:
 
     Args:
         closure: evaluates the model.
-        rows: rows of the batch.
+        rows: rows of the batch, or the sequences that are packed into it.
+        whole: evaluates the same loss as one number, if that takes another way; `closure` by default.
+        model_rows: rows of the model's inputs, such as two for each pair; `rows` by default.
+        kept: positions for which the model computes logits, int64 (positions,); None if for all.
     """
 
-    def __init__(self, closure: Callable[[], Any], rows: int) -> None:
-        self.closure, self.rows = closure, rows
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        rows: int,
+        whole: Callable[[], Any] | None = None,
+        model_rows: int | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
+        self.closure, self.rows, self.kept = closure, rows, kept
+        self.model_rows = rows if model_rows is None else model_rows
+        self._whole = closure if whole is None else whole
 
     def __call__(self) -> Any:
-        """Return what the closure returns."""
-        return self.closure()
+        """Return the loss of the batch."""
+        return self._whole()
 
-    def by_groups(self, groups: int) -> Tensor:
-        """Return the shares of `groups` equal groups of consecutive rows in the mean, (groups,), from one forward pass.
+    def by_groups(self, groups: int, group_of: Tensor | None = None) -> Tensor:
+        """Return the shares of groups of consecutive rows in the mean, (groups,), from one forward pass.
+
+        Args:
+            groups: the number of groups.
+            group_of: the group of every position, see `PackedLoss`; entries are in the order of the groups already.
 
         Raises:
             NotBatchable: the closure returns another loss, or another number of rows.

@@ -335,7 +335,8 @@ class RowGroups:
             """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
             if generators is not None:
                 generators.restore()
-            rows = 1 if packing is not None else closure.rows // len(at)
+            model_rows = closure.model_rows if isinstance(closure, LossByRows) else closure.rows
+            rows = 1 if packing is not None else model_rows // len(at)
             packed_in = packing if len(at) > 1 else None
             with self._subspace.at(at, stream_of, distribution, rows, packed_in):
                 return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]

@@ -112,6 +112,9 @@ class MicroBatchLosses:
             def closure() -> Any:
                 return sequential(inputs | more)
 
+            by_rows = trainer.loss_by_rows(closure, inputs)
+            if by_rows is not None:
+                return by_rows
             carrier = inputs.get(self._row_input) if self._row_input is not None else None
             return closure if carrier is None else LossByRows(closure, len(carrier))
         assert isinstance(unwrapped, PreTrainedModel)

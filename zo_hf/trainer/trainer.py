@@ -33,6 +33,7 @@ from zo_hf.stability.rounding_noise import warn_of_rounding
 from zo_hf.subspaces.peft_methods import is_peft
 from zo_hf.trainer import learning_rate, setup
 from zo_hf.trainer.budget import Budget
+from zo_hf.trainer.by_rows import TrainerByRows
 from zo_hf.trainer.checkpoints import (
     FinishesFirst,
     RunFiles,
@@ -43,7 +44,6 @@ from zo_hf.trainer.checkpoints import (
     save_becoming_adapter,
 )
 from zo_hf.trainer.config import ZOConfig
-from zo_hf.trainer.described import DescribedTrainer
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
 from zo_hf.trainer.objectives import check_objective
@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 _DECAY = "get_decay_parameter_names"
 
 
-class ZOTrainer(DescribedTrainer):
+class ZOTrainer(TrainerByRows):
     """`transformers.Trainer` with backward replaced by forward passes.
 
     It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.

@@ -1,0 +1,84 @@
+"""TRL's own losses by rows: TRL computes the loss, from a model whose outputs know the rows of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zo_hf.evaluation.model_loss import only_labeled_logits
+from zo_hf.evaluation.packed_loss import PackedLoss, sequences_of
+from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
+from zo_hf.subspaces.peft_methods import base_model, tokens_in_front
+from zo_hf.trl.row_model import RowModel
+from zo_hf.trl.row_tensor import RowSum
+
+# Inputs of text. Others, such as pixels, may have another number of rows.
+_OF_TEXT = "input_ids attention_mask position_ids token_type_ids labels completion_mask use_cache margin"
+_OF_TEXT += " ref_chosen_logps ref_rejected_logps cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx"
+
+
+class ByRows:
+    """A trainer of TRL whose loss comes apart by rows; a base that stands before the trainer's class.
+
+    Attributes:
+        has_pairs: True if a batch has all chosen and then all rejected sequences, and one loss for each pair.
+    """
+
+    has_pairs = False
+    _wants_rows = False
+
+    def loss_by_rows(self: Any, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
+        """Return the loss of a batch in parts, or None if it is of another kind than text; see `TrainerByRows`."""
+        unwrapped = self._unwrapped_model(self.model)
+        of_text = set(inputs) <= set(_OF_TEXT.split())
+        if not of_text or tokens_in_front(self.model) or not isinstance(unwrapped, PreTrainedModel):
+            return None
+        sequence_of = None if self.has_pairs or "labels" not in inputs else sequences_of(inputs)
+        model_rows = len(inputs["input_ids"])
+        if sequence_of is not None and model_rows > 1:
+            return None
+
+        def by_rows() -> Any:
+            with self._tracing_rows():
+                return closure()
+
+        if sequence_of is None:
+            rows = model_rows // 2 if self.has_pairs else model_rows
+            return LossByRows(by_rows, rows, closure, model_rows)
+        kept = only_labeled_logits(unwrapped, inputs).get("logits_to_keep")
+        rows = int(sequence_of[-1, -1]) + 1
+        return PackedLoss(LossByRows(by_rows, rows, closure, kept=kept), sequence_of)
+
+    def compute_loss(
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute TRL's loss; while a step asks for its rows, return it as `RowLosses` if it comes apart."""
+        if not self._wants_rows:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        sequence_of = None if self.has_pairs or "labels" not in inputs else sequences_of(inputs)
+        rows = len(inputs["input_ids"]) // (2 if self.has_pairs else 1)
+        rows = rows if sequence_of is None else int(sequence_of[-1, -1]) + 1
+        by_rows = RowModel(model, self._unwrapped_model(model), rows, self.has_pairs, sequence_of)
+        loss = super().compute_loss(by_rows, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        return RowLosses(loss.shares * rows) if isinstance(loss, RowSum) else loss
+
+    @contextmanager
+    def _tracing_rows(self) -> Iterator[None]:
+        self._wants_rows = True
+        try:
+            yield
+        finally:
+            self._wants_rows = False
+
+    def _unwrapped_model(self: Any, model: nn.Module) -> Any:
+        return base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))

@@ -1,0 +1,218 @@
+"""Tensors that know the rows of a batch, so that the sum over a batch keeps the share of every row.
+
+A loss of TRL ends in a mean over rows, pairs or tokens. `RowTensor` marks what a model returns, and goes along with operations
+that leave rows apart:
+
+    log_probs (rows, length) -> sum(1) (rows,) -> logsigmoid (rows,) -> mean () = RowSum
+
+A `RowSum` is that mean, bit for bit, together with its shares, (rows,). Any other operation gives plain tensors, and the
+loss then stays whole.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+_ELEMENTWISE = (
+    "add sub subtract mul multiply div divide true_divide rsub neg negative pow square sqrt abs exp expm1 log"
+)
+_ELEMENTWISE += " log1p sigmoid logsigmoid log_sigmoid softplus relu tanh clamp clamp_min clamp_max where masked_fill"
+_ELEMENTWISE += (
+    " to float double half bfloat16 type_as contiguous clone detach __add__ __radd__ __sub__ __rsub__ __mul__"
+)
+_ELEMENTWISE += " __rmul__ __truediv__ __rtruediv__ __rdiv__ __neg__ __pow__ __rpow__"
+_SUMS = ("sum", "mean")
+_COPIES = ("to", "float", "double", "clone")
+
+
+def _spellings(name: str, operation: Callable) -> dict[str, Callable]:
+    spelled = (name, f"{name}_", f"__{name}__", f"__i{name}__")
+    return dict.fromkeys(spelled, operation)
+
+
+_SCALES = {
+    **_spellings("mul", operator.mul),
+    **_spellings("div", operator.truediv),
+    **_spellings("truediv", operator.truediv),
+    "multiply": operator.mul,
+    "true_divide": operator.truediv,
+    "divide": operator.truediv,
+    "__rmul__": operator.mul,
+}
+_LINEAR = {
+    **_SCALES,
+    **_spellings("add", operator.add),
+    **_spellings("sub", operator.sub),
+    **_spellings("neg", operator.neg),
+    "__radd__": operator.add,
+    "__rsub__": lambda subtracted, other: other - subtracted,
+    "rsub": lambda subtracted, other: other - subtracted,
+}
+
+
+class RowTensor(Tensor):
+    """A tensor of which every element belongs to one row of a batch.
+
+    Attributes:
+        rows: the number of rows.
+        row_of: the row of every element, int64 of this tensor's shape. None if the first dimension is that of the rows,
+            (rows, ...), or first of all rows' first parts and then of their second parts, (2 · rows, ...).
+    """
+
+    rows: int
+    row_of: Tensor | None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        marked = [value for value in tree_leaves((args, kwargs)) if isinstance(value, RowTensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if func is Tensor.shape.__get__ or not isinstance(result, Tensor | tuple | list):  # type: ignore[attr-defined]
+                return result
+            return _marked(getattr(func, "__name__", ""), marked, args, kwargs, result)
+
+
+class RowSum(Tensor):
+    """A sum over the rows of a batch, (), which keeps their shares in it.
+
+    Attributes:
+        shares: the shares, (rows,).
+    """
+
+    shares: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            shares = _shares(getattr(func, "__name__", ""), func, args, kwargs)
+            result = tree_map(_plain, func(*args, **kwargs))
+            return result if shares is None else row_sum(result, shares)
+
+
+def row_tensor(tensor: Tensor, rows: int, row_of: Tensor | None = None) -> RowTensor:
+    """Mark a tensor; the arguments are the attributes of `RowTensor`."""
+    marked = tensor.as_subclass(RowTensor)
+    marked.rows, marked.row_of = rows, row_of
+    return marked
+
+
+def row_sum(tensor: Tensor, shares: Tensor) -> RowSum:
+    """Mark a sum over rows, (), with its shares, (rows,)."""
+    marked = tensor.as_subclass(RowSum)
+    marked.shares = shares
+    return marked
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, RowTensor | RowSum) else value
+
+
+def _marked(name: str, marked: list[RowTensor], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """Return an operation's result, marked if its elements still belong to rows.
+
+    Args:
+        name: name of the operation.
+        marked: its marked inputs.
+        args: its inputs, of which the first is the tensor of a method.
+        kwargs: its inputs by keyword.
+        result: a tensor or several.
+    """
+    first, plain = marked[0], tree_map(_plain, result)
+    if any(other.rows != first.rows or other.row_of is not first.row_of for other in marked):
+        return plain
+    if name in _ELEMENTWISE.split():
+        same = isinstance(plain, Tensor) and all(plain.shape == other.shape for other in marked)
+        return row_tensor(plain, first.rows, first.row_of) if same else plain
+    if args[0] is not first or len(marked) > 1:
+        return plain
+    if name in _SUMS and len(args) == 1 and not kwargs:
+        return _summed(first, plain, name)
+    if first.row_of is not None:
+        return plain
+    if name == "chunk" and len(first) == 2 * first.rows and _value(args, kwargs, 1, "chunks") == 2:
+        halves = _value(args, kwargs, 2, "dim") in (0, None)
+        return tuple(row_tensor(half, first.rows) for half in plain) if halves else plain
+    return row_tensor(plain, first.rows) if _leaves_rows(name, first, args, kwargs) else plain
+
+
+def _summed(tensor: RowTensor, result: Tensor, name: str) -> Tensor:
+    """Return the sum or mean of all elements with the shares of the rows, if every row has elements."""
+    values = tensor.as_subclass(Tensor)
+    divisor = values.numel() if name == "mean" else 1
+    if tensor.row_of is not None:
+        shares = values.new_zeros(tensor.rows).index_add(0, tensor.row_of.flatten(), values.flatten())
+    elif len(values) == tensor.rows:
+        shares = values.flatten(1).sum(1) if values.ndim > 1 else values
+    else:
+        return result
+    return row_sum(result, shares / divisor)
+
+
+def _leaves_rows(name: str, tensor: RowTensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operation with other dimensions than the first leaves that as it is."""
+    last = (-1, tensor.ndim - 1)
+    if tensor.ndim < 2:
+        return False
+    if name in (*_SUMS, "log_softmax", "softmax", "logsumexp", "squeeze"):
+        dim = _value(args, kwargs, 1, "dim")
+        return dim in last or dim in ([-1], (-1,))
+    if name == "gather":
+        return _value(args, kwargs, 1, "dim") in last
+    if name == "__getitem__":
+        key = args[1] if isinstance(args[1], tuple) else (args[1],)
+        starts_later = key[0] is Ellipsis and len(key) <= tensor.ndim
+        whole = isinstance(key[0], slice) and key[0] == slice(None)
+        return (starts_later or whole) and all(isinstance(k, slice | int) for k in key[1:])
+    return False
+
+
+def _value(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _shares(name: str, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the shares of a linear operation's result, (rows,), or None if the operation is another one.
+
+    The caller does this before the operation, which may change its inputs in place.
+    """
+    sums = [value for value in args if isinstance(value, RowSum)]
+    if sums and name in _COPIES:
+        return func(sums[0].shares, *args[1:], **kwargs)
+    if kwargs or not sums or name not in _LINEAR or any(len(s.shares) != len(sums[0].shares) for s in sums):
+        return None
+    if name in _SCALES and (len(sums) > 1 or args[0] is not sums[0]):
+        return None
+    parts = [_part(value, name in _SCALES, len(sums[0].shares)) for value in args]
+    return None if any(part is None for part in parts) else _LINEAR[name](*parts)
+
+
+def _part(value: Any, scales: bool, rows: int) -> Any:
+    """Return what stands for an input of a linear operation on shares; None if nothing does.
+
+    Args:
+        value: the input: a sum over rows, another tensor or a number.
+        scales: True for a product or a quotient.
+        rows: number of rows.
+    """
+    if isinstance(value, RowSum):
+        return value.shares
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return None
+    if scales:
+        return value
+    if isinstance(value, Tensor):
+        # A term of the batch belongs to no row, unless it is switched off.
+        return None if value.any() else 0.0
+    return value / rows
