@@ -22,6 +22,7 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.flat_loss import FlatLossWarning
 from zo_hf.evaluation.rows import RowGroups
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.parallel.signals import make_steps_whole, whole
 from zo_hf.rng import Stream, StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rules import ScalarNormalization
@@ -171,6 +172,7 @@ class ZerothOrder:
         self.rule.check_optimizer(optimizer)
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self._advance())
+        make_steps_whole(optimizer)
         return optimizer
 
     def estimate(self, closure: Callable[[], Any]) -> Estimate:
@@ -301,6 +303,11 @@ class ZerothOrder:
         return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
 
     @property
+    def awaits_optimizer(self) -> bool:
+        """True between a step's estimate and the optimizer's step, when the state is of neither step."""
+        return self._applied is not None
+
+    @property
     def at_start_of_step(self) -> bool:
         """True if no micro-batch of the step has been probed yet."""
         return self._losses is None and not (self.row_groups is not None and self.row_groups.has_losses)
@@ -419,7 +426,8 @@ class ZerothOrder:
             subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
             subspace.detach()
             return self.model
-        return subspace.finish(self.step, decay)
+        with whole():
+            return subspace.finish(self.step, decay)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
         """Return a state dict of the model as `finish` would leave it; None if the model already is in that state."""

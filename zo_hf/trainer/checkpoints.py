@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ class RunFiles:
             state.save_to_json(str(staging.folder / TRAINER_STATE_NAME))
             staging.publish()
             self._writer.moved(staging.folder, staging.final)
+            # A checkpoint that Trainer asks for in the middle of a step is of the next one, and this folder stays empty.
+            with suppress(OSError):
+                (staging.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step - 1}").rmdir()
             # Trainer has just looked for old checkpoints in the staging folder, where there are none.
             limit, best = self._config.save_total_limit, state.best_model_checkpoint
             rotate_checkpoints(str(staging.run_folder), limit, best, use_mtime=True)
