@@ -124,6 +124,7 @@ class _Traced:
 @functools.cache
 def _lines(kind: str) -> dict[str, int]:
     """How many lines a whole run has in each place."""
+    _weights_after(kind)  # a first run fills caches, by lines that later ones do not have
     model, options = _build(kind)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, model, **options)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from zo_hf import checkpoint
 from zo_hf.parallel.shards import gathered_state_dict
 from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.trainer import changes
 from zo_hf.trainer.checkpoints import (
     RunFiles,
     becoming_adapter,
@@ -53,6 +54,8 @@ class SavingTrainer(DescribedTrainer):
     _files: RunFiles
     _budget: Any
     _learning_rate: InitialLearningRate | None
+    lr_scheduler: Any
+    _run: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._at_step_end = SavesAtStepEnd()
@@ -116,7 +119,7 @@ class SavingTrainer(DescribedTrainer):
         found = rate.value if rate is not None and rate.is_searched else None
         optimizer, data = self._torch_optimizer(), self._position.to_saved()
         self._files.save_engine(
-            self.zo, optimizer, self.lr_scheduler, Path(output_dir), self._budget.seconds, found, data
+            self.zo, optimizer, self.lr_scheduler, Path(output_dir), self._budget.seconds, found, data, self._run
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -128,11 +131,21 @@ class SavingTrainer(DescribedTrainer):
         if folder is None or self.zo is None:
             super()._load_optimizer_and_scheduler(folder)
             return
-        path, optimizer = Path(folder), self._torch_optimizer()
-        if self._files.load_engine(self.zo, optimizer, self.lr_scheduler, path):
-            super()._load_optimizer_and_scheduler(folder)
-        elif not checkpoint.is_only_trajectory(path):
+        path, optimizer, scheduler = Path(folder), self._torch_optimizer(), self.lr_scheduler
+        rates = changes.rates_of(optimizer)
+        changed = {} if self._run is None else changes.changed_arguments(self._run, path)
+        if "lr_scheduler_type" in changed:
+            self.lr_scheduler = changes.NoState()
+        try:
+            resumes = self._files.load_engine(self.zo, optimizer, self.lr_scheduler, path, self._run)
+            if resumes:
+                super()._load_optimizer_and_scheduler(folder)
+        finally:
+            self.lr_scheduler = scheduler
+        if not resumes and not checkpoint.is_only_trajectory(path):
             return
+        changes.take_over_rate(changed, optimizer, scheduler, rates, self.zo.step)
+        changes.report(changed, path)
         self._budget.seconds_before = checkpoint.read_state(path).get("seconds", 0.0)
         if self.args.should_save:
             self._files.resume_log(self.zo, optimizer, self._run_folder, path)

@@ -30,7 +30,7 @@ from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
 from zo_hf.stability.rounding_noise import warn_of_rounding
-from zo_hf.trainer import learning_rate, setup
+from zo_hf.trainer import changes, learning_rate, setup
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.checkpoints import (
     FinishesFirst,
@@ -39,6 +39,7 @@ from zo_hf.trainer.checkpoints import (
     check_saveable,
 )
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
 from zo_hf.trainer.objectives import check_objective
@@ -51,6 +52,7 @@ from zo_hf.trainer.optimizer import (
 )
 from zo_hf.trainer.overrides import NoBackward, overrides
 from zo_hf.trainer.rate_watch import RateWatch
+from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.saving import SavingTrainer
 
@@ -109,23 +111,34 @@ class ZOTrainer(SavingTrainer):
 
     # The engine's lifetime: from the making of the optimizer until `train` returns.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train as Trainer does; afterwards, even after an exception, the trained model is without an engine.
 
         Args:
-            resume_from_checkpoint: a folder, or True for the last complete checkpoint in `output_dir`.
+            resume_from_checkpoint: a folder, or True for the last good checkpoint in `output_dir`.
+            trial: see Trainer.
+
+        Raises:
+            ValueError: the checkpoint is damaged or of another run, or another run uses the folder; the message says so.
         """
         if self.model_init is None:
             setup.check_trainable(self.model)
             check_saveable(self.model, self.args)
+        folder, device = Path(self._get_output_dir(trial)), self.args.device
+        with naming_lost_ranks(), locked(folder, self._ranks, device):
+            resumed = to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._ranks, device)
+            self._resumed_from = resumed
+            return self._train(resume_from_checkpoint if resumed is None else str(resumed), trial, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._forget_own_optimizer()
-        resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.found_learning_rate = None
         finishes = FinishesFirst(self._finish_zeroth_order)
         self.callback_handler.callbacks.insert(0, finishes)
         try:
-            with naming_lost_ranks(), self._spending(self.args.learning_rate == "auto"):
+            with self._spending(self.args.learning_rate == "auto"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             with whole():
@@ -287,6 +300,10 @@ class ZOTrainer(SavingTrainer):
             rate.value = self._search(num_training_steps).learning_rate if of_checkpoint is None else of_checkpoint
             learning_rate.set_learning_rate(self._torch_optimizer(), rate.value)
         self._rate_watch.begin(rate is not None and rate.is_searched, self.found_learning_rate)
+        assert self.zo is not None
+        self._run = changes.describe(
+            self.zo, self._torch_optimizer(), self.args, num_training_steps, self.train_dataset
+        )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._keep_rate()
         return scheduler
