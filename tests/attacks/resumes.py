@@ -134,7 +134,7 @@ CHANGES: dict[str, Change] = {
     # The precision and the model.
     "autocast": _taken("bf16", *_SHARED, bf16=True),
     "the dtype": Change("dtype", True, model={"dtype": torch.bfloat16}),
-    "the size": Change("", True, model={"hidden_size": 16, "word_embed_proj_dim": 16}),
+    "the size": Change("number of weights", True, model={"hidden_size": 16, "word_embed_proj_dim": 16}),
     "the base": Change("base", True, model={"seed": 5}, only=("LoRA",)),
     "the adapter's rank": Change("r=", True, lora={"r": 2}, only=("LoRA",)),
     "the adapter's scale": Change("lora_alpha", True, lora={"lora_alpha": 16}, only=("LoRA",)),

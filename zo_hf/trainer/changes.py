@@ -116,13 +116,18 @@ def rates_of(optimizer: Optimizer) -> list[float]:
 def _describe_model(model: nn.Module) -> dict[str, Any]:
     inner: Any = base_model(model)
     # An adapter's own weights may have another dtype during training.
-    fixed = (p.dtype for p in inner.parameters() if p.is_floating_point() and not (is_peft(model) and p.requires_grad))
+    fixed = [p for p in inner.parameters() if p.is_floating_point() and not (is_peft(model) and p.requires_grad)]
+    described = {
+        "class": type(inner).__name__,
+        "dtype": str(fixed[0].dtype) if fixed else None,
+        "number of weights": sum(p.numel() for p in fixed),
+    }
     kinds: Any = model.peft_config if is_peft(model) else {}  # type: ignore[union-attr]
     adapters = {
         name: {key: value for key, value in kind.to_dict().items() if key not in _NOT_OF_ADAPTER}
         for name, kind in kinds.items()
     }
-    return _plain({"model": {"class": type(inner).__name__, "dtype": str(next(fixed, None))}, "adapters": adapters})
+    return _plain({"model": described, "adapters": adapters})
 
 
 def _plain(described: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def check_model(model: nn.Module, folder: Path) -> None:
     """Refuse to load a checkpoint into a model of another kind, before anything is loaded.
 
     Raises:
-        ValueError: the class, the dtype or an option of an adapter differs; the message names the first one.
+        ValueError: the class, the dtype, the size or an option of an adapter differs; the message names the first one.
     """
     then = checkpoint.read_state(folder).get("run")
     if then is None or (not is_peft(model) and then["adapters"]):
@@ -196,7 +201,7 @@ def check_run(zo: ZerothOrder, now: Mapping[str, Any], folder: Path) -> None:
 
 
 def _refuse_difference(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> None:
-    for name in then.keys() | now.keys():
+    for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             raise ValueError(
                 f"{folder} was written with {of}{name}={then.get(name)!r} and this run has {name}={now.get(name)!r}; "

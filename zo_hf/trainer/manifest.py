@@ -21,11 +21,14 @@ FILE = "zo_manifest.json"
 VERSION = 1
 #: Names of files that a resume reads if they are there, so that one of another checkpoint would change the run.
 _READ_IF_THERE = re.compile(r"zo_.*|.*\.index\.json|(optimizer|scheduler|scaler)\..*|rng_state.*")
+#: No resume reads the model card, which a callback may write anew.
+_NOT_LISTED = (FILE, "README.md")
 
 
 def write(folder: Path) -> None:
-    """Write the list of all files in a folder and below it."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Write the list of all files in a folder and below it, except the model card."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in _NOT_LISTED]
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     files = {name: [(folder / name).stat().st_size, checkpoint.file_crc(folder / name)] for name in names}
     (folder / FILE).write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
 
