@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
+#: The costs of a longer period are estimated from its beginning. The run still ends where its forward passes do.
+_LONGEST_PERIOD = 100_000
+
+
 class Budget(TrainerCallback):
     """Ends a training as `max_steps` would, with the evaluation and the checkpoint that are due at its end.
 
@@ -59,6 +63,7 @@ class Budget(TrainerCallback):
     def _begin(self, args: ZOConfig, divides: bool | None, stability_steps: int, searches: bool) -> None:
         self.args, self._divides = args, args.optim in ADAM if divides is None else divides
         self._settings, self._stability_steps, self._searches = args.settings(), stability_steps, searches
+        self._passes: dict[bool, int] = {}
         self.is_spent = False
         self.seconds_before, self._began = 0.0, monotonic()
         self._zo: ZerothOrder | None = None
@@ -115,6 +120,7 @@ class Budget(TrainerCallback):
         ragged = self._batches is not None and self._batches % accumulation
         per_epoch = -(-(self._batches or 0) // accumulation) if ragged else 1
         period = math.lcm(self._settings.rule_kind.period(self._settings), every or 1, per_epoch)
+        period = min(period, _LONGEST_PERIOD)
         measured = self._measured_passes()
         costs = [
             (self._passes_per_batch(step) + (measured if every and step % every == 0 else 0))
@@ -200,7 +206,11 @@ class Budget(TrainerCallback):
         return (self._passes_per_batch(step) + measured) * batches + more
 
     def _passes_per_batch(self, step: int) -> int:
-        return forward_passes_of_a_step(self._estimator(), self._settings.rule_kind, self._settings, step)
+        rule = self._settings.rule_kind
+        looks_back = rule.looks_back(step, self._settings)  # steps differ in nothing else
+        if looks_back not in self._passes:
+            self._passes[looks_back] = forward_passes_of_a_step(self._estimator(), rule, self._settings, step)
+        return self._passes[looks_back]
 
     def _estimator(self) -> Estimator:
         return self._settings.make_estimator(1.0)
