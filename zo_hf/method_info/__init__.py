@@ -2,7 +2,7 @@
 
 from zo_hf.method_info.method import Method, canonical_name
 from zo_hf.method_info.option import Options, option
-from zo_hf.method_info.values import Choice, Flag, Name, Pattern, Real, Values, Whole, checked, shown
+from zo_hf.method_info.values import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole, checked, shown
 
 __all__ = [
     "Choice",
@@ -12,6 +12,7 @@ __all__ = [
     "Options",
     "Pattern",
     "Real",
+    "Texts",
     "Values",
     "Whole",
     "canonical_name",

@@ -157,6 +157,17 @@ class Name(Values):
 
 
 @dataclass(frozen=True)
+class Texts(Values):
+    """A sequence of strings."""
+
+    def clean(self, value: Any) -> list[str]:
+        """Return the strings as a list."""
+        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return list(value)
+        raise Unfit("a list of strings")
+
+
+@dataclass(frozen=True)
 class Pattern(Values):
     """A regular expression, or a sequence of name endings."""
 

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from zo_hf.method_info import Choice, Whole, checked
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.job_help import ReadableHelp, add_help
 from zo_hf.tasks.prompts import PROMPT_A
+from zo_hf.trainer.argument_values import values_of_type
 from zo_hf.trainer.config import ZOConfig
 
 # The job's defaults for options of ZOConfig. Options that are not named here have ZOConfig's own defaults.
@@ -109,15 +111,19 @@ class JobArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_train_examples", "num_eval_examples", "num_progress_examples", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        for part in fields(self):
+            value, choices = getattr(self, part.name), part.metadata.get("choices")
+            if value is None and part.default is None:  # HfArgumentParser takes None out of the types
+                continue
+            values = Choice(tuple(choices)) if choices is not None else values_of_type(part.type)
+            if part.type is int:
+                values = Whole(1)
+            assert values is not None, part
+            setattr(self, part.name, checked(f"--{part.name}", value, values, "leave it out for the default"))
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit are two formats; give one of them.")
         if self.use_bnb_nested_quant and not self.load_in_4bit:
             raise ValueError("--use_bnb_nested_quant quantizes the scales of 4-bit layers; also give --load_in_4bit.")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r} must be at least 1.")
         if self.train_file and self.dataset_name:
             raise ValueError("--train_file and --dataset_name name two sources of sentences; give one of them.")
         if self.validation_file and not self.train_file:

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from transformers import Seq2SeqTrainingArguments
 
-from zo_hf.method_info import Choice, Flag, Name, Pattern, Real, Values, Whole, checked
+from zo_hf.method_info import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole, checked
 from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.stability.actions import ACTIONS
 
@@ -74,11 +74,17 @@ _RANGES: dict[str, tuple[Values, str]] = {
     "zo_stability_action": (Choice(ACTIONS), "warn is the default"),
 }
 
+#: The names in optim_args that an optimizer of Trainer reads; it passes over others in silence.
+_READ: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad"), ()),
+}
+
 #: Intervals: numbers of steps, or fractions of the run.
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
 
-def _of_type(declared: Any) -> Values | None:
+def values_of_type(declared: Any) -> Values | None:
     """Return the values of a type that Trainer declares; None for types whose values are not checked."""
     kinds = set(get_args(declared)) if get_origin(declared) in (Union, UnionType) else {declared}
     also = _NONE if type(None) in kinds else ()
@@ -92,6 +98,7 @@ def _of_type(declared: Any) -> Values | None:
         frozenset({float}): lambda: Real(also=also),
         frozenset({str}): lambda: Name(also=also),
         frozenset({str, list[str]}): lambda: Pattern(also=also),
+        frozenset({list[str]}): lambda: Texts(also=also),
     }
     make = by_type.get(frozenset(kinds))
     return None if make is None else make()
@@ -101,7 +108,7 @@ def _declared() -> dict[str, tuple[Values, str]]:
     """Return the values of all arguments: those of the ranges above, then those of Trainer's types."""
     found = dict(_RANGES)
     for part in fields(Seq2SeqTrainingArguments):
-        values = _of_type(part.type)
+        values = values_of_type(part.type)
         if part.init and part.name not in found and values is not None:
             found[part.name] = values, _DEFAULT
     return found
@@ -132,7 +139,17 @@ def check_arguments(args: Any) -> None:
         setattr(args, name, _interval(name, getattr(args, name)))
     if isinstance(args.output_dir, str) and not args.output_dir.strip():
         raise ValueError("output_dir='' names no folder; leave it out for the default, or name one.")
-    _check_optim_args(args.optim_args)
+    _check_optim_args(str(getattr(args.optim, "value", args.optim)), args.optim_args)
+    if args.logging_steps == 0 and str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps":
+        raise ValueError("logging_steps=0 must be above 0; use logging_strategy='no' to log nothing.")
+    for name, needs_workers in (
+        ("dataloader_persistent_workers", args.dataloader_persistent_workers),
+        ("dataloader_prefetch_factor", args.dataloader_prefetch_factor is not None),
+    ):
+        if needs_workers and not args.dataloader_num_workers:
+            raise ValueError(
+                f"{name}={getattr(args, name)} has no effect with dataloader_num_workers=0; leave it out, or use 1 or more."
+            )
     rate = args.learning_rate
     if isinstance(rate, int | float) and rate * args.weight_decay >= 1:
         raise ValueError(
@@ -159,19 +176,27 @@ def _interval(name: str, value: float | None) -> float | None:
     return int(value) if value == int(value) else value
 
 
-def _check_optim_args(text: str | None) -> None:
-    """Refuse arguments of an optimizer that are no pairs, or numbers that no optimizer can use."""
+def _check_optim_args(optim: str, text: str | None) -> None:
+    """Refuse arguments of an optimizer that it does not read, that are no pairs, or that are no numbers it can use."""
     if not text:
         return
     for word in text.replace(" ", "").split(","):
         name, equals, value = word.partition("=")
         if not (name and equals and value) or "=" in value:
             raise ValueError(f"optim_args={text!r} must be pairs such as 'momentum=0.9,dampening=0'; write them so.")
+        read = _READ.get(optim)
+        if read is not None and name not in read:
+            known = f"use {', '.join(read)}" if read else "leave it out"
+            raise ValueError(f"optim_args={text!r} has {name}, which optim={optim!r} does not read; {known}.")
         try:
             number = float(value)
         except ValueError:
+            if name in ("momentum", "dampening", "weight_decay"):
+                raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a number; give one.") from None
             continue  # the optimizer knows
         if not math.isfinite(number):
             raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a finite number; give one.")
         if name == "momentum" and not 0 <= number < 1:
             raise ValueError(f"optim_args={text!r} must have a momentum of at least 0 and below 1; 0.9 is common.")
+        if name == "weight_decay" and not 0 <= number <= MOST_RATE:
+            raise ValueError(f"optim_args={text!r} must have a weight_decay of at least 0; leave it out for none.")

@@ -20,6 +20,7 @@ from zo_hf.trainer.checkpoints import (
     save_becoming_adapter,
 )
 from zo_hf.trainer.described import DescribedTrainer
+from zo_hf.trainer.finite_weights import check_finite
 from zo_hf.trainer.learning_rate import InitialLearningRate
 
 
@@ -105,6 +106,7 @@ class SavingTrainer(DescribedTrainer):
             state_dict = self.zo.folded_state_dict()
         if self._sharding is not None and state_dict is None:
             state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
+        check_finite(self.model, state_dict)
         if self._files.staging is not None:
             self._files.note_weights(self.model, state_dict)
         super()._save(output_dir, state_dict)
