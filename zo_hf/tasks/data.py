@@ -46,6 +46,8 @@ def embedded_reviews(num_train: int, num_held_out: int, seed: int, words: range 
     def read(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             reviews = [row for row in csv.DictReader(file, strict=True) if row["source"] == "rotten_tomatoes"]
+        if not reviews:
+            raise ValueError(f"{path} has no reviews of Rotten Tomatoes.")
         return [
             {"text": row["text"], "label": int(row["label"])} for row in reviews if len(row["text"].split()) in words
         ]

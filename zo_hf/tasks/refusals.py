@@ -73,5 +73,6 @@ def is_refusal(error: ValueError) -> bool:
 
 
 def _end_command(error: Exception, code: int = 2) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    text = " ".join(str(error).split())  # other libraries write several lines
+    print(f"error: {text}" if text.endswith(".") else f"error: {text}.", file=sys.stderr)
     raise SystemExit(code) from error
