@@ -39,6 +39,8 @@ def test_a_wrong_command_line_is_one_sentence(
 
 
 def test_values_that_look_like_options_are_values() -> None:
-    args = parser().parse_args(["--learning_rate", "-1", "--run", "a", "--run", "b", "- or not", "", "--", "--offline"])
+    args = parser().parse_args(
+        ["--learning_rate", "-1", "--run", "a", "--run", "b", "- or not", "", "--", "--offline"]
+    )
     assert (args.learning_rate, args.run, args.offline) == (-1.0, ["a", "b"], False)
     assert args.texts == ["- or not", "", "--offline"]

@@ -379,8 +379,8 @@ def test_asking_for_an_incomplete_checkpoint_by_name_is_refused(tmp_path: Path) 
         assert str(refusal.value).count(". ") == 0
 
 
-def test_without_any_checkpoint_resuming_fails_as_in_the_stock_trainer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
+def test_without_any_checkpoint_resuming_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no complete checkpoint"):
         trained(tmp_path, build(), resume=True)
 
 
