@@ -29,9 +29,9 @@ from zo_hf.rules import ScalarNormalization
 from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
 from zo_hf.settings import Settings, method_of
 from zo_hf.subspaces import SUBSPACES, Folded, LowRank, Subspace
+from zo_hf.subspaces.folded import decay_of_step
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
-from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +155,7 @@ class ZerothOrder:
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
-        decayed = {site.name for site in self.subspace.sites if self.subspace.are_weights and is_decayed(site)}
-        groups = []
-        for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
-            params = [p for name, p in self.subspace.coordinates.items() if name in names]
-            if params:
-                groups.append({"params": params, "weight_decay": decay})
-        return groups
+        return self.subspace.parameter_groups(weight_decay)
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Register the optimizer that moves the coordinates; every optimizer step then ends a step of the engine.
@@ -476,7 +470,9 @@ class ZerothOrder:
         self.step += 1
         self.subspace.coordinates_changed()
         if isinstance(self.subspace, Folded):
-            self._remember_decay(self.subspace)
+            assert self._optimizer is not None
+            for name, factor in decay_of_step(self.subspace.coordinates, self._optimizer).items():
+                self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
@@ -493,16 +489,3 @@ class ZerothOrder:
             begins = tuple(self._begins_to_move)
             self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor, begins))
         self._begins_to_move = []
-
-    def _remember_decay(self, subspace: Folded) -> None:
-        """Remember the factor by which the optimizer decayed B; the next fold applies it to the weights as well."""
-        assert self._optimizer is not None
-        names = {id(p): name for name, p in subspace.coordinates.items()}
-        for group in self._optimizer.param_groups:
-            factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
-            if factor != 1.0:
-                for parameter in group["params"]:
-                    if parameter.grad is None:  # a skipped step: the optimizer did not decay B either
-                        continue
-                    name = names[id(parameter)]
-                    self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor

@@ -380,7 +380,7 @@ def test_asking_for_an_incomplete_checkpoint_by_name_is_refused(tmp_path: Path) 
 
 
 def test_without_any_checkpoint_resuming_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no complete checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no good checkpoint"):
         trained(tmp_path, build(), resume=True)
 
 

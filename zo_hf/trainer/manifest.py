@@ -67,7 +67,7 @@ def problem_of(folder: Path) -> str | None:
 def _problem_without_list(folder: Path) -> str | None:
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"it has no readable {TRAINER_STATE_NAME}, as if it was cut off while it was written"
     try:
         is_marked = "manifest" in checkpoint.read_state(folder)
@@ -80,7 +80,7 @@ def _read(path: Path) -> dict[str, list[int]] | str:
     """Return the sizes and checksums of a list, or what is wrong with it."""
     try:
         content: Any = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{path.name} cannot be read"
     if isinstance(content, dict) and content.get("version") != VERSION:
         return f"{path.name} has version {content.get('version')!r}, which this version of zo_hf does not know"

@@ -10,6 +10,7 @@ from zo_hf import checkpoint
 from zo_hf.trainer import setup
 from zo_hf.trainer.checkpoints import check_saveable
 from zo_hf.trainer.learning_rate import rate_of_checkpoint
+from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.trainer import ZOTrainer
 
 
@@ -25,19 +26,19 @@ def rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None = Non
     """
     setup.check_trainable(trainer.model)
     check_saveable(trainer.model, trainer.args)
-    folder = checkpoint.to_resume(resume_from_checkpoint, trainer.args.output_dir)
-    trainer._resumed_from = Path(str(folder)) if folder else None
+    folder = to_resume(resume_from_checkpoint, Path(trainer.args.output_dir), trainer._ranks, trainer.args.device)
+    trainer._resumed_from = folder
     is_auto = trainer.args.learning_rate == "auto"
     try:
         with trainer._spending(is_auto):
             *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
             optimizer = trainer.create_optimizer()
             _check_schedule(trainer, steps, optimizer)
-            state = checkpoint.read_state(trainer._resumed_from) if trainer._resumed_from is not None else {}
-            if state and trainer.zo is not None:
-                checkpoint.check_settings(trainer.zo, state, Path(str(folder)))
+            state = checkpoint.read_state(folder) if folder is not None else {}
+            if state and folder is not None and trainer.zo is not None:
+                checkpoint.check_settings(trainer.zo, state, folder)
                 if is_auto:
-                    rate_of_checkpoint(trainer._resumed_from)
+                    rate_of_checkpoint(folder)
             elif not state:
                 trainer._budget.on_train_begin(trainer.args, trainer.state, TrainerControl())
     finally:

@@ -130,9 +130,9 @@ class ZOTrainer(SavingTrainer):
         with naming_lost_ranks(), locked(folder, self._ranks, device):
             resumed = to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._ranks, device)
             self._resumed_from = resumed
-            return self._train(resume_from_checkpoint if resumed is None else str(resumed), trial, *args, **kwargs)
+            return self._train(None if resumed is None else str(resumed), trial, *args, **kwargs)
 
-    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         self._forget_own_optimizer()
         self.found_learning_rate = None
         finishes = FinishesFirst(self._finish_zeroth_order)

@@ -14,11 +14,12 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
+from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators.options import MOST_DIRECTIONS
-from zo_hf.evaluation.by_rows import AUTO_DIRECTIONS, BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
+from zo_hf.evaluation.by_rows import BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
@@ -80,36 +81,6 @@ def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
         f"use zo_rows_per_direction=0, or {option}={named}",
         applies,
     )
-
-
-def rows_per_direction(case: Case) -> int:
-    """Return the setting, with "auto" resolved: 1 if everything in the run combines with it and it pays, else 0."""
-    settings = case.settings
-    if settings.rows_per_direction != "auto":
-        return int(settings.rows_per_direction)
-    combines = (
-        settings.rule == "none"  # other rules divide the size of c out, and would then take longer steps
-        and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
-        and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
-        and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
-        and case.direction_kind.name in AUTO_DIRECTIONS
-    )
-    holds = directions_of_rows(case, 1) <= MOST_DIRECTIONS
-    # A process of a sharded run that has no memory for its groups cannot fall back alone.
-    return int(combines and holds and "fsdp" not in case.facts and settings.subspace != Full.name)
-
-
-def auto_direction(case: Case) -> str:
-    """Return what "auto" stands for: signs for rows, which cost an eighth to draw, and otherwise MeZO's Gaussian."""
-    # HiZOO learns from the squares of a direction's entries, which signs do not have.
-    return "rademacher" if rows_per_direction(case) and case.settings.rule == "none" else "gaussian"
-
-
-def directions_of_rows(case: Case, rows: int) -> int:
-    """Return the number of directions of a step in which each `rows` rows of a batch have their own; at least 1."""
-    batch = case.argument("per_device_train_batch_size") or 1
-    accumulation = case.argument("gradient_accumulation_steps") or 1
-    return -(-batch // rows) * accumulation * case.settings.num_directions
 
 
 def check(case: Case) -> None:
