@@ -28,6 +28,7 @@ from common.experiments import FinishedRuns
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.data import embedded_reviews
 
 SETTINGS = ("task", "subspace", "seed", "steps")
@@ -140,7 +141,7 @@ def train(task: str, subspace: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="steps of a run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     parser.add_argument("--before", type=Path, help="runs.jsonl of another version, to compare with")

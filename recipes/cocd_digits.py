@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import FullInMemory
+from zo_hf.tasks.command_line import CommandParser
 
 SETTINGS = ("method", "learning_rate", "eps", "seed", "forwards")
 COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directions": 64}
@@ -52,7 +53,7 @@ POINTS = 20
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--forwards", type=int, default=100_000, help="forward passes of a run (%(default)s)")
     rates = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]

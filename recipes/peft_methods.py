@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.prompts import LabelWordCollator
 
 CAUSAL = TaskType.CAUSAL_LM
@@ -63,7 +64,7 @@ SETTINGS = ("model", "method", "factor", "steps", "seed", "batch_size")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="a causal language model with Llama's layers; default: the embedded SmolLM2-135M")
     names = list(METHODS)

@@ -46,6 +46,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (ROWS | {"rule": "conservative"}, {}, set()),
     (ROWS | {"batched_probes": True}, {}, set()),
     (ROWS, {"zo_parallel": "directions"}, set()),
+    (ROWS, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 10**6}, set()),
     ({"rule": "svrg", "direction": "layers"}, {}, set()),
     ({"rule": "muon", "direction": "sparse"} | TWO, {}, set()),
     (TANGENTS | FULL | {"direction": "layers"}, {}, set()),

@@ -13,18 +13,16 @@ their coordinates are the model's own weights.
 With `save_only_trajectory` a checkpoint holds no tensors, only the engine's numbers and a copy of the trajectory. Resuming
 replays that trajectory (see `trajectory/recorder.py`).
 
-A checkpoint is written in a staging folder, flushed to the disk, and then renamed, so that it is complete or absent. A
-folder that something else wrote may be cut off. Trainer writes trainer_state.json last: a folder in which that file is
-readable is complete.
+A checkpoint is written in a staging folder, flushed to the disk, and then renamed, so that it is complete or absent. A list
+of its files goes with it (see `trainer/manifest.py`), by which later damage is seen.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.parallel.checksum import saved_hash
@@ -62,8 +59,6 @@ from zo_hf.untrusted.fields import (
     whole,
 )
 from zo_hf.untrusted.tensors import read_tensors
-
-logger = logging.getLogger(__name__)
 
 STATE_FILE = "zo_state.json"
 COORDINATES_FILE = "zo_coordinates.safetensors"
@@ -95,7 +90,7 @@ _ENGINE: dict[str, Fits] = {
     "normalisation": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),  # as 0.1.0 spelled it
     "distribution": maybe(object_of(_MEASURED)),
     "still": maybe(list_of(is_text)),
-    "row_groups": maybe(list_of(lambda value: True, 5, 5)),
+    "row_groups": maybe(list_of(lambda value: True, 5, 6)),
     "curvature": maybe(is_object),
 }
 
@@ -118,7 +113,7 @@ class Staging:
 
     def clear(self) -> None:
         """Remove what a killed run has left, and make the folder."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        clear(self.folder.parent)
         self.folder.mkdir(parents=True)
 
     def publish(self) -> None:
@@ -145,7 +140,7 @@ class CheckpointWriter:
     """Writes the engine's files of checkpoints, and remembers the last base file so that the next checkpoint shares it."""
 
     def __init__(self) -> None:
-        self._last_base: tuple[int, Path] | None = None
+        self._last_base: tuple[int, Path, int] | None = None
 
     def save(
         self,
@@ -202,76 +197,46 @@ class CheckpointWriter:
     def moved(self, before: Path, after: Path) -> None:
         """Take note that a folder written by `save` has moved to its final place."""
         if self._last_base is not None and self._last_base[1].parent == before:
-            self._last_base = (self._last_base[0], after / self._last_base[1].name)
+            drawn_at, path, crc = self._last_base
+            self._last_base = (drawn_at, after / path.name, crc)
 
     def _save_base(self, drawn_at: int, base: dict[str, Tensor], path: Path) -> None:
         if self._last_base is not None:
-            last_drawn_at, previous = self._last_base
+            last_drawn_at, previous, crc = self._last_base
             if last_drawn_at == drawn_at and previous.exists():
                 try:
                     os.link(previous, path)
                 except OSError:  # the file system has no hard links
                     shutil.copyfile(previous, path)
-                self._last_base = (drawn_at, path)  # the previous folder may be rotated away before the next
-                return
+                if file_crc(path) == crc:  # else it was damaged since
+                    # The previous folder may be rotated away before the next checkpoint.
+                    self._last_base = (drawn_at, path, crc)
+                    return
+                path.unlink()
         save_file(_detached(base), path)
-        self._last_base = (drawn_at, path)
+        self._last_base = (drawn_at, path, file_crc(path))
 
 
-def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
-    """Return the checkpoint folder to resume from.
-
-    Args:
-        asked: a folder, or True for the last complete checkpoint in `output_dir`.
-        output_dir: the run's folder.
-
-    Raises:
-        ValueError: the given folder, or every checkpoint in `output_dir`, was cut off while it was written.
-    """
-    if asked is True:
-        folders = _folders(Path(output_dir))
-        for folder in folders:
-            if is_complete(folder):
-                return str(folder)
-            logger.warning("%s was cut off while it was written; resuming from the checkpoint before it", folder)
-        if folders:
-            raise ValueError(
-                f"resume_from_checkpoint=True finds no complete checkpoint in {output_dir}; leave it out to start anew."
-            )
-    elif asked and Path(asked).is_dir() and not is_complete(Path(asked)):
-        raise ValueError(
-            f"resume_from_checkpoint={str(asked)!r} has no readable {TRAINER_STATE_NAME}, so it was cut off while it was "
-            "written; pass resume_from_checkpoint=True for the last complete one."
-        )
-    return asked
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether a checkpoint is complete."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return True
+def file_crc(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's folder from where a checkpoint is about to be written, so that their files do not mix.
 
-    Overwriting the files instead would damage complete checkpoints, which may share them as hard links.
+    Overwriting the files instead would damage complete checkpoints, which may share them as hard links. Of a symbolic link
+    only the link is removed.
     """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first, so that a half-removed folder looks incomplete
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folders(output_dir: Path) -> list[Path]:
-    """Return Trainer's checkpoint folders, last step first."""
-    steps = {}
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if number and folder.is_dir():
-            steps[int(number[1])] = folder
-    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def load(zo: ZerothOrder, folder: Path) -> bool:

@@ -22,15 +22,16 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.flat_loss import FlatLossWarning
 from zo_hf.evaluation.rows import RowGroups
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.parallel.signals import make_steps_whole, whole
 from zo_hf.rng import Stream, StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rules import ScalarNormalization
 from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
 from zo_hf.settings import Settings, method_of
 from zo_hf.subspaces import SUBSPACES, Folded, LowRank, Subspace
+from zo_hf.subspaces.folded import decay_of_step
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
-from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +155,7 @@ class ZerothOrder:
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
-        decayed = {site.name for site in self.subspace.sites if self.subspace.are_weights and is_decayed(site)}
-        groups = []
-        for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
-            params = [p for name, p in self.subspace.coordinates.items() if name in names]
-            if params:
-                groups.append({"params": params, "weight_decay": decay})
-        return groups
+        return self.subspace.parameter_groups(weight_decay)
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Register the optimizer that moves the coordinates; every optimizer step then ends a step of the engine.
@@ -171,6 +166,7 @@ class ZerothOrder:
         self.rule.check_optimizer(optimizer)
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self._advance())
+        make_steps_whole(optimizer)
         return optimizer
 
     def estimate(self, closure: Callable[[], Any]) -> Estimate:
@@ -301,6 +297,11 @@ class ZerothOrder:
         return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
 
     @property
+    def awaits_optimizer(self) -> bool:
+        """True between a step's estimate and the optimizer's step, when the state is of neither step."""
+        return self._applied is not None
+
+    @property
     def at_start_of_step(self) -> bool:
         """True if no micro-batch of the step has been probed yet."""
         return self._losses is None and not (self.row_groups is not None and self.row_groups.has_losses)
@@ -419,7 +420,8 @@ class ZerothOrder:
             subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
             subspace.detach()
             return self.model
-        return subspace.finish(self.step, decay)
+        with whole():
+            return subspace.finish(self.step, decay)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
         """Return a state dict of the model as `finish` would leave it; None if the model already is in that state."""
@@ -468,7 +470,9 @@ class ZerothOrder:
         self.step += 1
         self.subspace.coordinates_changed()
         if isinstance(self.subspace, Folded):
-            self._remember_decay(self.subspace)
+            assert self._optimizer is not None
+            for name, factor in decay_of_step(self.subspace.coordinates, self._optimizer).items():
+                self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
@@ -485,16 +489,3 @@ class ZerothOrder:
             begins = tuple(self._begins_to_move)
             self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor, begins))
         self._begins_to_move = []
-
-    def _remember_decay(self, subspace: Folded) -> None:
-        """Remember the factor by which the optimizer decayed B; the next fold applies it to the weights as well."""
-        assert self._optimizer is not None
-        names = {id(p): name for name, p in subspace.coordinates.items()}
-        for group in self._optimizer.param_groups:
-            factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
-            if factor != 1.0:
-                for parameter in group["params"]:
-                    if parameter.grad is None:  # a skipped step: the optimizer did not decay B either
-                        continue
-                    name = names[id(parameter)]
-                    self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor

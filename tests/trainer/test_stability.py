@@ -179,8 +179,11 @@ def test_an_optimizer_of_the_users_is_let_go(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "steps": ({"zo_stability_steps": -1}, "zo_stability_steps=-1 must be at least 1"),
-    "action": ({"zo_stability_steps": 1, "zo_stability_action": "stop"}, "zo_stability_action='stop' is unknown"),
+    "steps": ({"zo_stability_steps": -1}, "zo_stability_steps=-1 must be a whole number of at least 0"),
+    "action": (
+        {"zo_stability_steps": 1, "zo_stability_action": "stop"},
+        "zo_stability_action='stop' must be one of warn, cap",
+    ),
     "nothing to do": ({"zo_stability_action": "cap"}, "zo_stability_action='cap' has no effect"),
     **{
         f"{option}={value}": ({"zo_stability_steps": 1, option: value, "zo_num_directions": 2}, f"{option}='{value}'")

@@ -71,8 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table."""
-    if args.rounds < 1 or args.rows < 1 or args.length < 2:
-        raise ValueError("--rounds and --rows must be at least 1, and --length at least 2.")
+    if min(args.rounds, args.rows, args.threads) < 1 or args.length < 2:
+        raise ValueError("--rounds, --rows and --threads must be at least 1, and --length at least 2.")
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device} is not a device of this benchmark; use --device cpu or cuda.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} is not available; use --device cpu.")
     known = variants(args)

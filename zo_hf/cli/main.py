@@ -4,11 +4,12 @@ The module of a command is imported only if that command is called. So `zo-hf --
 only its own dependencies.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+
+from zo_hf.tasks.command_line import CommandParser
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
 
     def start(argv: list[str], prog: str) -> None:
         command = import_module(module)
-        parser = argparse.ArgumentParser(
-            prog, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = CommandParser(prog, description=command.__doc__)
         command.add_arguments(parser)
         args = parser.parse_args(argv)
         try:

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     """Verify a log, and replay it unless only verification is requested."""
     if not args.verify and (args.model is None or args.output is None):
         raise ValueError("a replay needs --model BASE and --output DIR; give both, or --verify to only check the log.")
+    if args.until is not None and args.until < 0:
+        raise ValueError(f"--until {args.until} must be at least 0; leave it out for all steps.")
     trajectory = verify(args.log, until=args.until)
     print(summary(trajectory))
     if args.model is None:

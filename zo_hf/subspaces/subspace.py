@@ -23,7 +23,7 @@ from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.reads import ReadWatch, must_read
-from zo_hf.subspaces.sites import Pattern, Site, find_sites
+from zo_hf.subspaces.sites import Pattern, Site, find_sites, is_decayed
 
 
 class Subspace:
@@ -111,6 +111,16 @@ class Subspace:
     def device(self) -> torch.device:
         """Device of the coordinates; of the first ones, if they are on several."""
         return next(iter(self.coordinates.values())).device
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
+        decayed = {site.name for site in self.sites if self.are_weights and is_decayed(site)}
+        groups = []
+        for names, decay in ((decayed, weight_decay), (self.coordinates.keys() - decayed, 0.0)):
+            params = [p for name, p in self.coordinates.items() if name in names]
+            if params:
+                groups.append({"params": params, "weight_decay": decay})
+        return groups
 
     def direction_context(self, num_directions: int = 1, options: DirectionOptions | None = None) -> DirectionContext:
         """Return the facts about this subspace that a distribution may need."""

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zo_hf.tasks.assets import AssetError
+from zo_hf.trainer.finite_weights import WeightsNotFinite
 
 
 class FirstStep(TrainerCallback):
@@ -40,7 +41,7 @@ def wrong_arguments_end_the_command() -> Iterator[None]:
 
 @contextmanager
 def refusals_end_the_command() -> Iterator[FirstStep]:
-    """End the command if this package refuses an argument before the first step has ended.
+    """End the command if this package refuses an argument before the first step has ended, or to save broken weights.
 
     All other exceptions pass, so that a bug keeps its traceback.
 
@@ -54,6 +55,8 @@ def refusals_end_the_command() -> Iterator[FirstStep]:
         if first_step.is_done or not is_refusal(error):
             raise
         _end_command(error)
+    except WeightsNotFinite as error:
+        _end_command(error, code=1)
 
 
 def is_refusal(error: ValueError) -> bool:
@@ -69,6 +72,7 @@ def is_refusal(error: ValueError) -> bool:
     return module.partition(".")[0] == "zo_hf" and str(error).endswith(".")
 
 
-def _end_command(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
+def _end_command(error: Exception, code: int = 2) -> NoReturn:
+    text = " ".join(str(error).split())  # other libraries write several lines
+    print(f"error: {text}" if text.endswith(".") else f"error: {text}.", file=sys.stderr)
+    raise SystemExit(code) from error

@@ -10,9 +10,8 @@ from transformers import Seq2SeqTrainingArguments
 from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.method_info import option
-from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.settings import Settings
-from zo_hf.stability.actions import check_action
+from zo_hf.trainer.argument_values import check_arguments
 
 _OF_SETTINGS = {setting.name: setting for setting in fields(Settings)}
 _AUTO = "auto"
@@ -21,7 +20,7 @@ _AUTO = "auto"
 def _setting(name: str, **default: Any) -> Any:
     """Make an option from a field of `Settings`, with its help, and with its default unless another is given."""
     setting = _OF_SETTINGS[name]
-    return field(default=default.get("default", setting.default), metadata=dict(setting.metadata))
+    return field(default=default.get("default", setting.default), metadata={"help": setting.metadata["help"]})
 
 
 @dataclass
@@ -140,22 +139,12 @@ class ZOConfig(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         self.learning_rate = number_or_auto("learning_rate", self.learning_rate)
         self.zo_eps = number_or_auto("zo_eps", _AUTO if self.zo_eps is None else self.zo_eps)
+        check_arguments(self)
         settings = self.settings()
         settings.make_estimator(1.0)  # raises if the estimator needs more directions
-        if self.zo_parallel not in PARALLEL:
-            raise ValueError(f"zo_parallel={self.zo_parallel!r} is unknown; choose one of {', '.join(PARALLEL)}.")
-        if self.zo_check_steps < 0:
-            raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
-        if self.zo_stability_steps:
-            check_action(self.zo_stability_steps, self.zo_stability_action)
-        if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
-            raise ValueError(
-                f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."
-            )
-        if self.zo_max_time is not None and not self.zo_max_time > 0:
-            raise ValueError(
-                f"zo_max_time={self.zo_max_time} must be a positive number of seconds; leave it out for no limit."
-            )
+        for name in _OF_SETTINGS:
+            if name != "seed" and not isinstance(getattr(self, f"zo_{name}"), str):
+                setattr(self, f"zo_{name}", getattr(settings, name))  # Python's own numbers, which JSON can hold
         check(Case(settings, vars(self)))
         super().__post_init__()
 
@@ -172,9 +161,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
             values["rows_per_direction"] = int(rows)
         if self.zo_direction == _AUTO:
             values["direction"] = _OF_SETTINGS["direction"].default
-        settings = Settings(**values | {"eps": None if eps == _AUTO else eps, "seed": self.seed})
+        settings = Settings(**values | {"eps": None if isinstance(eps, str) else eps, "seed": self.seed})
         case = Case(settings, vars(self))
-        if rows == _AUTO and not rows_per_direction(case):
+        if settings.rows_per_direction == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
         return replace(settings, direction=auto_direction(case)) if self.zo_direction == _AUTO else settings
 

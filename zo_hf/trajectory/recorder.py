@@ -50,11 +50,15 @@ class Recorder:
         writer: the writer of the log; None records nothing.
         optimizer: the optimizer; a change of its options since the header was written is recorded.
         required: True if an error of the disk must end the training, because the checkpoints consist of the log.
+
+    Attributes:
+        base: hash of the weights that the log begins at; None if it begins later.
     """
 
     def __init__(
         self, header: dict[str, Any], writer: Writer | None, optimizer: Optimizer, required: bool = False
     ) -> None:
+        self.base: str | None = header["base"].get("weights")
         self._options = [group["options"] for group in header["groups"]]
         self._index = {name: index for index, name in enumerate(header.get("still", ()))}
         self._writer, self._optimizer, self._required = writer, optimizer, required
@@ -283,10 +287,10 @@ def _new_folder(output_dir: Path) -> Path:
     if folder.is_dir():
         previous = output_dir / f"_{FOLDER}.previous"
         if _has_steps(folder):
-            shutil.rmtree(previous, ignore_errors=True)
+            checkpoint.clear(previous)
             os.replace(folder, previous)
         else:
-            shutil.rmtree(folder)
+            checkpoint.clear(folder)
     folder.mkdir(parents=True)
     return folder
 

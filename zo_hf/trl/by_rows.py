@@ -32,7 +32,7 @@ class ByRows:
     _wants_rows = False
 
     def loss_by_rows(self: Any, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
-        """Return the loss of a batch in parts, or None if it is of another kind than text; see `TrainerByRows`."""
+        """Return the loss of a batch in parts, or None if it is of another kind than text; see `ZOTrainer`."""
         unwrapped = self._unwrapped_model(self.model)
         of_text = set(inputs) <= set(_OF_TEXT.split())
         if not of_text or tokens_in_front(self.model) or not isinstance(unwrapped, PreTrainedModel):

@@ -14,10 +14,12 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
+from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
-from zo_hf.evaluation.by_rows import AUTO_DIRECTIONS, BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
+from zo_hf.estimators.options import MOST_DIRECTIONS
+from zo_hf.evaluation.by_rows import BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
@@ -79,28 +81,6 @@ def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
         f"use zo_rows_per_direction=0, or {option}={named}",
         applies,
     )
-
-
-def rows_per_direction(case: Case) -> int:
-    """Return the setting, with "auto" resolved: 1 if everything in the run combines with it and it pays, else 0."""
-    settings = case.settings
-    if settings.rows_per_direction != "auto":
-        return int(settings.rows_per_direction)
-    combines = (
-        settings.rule == "none"  # other rules divide the size of c out, and would then take longer steps
-        and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
-        and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
-        and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
-        and case.direction_kind.name in AUTO_DIRECTIONS
-    )
-    # A process of a sharded run that has no memory for its groups cannot fall back alone.
-    return int(combines and "fsdp" not in case.facts and settings.subspace != Full.name)
-
-
-def auto_direction(case: Case) -> str:
-    """Return what "auto" stands for: signs for rows, which cost an eighth to draw, and otherwise MeZO's Gaussian."""
-    # HiZOO learns from the squares of a direction's entries, which signs do not have.
-    return "rademacher" if rows_per_direction(case) and case.settings.rule == "none" else "gaussian"
 
 
 def check(case: Case) -> None:
@@ -259,6 +239,18 @@ CONFLICTS: tuple[Conflict, ...] = (
         if option.name not in ("direction", "coordinate_order")
     ),
     *(_by_rows(name, why, values) for name, why, values in NOT_BY_ROWS),
+    Conflict(
+        "zo_rows_per_direction={zo_rows_per_direction}",
+        "per_device_train_batch_size={per_device_train_batch_size} and gradient_accumulation_steps="
+        "{gradient_accumulation_steps}",
+        f"a step would have more than {MOST_DIRECTIONS} directions",
+        "use zo_rows_per_direction=0, or smaller steps",
+        lambda case: (
+            case.settings.rows_per_direction not in (0, "auto")
+            and "per_device_train_batch_size" in case.arguments
+            and directions_of_rows(case, int(case.settings.rows_per_direction)) > MOST_DIRECTIONS
+        ),
+    ),
     Conflict(
         "zo_estimator={zo_estimator}",
         "zo_batched_probes=True",
