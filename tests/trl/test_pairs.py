@@ -83,7 +83,8 @@ def test_a_resumed_run_ends_in_the_same_bits(name: str, tmp_path: Path, tokenize
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READY)
 def test_the_loss_falls(name: str, tmp_path: Path, tokenizer: Any) -> None:
-    options = {"max_steps": 100, "per_device_train_batch_size": 8, "learning_rate": 3e-4, "zo_fold_steps": 20}
+    rate = 3e-3 if name == "KTO" else 3e-4  # its loss is a tenth as steep
+    options = {"max_steps": 100, "per_device_train_batch_size": 8, "learning_rate": rate, "zo_fold_steps": 20}
     trainer = trainer_of(name, tmp_path, tokenizer, **options)
     trainer.train()
     losses = [line["loss"] for line in lines_of(trainer)]
