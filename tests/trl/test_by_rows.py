@@ -132,7 +132,8 @@ def test_a_loss_that_couples_rows_stays_whole(
     trainer = trainer_of(name, tmp_path, tokenizer, **options)
     watch = Watch(trainer)
     trainer.train()
-    assert watch.works is False and lines_of(trainer)[1]["zo/forward_passes"] == 4
+    more = name == "KTO"  # for the values that its loss holds constant
+    assert watch.works is False and lines_of(trainer)[1]["zo/forward_passes"] == 4 + 2 * more
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "Reward"])

@@ -22,6 +22,7 @@ from zo_hf.parallel.ranks import Ranks
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
 from zo_hf.trainer.loss_calls import LossCalls
+from zo_hf.trainer.objectives import depends_on_detached
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
 from zo_hf.trainer.stop_gradient import DetachTest
 
@@ -40,6 +41,7 @@ class MicroBatchLosses:
         self._trainer, self._ranks = trainer, ranks
         self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
         self._detach_test = DetachTest(ranks.all_reduce_and)
+        self._detach_test.matters = depends_on_detached(trainer) or None
         self._row_input: str | None = None
         self._knows_rows = False
 

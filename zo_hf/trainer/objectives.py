@@ -61,16 +61,29 @@ OBJECTIVES = (
 )
 
 
+def depends_on_detached(trainer: Trainer) -> bool:
+    """Return True if a trainer's loss is known to depend on values that it detaches.
+
+    At the first step, the trained model is the reference model. KTO's estimate of their KL divergence is then 0 at least
+    at one probe of two, because negative estimates are cut off. So a comparison at that probe would not show it.
+    """
+    return "KTOTrainer" in _kinds_of_trl(trainer) and bool(trainer.args.loss_type == "kto")
+
+
 def check_objective(trainer: Trainer) -> None:
     """Refuse an objective of the table.
 
     Raises:
         ValueError: the trainer minimizes such an objective; the message names the option and the way out.
     """
-    kinds = {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"}
+    kinds = _kinds_of_trl(trainer)
     for row in OBJECTIVES:
         if row.trainer in kinds and row.applies(trainer.args):
             raise ValueError(
                 f"{row.option} of {row.trainer} does not combine with training without a backward pass: {row.why}, and a "
                 f"probe moves it; {row.instead}."
             )
+
+
+def _kinds_of_trl(trainer: Trainer) -> set[str]:
+    return {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"}
