@@ -21,12 +21,12 @@ from zo_hf.trl import pairs
 pytest.importorskip("trl")
 
 
-def trainer_of(name: str, folder: Path, tokenizer: Any, **options: Any) -> Any:
+def trainer_of(name: str, folder: Path, tokenizer: Any, saved: str | None = None, **options: Any) -> Any:
     data, usual = READY[name]
     kind, made = (getattr(zo_hf.trl, f"ZO{name}{part}") for part in ("Trainer", "Config"))
     args = config(made, folder, **usual | options)
     more = {"processing_class": tokenizer} if name in ("CPO", "ORPO") else {}
-    return kind(folder_of(name, folder, tokenizer), args=args, train_dataset=data(), **more)
+    return kind(saved or folder_of(name, folder, tokenizer), args=args, train_dataset=data(), **more)
 
 
 @pytest.mark.parametrize("name", pairs.READY)

@@ -14,7 +14,7 @@ from zo_hf.evaluation.packed_loss import PackedLoss, sequences_of
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.subspaces.peft_methods import base_model, tokens_in_front
 from zo_hf.trl.row_model import RowModel
-from zo_hf.trl.row_tensor import RowSum
+from zo_hf.trl.row_tensor import RowSum, plain
 
 # Inputs of text. Others, such as pixels, may have another number of rows.
 _OF_TEXT = "input_ids attention_mask position_ids token_type_ids labels completion_mask use_cache margin"
@@ -70,7 +70,7 @@ class ByRows:
         rows = rows if sequence_of is None else int(sequence_of[-1, -1]) + 1
         by_rows = RowModel(model, self._unwrapped_model(model), rows, self.has_pairs, sequence_of)
         loss = super().compute_loss(by_rows, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        return RowLosses(loss.shares * rows) if isinstance(loss, RowSum) else loss
+        return RowLosses(loss.shares * rows) if isinstance(loss, RowSum) else plain(loss)
 
     @contextmanager
     def _tracing_rows(self) -> Iterator[None]:

@@ -5,8 +5,8 @@ that leave rows apart:
 
     log_probs (rows, length) -> sum(1) (rows,) -> logsigmoid (rows,) -> mean () = RowSum
 
-A `RowSum` is that mean, bit for bit, together with its shares, (rows,). Any other operation gives plain tensors, and the
-loss then stays whole.
+A `RowSum` is that mean, bit for bit, together with its shares, (rows,). Any other operation mixes rows, and so does every
+operation on its result. The loss then stays whole.
 """
 
 from __future__ import annotations
@@ -56,11 +56,34 @@ _LINEAR = {
 }
 
 
-class RowTensor(Tensor):
+class Marked(Tensor):
+    """A tensor computed from a model's outputs; any result of an operation on it is marked, too."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Marked)]
+        with torch._C.DisableTorchFunctionSubclass():
+            shares = _shares(name, func, inputs, args, kwargs)  # first, because the operation may work in place
+            result = func(*args, **kwargs)
+            if name == "__get__":  # a property, such as the shape
+                return tree_map(_mixed, result) if isinstance(result, Tensor) else result
+            if shares is not None:
+                return row_sum(result, shares)
+            marked = _marked(name, inputs, args, kwargs, tree_map(plain, result))
+            target = args[0] if args else None
+            if isinstance(target, RowTensor) and (result is target or name == "__setitem__") and not _is_apart(marked):
+                target.rows = 0
+            return marked
+
+
+class RowTensor(Marked):
     """A tensor of which every element belongs to one row of a batch.
 
     Attributes:
-        rows: the number of rows.
+        rows: the number of rows; 0 if an operation has mixed the rows.
         row_of: the row of every element, int64 of this tensor's shape. None if the first dimension is that of the rows,
             (rows, ...), or first of all rows' first parts and then of their second parts, (2 · rows, ...).
     """
@@ -68,20 +91,8 @@ class RowTensor(Tensor):
     rows: int
     row_of: Tensor | None
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        marked = [value for value in tree_leaves((args, kwargs)) if isinstance(value, RowTensor)]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            if func is Tensor.shape.__get__ or not isinstance(result, Tensor | tuple | list):  # type: ignore[attr-defined]
-                return result
-            return _marked(getattr(func, "__name__", ""), marked, args, kwargs, result)
 
-
-class RowSum(Tensor):
+class RowSum(Marked):
     """A sum over the rows of a batch, (), which keeps their shares in it.
 
     Attributes:
@@ -89,16 +100,6 @@ class RowSum(Tensor):
     """
 
     shares: Tensor
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            shares = _shares(getattr(func, "__name__", ""), func, args, kwargs)
-            result = tree_map(_plain, func(*args, **kwargs))
-            return result if shares is None else row_sum(result, shares)
 
 
 def row_tensor(tensor: Tensor, rows: int, row_of: Tensor | None = None) -> RowTensor:
@@ -115,36 +116,49 @@ def row_sum(tensor: Tensor, shares: Tensor) -> RowSum:
     return marked
 
 
-def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, RowTensor | RowSum) else value
+def plain(value: Any) -> Any:
+    """Return a marked tensor without its marks, and any other value as it is."""
+    return value.as_subclass(Tensor) if isinstance(value, Marked) else value
 
 
-def _marked(name: str, marked: list[RowTensor], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
-    """Return an operation's result, marked if its elements still belong to rows.
+def _mixed(value: Any) -> Any:
+    return row_tensor(value, 0) if isinstance(value, Tensor) else value
+
+
+def _is_apart(value: Any) -> bool:
+    return isinstance(value, RowTensor) and value.rows > 0
+
+
+def _marked(name: str, inputs: list[Marked], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """Return an operation's result with its marks.
 
     Args:
         name: name of the operation.
-        marked: its marked inputs.
+        inputs: its marked inputs.
         args: its inputs, of which the first is the tensor of a method.
         kwargs: its inputs by keyword.
-        result: a tensor or several.
+        result: plain tensors or other values.
     """
-    first, plain = marked[0], tree_map(_plain, result)
-    if any(other.rows != first.rows or other.row_of is not first.row_of for other in marked):
-        return plain
-    if name in _ELEMENTWISE.split():
-        same = isinstance(plain, Tensor) and all(plain.shape == other.shape for other in marked)
-        return row_tensor(plain, first.rows, first.row_of) if same else plain
-    if args[0] is not first or len(marked) > 1:
-        return plain
+    first, mixed = inputs[0], tree_map(_mixed, result)
+    if not isinstance(first, RowTensor) or not all(_belong_together(first, other) for other in inputs):
+        return mixed
+    if name.removesuffix("_") in _ELEMENTWISE.split() or name in _ELEMENTWISE.split():
+        same = isinstance(result, Tensor) and all(result.shape == other.shape for other in inputs)
+        return row_tensor(result, first.rows, first.row_of) if same else mixed
+    if args[0] is not first or len(inputs) > 1:
+        return mixed
     if name in _SUMS and len(args) == 1 and not kwargs:
-        return _summed(first, plain, name)
+        return _summed(first, result, name)
     if first.row_of is not None:
-        return plain
+        return mixed
     if name == "chunk" and len(first) == 2 * first.rows and _value(args, kwargs, 1, "chunks") == 2:
         halves = _value(args, kwargs, 2, "dim") in (0, None)
-        return tuple(row_tensor(half, first.rows) for half in plain) if halves else plain
-    return row_tensor(plain, first.rows) if _leaves_rows(name, first, args, kwargs) else plain
+        return tuple(row_tensor(half, first.rows) for half in result) if halves else mixed
+    return row_tensor(result, first.rows) if _leaves_rows(name, first, args, kwargs) else mixed
+
+
+def _belong_together(one: RowTensor, other: Marked) -> bool:
+    return _is_apart(other) and isinstance(other, RowTensor) and one.rows == other.rows and one.row_of is other.row_of
 
 
 def _summed(tensor: RowTensor, result: Tensor, name: str) -> Tensor:
@@ -156,7 +170,7 @@ def _summed(tensor: RowTensor, result: Tensor, name: str) -> Tensor:
     elif len(values) == tensor.rows:
         shares = values.flatten(1).sum(1) if values.ndim > 1 else values
     else:
-        return result
+        return _mixed(result)
     return row_sum(result, shares / divisor)
 
 
@@ -182,17 +196,16 @@ def _value(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: 
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _shares(name: str, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the shares of a linear operation's result, (rows,), or None if the operation is another one.
-
-    The caller does this before the operation, which may change its inputs in place.
-    """
-    sums = [value for value in args if isinstance(value, RowSum)]
-    if sums and name in _COPIES:
-        return func(sums[0].shares, *args[1:], **kwargs)
-    if kwargs or not sums or name not in _LINEAR or any(len(s.shares) != len(sums[0].shares) for s in sums):
+def _shares(
+    name: str, func: Callable, inputs: list[Marked], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the shares of a linear operation on sums over rows, (rows,), or None if it is another operation."""
+    sums = [value for value in inputs if isinstance(value, RowSum)]
+    if not sums or len(sums) < len(inputs) or any(len(other.shares) != len(sums[0].shares) for other in sums):
         return None
-    if name in _SCALES and (len(sums) > 1 or args[0] is not sums[0]):
+    if name in _COPIES:
+        return func(sums[0].shares, *args[1:], **kwargs)
+    if kwargs or name not in _LINEAR or (name in _SCALES and (len(sums) > 1 or args[0] is not sums[0])):
         return None
     parts = [_part(value, name in _SCALES, len(sums[0].shares)) for value in args]
     return None if any(part is None for part in parts) else _LINEAR[name](*parts)
