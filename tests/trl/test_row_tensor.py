@@ -26,6 +26,8 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "a term that is switched off": lambda x: x.mean() + 0.0 * torch.tensor(3.0),
     "in place": lambda x: x.sum(1).mean().add_((x**2).mean()).mul_(3),
     "log-softmax": lambda x: x.log_softmax(-1).gather(-1, torch.ones(ROWS, 1, dtype=torch.long)).sum(),
+    "a mask": lambda x: -x[torch.ones(ROWS, 4).tril(1).bool()].mean(),
+    "an expanded sum": lambda x: 2 * (x.mean() / 3).expand(ROWS).mean(),
     "other dtypes": lambda x: x.double().mean().float().to(torch.float32),
 }
 
@@ -33,7 +35,10 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "sort": lambda x: x.sum(1).sort()[0].mean(),
     "cumsum": lambda x: x.cumsum(0).mean(),
     "flip": lambda x: (x.flip(0) * x).mean(),
-    "mask": lambda x: x[x > 0].mean(),
+    "a mask of rows": lambda x: x[torch.tensor([True, False, True])].mean(),
+    "a mask made from the rows": lambda x: x[x > 0].mean(),
+    "one after another": lambda x: torch.stack([row + 1 for row in x]).mean(),
+    "an expanded sum beside rows": lambda x: (x.sum(1) - x.mean().expand(ROWS)).mean(),
     "index": lambda x: x[torch.tensor([2, 0, 1])].mean(),
     "matrix product": lambda x: (torch.ones(3, 3) @ x).mean(),
     "transpose": lambda x: x[:, :ROWS].T.mean(1).mean(),

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation.model_loss import only_labeled_logits
 from zo_hf.evaluation.packed_loss import PackedLoss, sequences_of
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.subspaces.peft_methods import base_model, tokens_in_front
 from zo_hf.trl.row_model import RowModel
-from zo_hf.trl.row_tensor import RowSum, plain
+from zo_hf.trl.row_tensor import RowSum
 
 # Inputs of text. Others, such as pixels, may have another number of rows.
 _OF_TEXT = "input_ids attention_mask position_ids token_type_ids labels completion_mask use_cache margin"
@@ -37,8 +38,7 @@ class ByRows:
         of_text = set(inputs) <= set(_OF_TEXT.split())
         if not of_text or tokens_in_front(self.model) or not isinstance(unwrapped, PreTrainedModel):
             return None
-        sequence_of = None if self.has_pairs or "labels" not in inputs else sequences_of(inputs)
-        model_rows = len(inputs["input_ids"])
+        (rows, sequence_of), model_rows = self._rows_in(inputs), len(inputs["input_ids"])
         if sequence_of is not None and model_rows > 1:
             return None
 
@@ -47,10 +47,8 @@ class ByRows:
                 return closure()
 
         if sequence_of is None:
-            rows = model_rows // 2 if self.has_pairs else model_rows
             return LossByRows(by_rows, rows, closure, model_rows)
         kept = only_labeled_logits(unwrapped, inputs).get("logits_to_keep")
-        rows = int(sequence_of[-1, -1]) + 1
         return PackedLoss(LossByRows(by_rows, rows, closure, kept=kept), sequence_of)
 
     def compute_loss(
@@ -60,17 +58,29 @@ class ByRows:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute TRL's loss; while a step asks for its rows, return it as `RowLosses` if it comes apart."""
+        """Compute TRL's loss; while a step asks for its rows, return it as `RowLosses`.
+
+        Raises:
+            NotBatchable: a step asks for the rows of a loss that mixes them.
+        """
         if not self._wants_rows:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        sequence_of = None if self.has_pairs or "labels" not in inputs else sequences_of(inputs)
-        rows = len(inputs["input_ids"]) // (2 if self.has_pairs else 1)
-        rows = rows if sequence_of is None else int(sequence_of[-1, -1]) + 1
+        rows, sequence_of = self._rows_in(inputs)
         by_rows = RowModel(model, self._unwrapped_model(model), rows, self.has_pairs, sequence_of)
         loss = super().compute_loss(by_rows, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        return RowLosses(loss.shares * rows) if isinstance(loss, RowSum) else plain(loss)
+        if not isinstance(loss, RowSum) or len(loss.shares) != rows:
+            raise NotBatchable("the loss is one of all rows together")
+        return RowLosses(loss.shares * rows)
+
+    def _rows_in(self, inputs: dict[str, Any]) -> tuple[int, Tensor | None]:
+        """Return the number of rows, pairs or packed sequences, and the sequence of every position if they are packed."""
+        rows = len(inputs["input_ids"])
+        if self.has_pairs:
+            return rows // 2, None
+        sequence_of = sequences_of(inputs)
+        return (rows, None) if sequence_of is None else (int(sequence_of[-1, -1]) + 1, sequence_of)
 
     @contextmanager
     def _tracing_rows(self) -> Iterator[None]:

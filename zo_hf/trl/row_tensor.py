@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-_ELEMENTWISE = (
-    "add sub subtract mul multiply div divide true_divide rsub neg negative pow square sqrt abs exp expm1 log"
-)
-_ELEMENTWISE += " log1p sigmoid logsigmoid log_sigmoid softplus relu tanh clamp clamp_min clamp_max where masked_fill"
+_ELEMENTWISE = "add sub subtract mul multiply div divide true_divide rsub neg negative pow square sqrt abs exp expm1"
 _ELEMENTWISE += (
-    " to float double half bfloat16 type_as contiguous clone detach __add__ __radd__ __sub__ __rsub__ __mul__"
+    " log log1p sigmoid logsigmoid log_sigmoid softplus relu tanh clamp clamp_min clamp_max where masked_fill"
 )
-_ELEMENTWISE += " __rmul__ __truediv__ __rtruediv__ __rdiv__ __neg__ __pow__ __rpow__"
+_ELEMENTWISE += " to float double half bfloat16 type_as contiguous clone detach __add__ __radd__ __sub__ __rsub__"
+_ELEMENTWISE += " __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __neg__ __pow__ __rpow__"
 _SUMS = ("sum", "mean")
 _COPIES = ("to", "float", "double", "clone")
 
@@ -70,6 +68,8 @@ class Marked(Tensor):
             result = func(*args, **kwargs)
             if name == "__get__":  # a property, such as the shape
                 return tree_map(_mixed, result) if isinstance(result, Tensor) else result
+            if name == "__iter__":
+                return iter([row_tensor(part, 0) for part in result])
             if shares is not None:
                 return row_sum(result, shares)
             marked = _marked(name, inputs, args, kwargs, tree_map(plain, result))
@@ -93,7 +93,7 @@ class RowTensor(Marked):
 
 
 class RowSum(Marked):
-    """A sum over the rows of a batch, (), which keeps their shares in it.
+    """A sum over the rows of a batch, (), which keeps their shares in it, or an expanded one.
 
     Attributes:
         shares: the shares, (rows,).
@@ -151,6 +151,9 @@ def _marked(name: str, inputs: list[Marked], args: Sequence[Any], kwargs: Mappin
         return _summed(first, result, name)
     if first.row_of is not None:
         return mixed
+    if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+        fits = args[1].shape == first.shape and len(first) == first.rows
+        return row_tensor(result, first.rows, args[1].nonzero()[:, 0]) if fits else mixed
     if name == "chunk" and len(first) == 2 * first.rows and _value(args, kwargs, 1, "chunks") == 2:
         halves = _value(args, kwargs, 2, "dim") in (0, None)
         return tuple(row_tensor(half, first.rows) for half in result) if halves else mixed
@@ -203,6 +206,8 @@ def _shares(
     sums = [value for value in inputs if isinstance(value, RowSum)]
     if not sums or len(sums) < len(inputs) or any(len(other.shares) != len(sums[0].shares) for other in sums):
         return None
+    if name == "expand" or (name == "mean" and len(args) == 1 and not kwargs):
+        return sums[0].shares  # all elements are the sum
     if name in _COPIES:
         return func(sums[0].shares, *args[1:], **kwargs)
     if kwargs or name not in _LINEAR or (name in _SCALES and (len(sums) > 1 or args[0] is not sums[0])):
