@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from zo_hf.tasks.console import command
+
 
 @dataclass(frozen=True)
 class Command:
@@ -40,14 +42,14 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
     """
 
     def start(argv: list[str], prog: str) -> None:
-        command = import_module(module)
+        job = import_module(module)
         parser = argparse.ArgumentParser(
-            prog, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog, description=job.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_arguments(parser)
+        job.add_arguments(parser)
         args = parser.parse_args(argv)
         try:
-            command.run(args)
+            job.run(args)
         except ValueError as error:
             parser.error(str(error))
 
@@ -84,7 +86,11 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run `zo-hf`; `argv` is the command line without the program's name."""
-    argv = sys.argv[1:] if argv is None else argv
+    with command():
+        _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return

@@ -14,7 +14,7 @@ run.png in --output_dir.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,15 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
+from zo_hf import checkpoint
 from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
+from zo_hf.parallel.agreement import check_agreement
+from zo_hf.parallel.ranks import Ranks
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
+from zo_hf.tasks.console import command
 from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.label_word_loss import LabelWordLoss
@@ -46,8 +50,10 @@ from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_t
 from zo_hf.tasks.run_plot import plot_run
 from zo_hf.tasks.saved_prompt import save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, model_path
+from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
-from zo_hf.trainer.setup import check_model
+from zo_hf.trainer.output_paths import check_folder
+from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
 
 
@@ -65,11 +71,14 @@ def main(
         config_file: a YAML file with this command's defaults.
         description: the text at the top of the help; default: this module's docstring.
     """
-    with wrong_arguments_end_the_command():
-        job, config = parse_arguments(argv, prog, description or __doc__, config_file)
-        task = prepare(job, config)
-    with refusals_end_the_command() as first_step:
-        run(task, config, [first_step])
+    with command():
+        with wrong_arguments_end_the_command():
+            job, config = parse_arguments(argv, prog, description or __doc__, config_file)
+        with command(lambda: what_is_kept(config)):
+            with wrong_arguments_end_the_command():
+                task = prepare(job, config)
+            with refusals_end_the_command() as first_step:
+                run(task, config, [first_step])
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,12 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     Raises:
         AssetError, OSError, ValueError: the model, the sentences or the prompt do not match the options, or the
             options do not go together.
+        ReplicasDiffer: another process was started with other options.
     """
     print_line = line_printer(config)
+    check_agreement(Ranks(grid_of(config)), asdict(job) | common_arguments(config), config.device)
+    if config.should_save:
+        check_folder("--output_dir", config.output_dir)
     sources = choose_sources(job)
     if sources.notice:
         print_line(sources.notice)
@@ -160,6 +173,7 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
     started = time.perf_counter()
     with PeakMemory() as training_memory:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()  # first of all, so that nothing that follows can lose it
     training_seconds = time.perf_counter() - started
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
     after = evaluate(replace(task, model=trainer.model), batch_size)
@@ -186,7 +200,6 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
         "inference_peak_mib": inference_memory.mib,
         "training_peak_mib": training_memory.mib,
     }
-    trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
         is_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
@@ -307,6 +320,17 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
     scores = label_scores(task.model, task.tokenizer, texts, task.prompt, batch_size, task.max_length)
     prior = label_prior(task.model, task.tokenizer, task.prompt)
     return Evaluation(accuracy(scores, labels), accuracy(calibrated(scores, prior), labels), prior)
+
+
+def what_is_kept(config: ZOConfig) -> str:
+    """Return what an interrupted run has left in its folder, and how to go on from it."""
+    try:
+        folder = checkpoint.to_resume(True, config.output_dir)
+    except ValueError:
+        folder = True
+    if folder is True:
+        return f"no checkpoint was kept in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
+    return f"{folder} is kept; the same command with --resume_from_checkpoint {folder} continues from it"
 
 
 def last_logged(log_history: list[dict[str, Any]], key: str) -> float:

@@ -173,14 +173,16 @@ class FinishesFirst(TrainerCallback):
     """Ends the engine before any other callback hears that training has ended, so that they see the final parameters.
 
     Args:
+        check: compares the weights of all processes.
         finish: ends the engine.
     """
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(self, check: Callable[[], None], finish: Callable[[], None]) -> None:
+        self._check, self._finish = check, finish
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Fold the coordinates into the weights, and remove the engine from the model."""
+        """Compare the weights, fold the coordinates into them, and remove the engine from the model."""
+        self._check()
         self._finish()
 
 

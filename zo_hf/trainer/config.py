@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments
 from zo_hf.case import Case
 from zo_hf.compatibility import check, rows_per_direction
 from zo_hf.method_info import option
+from zo_hf.parallel.lost_ranks import set_timeout
 from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.settings import Settings
 from zo_hf.stability.actions import check_action
@@ -157,6 +158,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
             )
         check(Case(settings, vars(self)))
         super().__post_init__()
+        set_timeout(self.ddp_timeout)
 
     def settings(self) -> Settings:
         """The method that these arguments describe.

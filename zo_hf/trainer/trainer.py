@@ -24,7 +24,6 @@ from zo_hf.compatibility import check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.lr_finder.find import LRFinderResult
-from zo_hf.parallel.ranks import naming_lost_ranks
 from zo_hf.parallel.shards import gathered_state_dict
 from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.settings import Settings
@@ -126,10 +125,10 @@ class ZOTrainer(DescribedTrainer):
         resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
         self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.found_learning_rate = None
-        finishes = FinishesFirst(self._finish_zeroth_order)
+        finishes = FinishesFirst(lambda: self._check_weights(self.zo), self._finish_zeroth_order)
         self.callback_handler.callbacks.insert(0, finishes)
         try:
-            with naming_lost_ranks(), self._spending(self.args.learning_rate == "auto"):
+            with self._together(resume_from_checkpoint), self._spending(self.args.learning_rate == "auto"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.callback_handler.callbacks.remove(finishes)
@@ -143,7 +142,7 @@ class ZOTrainer(DescribedTrainer):
         """
         self._resumed_from, self._searches_only = None, True
         try:
-            with self._spending(searches=True):
+            with self._together(), self._spending(searches=True):
                 self._forget_own_optimizer()
                 *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
                 self.create_optimizer()
@@ -202,6 +201,7 @@ class ZOTrainer(DescribedTrainer):
                 zo, self.optimizer, self.args, self.train_dataset, self._facts - {"optimizers"}
             )
         zo.prepare(self.optimizer)
+        self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
         if self._sharding is not None:
@@ -411,6 +411,7 @@ class ZOTrainer(DescribedTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as Trainer does, in a staging folder that is moved to its place when the disk holds all of it."""
+        self._check_weights(self.zo)
         self._files.stage(Path(self._get_output_dir(trial=trial)), self.state)
         try:
             super()._save_checkpoint(model, trial)
