@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import FullInMemory
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 SETTINGS = ("method", "learning_rate", "eps", "seed", "forwards")
 COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directions": 64}
@@ -262,4 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

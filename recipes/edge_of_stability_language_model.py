@@ -39,7 +39,10 @@ from zo_hf.stability.curvature import hessian_trace
 from zo_hf.stability.monitor import StabilityMonitor
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
 SUBSPACES = ("low_rank", "lora")
@@ -186,6 +189,7 @@ def plot(finished: list[dict[str, Any]], path: Path) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
+    check_folder("--figures", args.figures)
     log = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     if not args.plot_only:
         for settings in tqdm([settings for settings in runs(args) if log.find(settings) is None], unit="run"):
@@ -196,10 +200,10 @@ def main(words: list[str] | None = None) -> None:
         return
     text = table(finished)
     (args.output / "table.md").write_text(text, encoding="utf-8")
-    args.figures.mkdir(parents=True, exist_ok=True)
     plot(finished, args.figures / "stability-language-model.png")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

@@ -32,6 +32,8 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.lr_finder.find import SHARE, LRFinderResult, find_learning_rate, forward_passes_of_search
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 SETTINGS = ("problem", "forward_passes", "rate", "seed")
 #: Values in place of a rate: no training, and a rate from the LR finder.
@@ -338,4 +340,5 @@ def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

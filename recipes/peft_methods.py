@@ -37,7 +37,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 CAUSAL = TaskType.CAUSAL_LM
 ATTENTION = ["q_proj", "v_proj"]
@@ -220,4 +222,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

@@ -35,7 +35,9 @@ from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
@@ -246,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.prompts import PROMPT_A, encode_example, label_token_ids
+from zo_hf.trainer.output_paths import check_file
 
 
 def encoded_reviews(
@@ -42,14 +43,19 @@ class FinishedRuns:
     Args:
         path: the file; its folder is created.
         settings: the names of the settings that identify a run.
+        only_read: True if no run will be added.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Sequence[str]) -> None:
+    def __init__(self, path: Path, settings: Sequence[str], only_read: bool = False) -> None:
         self._path, self._settings = path, tuple(settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not only_read:
+            check_file("--output", path)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         complete = text[: text.rfind("\n") + 1]
-        if complete != text:  # the process was killed while it wrote a line
+        if complete != text and not only_read:  # the process was killed while it wrote a line
             path.write_text(complete, encoding="utf-8")
         lines = complete.splitlines()
         self._runs = {self._key(run): run for run in map(json.loads, lines)}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from zo_hf.tasks.console import command
+from zo_hf.tasks.console import command, is_of_a_disk
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def has_main(module: str) -> Callable[[list[str], str], None]:
 def has_arguments(module: str) -> Callable[[list[str], str], None]:
     """Return the start of a command whose module has `add_arguments(parser)` and `run(args)`.
 
-    The module's docstring is the text at the top of its help. A ValueError of `run` becomes an error of the parser.
+    The module's docstring is the text at the top of its help. A ValueError of `run`, or an OSError of a
+    file that it reads, becomes an error of the parser.
     """
 
     def start(argv: list[str], prog: str) -> None:
@@ -52,6 +53,10 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
             job.run(args)
         except ValueError as error:
             parser.error(str(error))
+        except OSError as error:
+            if is_of_a_disk(error):
+                raise
+            parser.error(str(error).partition("\n")[0])  # a model or a file that the options name cannot be read
 
     return start
 

@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trajectory.log import Trajectory, TrajectoryError
 from zo_hf.trajectory.replay import replay, verify
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.verify and (args.model is None or args.output is None):
         raise ValueError("a replay needs --model BASE and --output DIR; give both, or --verify to only check the log.")
     trajectory = verify(args.log, until=args.until)
+    if not args.verify:
+        check_output(args.output, args.model, trajectory)
     print(summary(trajectory))
     if args.model is None:
         return
@@ -51,6 +54,24 @@ def run(args: argparse.Namespace) -> None:
     model.save_pretrained(args.output)
     _save_tokenizer(args.model, args.revision, args.output)
     print(f"replayed {len(trajectory.records)} steps and saved the model in {args.output}")
+
+
+def check_output(output: Path, model: str, trajectory: Trajectory) -> None:
+    """Refuse a folder that cannot be written, or in which the replayed model would replace one that it depends on.
+
+    Raises:
+        ValueError: the folder is one of these.
+    """
+    place, log = output.resolve(), trajectory.path.resolve().parent
+    if place in (log, log.parent):
+        raise ValueError(
+            f"--output {output} is the folder of the run, whose own model may be there; name another folder."
+        )
+    if Path(model).is_dir() and place == Path(model).resolve():
+        raise ValueError(
+            f"--output {output} is the base model's own folder, which would be overwritten; name another one."
+        )
+    check_folder("--output", output)
 
 
 def summary(trajectory: Trajectory) -> str:

@@ -114,10 +114,15 @@ def _one_sentence(kept: Callable[[], str]) -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def is_of_a_disk(error: OSError) -> bool:
+    """Return whether a disk has refused to be written to."""
+    return error.errno in _DISK
+
+
 def _disk_error(error: Exception) -> str | None:
     """Return what a disk has refused, or None if the error is another one."""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.filename or 'a file'} cannot be written ({os.strerror(error.errno)})"
+    if isinstance(error, OSError) and is_of_a_disk(error):
+        return f"{error.filename or 'a file'} cannot be written ({error.strerror})"
     # safetensors and torch raise errors of their own, with the system's words.
     words = next((os.strerror(number) for number in _DISK if os.strerror(number) in str(error)), None)
     return None if words is None else f"a file cannot be written ({words})"

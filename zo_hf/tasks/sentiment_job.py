@@ -48,13 +48,17 @@ from zo_hf.tasks.progress import LossAndAccuracyBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
-from zo_hf.tasks.saved_prompt import save_prompt
+from zo_hf.tasks.saved_prompt import FILE_NAME, save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, model_path
 from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
+
+PATHS = ("model_name_or_path", "train_file", "validation_file")
+#: Files that a run writes at its end, beside the model.
+WRITTEN = (FILE_NAME, "metrics.json", "run.png")
 
 
 def main(
@@ -126,9 +130,11 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
         ReplicasDiffer: another process was started with other options.
     """
     print_line = line_printer(config)
-    check_agreement(Ranks(grid_of(config)), asdict(job) | common_arguments(config), config.device)
+    # Paths may differ between machines; what they lead to is compared later.
+    alike = {name: value for name, value in asdict(job).items() if name not in PATHS}
+    check_agreement(Ranks(grid_of(config)), alike | common_arguments(config), config.device)
     if config.should_save:
-        check_folder("--output_dir", config.output_dir)
+        check_folder("--output_dir", config.output_dir, *WRITTEN)
     sources = choose_sources(job)
     if sources.notice:
         print_line(sources.notice)

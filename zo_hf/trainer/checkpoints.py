@@ -22,6 +22,7 @@ from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.subspaces.lora import save_adapter, with_saved_adapter
 from zo_hf.subspaces.peft_methods import has_own_adapter, is_peft
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.weights import load_adapters, load_weights
 from zo_hf.trajectory import recorder
 
@@ -204,8 +205,11 @@ def check_saveable(model: nn.Module, config: ZOConfig) -> None:
     """Refuse a run whose first checkpoint could not be written.
 
     Raises:
-        ValueError: several of the model's own adapters are active, of which transformers saves only one.
+        ValueError: the folder cannot be written, or several of the model's own adapters are active, of which transformers
+            saves only one.
     """
+    if config.save_strategy != "no" and config.should_save:
+        check_folder("output_dir", config.output_dir)
     active = model.active_adapters() if has_own_adapter(model) else []  # type: ignore[operator]
     if len(active) > 1 and config.save_strategy != "no" and not config.save_only_trajectory:
         raise ValueError(

@@ -8,12 +8,13 @@ import tempfile
 from pathlib import Path
 
 
-def check_folder(option: str, folder: str | Path) -> None:
+def check_folder(option: str, folder: str | Path, *names: str) -> None:
     """Make a folder, and try to write in it.
 
     Args:
         option: the option that names the folder, for the message.
         folder: the folder; missing parents are made.
+        names: files that will be written there.
 
     Raises:
         ValueError: nothing can be written there; the message gives the reason.
@@ -23,9 +24,11 @@ def check_folder(option: str, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
+        for name in names:
+            check_file(option, folder / name)
     except FileExistsError as error:
         raise ValueError(f"{option} {folder} is a file; name a folder.") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _refusal(option, folder, error, "folder") from error
 
 
@@ -59,6 +62,5 @@ def check_file(option: str, path: str | Path) -> None:
         raise _refusal(option, path, error, "file") from error
 
 
-def _refusal(option: str, path: Path, error: Exception, kind: str) -> ValueError:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    return ValueError(f"{option} {str(path)!r} cannot be written ({reason}); name a {kind} that can.")
+def _refusal(option: str, path: Path, error: OSError, kind: str) -> ValueError:
+    return ValueError(f"{option} {path} cannot be written ({error.strerror}); name a {kind} that can.")

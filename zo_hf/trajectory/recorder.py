@@ -29,8 +29,8 @@ from zo_hf.parallel.shards import is_sharded_model
 from zo_hf.subspaces import Adapter
 from zo_hf.subspaces.peft_methods import active_adapter
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
-from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
-from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps, verify
+from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, read_trajectory
+from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     state = checkpoint.read_state(checkpoint_folder)
     checkpoint.check_settings(zo, state, checkpoint_folder)
     step = state["engine"]["step"]
-    trajectory = verify(find_log(checkpoint_folder), until=step)
+    trajectory = read_trajectory(checkpoint_folder, until=step)
     path = trajectory.path
     if trajectory.crc_at(step) != state["trajectory"]:
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
