@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
@@ -226,5 +226,5 @@ def plot(finished: FinishedRuns, older: FinishedRuns | None, args: argparse.Name
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

@@ -27,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -264,5 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

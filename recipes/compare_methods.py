@@ -42,7 +42,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from common.method_report import REFERENCE, Result, plot, table
 from common.method_runs import SETTINGS, Job, run
 from tqdm import tqdm
@@ -454,5 +454,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

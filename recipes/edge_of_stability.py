@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
@@ -425,5 +425,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, encoded_reviews
+from common.experiments import FinishedRuns, encoded_reviews, finished_runs_are_kept
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,5 +205,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 
 from zo_hf import ZOConfig
@@ -340,5 +340,5 @@ def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -222,5 +222,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

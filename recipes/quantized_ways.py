@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -248,5 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with command(), refusals_end_the_command():
+    with command(finished_runs_are_kept), refusals_end_the_command():
         main()

@@ -74,6 +74,11 @@ class FinishedRuns:
         return tuple(run[name] for name in self._settings)
 
 
+def finished_runs_are_kept() -> str:
+    """Return what an interrupted comparison has left behind."""
+    return "the finished runs are kept, and the same command continues with the next"
+
+
 class StopWhenDiverged(TrainerCallback):
     """Ends a run when its logged loss exceeds a limit or is NaN.
 

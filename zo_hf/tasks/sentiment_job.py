@@ -121,6 +121,15 @@ class Evaluation:
     prior: Tensor
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Time of a training in seconds, and the peak memory of training and of inference in MiB."""
+
+    seconds: float
+    training_mib: float
+    inference_mib: float
+
+
 def prepare(job: JobArguments, config: ZOConfig) -> Task:
     """Load the model and the sentences; if the embedded default is used, the first printed line says so.
 
@@ -179,17 +188,32 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
     started = time.perf_counter()
     with PeakMemory() as training_memory:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()  # first of all, so that nothing that follows can lose it
     training_seconds = time.perf_counter() - started
+    trainer.save_model()  # first of all, so that nothing that follows can lose it
+    with command(lambda: f"the trained model is saved in {config.output_dir}, and its evaluation is not"):
+        spent = Spent(training_seconds, training_memory.mib, inference_memory.mib)
+        return report(task, config, trainer, before, spent)
+
+
+def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation, spent: Spent) -> dict[str, Any]:
+    """Evaluate the trained model, print and write the results, and return the content of metrics.json.
+
+    Args:
+        task: the model and the sentences.
+        config: the options of the trainer.
+        trainer: the trainer, after training.
+        before: the evaluation before training.
+        spent: the time and the memory of the training.
+    """
+    print_line, batch_size = line_printer(config), config.per_device_eval_batch_size
+    majority = majority_accuracy(task.sentences.held_out["label"][:])
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
     after = evaluate(replace(task, model=trainer.model), batch_size)
     print_line(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
     if trainer.found_learning_rate is not None:
         print_line(f"rate       {one_line(trainer.found_learning_rate)}")
-    print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
-    print_line(
-        f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference"
-    )
+    print_line(f"cost       {forward_passes:.0f} forward passes, {spent.seconds:.0f} s")
+    print_line(f"memory     {spent.training_mib:.0f} MiB peak in training, {spent.inference_mib:.0f} MiB in inference")
 
     metrics = {
         "model": task.model_name,
@@ -202,9 +226,9 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
         "accuracy": after.accuracy,
         "calibrated_accuracy": after.calibrated_accuracy,
         "forward_passes": forward_passes,
-        "training_seconds": training_seconds,
-        "inference_peak_mib": inference_memory.mib,
-        "training_peak_mib": training_memory.mib,
+        "training_seconds": spent.seconds,
+        "inference_peak_mib": spent.inference_mib,
+        "training_peak_mib": spent.training_mib,
     }
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
