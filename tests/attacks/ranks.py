@@ -238,7 +238,7 @@ ARGUMENTS: dict[str, Any] = {
     "eval_on_start": True,
     "eval_accumulation_steps": 1,
     "prediction_loss_only": True,
-    "batch_eval_metrics": False,
+    "batch_eval_metrics": True,
     "save_strategy": "no",
     "save_steps": 2,
     "save_only_model": True,
@@ -249,7 +249,6 @@ ARGUMENTS: dict[str, Any] = {
     "dataloader_drop_last": True,
     "remove_unused_columns": False,
     "train_sampling_strategy": "sequential",
-    "neftune_noise_alpha": 1.0,
     "save_only_trajectory": True,
     "zo_subspace": "full",
     "zo_rank": 2,
@@ -278,7 +277,7 @@ ARGUMENTS: dict[str, Any] = {
 TOGETHER: dict[str, dict[str, Any]] = {
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_restarts"},
     "optim_args": {"optim": "sgd"},
-    "zo_momentum": {"zo_rule": "muon", "zo_num_directions": 1},
+    "zo_momentum": {"zo_rule": "muon", "zo_num_directions": 2},
     "zo_estimator": {"zo_rows_per_direction": 0},
     "zo_num_directions": {"zo_rows_per_direction": 0},
     "zo_stability_steps": {"zo_rows_per_direction": 0},
@@ -315,8 +314,8 @@ for name, value, shared in json.loads(sys.argv[2]):
     try:
         make_trainer(folder / "out", **options | ({name: value} if rank == 1 else {})).train()
         said[name] = "trained"
-    except RuntimeError as error:
-        said[name] = str(error)
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
 (folder / f"said-{rank}.json").write_text(json.dumps(said))
 """
 GROUP = 12
@@ -340,7 +339,7 @@ def _argument(name: str, folder: Path) -> str | None:
     first, second = (said.get(name, "") for said in _said(list(ARGUMENTS).index(name) // GROUP))
     if first != second:
         return f"not the same sentence: {first!r}, {second!r}"
-    right = first.startswith("the processes of this run disagree") and f"{name} is " in first
+    right = first.startswith("ReplicasDiffer: the processes of this run disagree") and f"{name} is " in first
     return None if right else f"it said {first!r}"
 
 

@@ -73,14 +73,20 @@ def _differences(everyone: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(name for facts in everyone for name in facts):
         for rank, facts in enumerate(everyone):
             if (name in facts, facts.get(name)) != (name in first, first.get(name)):
-                found.append(f"{name} is {_shown(first, name)} on rank 0 and {_shown(facts, name)} on rank {rank}")
+                this, that = _shown(first, facts, name)
+                found.append(f"{name} is {this} on rank 0 and {that} on rank {rank}")
                 break
     more = len(found) - SHOWN
     return ", ".join(found[:SHOWN]) + (f", and {more} more" if more > 0 else "")
 
 
-def _shown(facts: Mapping[str, Any], name: str) -> str:
-    if name not in facts:
-        return "absent"
-    text = repr(facts[name])
-    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
+def _shown(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> list[str]:
+    """Return two values as texts, cut to the place where they differ."""
+    texts = [repr(facts[name]) if name in facts else "absent" for facts in (first, second)]
+    alike = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+    start = max(0, alike - WIDTH // 2) if max(map(len, texts)) > WIDTH else 0
+    shown = []
+    for text in texts:
+        cut = text[start : start + WIDTH]
+        shown.append("..." * (start > 0) + cut + "..." * (start + WIDTH < len(text)))
+    return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from time import monotonic
 
 from torch import distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed import distributed_c10d
 
 #: Seconds in which a process that lives says so when another one is lost.
 GRACE = 5.0
+#: The rank whose process holds the store through which processes find each other, unless a launcher holds it.
+HOLDER = 0
 
 
 class RankLost(RuntimeError):
@@ -53,15 +56,22 @@ def silent_ranks() -> list[int]:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    own, silent = dist.get_rank(), set(range(dist.get_world_size()))
-    deadline = monotonic() + GRACE
+    own, others = dist.get_rank(), set(range(dist.get_world_size())) - {dist.get_rank()}
+    # A store whose process is stopped never answers, whatever its time limit, so another thread asks.
+    found: list[list[int]] = []
+    thread = Thread(target=lambda: found.append(_silent_among(own, others)), daemon=True)
+    thread.start()
+    thread.join(GRACE + 2)
+    return found[0] if found else [HOLDER]
+
+
+def _silent_among(own: int, silent: set[int]) -> list[int]:
+    store, deadline = distributed_c10d._get_default_store(), monotonic() + GRACE
     try:
-        store = distributed_c10d._get_default_store()
         store.set(_key(own), "")
         store.wait([_key(own)], timedelta(seconds=GRACE))
     except RuntimeError:  # the store is gone with the process that holds it
-        return [] if own == 0 else [0]
-    silent.discard(own)
+        return [HOLDER]
     while silent and monotonic() < deadline:
         for rank in sorted(silent):
             try:

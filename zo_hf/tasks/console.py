@@ -75,26 +75,31 @@ class LastingStream:
 def command(kept: Callable[[], str] = lambda: "nothing was saved") -> Iterator[None]:
     """Enter a context in which a command runs.
 
-    Neither standard output nor standard error can end it. Ctrl-C and a full disk end it with one sentence. Inside another such context only the sentences are its own.
+    Neither standard output nor standard error can end it. Ctrl-C and a full disk end it with one sentence. Inside another
+    such context only the sentences are its own.
 
     Args:
         kept: returns, after Ctrl-C, what the work so far has left behind.
     """
-    nested = isinstance(sys.stdout, LastingStream)
+    if isinstance(sys.stdout, LastingStream):
+        with _one_sentence(kept):
+            yield
+        return
     before = sys.stdout, sys.stderr
-    if not nested:
-        _open_missing_descriptors()
-        sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
-    out = sys.stdout
+    _open_missing_descriptors()
+    out, errors = sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
         with _one_sentence(kept):
             yield
+    except SystemExit as end:
+        out.flush()
+        if end.code or out.error is None:
+            raise
     finally:
-        if not nested:
-            out.flush()
-            sys.stderr.flush()
-            sys.stdout, sys.stderr = before
-    if not nested and isinstance(out, LastingStream) and out.error is not None:
+        out.flush()
+        errors.flush()
+        sys.stdout, sys.stderr = before
+    if out.error is not None:
         _end_without_output(out.error)
 
 
@@ -144,7 +149,7 @@ def _open_missing_descriptors() -> None:
         os.close(number)
 
 
-def _lasting(stream: Any) -> Any:
+def _lasting(stream: Any) -> LastingStream:
     """Wrap a stream; None, which Python has for a closed one, becomes a stream into nothing."""
     if stream is None:
         stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

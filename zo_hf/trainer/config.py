@@ -118,8 +118,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_check_steps: int = option(
         100,
-        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares. Each "
-        "comparison covers a part of the weights.",
+        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares weights. Each "
+        "of these covers a part of the weights. All of them are compared before the first step, before every checkpoint, "
+        "and at the end.",
     )
 
     # Stability.
