@@ -173,7 +173,9 @@ COMMANDS = {
     "plan-help": Command(lambda folder: ["plan", "--help"]),
     "methods": Command(lambda folder: ["methods"]),
     "methods-json": Command(lambda folder: ["methods", "--format", "json"]),
-    "plan": Command(lambda folder: ["plan", str(given() / "config.json"), "--gpu-memory", "1GB", "--sequence-length", "32"]),
+    "plan": Command(
+        lambda folder: ["plan", str(given() / "config.json"), "--gpu-memory", "1GB", "--sequence-length", "32"]
+    ),
     "predict": Command(lambda folder: ["predict", str(given() / "model"), "un film très beau — ½ ★ 好", "dull ."]),
     "verify": Command(lambda folder: ["replay", str(given() / "run"), "--verify"]),
     "replay": Command(lambda folder: replay(folder / "tuned"), ["tuned/model.safetensors"]),
