@@ -14,7 +14,6 @@ probe has moved, makes the slope differ from c. The table also shows the paramet
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from zo_hf import ZerothOrder
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of models in transformers")
     chosen = parser.parse_args(arguments)
     logging.getLogger("zo_hf").setLevel(logging.ERROR)

@@ -28,6 +28,7 @@ from common.experiments import FinishedRuns, finished_runs_are_kept
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -142,7 +143,7 @@ def train(task: str, subspace: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="steps of a run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     parser.add_argument("--before", type=Path, help="runs.jsonl of another version, to compare with")

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import FullInMemory
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 
@@ -54,7 +55,7 @@ POINTS = 20
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--forwards", type=int, default=100_000, help="forward passes of a run (%(default)s)")
     rates = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]

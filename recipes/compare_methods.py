@@ -54,6 +54,7 @@ from zo_hf.estimators import ESTIMATORS
 from zo_hf.rules import RULES
 from zo_hf.subspaces import SUBSPACES
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 from zo_hf.trainer.output_paths import check_folder
@@ -140,7 +141,7 @@ METHODS = {
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
     names = ", ".join(METHODS)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from zo_hf import ZerothOrder
 from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
 from zo_hf.subspaces import FullInMemory
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 from zo_hf.trainer.output_paths import check_folder
@@ -56,7 +57,7 @@ DIVERGED = 1e3  # a run has diverged when its loss is this many times the initia
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=["cnn", "vit", "lstm"], help="networks (%(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods (all)")

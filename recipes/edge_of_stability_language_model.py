@@ -39,6 +39,7 @@ from zo_hf.stability.curvature import hessian_trace
 from zo_hf.stability.monitor import StabilityMonitor
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -52,7 +53,7 @@ DIVERGED = 10.0  # a run has diverged when its loss is this many times the initi
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
     add("--subspaces", nargs="+", choices=SUBSPACES, default=list(SUBSPACES), help="subspaces (all)")

@@ -14,7 +14,6 @@ an interrupted comparison continues, table.md and find_lr.png.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.lr_finder.find import SHARE, LRFinderResult, find_learning_rate, forward_passes_of_search
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 
@@ -237,7 +237,7 @@ def search(problem: Problem, zo: ZerothOrder, optimizer: torch.optim.Optimizer, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="folder or name of a causal language model")
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="names of the problems; default: all")
     parser.add_argument(

@@ -32,7 +32,9 @@ QUORUMS = (1.0, 0.99, 0.95, 0.9, 0.75)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--workers", type=int, default=1000, help="workers in the fleet (%(default)s)")
     add("--steps", type=int, default=300, help="steps to simulate (%(default)s)")

@@ -14,7 +14,6 @@ distances.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.quantization import quantized_layers
 from zo_hf.quantization.bitsandbytes_int8 import BitsAndBytesInt8
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -37,7 +37,7 @@ from zo_hf.trainer.output_paths import check_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M"
     )

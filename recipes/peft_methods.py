@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -65,7 +66,7 @@ SETTINGS = ("model", "method", "factor", "steps", "seed", "batch_size")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="a causal language model with Llama's layers; default: the embedded SmolLM2-135M")
     names = list(METHODS)

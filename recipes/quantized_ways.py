@@ -35,6 +35,7 @@ from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
 from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -58,7 +59,7 @@ SETTINGS = ("model", "way", "format", "seed", "learning_rate", "steps", "batch_s
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
     ways, formats = list(WAYS), list(FORMATS)

@@ -28,7 +28,9 @@ def test_the_config_has_every_setting_with_its_help_and_default(setting) -> None
         return  # Trainer's own
     option = OF_CONFIG[f"zo_{setting.name}"]
     assert option.metadata["help"] == setting.metadata["help"]
-    assert option.default == ("auto" if setting.name in ("eps", "rows_per_direction") else setting.default)
+    assert option.default == (
+        "auto" if setting.name in ("eps", "rows_per_direction", "direction") else setting.default
+    )
 
 
 def test_a_config_gives_its_settings(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_no_two_methods_share_a_name() -> None:
     "option", ["subspace", "estimator", "direction", "rule", "coordinate_order", "batched_probes"]
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(option: str) -> None:
-    with pytest.raises(ValueError, match=rf"zo_{option}='other' is unknown; choose one of \w+, "):
+    with pytest.raises(ValueError, match=rf"zo_{option}='other' (is unknown; choose|must be) one of \w+, "):
         Settings(**{option: "other"})
 
 
@@ -131,3 +133,20 @@ def test_a_checkpoint_from_before_an_option_is_continued_with_its_default(tmp_pa
     other = ZerothOrder(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), direction="layers", normalize=True)
     with pytest.raises(ValueError, match=r"zo_normalize=False and this run has zo_normalize=True"):
         checkpoint.check_settings(other, {"settings": older}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "direction"),
+    [
+        ({}, "rademacher"),
+        ({"zo_rows_per_direction": 2}, "rademacher"),
+        ({"zo_rows_per_direction": 0}, "gaussian"),
+        ({"zo_subspace": "full"}, "gaussian"),
+        ({"zo_direction": "gaussian"}, "gaussian"),
+        # HiZOO learns from the squares of a direction's entries.
+        ({"zo_rows_per_direction": 1, "zo_rule": "curvature", "zo_estimator": "second_difference"}, "gaussian"),
+        ({"zo_estimator": "coordinate"}, "gaussian"),
+    ],
+)
+def test_auto_draws_signs_for_rows(tmp_path: Path, given: dict, direction: str) -> None:
+    assert config(tmp_path, **given).settings().direction == direction

@@ -13,44 +13,86 @@ their coordinates are the model's own weights.
 With `save_only_trajectory` a checkpoint holds no tensors, only the engine's numbers and a copy of the trajectory. Resuming
 replays that trajectory (see `trajectory/recorder.py`).
 
-A checkpoint is written in a staging folder, flushed to the disk, and then renamed, so that it is complete or absent. A
-folder that something else wrote may be cut off. Trainer writes trainer_state.json last: a folder in which that file is
-readable is complete.
+A checkpoint is written in a staging folder, flushed to the disk, and then renamed, so that it is complete or absent. A list
+of its files goes with it (see `trainer/manifest.py`), by which later damage is seen.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.parallel.checksum import saved_hash
 from zo_hf.parallel.shards import is_sharded, local_part, part_of, reshard
 from zo_hf.settings import SAVED_DEFAULTS
+from zo_hf.subspaces import adapter_config
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
-
-logger = logging.getLogger(__name__)
+from zo_hf.untrusted import plain_json
+from zo_hf.untrusted.fields import (
+    Fits,
+    brief,
+    either,
+    first_misfit,
+    is_flag,
+    is_number,
+    is_object,
+    is_text,
+    list_of,
+    maybe,
+    number,
+    object_of,
+    one_of,
+    whole,
+)
+from zo_hf.untrusted.tensors import read_tensors
 
 STATE_FILE = "zo_state.json"
-ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 COORDINATES_FILE = "zo_coordinates.safetensors"
 RULE_FILE = "zo_rule.safetensors"
 BASE_FILE = "zo_base.safetensors"
+
+
+# Numbers that follow from losses, and may overflow with them.
+_MEASURED = either(is_number, lambda value: isinstance(value, float))
+_STATE: dict[str, Fits] = {
+    "settings": maybe(is_object),
+    "engine": maybe(is_object),
+    "trajectory": maybe(whole(0, (1 << 32) - 1)),
+    "learning_rate": maybe(is_number),
+    "learning_rates": maybe(list_of(is_number, 1)),
+    "seconds": maybe(number(0.0, 1e12)),
+    "drawn_at": maybe(whole(0, (1 << 32) - 1)),
+    "at_origin": maybe(is_flag),
+    "weights": maybe(is_text),
+    "data": maybe(lambda value: object_of(whole(0, 1 << 40))(value) and value.keys() >= {"passes", "batches"}),
+}
+_ENGINE: dict[str, Fits] = {
+    "step": whole(0, (1 << 32) - 1),
+    "forward_passes": whole(),
+    "skipped_steps": whole(),
+    "batched": maybe(either(is_flag, one_of("auto"))),
+    "pending_decay": object_of(_MEASURED),
+    "normalization": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),
+    "normalisation": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),  # as 0.1.0 spelled it
+    "distribution": maybe(object_of(_MEASURED)),
+    "still": maybe(list_of(is_text)),
+    "row_groups": maybe(list_of(lambda value: True, 5, 6)),
+    "curvature": maybe(is_object),
+}
 
 
 STAGING = "_unfinished-checkpoint"  # begins with _, which Trainer does not upload
@@ -71,7 +113,7 @@ class Staging:
 
     def clear(self) -> None:
         """Remove what a killed run has left, and make the folder."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        clear(self.folder.parent)
         self.folder.mkdir(parents=True)
 
     def publish(self) -> None:
@@ -98,7 +140,7 @@ class CheckpointWriter:
     """Writes the engine's files of checkpoints, and remembers the last base file so that the next checkpoint shares it."""
 
     def __init__(self) -> None:
-        self._last_base: tuple[int, Path] | None = None
+        self._last_base: tuple[int, Path, int] | None = None
 
     def save(
         self,
@@ -155,76 +197,46 @@ class CheckpointWriter:
     def moved(self, before: Path, after: Path) -> None:
         """Take note that a folder written by `save` has moved to its final place."""
         if self._last_base is not None and self._last_base[1].parent == before:
-            self._last_base = (self._last_base[0], after / self._last_base[1].name)
+            drawn_at, path, crc = self._last_base
+            self._last_base = (drawn_at, after / path.name, crc)
 
     def _save_base(self, drawn_at: int, base: dict[str, Tensor], path: Path) -> None:
         if self._last_base is not None:
-            last_drawn_at, previous = self._last_base
+            last_drawn_at, previous, crc = self._last_base
             if last_drawn_at == drawn_at and previous.exists():
                 try:
                     os.link(previous, path)
                 except OSError:  # the file system has no hard links
                     shutil.copyfile(previous, path)
-                self._last_base = (drawn_at, path)  # the previous folder may be rotated away before the next
-                return
+                if file_crc(path) == crc:  # else it was damaged since
+                    # The previous folder may be rotated away before the next checkpoint.
+                    self._last_base = (drawn_at, path, crc)
+                    return
+                path.unlink()
         save_file(_detached(base), path)
-        self._last_base = (drawn_at, path)
+        self._last_base = (drawn_at, path, file_crc(path))
 
 
-def to_resume(asked: str | bool | None, output_dir: str) -> str | bool | None:
-    """Return the checkpoint folder to resume from.
-
-    Args:
-        asked: a folder, or True for the last complete checkpoint in `output_dir`.
-        output_dir: the run's folder.
-
-    Raises:
-        ValueError: the given folder, or every checkpoint in `output_dir`, was cut off while it was written.
-    """
-    if asked is True:
-        folders = _folders(Path(output_dir))
-        for folder in folders:
-            if is_complete(folder):
-                return str(folder)
-            logger.warning("%s was cut off while it was written; resuming from the checkpoint before it", folder)
-        if folders:
-            raise ValueError(
-                f"resume_from_checkpoint=True finds no complete checkpoint in {output_dir}; leave it out to start anew."
-            )
-    elif asked and Path(asked).is_dir() and not is_complete(Path(asked)):
-        raise ValueError(
-            f"resume_from_checkpoint={str(asked)!r} has no readable {TRAINER_STATE_NAME}, so it was cut off while it was "
-            "written; pass resume_from_checkpoint=True for the last complete one."
-        )
-    return asked
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether a checkpoint is complete."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+def file_crc(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's folder from where a checkpoint is about to be written, so that their files do not mix.
 
-    Overwriting the files instead would damage complete checkpoints, which may share them as hard links.
+    Overwriting the files instead would damage complete checkpoints, which may share them as hard links. Of a symbolic link
+    only the link is removed.
     """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # first, so that a half-removed folder looks incomplete
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folders(output_dir: Path) -> list[Path]:
-    """Return Trainer's checkpoint folders, last step first."""
-    steps = {}
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if number and folder.is_dir():
-            steps[int(number[1])] = folder
-    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def load(zo: ZerothOrder, folder: Path) -> bool:
@@ -234,27 +246,40 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
         False, with nothing changed, if the folder has no engine state.
 
     Raises:
-        ValueError: the checkpoint was written with other settings; the message names the first that differs.
+        ValueError: the checkpoint was written with other settings, or is damaged; the message names the first setting that
+            differs, or the file.
     """
     if not (folder / STATE_FILE).exists():
         return False
     state = read_state(folder)
     check_settings(zo, state, folder)
-    subspace = zo.subspace
+    _check_names(zo, state, folder)
     reshard(zo.model)
+    subspace = zo.subspace
+    coordinates: dict[str, Tensor] = dict(subspace.coordinates)
+    base = subspace.base_tensors() if isinstance(subspace, Folded) else {}
+    targets = {folder / COORDINATES_FILE: coordinates, folder / BASE_FILE: base}
+    targets = {path: tensors for path, tensors in targets.items() if tensors and path.exists()}
+    # Everything is read before anything of the model is written.
+    read = {path: _read(path, tensors) for path, tensors in targets.items()}
+    rule_file = folder / RULE_FILE
+    rule = _read(rule_file, zo.rule.state(), whole_file=True) if rule_file.exists() else None
+    try:
+        zo.load_state_dict(state["engine"])
+        if rule is not None:
+            zo.rule.load_state(rule)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the state in {folder} is not one of this method; resume from another checkpoint."
+        ) from error
     with torch.no_grad():
-        if (folder / COORDINATES_FILE).exists():
-            _copy(load_file(folder / COORDINATES_FILE), dict(subspace.coordinates))
-        if (folder / BASE_FILE).exists() and isinstance(subspace, Folded):
-            _copy(load_file(folder / BASE_FILE), subspace.base_tensors())
+        for path, tensors in targets.items():
+            _copy(read[path], tensors)
     if isinstance(subspace, Folded):
         subspace.draw_bases(state["drawn_at"])
         subspace.coordinates_changed()
         if state["at_origin"]:
             subspace.set_origin()
-    zo.load_state_dict(state["engine"])
-    if (folder / RULE_FILE).exists():
-        zo.rule.load_state(load_file(folder / RULE_FILE))
     if isinstance(subspace, Adapter):  # only now, because the adapter's weights have had another dtype until training
         check_weights(zo.model, folder)
     return True
@@ -303,9 +328,13 @@ def load_adapter(model: nn.Module, folder: Path) -> bool:
     path = folder / COORDINATES_FILE
     if not computes_its_prompt(model) or not path.exists():
         return False
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = _read(path, {}, whole_file=True)
+    for name, tensor in saved.items():
+        if name not in named or named[name].shape != tensor.shape:
+            raise ValueError(f"{path} is of another adapter than this model's; resume from another checkpoint.")
     with torch.no_grad():
-        for name, tensor in load_file(path).items():
+        for name, tensor in saved.items():
             named[name].copy_(tensor)
     return True
 
@@ -317,10 +346,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     path = folder / STATE_FILE
+    if not path.exists():
+        return {}
     try:
-        state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        # Measurements may not be finite, and Python writes them as they are.
+        state: dict[str, Any] = plain_json.read(path, finite=False)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged; resume from another checkpoint.") from error
+    wrong = first_misfit(state, _STATE) if is_object(state) else "everything"
+    if wrong is None and state.get("engine") is not None:
+        wrong = first_misfit(state["engine"], _ENGINE)
+    if wrong is not None:
+        raise ValueError(
+            f"{path} is damaged, because {wrong} has a value that no run writes; resume from another checkpoint."
+        )
     engine = state.get("engine", {})
     if "normalisation" in engine:  # as zo_hf 0.1.0 spelled it
         engine["normalization"] = engine.pop("normalisation")
@@ -334,7 +373,7 @@ def is_only_trajectory(folder: Path) -> bool:
 
 def holds_adapter(folder: Path) -> bool:
     """Return whether a checkpoint's model is an adapter in PEFT's format."""
-    return (folder / ADAPTER_CONFIG_NAME).exists()
+    return (folder / adapter_config.FILE).exists()
 
 
 def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None:
@@ -344,14 +383,46 @@ def check_settings(zo: ZerothOrder, state: dict[str, Any], folder: Path) -> None
         ValueError: a setting differs; the message names the first one.
     """
     # An option that is newer than the checkpoint had no other value than its default then.
-    saved = SAVED_DEFAULTS | state["settings"]
+    saved = SAVED_DEFAULTS | (state.get("settings") or {})
     # The rows of a direction may follow from the other settings.
     for name, now in sorted(zo.saved_settings().items(), key=lambda item: item[0] == "zo_rows_per_direction"):
         then = saved.get(name)
         if then != now:
             raise ValueError(
-                f"{folder} was written with {name}={then!r} and this run has {name}={now!r}; resume with the same value."
+                f"{folder} was written with {name}={brief(then)} and this run has {name}={now!r}; resume with the same value."
             )
+
+
+def _check_names(zo: ZerothOrder, state: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a state that lacks what every engine needs, or names parameters that do not move.
+
+    Raises:
+        ValueError: it does; the message names the checkpoint.
+    """
+    engine = state.get("engine")
+    names = {*engine["pending_decay"], *(engine.get("still") or ())} if engine is not None else {""}
+    drawn = not isinstance(zo.subspace, Folded) or (state.get("drawn_at") is not None and "at_origin" in state)
+    if not names <= set(zo.subspace.coordinates) or not drawn:
+        raise ValueError(f"the state in {folder} is not one of this method; resume from another checkpoint.")
+
+
+def _read(path: Path, like: Mapping[str, Tensor], whole_file: bool = False) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors, which must have the shapes of those that are like them.
+
+    Args:
+        path: the file.
+        like: tensors with the shapes to expect, by name.
+        whole_file: also return tensors that `like` lacks.
+
+    Raises:
+        ValueError: the file cannot be read, or a tensor is missing or unlike; the message names the file.
+    """
+    shapes = {name: tensor.shape for name, tensor in like.items()}
+    try:
+        tensors = read_tensors(path, shapes)
+        return tensors | read_tensors(path) if whole_file else tensors
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this run, because {error}; resume from another checkpoint.") from error
 
 
 def _detached(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -22,15 +22,16 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.flat_loss import FlatLossWarning
 from zo_hf.evaluation.rows import RowGroups
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.parallel.signals import make_steps_whole, whole
 from zo_hf.rng import Stream, StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rules import ScalarNormalization
 from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
 from zo_hf.settings import Settings, method_of
 from zo_hf.subspaces import SUBSPACES, Folded, LowRank, Subspace
+from zo_hf.subspaces.folded import decay_of_step
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
-from zo_hf.subspaces.sites import is_decayed
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,7 @@ class ZerothOrder:
         self.evaluator = ProbeEvaluator(False if self.estimator.needs_tangents else settings.batched_probes)
         self.ranks = ranks if ranks is not None else Ranks()
         self.evaluator.all_reduce_and = self.ranks.all_reduce_and
-        self.step = 0
-        self.skipped_steps = 0
+        self.step, self.skipped_steps = 0, 0
         self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None
         self._curvature_losses: Tensor | None = None
@@ -128,7 +128,8 @@ class ZerothOrder:
         self._pending_decay: dict[str, float] = {}
         self._flat_loss = FlatLossWarning()
         self._reads = SettledReads(subspace, self.ranks)
-        every = settings.noise_scale_steps
+        # A step that looks back takes the directions of earlier steps, and cannot tell which of those rows have shared.
+        every = settings.noise_scale_steps if self.rule.points == 1 else 0
         self.row_groups = RowGroups(subspace, self.evaluator, self.ranks, rows, is_auto, every) if rows else None
         self._begins_to_move: list[str] = []
         subspace.attach()
@@ -152,20 +153,9 @@ class ZerothOrder:
             saved["zo_active_layers"] = self.distribution.active
         return saved
 
-    def share_directions(self) -> None:
-        """Let all rows of a step share its directions, if the choice is the engine's and no step has been taken."""
-        if self.row_groups is not None and self.row_groups.is_auto and self.row_groups.works is None:
-            self.row_groups, self.settings = None, replace(self.settings, rows_per_direction=0)
-
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
-        decayed = {site.name for site in self.subspace.sites if self.subspace.are_weights and is_decayed(site)}
-        groups = []
-        for names, decay in ((decayed, weight_decay), (self.subspace.coordinates.keys() - decayed, 0.0)):
-            params = [p for name, p in self.subspace.coordinates.items() if name in names]
-            if params:
-                groups.append({"params": params, "weight_decay": decay})
-        return groups
+        return self.subspace.parameter_groups(weight_decay)
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """Register the optimizer that moves the coordinates; every optimizer step then ends a step of the engine.
@@ -176,6 +166,7 @@ class ZerothOrder:
         self.rule.check_optimizer(optimizer)
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: self._advance())
+        make_steps_whole(optimizer)
         return optimizer
 
     def estimate(self, closure: Callable[[], Any]) -> Estimate:
@@ -193,19 +184,34 @@ class ZerothOrder:
         self.distribution.begin()
         generators = self._generators()
         if self.row_groups is not None:
-            probes = self.estimator.probes()
-            found = self.row_groups.evaluate(closure, probes, self._stream, self.distribution, weight, generators)
+            found = self.row_groups.evaluate(
+                closure, self._probes(), self._stream, self.distribution, weight, generators
+            )
             if found is not None:
+                more, drawn = self.row_groups.evaluate_more, (self._stream, self.distribution)
+                self._measure_curvature(lambda at: more(closure, at, *drawn, weight, generators))
                 return found
         losses = self._own_losses(closure, self._probes(), generators) * weight
         self._losses = losses if self._losses is None else self._losses + losses
-        if self.curvature is not None and self.curvature.due(self.step):
-            with self.curvature.along(self.subspace):
-                more = self._own_losses(closure, self.curvature.probes, generators) * weight
-            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+        self._measure_curvature(lambda at: self._own_losses(closure, at, generators) * weight)
         if self.rule.candidates:
             self._batches.append((closure, weight, generators))
         return losses
+
+    def _measure_curvature(self, losses_at: Callable[[Sequence[Probe]], Tensor]) -> None:
+        """Add the losses of a micro-batch at the probes of a measured step; in other steps do nothing."""
+        probes = self._curvature_probes
+        if self.curvature is not None and probes is not None:
+            with self.curvature.along(self.subspace):
+                more = losses_at(probes)
+            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+
+    @property
+    def _curvature_probes(self) -> Sequence[Probe] | None:
+        # Where groups share their directions in pairs, the samples would have another variance.
+        in_pairs = self.row_groups is not None and self.row_groups.noise_scale.due(self.step)
+        is_due = self.curvature is not None and self.curvature.due(self.step) and not in_pairs
+        return self.curvature.probes if self.curvature is not None and is_due else None
 
     def losses_at(
         self,
@@ -252,15 +258,13 @@ class ZerothOrder:
         own = [probes[i] for i in self.ranks.grid.own(probes)]
         if not own:
             self.evaluator.forward_passes += len(probes)
-            device = next(iter(self.subspace.coordinates.values())).device
+            device = self.subspace.device
             return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         stream_of, distribution = stream_of or self._stream, distribution or self.distribution
         return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, len(probes), generators)
 
     def _generators(self) -> GlobalGenerators | None:
-        if not self.settings.common_random_numbers:
-            return None
-        return GlobalGenerators.now(next(iter(self.subspace.coordinates.values())).device)
+        return GlobalGenerators.now(self.subspace.device) if self.settings.common_random_numbers else None
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -280,14 +284,22 @@ class ZerothOrder:
     @property
     def curvature_passes(self) -> int:
         """Number of evaluations in the present step that measure the curvature, beyond `forward_passes_per_step`."""
-        return len(self.curvature.probes) if self.curvature is not None and self.curvature.due(self.step) else 0
+        return len(self._curvature_probes or ())
 
     @property
     def numbers(self) -> int:
         """Count of numbers in a step's record: the estimator's at every point, and one more for a rule's choice."""
-        if self.row_groups is not None and self.row_groups.works and self.row_groups.count is not None:
-            return self.estimator.numbers * self.row_groups.count
-        return self.estimator.numbers * self.rule.points + bool(self.rule.candidates)
+        return self.estimator.numbers * self.rule.points * self.groups + bool(self.rule.candidates)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of rows with directions of their own in a step; 1 before the end of the first step."""
+        return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
+
+    @property
+    def awaits_optimizer(self) -> bool:
+        """True between a step's estimate and the optimizer's step, when the state is of neither step."""
+        return self._applied is not None
 
     @property
     def at_start_of_step(self) -> bool:
@@ -304,14 +316,14 @@ class ZerothOrder:
         else:
             assert self._losses is not None, "finish_estimate needs a probe first"
             losses = self.ranks.mean_losses(self._losses, probes).tolist()
-            by_group = [losses[:here]]
+            by_group = [losses]
         self._losses = None
         curvatures = self._found_curvatures(losses[:here])
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._begins_to_move = self._reads.settle(self.step)
-        numbers = self.estimator.numbers_of_groups(by_group)
+        numbers = self.estimator.numbers_of_groups([group[:here] for group in by_group])
         if self.rule.points > 1:
-            numbers += self.estimator.projected_gradients(losses[-here:])
+            numbers += self.estimator.numbers_of_groups([group[-here:] for group in by_group])
         is_finite = bool(torch.tensor([*losses, *numbers]).isfinite().all())  # in float32, as the coordinates are
         try:
             self.apply(numbers, skipped=not is_finite)
@@ -361,7 +373,7 @@ class ZerothOrder:
         if self.normalization is not None:
             gradients = self.normalization(gradients)
             if by_groups:  # the length of the sum over groups is then that of one direction
-                groups = slopes / self.estimator.num_directions
+                groups = slopes / (self.estimator.num_directions * self.rule.points)
                 gradients = [c / math.sqrt(groups) for c in gradients]
         others = found[slopes:]
         self.rule.write_gradient([*gradients, *others], self._stream, self.distribution)
@@ -408,7 +420,8 @@ class ZerothOrder:
             subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
             subspace.detach()
             return self.model
-        return subspace.finish(self.step, decay)
+        with whole():
+            return subspace.finish(self.step, decay)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
         """Return a state dict of the model as `finish` would leave it; None if the model already is in that state."""
@@ -457,7 +470,9 @@ class ZerothOrder:
         self.step += 1
         self.subspace.coordinates_changed()
         if isinstance(self.subspace, Folded):
-            self._remember_decay(self.subspace)
+            assert self._optimizer is not None
+            for name, factor in decay_of_step(self.subspace.coordinates, self._optimizer).items():
+                self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
             if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
                 self.subspace.fold(self.step, self._pending_decay)
                 self._pending_decay = {}
@@ -474,16 +489,3 @@ class ZerothOrder:
             begins = tuple(self._begins_to_move)
             self.on_step(Step(self.step, gradients, skipped, rates, self.subspace.clip_factor, begins))
         self._begins_to_move = []
-
-    def _remember_decay(self, subspace: Folded) -> None:
-        """Remember the factor by which the optimizer decayed B; the next fold applies it to the weights as well."""
-        assert self._optimizer is not None
-        names = {id(p): name for name, p in subspace.coordinates.items()}
-        for group in self._optimizer.param_groups:
-            factor = 1.0 - float(group["lr"]) * group.get("weight_decay", 0.0)
-            if factor != 1.0:
-                for parameter in group["params"]:
-                    if parameter.grad is None:  # a skipped step: the optimizer did not decay B either
-                        continue
-                    name = names[id(parameter)]
-                    self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor

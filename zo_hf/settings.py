@@ -7,25 +7,24 @@ its options, with default, help and range: `SubspaceOptions`, `EstimatorOptions`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import DISTRIBUTIONS, ORDERS, Distribution
+from zo_hf.directions import DISTRIBUTIONS, Distribution
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.estimators.options import EstimatorOptions
-from zo_hf.method_info import canonical_name, option
+from zo_hf.method_info import Choice, Flag, Real, Whole, canonical_name, option, shown
 from zo_hf.rules import RULES, Rule
 from zo_hf.rules.options import RuleOptions
 from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.options import SubspaceOptions
 from zo_hf.subspaces.peft_methods import is_peft
-
-BATCHED_PROBES = ("auto", True, False)
+from zo_hf.untrusted.fields import brief, fits_type
 
 #: Settings that may differ when a run is resumed or replayed. Batched probes give the same losses. Checkpoints and logs
 #: name the parameters that move.
@@ -41,40 +40,42 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
     """
 
     max_projected_grad: float | None = option(
-        None, "Largest magnitude of c. A larger c is clipped to it; 0 never clips. Default: 0; 100 for scales."
+        None,
+        "Largest magnitude of c. A larger c is clipped to it; 0 never clips. Default: 0; 100 for scales.",
+        Real(0, also=(None,)),
+        "use 0 to clip nothing",
     )
     normalize: bool = option(
         False,
         "Divide c by its running root mean square. The learning rate is then the length of a step per coordinate, "
         "whatever the scale of the loss.",
+        Flag(),
+        "False does not divide",
     )
     batched_probes: bool | str = option(
         "auto",
         "Evaluate all probes of a step in one forward pass: True, False or auto. auto does so if the first step gives the "
         "same losses both ways. Batched probes are faster, and need memory for the activations of all probes. A batch "
         "for which such a forward pass fails is evaluated one probe at a time.",
+        Choice(("auto",), also=(True, False)),
+        "auto finds out which is right",
     )
     common_random_numbers: bool = option(
         True,
         "Let all probes of a step see the same random numbers of torch, numpy and Python, for a loss that draws them. "
         "False saves about 0.1 ms per probe, and lets each probe draw its own.",
+        Flag(),
+        "True is the default",
     )
-    seed: int = option(0, "The seed of every random number.")
+    seed: int = option(0, "The seed of every random number.", Whole(0), "0 is the default")
 
     def __post_init__(self) -> None:
-        for base in Settings.__bases__:
-            base.__post_init__(self)  # type: ignore[attr-defined]
+        super().__post_init__()
         if self.subspace not in ("auto", *SUBSPACES):
             raise ValueError(f"zo_subspace={self.subspace!r} is unknown; choose one of auto, {', '.join(SUBSPACES)}.")
         self._resolve("estimator", ESTIMATORS)
         self._resolve("direction", DISTRIBUTIONS)
         self._resolve("rule", RULES)
-        _check_choice("coordinate_order", self.coordinate_order, ORDERS)
-        _check_choice("batched_probes", self.batched_probes, BATCHED_PROBES)
-        if self.max_projected_grad is not None and not 0 <= self.max_projected_grad < math.inf:
-            raise ValueError(
-                f"zo_max_projected_grad={self.max_projected_grad} must not be negative; use 0 to clip nothing."
-            )
 
     def _resolve(self, name: str, entries: Mapping[str, Any]) -> None:
         object.__setattr__(self, name, canonical_name(f"zo_{name}", getattr(self, name), entries))
@@ -117,8 +118,9 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
             among: only these parameters may move, such as those that an optimizer was built for; None allows all.
 
         Raises:
-            ValueError: nothing is selected, or a selected parameter cannot move this way.
+            ValueError: nothing is selected, a selected parameter cannot move this way, or its losses cannot resolve `eps`.
         """
+        self._check_resolution(model)
         common: dict[str, Any] = {
             "target_modules": self.target_modules,
             "exclude_modules": self.exclude_modules,
@@ -127,8 +129,19 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
         }
         kind = subspace_kind(self.subspace_of(model), self.moves_along_coordinates)
         if has_factors(kind):
-            return kind(model, rank=self.rank, fold_steps=self.fold_steps, **common)
+            return kind(model, rank=self.rank, fold_steps=self.fold_steps, basis=self.basis, **common)
         return kind(model, **common)
+
+    def _check_resolution(self, model: nn.Module) -> None:
+        if self.eps is None or self.estimator_kind.needs_tangents:
+            return
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        if self.eps < torch.finfo(dtype).eps:
+            raise ValueError(
+                f"zo_eps={self.eps:g} is below {torch.finfo(dtype).eps:.1e}, which is all that {str(dtype)[6:]} resolves, so "
+                "that probes would give equal losses; use 'auto' for the subspace's default."
+            )
 
     def to_saved(self) -> dict[str, Any]:
         """Return the settings that a resumed or replayed run must share, under the names of the options."""
@@ -151,9 +164,15 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
             more: fields that take precedence.
 
         Raises:
-            ValueError: a method is unknown to this version.
+            ValueError: a method is unknown to this version, or a value has another type than its setting.
         """
-        known = {field.name: saved.get(_option_name(field.name)) for field in fields(cls)}
+        known = {field.name: saved.get(_option_name(field.name)) for field in fields(cls) if field.name not in more}
+        kinds = get_type_hints(cls)
+        for name, value in known.items():
+            if value is not None and not fits_type(value, kinds[name]):
+                raise ValueError(
+                    f"{_option_name(name)}={brief(value)} has another type than this setting; correct it."
+                )
         return cls(**{name: value for name, value in known.items() if value is not None} | more)
 
 
@@ -166,10 +185,12 @@ def method_of(
     """Return an engine's settings, and the parts that its caller has already made.
 
     Raises:
-        ValueError: an option is given twice.
+        ValueError: an option is given twice, or a part is neither a name nor such a part.
     """
     if not isinstance(settings, Settings | None):
         settings, subspace = None, settings
+    _check_part("subspace", subspace, Subspace)
+    _check_part("direction", direction, Distribution)
     named = {"subspace": subspace, "direction": direction}
     options = options | {name: value for name, value in named.items() if isinstance(value, str)}
     if settings is not None and options:
@@ -180,14 +201,17 @@ def method_of(
     return Settings(**options) if settings is None else settings, made_subspace, made_direction
 
 
+def _check_part(name: str, part: object, kind: type) -> None:
+    if not isinstance(part, kind | str | None):
+        raise ValueError(
+            f"zo_{name}={shown(part)} must be a name, or a {kind.__name__} made for this model; `zo-hf methods` lists the "
+            "names."
+        )
+
+
 def _option_name(name: str) -> str:
     return name if name == "seed" else f"zo_{name}"
 
 
 #: Every setting's default, under its name in checkpoints and logs.
 SAVED_DEFAULTS = {_option_name(field.name): field.default for field in fields(Settings)}
-
-
-def _check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    if value not in choices:
-        raise ValueError(f"zo_{name}={value!r} is unknown; choose one of {', '.join(map(str, choices))}.")

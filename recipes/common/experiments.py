@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.prompts import PROMPT_A, encode_example, label_token_ids
 from zo_hf.trainer.output_paths import check_file
+from zo_hf.untrusted import plain_json
 
 
 def encoded_reviews(
@@ -57,8 +58,12 @@ class FinishedRuns:
         complete = text[: text.rfind("\n") + 1]
         if complete != text and not only_read:  # the process was killed while it wrote a line
             path.write_text(complete, encoding="utf-8")
-        lines = complete.splitlines()
-        self._runs = {self._key(run): run for run in map(json.loads, lines)}
+        try:
+            # Losses may not be finite, and Python writes them as they are.
+            runs = [plain_json.parse(line.encode(), finite=False) for line in complete.splitlines()]
+            self._runs = {self._key(run): run for run in runs}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{path} holds lines that no comparison writes; move it away to start anew.") from error
 
     def find(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the finished run with these settings, or None."""

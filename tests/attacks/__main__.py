@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import logging
 import sys
@@ -41,6 +42,8 @@ def main() -> int:
     lines, failed = [], False
     for name in args.suites or SUITES:
         cases = cases_of(name)
+        gc.collect()
+        gc.freeze()  # Trainer begins every training with a collection of all that the imports left
         chosen = cases if args.sample is None else sample(cases, args.sample)
         wrong = []
         for case in tqdm(chosen, desc=name, file=sys.stderr):

@@ -27,6 +27,7 @@ def test_the_table_and_the_files_hold_every_variant(
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["variant"] for row in figures["rows"]] == ["forward", "low_rank"]
+    assert [row["noise_percent"] is None for row in figures["rows"]] == [True, False]
     assert all(row["milliseconds"] > 0 and row["peak_mib"] == 1.0 + len(row["variant"]) for row in figures["rows"])
     assert "low_rank" in printed and (tmp_path / "figures.png").stat().st_size > 0
 
@@ -40,11 +41,26 @@ def test_every_variant_takes_a_real_step_and_leaves_the_model_to_the_next(name: 
     model, batch = bench.build(options())
     before = weights_of(model)
     step = bench.VARIANTS[name](model, batch)
-    for _ in range(51 if name == "low_rank" else 2):  # which writes the weights when it folds
+    for _ in range(51 if "low_rank" in name else 2):  # which writes the weights when it folds
         step()
     assert not any("forward" in module.__dict__ for module in model.modules())
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert len(changed) > 10
+
+
+@pytest.mark.parametrize("name", ["low_rank-rows", "full-gaussian"])
+def test_the_noise_is_the_time_in_which_directions_are_drawn(name: str) -> None:
+    """Two of them for two rows, in the time that a clock of calls shows; `full` draws a module's part at a time."""
+    model, batch = bench.build(options())
+    step, ticks = bench.VARIANTS[name](model, batch), iter(range(10**6))
+    step()
+    drawn: list[int] = []
+    draws = {key: getattr(step.distribution, key) for key in ("draw_layout", "draw_slice", "draw_rows")}
+    for key, draw in draws.items():
+        setattr(step.distribution, key, lambda *args, draw=draw: (drawn.append(1), draw(*args))[1])
+    share = bench.noise_share(step, lambda: next(ticks))
+    assert share == pytest.approx(len(drawn) / (2 * len(drawn) + 1))
+    assert len(drawn) == 2 if "rows" in name else len(drawn) > 10
 
 
 def test_the_bare_forward_changes_nothing() -> None:

@@ -47,7 +47,18 @@ def test_every_assumption_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
         "--attention",
         "eager",
     ]
-    options += ["--num-directions", "2", "--rank", "5", "--lora-rank", "6", "--lora-targets", "q_proj"]
+    options += [
+        "--rows-per-direction",
+        "0",
+        "--num-directions",
+        "2",
+        "--rank",
+        "5",
+        "--lora-rank",
+        "6",
+        "--lora-targets",
+        "q_proj",
+    ]
     options += ["--optimizer", "adamw", "--direction", "rademacher", "--dtype", "float16", "--overhead", "0"]
     cli.main(["plan", str(tiny), "--gpu-memory", "1MB", *options])
     printed = capsys.readouterr().out

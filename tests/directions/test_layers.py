@@ -170,8 +170,11 @@ def test_one_layer_is_no_choice() -> None:
     ("options", "message"),
     [
         ({"zo_active_layers": 0.5}, r"zo_active_layers=0.5 has no effect with zo_direction='gaussian'"),
-        ({"zo_direction": "layers", "zo_active_layers": 0.0}, r"zo_active_layers=0.0 must be above 0"),
-        ({"zo_direction": "layers", "zo_active_layers": 1.5}, r"zo_active_layers=1.5 must be above 0 and at most 1"),
+        ({"zo_direction": "layers", "zo_active_layers": 0.0}, r"zo_active_layers=0.0 must be a finite number above 0"),
+        (
+            {"zo_direction": "layers", "zo_active_layers": 1.5},
+            r"zo_active_layers=1.5 must be a finite number above 0 and at most 1",
+        ),
     ],
 )
 def test_fractions_that_are_none_are_refused(tmp_path, options: dict, message: str) -> None:

@@ -16,11 +16,13 @@ from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_gpt2, ti
 from tests.evaluation.test_rows import OPTIONS, ROWS, SUBSPACES, InOrder, bert, loss_of, ragged, share_of, with_labels
 from tests.subspaces.helpers import direction, move_off_the_origin, prepared, sgd
 from tests.trainer.runs import SaveAt, logged, make_trainer
+from zo_hf.directions import GivenMask
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.evaluation.by_rows import BY_ROWS
 from zo_hf.subspaces import SUBSPACES as KINDS
 from zo_hf.subspaces import LowRank
+from zo_hf.subspaces.full_in_memory import FullInMemory
 from zo_hf.trajectory import replay
 
 SLOPES = [name for name in BY_ROWS["estimator"] if not ESTIMATORS[name].is_scale_free]
@@ -163,6 +165,32 @@ def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(estimato
     assert abs(squares.mean() - second) < 4 * squares.std() / q**0.5
 
 
+@pytest.mark.parametrize("kind", [*BY_ROWS["direction"], "given_mask"])
+def test_the_mean_along_any_directions_is_the_gradient_of_what_they_move(kind: str) -> None:
+    """E[ĝ] = m ⊙ ∇L, with the mask m of the step: all coordinates for most, the small weights, or the layers chosen."""
+    loss, q = Bowl(), 60
+    subspace = FullInMemory(loss.layers, seed=3)
+    masks = {name: torch.arange(p.numel()).view(p.shape) % 2 == 0 for name, p in subspace.coordinates.items()}
+    own = GivenMask(subspace.direction_context(), masks) if kind == "given_mask" else kind
+    more = {"active_layers": 0.5} if kind == "layers" else {}
+    options: dict[str, Any] = {"eps": 1e-4, "num_directions": q, "rows_per_direction": 2} | more
+    zo = ZerothOrder(loss.layers, subspace, direction=own, seed=3, **options)
+    numbers = torch.tensor(zo.estimate(loss).projected_gradients, dtype=torch.float64)
+    assert zo.row_groups is not None and zo.row_groups.works and len(numbers) == 2 * q
+    parts = {name: p.detach().flatten() for name, p in subspace.coordinates.items()}
+    z = torch.stack(
+        [
+            torch.cat([zo.distribution.draw_slice(zo._stream(i), name, 0, values) for name, values in parts.items()])
+            for i in range(2 * q)
+        ]
+    ).double()
+    moves = z.ne(0).any(0)
+    assert moves.all() == (kind in ("gaussian", "rademacher", "sphere")) and moves.any()
+    expected = gradients(zo, lambda: loss.by_groups(2)).sum(0)
+    samples = (numbers[:, None] * z).view(2, q, -1).sum(0)[:, moves]
+    assert ((samples.mean(0) - expected[moves]) / (samples.std(0) / q**0.5)).abs().max() < 4.5
+
+
 def test_every_group_has_the_curvature_of_its_own_share() -> None:
     """A step records c of all groups and then zᵀ∇²ℓ_g z of all groups; the gradient is made of c alone."""
     loss, q, recorded = Bowl(), 3, []
@@ -203,6 +231,42 @@ def test_hizoo_adds_up_curvatures_before_their_absolute_value() -> None:
         torch.testing.assert_close(torch.cat([part.flatten() for part in zo.rule.state().values()]), h)
 
 
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided", "forward_gradient"])
+def test_svrg_subtracts_what_every_group_has_at_the_snapshot(estimator: str) -> None:
+    """ĝ = Σ_g 1/q Σᵢ (c - c̃)·z + g̃, with c and c̃ of the group's share, and g̃ of two steps at the snapshot."""
+    loss, q, recorded = Bowl(), 2, []
+    zo = engine(loss, estimator, q, rule="svrg", svrg_batches=2, svrg_steps=2)
+    zo.on_step = lambda step: recorded.append(step.projected_gradients)
+    optimizer, coordinates = sgd(zo, 2e-2), list(zo.subspace.coordinates.values())
+    snapshot, anchor = [], torch.zeros(zo.subspace.dimension, dtype=torch.float64)
+
+    def numbers(at: list[Tensor], z: Tensor) -> Tensor:
+        """c of every direction at a point, from autograd."""
+        now = [p.detach().clone() for p in coordinates]
+        torch._foreach_copy_(now_data, at)
+        each = gradients(zo, lambda: loss.by_groups(2)).repeat_interleave(q, 0)
+        torch._foreach_copy_(now_data, now)
+        return (each * z).sum(1)
+
+    now_data = [p.data for p in coordinates]
+    for step in range(8):
+        z, looks_back = directions(zo, 2 * q, step), step % 4 >= 2
+        if step % 4 == 0:
+            snapshot, anchor = [p.detach().clone() for p in coordinates], torch.zeros_like(anchor)
+        here, there = numbers(now_data, z), numbers(snapshot, z)
+        anchor = anchor if looks_back else anchor + there @ z / q / 2
+        zo.estimate(loss)
+        if step % 4 == 0:
+            assert all(p.grad is None for p in coordinates)
+        else:
+            found = torch.cat([p.grad.flatten() for p in coordinates])
+            torch.testing.assert_close(found, (here - there) @ z / q + anchor, rtol=1e-2, atol=1e-2)
+            assert not looks_back or (here - there).norm() > 0.1
+        optimizer.step()
+        both = torch.tensor(recorded[-1], dtype=torch.float64)
+        torch.testing.assert_close(both, torch.cat([here, there]), rtol=1e-2, atol=1e-2)
+
+
 def test_all_groups_share_one_deviation() -> None:
     """So their numbers are differences in one unit: Σ_g of the variances within the groups is 1 in it."""
     loss, q = Bowl(), 4
@@ -223,11 +287,14 @@ def test_a_hard_row_is_not_compared_with_an_easy_one(estimator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "name"), [(option, name) for option in ("estimator", "rule") for name in BY_ROWS[option][1:]]
+    ("option", "name"),
+    [(option, name) for option in ("estimator", "rule", "direction") for name in BY_ROWS[option][1:]],
 )
 def test_runs_resume_and_replay_with_the_same_bits(tmp_path: Path, option: str, name: str) -> None:
     options = OPTIONS | TWO | {"per_device_train_batch_size": 4, f"zo_{option}": name}
     options |= {"zo_estimator": "second_difference"} if name == "curvature" else {}
+    options |= {"zo_subspace": "full", "zo_rank": None, "zo_fold_steps": None} if name == "sparse" else {}
+    options |= {"zo_svrg_batches": 1, "max_steps": 5} if name == "svrg" else {}  # as long as a fold
     whole = make_trainer(tmp_path, eager(tiny_opt), more={"callbacks": [SaveAt(3)]}, **options)
     whole.train()
     assert_same_bits(weights_of(replay(eager(tiny_opt), tmp_path)), weights_of(whole.model))

@@ -51,7 +51,7 @@ REAL = {
     "opt": OPTConfig(),
     "gpt2": GPT2Config(),
 }
-GIVEN = Assumptions(batch_size=4, sequence_length=64, overhead=0)
+GIVEN = Assumptions(batch_size=4, sequence_length=64, rows_per_direction=0, overhead=0)
 SETUPS = [Setup("low_rank", "float32"), Setup("full", "float32"), Setup("adapter", "float32")]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

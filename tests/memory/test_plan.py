@@ -31,7 +31,7 @@ TINY = LlamaConfig(
     num_key_value_heads=2,
     vocab_size=500,
 )
-SMALL_BATCH = Assumptions(batch_size=2, sequence_length=32, overhead=0)
+SMALL_BATCH = Assumptions(batch_size=2, sequence_length=32, rows_per_direction=0, overhead=0)
 SOME = [Setup("low_rank", "half"), Setup("full", "half"), Setup("adapter", "half"), Setup("LoRA", "half")]
 
 

@@ -19,9 +19,14 @@ from zo_hf import ZOTrainer
 from zo_hf.trajectory import replay
 
 STEPS, SAVED_AT = 40, 24
-SUBSPACES = {"low_rank": {}, "full": {"learning_rate": 1e-4}, "adapter": {}}
+SUBSPACES: dict[str, dict] = {
+    "low_rank": {},
+    "full": {"learning_rate": 1e-4},
+    "adapter": {},
+    "activation": {"zo_subspace": "low_rank", "zo_basis": "activation"},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = [(subspace, dtype) for subspace in SUBSPACES for dtype in DTYPES]
+CASES = [(name, dtype) for name in SUBSPACES for dtype in DTYPES if (name, dtype) != ("activation", "bfloat16")]
 OPTIONS = {"max_steps": STEPS, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 10, "zo_check_steps": 16}
 ROWS = 12
 
@@ -70,7 +75,7 @@ for subspace, dtype in CASES:
     # Before a step's log, its collectives have been made, except the one of the log itself.
     seen = At(None, lambda state, **kwargs: sent)
     more = {"callbacks": [wrapped, seen, SaveAt(SAVED_AT)], "train_dataset": DATA}
-    options = OPTIONS | SUBSPACES[subspace] | {"zo_subspace": subspace}
+    options = OPTIONS | {"zo_subspace": subspace} | SUBSPACES[subspace]
     options |= {"per_device_train_batch_size": ROWS // world_size}
     run = folder / f"{subspace}-{dtype}"
     trainer = make_trainer(run, model_of(subspace, dtype, rank), more=more, **options)
@@ -98,7 +103,7 @@ def model_of(subspace: str, dtype: str, seed: int = 0) -> torch.nn.Module:
 @cache
 def of_one_process(subspace: str, dtype: str) -> ZOTrainer:
     """A run with the same rows in each step."""
-    options = OPTIONS | SUBSPACES[subspace] | {"zo_subspace": subspace, "per_device_train_batch_size": ROWS}
+    options = OPTIONS | {"zo_subspace": subspace, "per_device_train_batch_size": ROWS} | SUBSPACES[subspace]
     with TemporaryDirectory() as folder:
         return trained(folder, model_of(subspace, dtype), more={"train_dataset": DATA}, **options)
 
@@ -162,7 +167,7 @@ def test_another_number_of_processes_continues_the_run(
 ) -> None:
     several = results(launched, subspace, "float32")[0]
     checkpoint = launched[0] / f"{subspace}-float32" / f"checkpoint-{SAVED_AT}"
-    options = OPTIONS | SUBSPACES[subspace] | {"zo_subspace": subspace, "per_device_train_batch_size": ROWS}
+    options = OPTIONS | {"zo_subspace": subspace, "per_device_train_batch_size": ROWS} | SUBSPACES[subspace]
     more = {"train_dataset": DATA}
     one = trained(tmp_path, model_of(subspace, "float32"), more=more, resume=str(checkpoint), **options)
     assert one.state.global_step == STEPS

@@ -36,7 +36,6 @@ from zo_hf.parallel.shards import gathered_state_dict, is_sharded, local_part
 from zo_hf.subspaces import LowRank
 from zo_hf.trajectory import replay
 
-# Shards keep one direction for all rows.
 OPTIONS = {"max_steps": 20, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_fold_steps": 6, "zo_rows_per_direction": 0}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 FSDP |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -49,15 +48,20 @@ RUNS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "gpt2": (tiny_gpt2, {}),
     "mixtral": (tiny_mixtral, {}),
     "adapter": (tiny_opt, {}),
+    "rows": (tiny_opt, {}),  # with a direction for every row
 }
 WHOLE = [name for name in RUNS if name != "adapter"]
-RUNS_OF_TWO = ("opt", "llama in bfloat16", "adapter")
+RUNS_OF_TWO = ("opt", "llama in bfloat16", "adapter", "rows")
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
     build, options = RUNS[name]
     model = seeded(build, seed=seed, **options)
     return with_lora(model) if name == "adapter" else model
+
+
+def rows_of(name: str) -> dict[str, Any]:
+    return {"zo_rows_per_direction": 1} if name == "rows" else {}
 
 
 def trainer_of(folder: Path, model: nn.Module, processes: int = 1, accumulate: int = 1, **options: Any) -> ZOTrainer:
@@ -93,7 +97,7 @@ def main() -> None:
                 del os.environ[variable]
             options |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}}
         model = first_process_only(name) if name == "gpt2" else model_of(name, rank)
-        trainer = notes.trainer = trainer_of(folder / name, model, processes, **options)
+        trainer = notes.trainer = trainer_of(folder / name, model, processes, **options | rows_of(name))
         result: dict[str, Any] = {"eval_loss": trainer.evaluate()["eval_loss"]}
         trainer.train()
         os.environ.update(FSDP)
@@ -105,9 +109,9 @@ def main() -> None:
         result["whole"] = [key for key, (_, sharded) in held.items() if not sharded]
         result["trained eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(str(folder / name / "final"))
-        if name in ("opt", "adapter"):  # killed after step 9, between two folds, and resumed
+        if name in ("opt", "adapter", "rows"):  # killed after step 9, between two folds, and resumed
             seed = rank if name == "adapter" else rank + 5  # a checkpoint of an adapter does not hold the base
-            again = trainer_of(folder / name, model_of(name, seed), processes)
+            again = trainer_of(folder / name, model_of(name, seed), processes, **rows_of(name))
             again.train(resume_from_checkpoint=str(folder / name / "checkpoint-9"))
             result["resumed"] = gathered_state_dict(again.model)
             # The model is sharded by now; its checkpoint is loaded into the shards.
@@ -224,7 +228,7 @@ def test_sharded_processes_equal_one_with_the_same_micro_batches(
 ) -> None:
     name = case[1]
     first = of_all(results, name)[0]
-    one = trainer_of(tmp_path, model_of(name), accumulate=results[1])
+    one = trainer_of(tmp_path, model_of(name), accumulate=results[1], **rows_of(name))
     before = weights_of(one.model)
     assert first["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-3)
     one.train()
@@ -271,7 +275,7 @@ def test_a_fold_gives_shards_the_bits_of_whole_weights(results: tuple[Path, int]
         assert_same_bits(first["folded"], first["folded whole"])
 
 
-@runs("opt", "adapter")
+@runs("opt", "adapter", "rows")
 def test_a_sharded_run_resumes_with_the_same_bits(results: tuple[Path, int], case: tuple[int, str]) -> None:
     name = case[1]
     first = of_all(results, name)[0]

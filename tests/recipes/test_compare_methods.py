@@ -204,7 +204,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
     done: list[str] = []
     comparison.run_all(recipe.InThisProcess(), lambda job: done.append(job.method))
     assert done == ["zero-shot", "mezo", "mezo", "refused"]
-    assert "zo_rank=0 must be at least 1" in comparison.failed["refused"]
+    assert "zo_rank=0 must be a whole number of at least 1" in comparison.failed["refused"]
     assert "| mezo | 2 |" in comparison.report()
 
 

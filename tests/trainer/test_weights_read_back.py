@@ -32,6 +32,7 @@ from transformers import (
 from tests.conftest import VOCABULARY, assert_same_bits, seeded, tiny_bert, tiny_mixtral, tiny_opt, weights_of
 from tests.trainer.runs import SaveAt, make_trainer, trained, with_lora
 from zo_hf.quantization import is_quantized
+from zo_hf.trainer import manifest
 from zo_hf.trainer.weights import load_weights
 
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -206,6 +207,7 @@ def test_changed_weights_are_noticed(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["model.decoder.layers.0.fc1.weight"][3, 5] += 1e-4
     save_file(tensors, path, {"format": "pt"})
+    manifest.write(path.parent)  # as if the weights had changed before they were written
     trainer = make_trainer(tmp_path, seeded(tiny_opt), **RUN)
     with pytest.raises(ValueError, match="does not give the weights that were saved there") as refusal:
         trainer.train(resume_from_checkpoint=True)
@@ -214,7 +216,7 @@ def test_changed_weights_are_noticed(tmp_path: Path) -> None:
 
 def test_another_dtype_is_noticed(tmp_path: Path) -> None:
     trained(tmp_path, seeded(tiny_opt), more={"callbacks": [SaveAt(4)]}, **RUN)
-    with pytest.raises(ValueError, match="the dtype or class of this model"):
+    with pytest.raises(ValueError, match=r"dtype='torch.float32' and this run has dtype='torch.bfloat16'"):
         trained(tmp_path, seeded(tiny_opt, torch.bfloat16), resume=True, **RUN)
 
 

@@ -19,7 +19,18 @@ from zo_hf.trajectory import Record, Trajectory, TrajectoryError, read_trajector
 from zo_hf.trajectory import log as log_module
 from zo_hf.trajectory.log import VERSION, Writer, encode_header
 
-SETTINGS = dict.fromkeys(log_module._SETTINGS)
+SETTINGS: dict[str, Any] = {
+    "zo_subspace": "low_rank",
+    "zo_rank": 4,
+    "zo_fold_steps": 50,
+    "zo_eps": 1e-3,
+    "zo_num_directions": 2,
+    "zo_direction": "gaussian",
+    "zo_max_projected_grad": 0.0,
+    "zo_normalize": False,
+    "seed": 0,
+    "coordinates": 1,
+}
 HEADER: dict[str, Any] = {
     "first_step": 0,
     "directions": 2,

@@ -16,6 +16,7 @@ from torch import nn
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.trainer.runs import At, SaveAt, logged, make_trainer, trained, with_lora
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.trainer import manifest
 from zo_hf.trajectory import TrajectoryError, read_trajectory, replay
 from zo_hf.trajectory.log import Writer
 
@@ -27,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "momentum": {"optim_args": "momentum=0.9", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "full": {"zo_subspace": "full", "weight_decay": 0.1, "lr_scheduler_type": "linear"},
     "adapter": {"zo_subspace": "adapter", "optim": "adamw_torch"},
+    "activation": {"zo_basis": "activation", "optim": "adamw_torch"},
     "bf16": {"dtype": torch.bfloat16, "optim": "adamw_torch"},
 }
 
@@ -169,6 +171,7 @@ def test_a_checkpoint_of_a_trajectory_is_kilobytes_and_the_saved_model_whole(tmp
         "trajectory",
         "trajectory/steps.zolog",
         "zo_state.json",
+        "zo_manifest.json",
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
@@ -204,7 +207,7 @@ def test_only_the_base_model_resumes_from_a_trajectory(tmp_path: Path) -> None:
         ({"zo_rank": 2}, "zo_rank"),
         ({"seed": 7}, "seed"),
         ({"weight_decay": 0.5}, "weight_decay"),
-        ({"optim": "adamw_torch"}, "SGD and this run has AdamW"),
+        ({"optim": "adamw_torch"}, "optim='SGD' and this run has optim='AdamW'"),
     ],
 )
 def test_resuming_from_a_trajectory_with_other_settings_is_refused(
@@ -239,6 +242,7 @@ def test_a_trajectory_that_does_not_lead_to_its_checkpoint_is_refused(tmp_path: 
     state = tmp_path / "checkpoint-3" / "zo_state.json"
     content = json.loads(state.read_text())
     state.write_text(json.dumps(content | {"trajectory": 1}))
+    manifest.write(state.parent)
     with pytest.raises(TrajectoryError, match="does not belong to its checkpoint"):
         trained(tmp_path, build(), resume=True, **options)
 

@@ -7,7 +7,8 @@
 Weights are random, because the cost depends on shapes alone. In every round, each variant is timed once. The table
 shows medians: process CPU time on a CPU, elapsed time on a GPU. The bare forward pass takes the rows of both probes of
 a step, and computes logits at the last position, as the steps do. Peak memory is measured in a separate process for
-each variant; on a CPU it is that of the whole process, including libraries.
+each variant; on a CPU it is that of the whole process, including libraries. `noise` is the part of a step in which it
+draws its directions, in per cent, from steps of their own. The variants with `rows` have a direction for every row.
 
 With a quantized model, `forward-exact` is the forward pass without rounding of the inputs, which probes need. There
 `low_rank` never folds, and `adapter` is a LoRA adapter of rank 8 on all linear layers.
@@ -22,6 +23,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM
 
+from zo_hf.directions import Distribution
 from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.memory.peak import PeakMemory
@@ -46,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATE = 1e-7
 EPS = 1e-3
+_DRAWS = ("draw_layout", "draw_slice", "draw_rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table."""
-    if args.rounds < 1 or args.rows < 1 or args.length < 2:
-        raise ValueError("--rounds and --rows must be at least 1, and --length at least 2.")
+    if min(args.rounds, args.rows, args.threads) < 1 or args.length < 2:
+        raise ValueError("--rounds, --rows and --threads must be at least 1, and --length at least 2.")
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device} is not a device of this benchmark; use --device cpu or cuda.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device} is not available; use --device cpu.")
     known = variants(args)
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         for path in (args.output, args.output.with_suffix(".png")):
             check_file("--output", path)
     args.variants = ["forward", *(name for name in args.variants or known if name != "forward")]
-    seconds = measure_time(args)
+    seconds, noise = measure_time(args)
     memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}
     forward_time, forward_memory = seconds["forward"], memory["forward"]
     rows = [
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
             "variant": name,
             "milliseconds": statistics.median(seconds[name]) * 1e3,
             "times_forward": statistics.median(a / b for a, b in zip(seconds[name], forward_time, strict=True)),
+            "noise_percent": 100 * statistics.median(noise[name]) if noise[name] else None,
             "peak_mib": memory[name],
             "peak_over_forward": memory[name] / forward_memory,
         }
@@ -100,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
         write(args, rows)
 
 
-def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of every variant in every round."""
+def measure_time(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the seconds of every variant in every round, and the parts of a step in which it draws noise, if it does."""
     torch.set_num_threads(args.threads)
     model, batch = build(args)
     clock = time.process_time if args.device == "cpu" else _cuda_clock
@@ -113,7 +120,34 @@ def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
             steps[name]()
             if round_ > 0:  # the first round warms up
                 seconds[name].append(clock() - start)
-    return seconds
+    drawing = {name: step for name, step in steps.items() if step.distribution is not None}
+    noise = {name: [noise_share(step, clock) for _ in range(args.rounds)] for name, step in drawing.items()}
+    return seconds, {name: noise.get(name, []) for name in args.variants}
+
+
+def noise_share(step: Step, clock: Callable[[], float]) -> float:
+    """Return the part of a step's time in which it draws its directions."""
+    spent, distribution = 0.0, step.distribution
+
+    def timed(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed_draw(*args: Any) -> Tensor:
+            nonlocal spent
+            start = clock()
+            noise = draw(*args)
+            spent += clock() - start
+            return noise
+
+        return timed_draw
+
+    for name in _DRAWS:
+        setattr(distribution, name, timed(getattr(distribution, name)))
+    try:
+        start = clock()
+        step()
+        return spent / (clock() - start)
+    finally:
+        for name in _DRAWS:
+            delattr(distribution, name)
 
 
 def measure_memory(args: argparse.Namespace, name: str) -> float:
@@ -179,11 +213,27 @@ def quantize(model: nn.Module, kind: str) -> None:
     quantized_layers(model)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of a variant, which a call runs.
+
+    Attributes:
+        run: runs it.
+        distribution: draws its directions; None if the engine does not draw them.
+    """
+
+    run: Callable[[], None]
+    distribution: Distribution | None = None
+
+    def __call__(self) -> None:
+        self.run()
+
+
 Batch = dict[str, Tensor]
-Variant = Callable[[OPTForCausalLM, Batch], Callable[[], None]]
+Variant = Callable[[OPTForCausalLM, Batch], Step]
 
 
-def forward(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+def forward(model: OPTForCausalLM, batch: Batch) -> Step:
     """Return a bare forward pass over the rows of both probes."""
     inputs = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
     position = torch.tensor([inputs["input_ids"].shape[1] - 2], device=inputs["input_ids"].device)
@@ -192,10 +242,10 @@ def forward(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
         with torch.no_grad():
             model(**inputs, logits_to_keep=position)
 
-    return step
+    return Step(step)
 
 
-def forward_exact(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+def forward_exact(model: OPTForCausalLM, batch: Batch) -> Step:
     """Return a bare forward pass with the product that probes use in quantized layers."""
     layers, bare = quantized_layers(model), forward(model, batch)
 
@@ -206,20 +256,27 @@ def forward_exact(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
         for module in layers:
             del module.__dict__["forward"]
 
-    return step
+    return Step(step)
 
 
-def zeroth_order(subspace: str, direction: str, adapter: bool = False) -> Variant:
-    """Return a variant that makes a whole step of the engine: probes, estimate, update."""
+def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int = 0) -> Variant:
+    """Return a variant that makes a whole step of the engine: probes, estimate, update.
 
-    def variant(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+    Args:
+        subspace, direction: options of the engine.
+        adapter: True wraps the model in a LoRA adapter.
+        rows: rows that share a direction; 0 for all.
+    """
+
+    def variant(model: OPTForCausalLM, batch: Batch) -> Step:
         inner = model
         if adapter:  # PEFT wraps layers in place, and the other variants need the original model
             from peft import LoraConfig, get_peft_model
 
             inner = copy.deepcopy(model)
             model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
-        zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, batched_probes=True)
+        options: dict[str, Any] = {"rows_per_direction": rows, "batched_probes": not rows}
+        zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, **options)
         groups = zo.coordinates()
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
         if isinstance(zo.subspace, Full):
@@ -235,12 +292,12 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False) -> Varian
             optimizer.step()
             zo.subspace.detach()
 
-        return step
+        return Step(step, zo.distribution)
 
     return variant
 
 
-def textbook(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
+def textbook(model: OPTForCausalLM, batch: Batch) -> Step:
     """Return a step of MeZO as its authors published it: four out-of-place passes over the weights, each drawing z again."""
 
     def draw(parameter: Tensor) -> Tensor:
@@ -269,12 +326,14 @@ def textbook(model: OPTForCausalLM, batch: Batch) -> Callable[[], None]:
             perturb(1)
             update((plus - minus) / (2 * EPS))
 
-    return step
+    return Step(step)
 
 
 VARIANTS: dict[str, Variant] = {
     "forward": forward,
     "low_rank": zeroth_order("low_rank", "gaussian"),
+    "low_rank-rows": zeroth_order("low_rank", "gaussian", rows=1),
+    "low_rank-rows-rademacher": zeroth_order("low_rank", "rademacher", rows=1),
     "full-rademacher": zeroth_order("full", "rademacher"),
     "full-gaussian": zeroth_order("full", "gaussian"),
     "textbook-mezo": textbook,
@@ -296,10 +355,11 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as a table."""
-    lines = [f"{'variant':<17}{'ms/step':>10}{'x forward':>11}{'peak MiB':>10}{'x forward':>11}"]
+    lines = [f"{'variant':<26}{'ms/step':>10}{'x forward':>11}{'noise %':>9}{'peak MiB':>10}{'x forward':>11}"]
     for row in rows:
+        noise = "-" if row["noise_percent"] is None else f"{row['noise_percent']:.1f}"
         lines.append(
-            f"{row['variant']:<17}{row['milliseconds']:>10.1f}{row['times_forward']:>11.2f}"
+            f"{row['variant']:<26}{row['milliseconds']:>10.1f}{row['times_forward']:>11.2f}{noise:>9}"
             f"{row['peak_mib']:>10.0f}{row['peak_over_forward']:>11.2f}"
         )
     return "\n".join(lines)

@@ -4,12 +4,12 @@ The module of a command is imported only if that command is called. So `zo-hf --
 only its own dependencies.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command, is_of_a_disk
 
 
@@ -44,9 +44,7 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
 
     def start(argv: list[str], prog: str) -> None:
         job = import_module(module)
-        parser = argparse.ArgumentParser(
-            prog, description=job.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = CommandParser(prog, description=job.__doc__)
         job.add_arguments(parser)
         args = parser.parse_args(argv)
         try:

@@ -12,12 +12,12 @@ format of the model's weights:
 
     setup                 base           moves  weights   state  working    total   fits
     inference             bfloat16           -    16.06    0.00     1.03    18.09   yes    5.91 left
-    low_rank              bfloat16        6.8M    16.06    0.17     0.98    18.20   yes    5.80 left
-    low_rank              nf4             5.5M     6.03    0.14     0.98     8.14   yes   15.86 left
+    low_rank              bfloat16        6.8M    16.06    0.52     0.49    18.07   yes    5.93 left
+    low_rank              nf4             5.5M     6.03    0.42     0.49     7.94   yes   16.06 left
     full                  bfloat16        8.0B    16.06    0.00     0.98    18.04   yes    5.96 left
-    adapter               bfloat16        1.3M    16.07    0.02     0.98    18.08   yes    5.92 left
-    adapter               nf4             1.3M     6.04    0.02     0.98     8.04   yes   15.96 left
-    adapter               nf4 double      1.3M     5.72    0.02     0.98     7.72   yes   16.28 left
+    adapter               bfloat16        1.3M    16.07    0.09     0.49    17.66   yes    6.34 left
+    adapter               nf4             1.3M     6.04    0.09     0.49     7.62   yes   16.38 left
+    adapter               nf4 double      1.3M     5.72    0.09     0.49     7.30   yes   16.70 left
 
     for comparison, with a backward pass:
     LoRA, checkpointing   bfloat16        3.4M    16.07    0.04     7.43    24.55   no     0.55 missing

@@ -15,12 +15,19 @@ of a PEFT adapter is replayed into the adapter, whose starting weights are read 
 """
 
 import argparse
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 from zo_hf.trainer.output_paths import check_folder
+from zo_hf.trajectory.adapter import with_run_adapter
 from zo_hf.trajectory.log import Trajectory, TrajectoryError
 from zo_hf.trajectory.replay import replay, verify
+from zo_hf.untrusted.fields import shown
+from zo_hf.untrusted.quantization_config import loadable
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     """Verify a log, and replay it unless only verification is requested."""
     if not args.verify and (args.model is None or args.output is None):
         raise ValueError("a replay needs --model BASE and --output DIR; give both, or --verify to only check the log.")
+    if args.until is not None and args.until < 0:
+        raise ValueError(f"--until {args.until} must be at least 0; leave it out for all steps.")
     trajectory = verify(args.log, until=args.until)
     if not args.verify:
         check_output(args.output, args.model, trajectory)
@@ -81,10 +90,11 @@ def summary(trajectory: Trajectory) -> str:
     skipped = sum(record.skipped for record in records)
     lines = [
         f"{trajectory.path}: {len(records)} steps in {trajectory.path.stat().st_size:,} bytes, every record intact",
-        f"  base       {base.get('name') or base.get('class')} ({base.get('dtype')} on {base.get('device')})",
-        f"  moves      {settings['coordinates']:,} coordinates, zo_subspace={settings['zo_subspace']}",
-        f"  optimizer  {header['optimizer'].get('kind')}, seed {settings['seed']}",
-        f"  written by zo_hf {header.get('zo_hf')}, torch {header.get('torch')}",
+        f"  base       {shown(base.get('name') or base.get('class'))} "
+        f"({shown(base.get('dtype'))} on {shown(base.get('device'))})",
+        f"  moves      {settings['coordinates']:,} coordinates, zo_subspace={shown(settings['zo_subspace'])}",
+        f"  optimizer  {shown(header['optimizer']['kind'])}, seed {settings['seed']}",
+        f"  written by zo_hf {shown(header.get('zo_hf'))}, torch {shown(header.get('torch'))}",
     ]
     if skipped:
         lines.append(f"  skipped    {skipped} steps with a loss that was not finite")
@@ -103,33 +113,38 @@ def load_base(name: str, trajectory: Trajectory, revision: str | None = None) ->
     import transformers
 
     base = trajectory.header["base"]
-    kind = getattr(transformers, str(base.get("class")), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    kind: Any = getattr(transformers, str(base.get("class")), None)
+    is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_model or kind.config_class is None:
         raise TrajectoryError(
-            f"{trajectory.path} was recorded from a {base.get('class')}, which transformers does not have; replay it in "
-            "Python with zo_hf.trajectory.replay(model, path)."
+            f"{trajectory.path} was recorded from a {shown(base.get('class'))}, which transformers does not have; replay "
+            "it in Python with zo_hf.trajectory.replay(model, path)."
         )
-    dtype = getattr(torch, str(base.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
+    if base.get("dtype") not in DTYPES:
         raise TrajectoryError(
-            f"{trajectory.path} names no dtype of torch, so zo_hf did not write it; use another copy of it."
+            f"{trajectory.path} names no dtype that a model trains in, so zo_hf did not write it; use another copy of it."
         )
-    if revision is None and not Path(name).exists() and name == base.get("name"):
-        revision = base.get("revision")
-    model: Any = kind
+    dtype: torch.dtype = getattr(torch, base["dtype"])
+    try:
+        quantization = loadable(base.get("quantization"))
+    except ValueError as error:
+        raise TrajectoryError(
+            f"{trajectory.path} describes no base model, because {error}; use another copy of it."
+        ) from error
+    # A commit only: the name of a branch may mean other weights tomorrow.
+    is_commit = bool(re.fullmatch(r"[0-9a-f]{40}", base.get("revision") or ""))
+    if revision is None and is_commit and not Path(name).exists() and name == base.get("name"):
+        revision = base["revision"]
     more: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if quantization is not None:
+        more["quantization_config"] = quantization
     if base.get("quantization") is not None:
         on_cuda = base.get("device") == "cuda" and torch.cuda.is_available()
-        more |= {"quantization_config": base["quantization"], "device_map": "cuda" if on_cuda else "cpu"}
-    model = model.from_pretrained(name, dtype=dtype, **more)
+        more["device_map"] = "cuda" if on_cuda else "cpu"
+    model = kind.from_pretrained(name, dtype=dtype, **more)
     if base.get("device") == "cuda" and torch.cuda.is_available():  # the same kind of device gives the run's bits
         model.to("cuda")
-    if trajectory.header.get("start") is None:
-        return model
-    from peft import PeftConfig, get_peft_model
-
-    # PEFT converts half-precision adapters to float32 by default, as it did in the run.
-    return get_peft_model(model, PeftConfig.from_pretrained(str(trajectory.path.parent)))
+    return model if trajectory.header.get("start") is None else with_run_adapter(model, trajectory)
 
 
 def _save_tokenizer(name: str, revision: str | None, output: Path) -> None:

@@ -8,7 +8,7 @@ from zo_hf.directions.masked import GivenMask
 from zo_hf.directions.orthogonal import Orthogonal
 from zo_hf.directions.sparse import Sparse
 from zo_hf.directions.sphere import Sphere
-from zo_hf.directions.unit_vectors import ORDERS, UnitVectors, unit_vectors
+from zo_hf.directions.unit_vectors import UnitVectors, unit_vectors
 
 DISTRIBUTIONS: dict[str, type[Distribution]] = {
     kind.name: kind for kind in (Gaussian, Rademacher, Sphere, Orthogonal, Sparse, Layers, AdaptiveLayers)
@@ -18,7 +18,6 @@ __all__ = [
     "DISTRIBUTIONS",
     "ELEMENTWISE",
     "GAUSSIAN",
-    "ORDERS",
     "RADEMACHER",
     "AdaptiveLayers",
     "DirectionContext",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zo_hf.method_info import option
+from zo_hf.method_info import Choice, Name, Options, Real, option
+
+ORDERS = ("cyclic", "permuted")
 
 
 @dataclass(frozen=True)
-class DirectionOptions:
+class DirectionOptions(Options):
     """Options of the directions; see the help of each.
 
     Raises:
@@ -21,20 +23,21 @@ class DirectionOptions:
         "adaptive_layers. gaussian draws normal numbers, and rademacher draws random signs. sphere draws directions of "
         "one length. orthogonal makes the directions of a step orthogonal to each other. sparse moves small weights only "
         "(Sparse-MeZO). layers moves a few random layers in each step (LeZO). adaptive_layers draws layers with large "
-        "projected gradients more often (AdaLeZO).",
+        "projected gradients more often (AdaLeZO). auto, which ZOConfig takes by default, is rademacher with a direction "
+        "for every row and zo_rule none, and gaussian elsewhere.",
+        Name(),
+        "'gaussian' is MeZO's",
     )
     active_layers: float | None = option(
         None,
         "Fraction of the layers that move in a step, for zo_direction layers and adaptive_layers. Default: 0.25.",
+        Real(0, 1, above=True, also=(None,)),
+        "0.25 moves a quarter of them",
     )
     coordinate_order: str = option(
         "cyclic",
         "The order of the coordinates, for zo_estimator coordinate and coordinate_forward: cyclic, or permuted (shuffled "
         "by the seed).",
+        Choice(ORDERS),
+        "cyclic is the default",
     )
-
-    def __post_init__(self) -> None:
-        if self.active_layers is not None and not 0 < self.active_layers <= 1:
-            raise ValueError(
-                f"zo_active_layers={self.active_layers} must be above 0 and at most 1; 0.25 moves a quarter of them."
-            )

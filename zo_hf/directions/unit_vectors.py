@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions.distribution import Distribution
+from zo_hf.directions.options import ORDERS
 from zo_hf.rng.draw import draw_half_words
 from zo_hf.rng.stream import Purpose, Stream
-
-ORDERS = ("cyclic", "permuted")
 
 
 @dataclass(frozen=True, eq=False)

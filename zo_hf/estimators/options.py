@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from zo_hf.method_info import option
+from zo_hf.method_info import Name, Options, Real, Whole, option
+
+#: A step holds the losses at its probes, and a log their projected gradients.
+MOST_DIRECTIONS = 100_000
+
+#: Far beyond the weights of any model.
+LONGEST_PROBE = 100.0
 
 
 @dataclass(frozen=True)
-class EstimatorOptions:
+class EstimatorOptions(Options):
     """Options of the estimators; see the help of each.
 
     Raises:
@@ -27,9 +32,14 @@ class EstimatorOptions:
         "curvature (2q + 1). coordinate probes the next q coordinates, one at a time, by central differences (2q). "
         "coordinate_forward does so by forward differences (q + 1). For fzoo, the learning rate is zo_eps times the "
         "length of a step. For evolution and evolution_ranks, it is about the length of a step.",
+        Name(),
+        "'two_point' is MeZO's",
     )
     num_directions: int = option(
-        1, "Number of directions per step (q). The help of zo_estimator gives the cost of each estimator."
+        1,
+        "Number of directions per step (q). The help of zo_estimator gives the cost of each estimator.",
+        Whole(1, MOST_DIRECTIONS),
+        "1 is a good start",
     )
     rows_per_direction: int | str = option(
         0,
@@ -38,31 +48,22 @@ class EstimatorOptions:
         "With 0, all rows of a step share the directions (MeZO). auto takes 1 where the method and the loss allow it, "
         "with at most 32 directions for a batch, and 0 elsewhere. A loss that is not a sum over rows keeps one direction, "
         "and the log says so. zo_direction='rademacher' is cheaper to draw than 'gaussian'.",
+        Whole(0, also=("auto",)),
+        "use 0 for one direction for all rows, or 'auto'",
     )
     noise_scale_steps: int = option(
         10,
         "Number of steps between measurements of the gradient noise scale, which zo/noise_scale logs in rows; 0 never "
         "measures. It needs zo_rows_per_direction above 0. A measurement costs no forward pass. Groups of rows share "
         "their directions in pairs at that step.",
+        Whole(0),
+        "use 0 to never measure",
     )
     eps: float | None = option(
         None,
         "Distance of a probe along the direction. auto takes MeZO's values. They are 1e-3 for weights (low_rank, full, "
         "and PEFT methods that train weights) and 1e-2 for LoRA, DoRA, IA3 and other adapters. They are 1e-1 for prefixes "
         "and prompts.",
+        Real(0, LONGEST_PROBE, above=True, also=(None,)),
+        "use 'auto' for the subspace's default",
     )
-
-    def __post_init__(self) -> None:
-        if self.num_directions < 1:
-            raise ValueError(f"zo_num_directions={self.num_directions} must be at least 1, which is a good start.")
-        rows = self.rows_per_direction
-        if rows != "auto" and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 0):
-            raise ValueError(
-                f"zo_rows_per_direction={rows!r} must be 'auto' or a whole number; use 0 for one direction for all rows."
-            )
-        if self.noise_scale_steps < 0:
-            raise ValueError(
-                f"zo_noise_scale_steps={self.noise_scale_steps} must not be negative; use 0 to never measure."
-            )
-        if self.eps is not None and not 0 < self.eps < math.inf:
-            raise ValueError(f"zo_eps={self.eps} must be a positive number; use 'auto' for the subspace's default.")

@@ -193,7 +193,7 @@ class _Evaluation:
     ) -> None:
         self.subspace, self.closure, self.generators = subspace, closure, generators
         self._probes, self._stream_of, self._distribution = probes, stream_of, distribution
-        self.device = next(iter(subspace.coordinates.values())).device
+        self.device = subspace.device
 
     def sequential(self) -> Tensor:
         """Return the losses of one forward pass for each probe, (probes,)."""

@@ -96,11 +96,20 @@ def known_loss(
 
 
 def shares_of_groups(
-    model: PreTrainedModel, logits: Tensor, inputs: Mapping[str, Any], count: Tensor | int | None, groups: int
+    model: PreTrainedModel,
+    logits: Tensor,
+    inputs: Mapping[str, Any],
+    count: Tensor | int | None,
+    groups: int,
+    group_of: Tensor | None = None,
 ) -> Tensor:
-    """Return the shares of equal groups of consecutive rows in `known_loss`, (groups,).
+    """Return the shares of groups in `known_loss`, (groups,): equal groups of consecutive rows, or of positions.
 
-    The arguments are those of `known_loss`. Half-precision logits of tokens are summed in float32.
+    The other arguments are those of `known_loss`. Half-precision logits of tokens are summed in float32.
+
+    Args:
+        groups: the number of groups.
+        group_of: the group of every position, int64 (rows, length) in ascending order; None if groups are of rows.
     """
     labels, config = inputs["labels"].to(logits.device), model.config
     kind: Any = loss_kind(model)
@@ -117,4 +126,7 @@ def shares_of_groups(
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view(groups, -1).sum(1) / divisor
+    if group_of is None:
+        return losses.view(groups, -1).sum(1) / divisor
+    sizes = group_of.flatten().bincount(minlength=groups).tolist()
+    return torch.stack([part.sum() for part in losses.split(sizes)]) / divisor

@@ -59,6 +59,10 @@ class ModelLoss:
         factor: multiplies the batched loss, for a `sequential` that scales the model's own loss.
         in_front: number of logit positions that precede those of the input.
         checks: what the run's earlier batches have shown about the model; None begins anew.
+
+    Attributes:
+        inputs: the batch, see above.
+        rows: rows of the batch.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class ModelLoss:
         self._forward, self._model, self._sequential, self._factor = forward, model, sequential, factor
         self._num_items, self._in_front = num_items_in_batch, in_front
         self._checks = LossChecks() if checks is None else checks
-        self._all, self._inputs = inputs, inputs
+        self.inputs, self._inputs = inputs, inputs
         # A forward of the user's own may compute a term from all logits, even one that is 0 in the first batch.
         self._is_stock = _has_stock_forward(model)
         if self._is_stock and self._checks.is_known is not False:
@@ -105,7 +109,7 @@ class ModelLoss:
             self._checks.is_known = False
         if loss is not None and (self._checks.is_known or "logits_to_keep" not in self._inputs):
             return loss
-        self._inputs = self._all
+        self._inputs = self.inputs
         return self._sequential(dict(self._inputs))
 
     def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,20 +140,29 @@ class ModelLoss:
         self._checks.layouts.add(layout)
         return torch.stack([self._loss(part) for part in parts]) * self._factor
 
-    def by_groups(self, groups: int) -> Tensor:
-        """Return the shares of `groups` equal groups of consecutive rows in the loss, (groups,), from one forward pass.
+    def by_groups(self, groups: int, group_of: Tensor | None = None) -> Tensor:
+        """Return the shares of `groups` groups in the loss, (groups,), from one forward pass.
+
+        Args:
+            groups: the number of groups.
+            group_of: the group of every position, int64 (rows, length) in ascending order. None makes equal groups of
+                consecutive rows.
 
         Raises:
             NotBatchable: the model's loss does not come apart by rows.
         """
         layout = self._separable_layout(self._checks.grouped)
-        within = [name for name in _WITHIN_ROWS if name in self._inputs]
-        if within:
-            raise NotBatchable(f"{within[0]} describes the sequences of this batch, which is free of padding")
         logits = self._logits(self._inputs)
-        shares = shares_of_groups(self._model, logits, self._inputs, self._num_items, groups)
+        if group_of is not None and self.kept is not None:
+            group_of = group_of[:, self.kept]
+        shares = shares_of_groups(self._model, logits, self._inputs, self._num_items, groups, group_of)
         self._checks.grouped.add(layout)
         return shares * self._factor
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Positions for which the model computes logits, int64 (positions,); None if for all."""
+        return self._inputs.get("logits_to_keep")
 
     def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits of one forward pass, (rows, ...), after a comparison of its loss where that is due.

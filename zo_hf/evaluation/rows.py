@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from zo_hf.directions import Distribution
-from zo_hf.estimators.probe import Probe
+from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
+from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
 from zo_hf.evaluation.noise_scale import NoiseScale
+from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
@@ -77,18 +79,21 @@ class RowGroups:
         self.count: int | None = None
         self.noise_scale = NoiseScale(noise_scale_steps)
         self._parts: list[Tensor] = []
+        self._batch = 0  # number of the present micro-batch in the step
         self._micro_batches: int | None = None
         self._rows_per_group = 1.0
         self._rows: int | None = None
+        self._packs = False  # whether the first batch has had several sequences in a row
 
     def state(self) -> list[Any]:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
-        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows]
+        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows, self._packs]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
-        self.works, groups, count, sums, self._rows = state
-        if self._micro_batches is None:
+        self.works, groups, count, sums, self._rows, *more = state
+        self._packs = bool(more and more[0])
+        if self._micro_batches is None or self._packs:
             self.groups_per_batch, self.count = groups, count
         self.noise_scale.load_state(sums)
 
@@ -99,7 +104,8 @@ class RowGroups:
             rows: rows of a micro-batch.
             micro_batches: micro-batches of a step. If a step has more, they share the directions of its first ones.
         """
-        self.groups_per_batch = groups_of(rows, "auto" if self.is_auto else self._rows_per_direction)
+        rows_per_direction = "auto" if self.is_auto else self._rows_per_direction
+        self.groups_per_batch = groups_of(rows, rows_per_direction, equal=not self._packs)
         self._micro_batches = micro_batches
         if micro_batches is not None:
             self.count = self.groups_per_batch * micro_batches * self._ranks.grid.world_size
@@ -116,7 +122,7 @@ class RowGroups:
 
     def discard(self) -> None:
         """Forget the micro-batches of the present step."""
-        self._parts = []
+        self._parts, self._batch = [], 0
 
     @torch.no_grad()
     def evaluate(
@@ -141,19 +147,55 @@ class RowGroups:
         Returns:
             The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
         """
-        losses = self._apart(closure, probes, stream_of, distribution, generators)
-        if not self.works:
+        self._batch = len(self._parts)
+        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        if losses is None:
             return None
-        if losses is None:  # all of its rows share a direction
-            first = self._first_group() * _directions(probes)
-            together = [replace(probe, direction=first + probe.direction) for probe in probes]
-            losses = self._evaluator.losses(
-                self._subspace, closure, together, stream_of, distribution, len(probes), generators
-            )[:, None]
         assert self.groups_per_batch is not None
         losses = losses * weight
         self._parts.append(torch.nn.functional.pad(losses, (0, self.groups_per_batch - losses.shape[1])))
         return losses.sum(1)
+
+    @torch.no_grad()
+    def evaluate_more(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        weight: float | Tensor,
+        generators: GlobalGenerators | None,
+    ) -> Tensor:
+        """Return the loss of the micro-batch that `evaluate` has had at more probes of its groups, (probes,).
+
+        The arguments are those of `evaluate`. `gather` does not return these losses.
+        """
+        if not probes:
+            return torch.zeros(0, device=self._subspace.device)
+        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        assert losses is not None
+        return (losses * weight).sum(1)
+
+    def _by_groups_or_together(
+        self,
+        closure: Callable[[], Any],
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        generators: GlobalGenerators | None,
+    ) -> Tensor | None:
+        """Return the losses of the groups, (probes, groups), with one group if the batch stays whole.
+
+        None means that the run's loss does not come apart.
+        """
+        losses = self._apart(closure, probes, stream_of, distribution, generators)
+        if not self.works or losses is not None:
+            return losses if self.works else None
+        first = self._first_group() * _directions(probes)
+        together = [replace(probe, direction=first + probe.direction) for probe in probes]
+        return self._evaluator.losses(
+            self._subspace, closure, together, stream_of, distribution, len(probes), generators
+        )[:, None]
 
     @torch.no_grad()
     def decide(
@@ -190,7 +232,7 @@ class RowGroups:
         parts = torch.stack(self._parts[:limit])  # (micro-batches, probes, groups)
         for number, more in enumerate(self._parts[limit:]):
             parts[number % limit] += more
-        self._parts = []
+        self.discard()
         everywhere = self._ranks.all_gather(parts) / self._ranks.grid.world_size  # (ranks, micro-batches, ...)
         losses = everywhere.permute(1, 0, 3, 2).flatten(0, 2).tolist()
         if self.count is None:
@@ -209,7 +251,9 @@ class RowGroups:
         """Return the losses of the groups at each of the probes, (probes, groups); None if the batch stays whole."""
         if self.works is False:
             return None
-        loss = self._with_rows(closure, generators)
+        loss = packed(self._with_rows(closure, generators))
+        if self.works is None:
+            self._expect_sequences(loss)
         if not isinstance(loss, GroupedLoss):
             if self.works is None:
                 self._decide("the loss is neither the model's own nor RowLosses")
@@ -220,6 +264,14 @@ class RowGroups:
             if isinstance(again, LossByRows) and again.rows != loss.rows:
                 losses = self._tried(again, probes, stream_of, distribution, generators)
         return losses
+
+    def _expect_sequences(self, loss: Any) -> None:
+        """Number directions for as many packed sequences as the first batch of any rank has, if it has some."""
+        own = loss.rows if isinstance(loss, PackedLoss) else 0
+        most = int(self._ranks.all_gather(torch.tensor(own, device=self._subspace.device)).max())
+        if most:
+            self._packs = True
+            self.expect(most, self._micro_batches)
 
     def _with_rows(self, closure: Any, generators: GlobalGenerators | None, looks: bool = False) -> Callable[[], Any]:
         """Return a closure of `RowLosses` as a loss that comes apart, and any other closure as it is.
@@ -248,6 +300,10 @@ class RowGroups:
         try:
             return self._by_groups(closure, *how)
         except Exception as error:  # another kind of batch, or out of memory
+            if self._evaluator.recover is not None:  # other processes may be in the middle of the same forward pass
+                if self.works is not None or not isinstance(error, NotBatchable):
+                    raise
+                self._evaluator.recover()
             self._evaluator.forward_passes = before  # as on ranks whose batch came apart: all rows together count
             if self.works is None:
                 self._decide(str(error).split("\n")[0] or type(error).__name__)
@@ -266,7 +322,9 @@ class RowGroups:
         if self.groups_per_batch is None:
             self.expect(closure.rows)
         assert self.groups_per_batch is not None
-        groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch)
+        equal = not isinstance(closure, PackedLoss)
+        groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch, equal)
+        packing = closure.packing(groups) if isinstance(closure, PackedLoss) and groups > 1 else None
         self._rows_per_group = closure.rows / groups
         first, directions = self._first_group(), _directions(probes)
 
@@ -277,59 +335,37 @@ class RowGroups:
             """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
             if generators is not None:
                 generators.restore()
-            with self._subspace.at(at, stream_of, distribution, rows=closure.rows // len(at)):
+            rows = 1 if packing is not None else closure.rows // len(at)
+            packed_in = packing if len(at) > 1 else None
+            with self._subspace.at(at, stream_of, distribution, rows, packed_in):
                 return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
 
         def shares(at: Sequence[Probe]) -> Tensor:
             return losses(at, lambda: closure.by_groups(groups))
 
-        own, whole, device = own_passes(probes), None, next(iter(self._subspace.coordinates.values())).device
+        own, whole = own_passes(probes), None
         last = points(own[-1])
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
-            whole = losses(last[-1:], lambda: one_number(closure(), device))
+            whole = losses(last[-1:], lambda: one_number(closure(), self._subspace.device))
         found = [shares(points(probe) if probe.scale or probe.derivative else points(probe)[:1]) for probe in own]
         self._evaluator.forward_passes += len(probes)
         if whole is not None:
-            kept = torch.tensor([_is_kept(group) for group in range(groups)], device=device)
-            others = shares([p if _is_kept(group) else _elsewhere(p, last[0]) for group, p in enumerate(last)])
+            others, alone = shares(some_elsewhere(last)), shares(last[-1:])
             self._evaluator.forward_passes += passes_of_check(probes)
-            self._decide(self._problem(found[-1], others, kept, shares(last[-1:]), whole))
+            rounding = self._evaluator.rounding(self._subspace, alone.dtype)
+            self._decide(why_not_apart(found[-1], others, alone, whole, rounding))
+        self._evaluator.dtype = found[0].dtype
         return torch.cat(found).double()
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""
         assert self.groups_per_batch is not None
-        number = len(self._parts) % self._micro_batches if self._micro_batches else len(self._parts)
+        number = self._batch % self._micro_batches if self._micro_batches else self._batch
         return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
-
-    def _problem(self, shares: Tensor, others: Tensor, kept: Tensor, alone: Tensor, whole: Tensor) -> str | None:
-        """Return why the first batch does not come apart, or None.
-
-        Shares are (1, groups), and (2, groups) with their derivatives below if probes ask for those.
-
-        Args:
-            shares: the groups' shares at a probe, each with its own direction.
-            others: the shares if some groups are elsewhere.
-            kept: the groups that are where they were, bool of shape (groups,).
-            alone: the shares if all rows have the last group's direction, from a forward without groups.
-            whole: the caller's loss at that point, (1,), and its derivative.
-        """
-        # A sum of derivatives may be small where they are large.
-        size = torch.maximum(whole.abs(), alone.abs().amax(1)).clamp(min=1.0)
-        smallest, dependent = torch.finfo(shares.dtype).tiny, (shares - others).abs()
-        apart = {
-            "its rows give another loss together": (alone.sum(1) - whole).abs() / size,
-            "its last row gives another loss with a direction of its own": (shares - alone)[:, -1].abs() / size,
-            # The same kernels on the same rows, so rounding hardly differs.
-            "its rows depend on each other": 10 * (dependent / shares.abs().clamp(min=smallest))[:, kept],
-        }
-        allowed = self._evaluator.rounding(self._subspace, shares.dtype)
-        found = [(reason, by.max().item()) for reason, by in apart.items() if not bool((by <= allowed).all())]
-        return f"{found[0][0]} (relative difference {found[0][1]:.2g})" if found else None
 
     def _decide(self, problem: str | None) -> None:
         """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""
-        device = next(iter(self._subspace.coordinates.values())).device
+        device = self._subspace.device
         self.works = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
         # A rank whose first batch failed has counted fewer passes, and all ranks must end at the same step.
         spent = self._ranks.all_gather(torch.tensor(self._evaluator.forward_passes, device=device))
@@ -340,29 +376,11 @@ class RowGroups:
             logger.log(level, "all rows of a step share its directions: %s", reason)
 
 
-def groups_of(rows: int, rows_per_direction: int | str) -> int:
-    """Return the number of groups of a batch, given the setting."""
+def groups_of(rows: int, rows_per_direction: int | str, equal: bool = True) -> int:
+    """Return the number of groups of a batch, given the setting; `equal` is False if their sizes may differ."""
     if rows_per_direction == "auto":
-        return _divisor(rows, 1, MOST_GROUPS)
-    return _divisor(rows, int(rows_per_direction), rows) if rows_per_direction else 1
-
-
-def passes_of_check(probes: Sequence[Probe]) -> int:
-    """Return the forward passes that a run's first micro-batch takes beyond its probes, if its loss comes apart."""
-    return 6 if any(probe.derivative for probe in probes) else 3  # a pass with tangents counts as two
-
-
-def _is_kept(group: int) -> bool:
-    """Return whether a group keeps its point when others move: those with an even number of ones in binary.
-
-    Groups whose numbers differ by any power of two are then told apart somewhere, for example neighbors and halves.
-    """
-    return group.bit_count() % 2 == 0
-
-
-def _elsewhere(probe: Probe, other: Probe) -> Probe:
-    """Return a point far from the probe's, so that rows which depend on it show that; or a derivative along another z."""
-    return replace(probe, scale=-100 * probe.scale) if probe.scale else replace(probe, direction=other.direction)
+        return _divisor(rows, 1, MOST_GROUPS, equal)
+    return _divisor(rows, int(rows_per_direction), rows, equal) if rows_per_direction else 1
 
 
 def _directions(probes: Sequence[Probe]) -> int:
@@ -370,13 +388,14 @@ def _directions(probes: Sequence[Probe]) -> int:
     return 1 + max(probe.direction for probe in probes)
 
 
-def _divisor(rows: int, rows_per_direction: int, most: int) -> int:
-    """Return the number of equal groups: the largest that divides `rows` with groups that are large enough.
+def _divisor(rows: int, rows_per_direction: int, most: int, equal: bool = True) -> int:
+    """Return the number of groups: the largest that divides `rows` with groups that are large enough.
 
     Args:
         rows: rows of the batch.
         rows_per_direction: smallest size of a group; a smaller batch is one group.
         most: largest number of groups.
+        equal: False if groups may differ by a row, so that the number need not divide `rows`.
     """
     largest = max(1, min(rows // max(1, rows_per_direction), most))
-    return next(groups for groups in range(largest, 0, -1) if rows % groups == 0)
+    return largest if not equal else next(groups for groups in range(largest, 0, -1) if rows % groups == 0)

@@ -71,5 +71,4 @@ def shares_at(zo: ZerothOrder, batch: Batch, stream: Stream, scales: Sequence[fl
 def _begin(zo: ZerothOrder) -> GlobalGenerators | None:
     """Prepare the distribution, and return the state of the global generators if all probes begin with it."""
     zo.distribution.begin()
-    device = next(iter(zo.subspace.coordinates.values())).device
-    return GlobalGenerators.now(device) if zo.settings.common_random_numbers else None
+    return GlobalGenerators.now(zo.subspace.device) if zo.settings.common_random_numbers else None

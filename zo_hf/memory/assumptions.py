@@ -28,7 +28,7 @@ class Assumptions:
         rank: rank of the low-rank factors.
         num_directions: q; a step of the two-point estimator evaluates 2q probes.
         rows_per_direction: rows of a group with directions of its own, which a step holds for all groups; 0 for one group
-            of all rows, and "auto" for the Trainer's choice.
+            of all rows, and "auto" for what the Trainer chooses by default.
         batched: True for all probes of one group in one forward pass, which holds 2q times the activations; False for one
             after another, as probes of several groups always are.
         direction: distribution of the directions.
@@ -49,7 +49,7 @@ class Assumptions:
     attention: str = "sdpa"
     rank: int = 4
     num_directions: int = 1
-    rows_per_direction: int | str = 0
+    rows_per_direction: int | str = "auto"
     batched: bool = True
     direction: str = "gaussian"
     optimizer: str = "sgd"

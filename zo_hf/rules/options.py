@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zo_hf.method_info import option
+from zo_hf.method_info import Choice, Name, Options, Real, Whole, option
 
 AT_FOLD = ("carry", "reset")
 
+#: A snapshot that takes longer than any run to estimate.
+MOST_SVRG_STEPS = 100_000
+
 
 @dataclass(frozen=True)
-class RuleOptions:
+class RuleOptions(Options):
     """Options of the rules; see the help of each.
 
     Raises:
@@ -28,62 +31,59 @@ class RuleOptions:
         "(MeZO-SVRG); zo_fold_steps must be a multiple of zo_svrg_batches + zo_svrg_steps. With muon and "
         "power_iteration, the learning rate is the root mean square length of a step per coordinate. With sign, it is "
         "√q times that.",
+        Name(),
+        "'none' changes nothing",
     )
     momentum: float = option(
         0.0,
         "Weight of the past in the running mean of estimates, for zo_rule muon and power_iteration. The rule takes the "
         "singular directions of that mean; 0 uses the latest estimate alone. Set the optimizer's own momentum through "
         "optim_args.",
+        Real(0, 1, below=True),
+        "use 0 for none",
     )
     momentum_at_fold: str = option(
         "carry",
         "The effect of a fold on the running mean of zo_momentum, for zo_rule muon and power_iteration: carry keeps it, "
         "reset sets it to zero.",
+        Choice(AT_FOLD),
+        "carry is the default",
     )
     spectral_rank: int | None = option(
-        None, "Number of singular directions in a matrix's step, for zo_rule power_iteration. Default: half of all."
+        None,
+        "Number of singular directions in a matrix's step, for zo_rule power_iteration. Default: half of all.",
+        Whole(1, also=(None,)),
+        "leave it out for half of all",
     )
     curvature_rate: float = option(
         1e-6,
         "Weight of a step in the running mean of the curvature, for zo_rule curvature. The paper uses 1e-8 to 1e-6.",
+        Real(0, 1, below=True),
+        "1e-6 is the paper's",
     )
     cocd_decay: float = option(
         0.99,
         "Factor that multiplies the remembered differences at every step, for zo_rule cocd. 0 forgets them and 1 keeps "
         "them.",
+        Real(0, 1),
+        "0 remembers nothing, and 1 forgets nothing",
     )
     cocd_memory: int | None = option(
-        None, "Number of the latest differences that zo_rule cocd keeps. Default: one for each coordinate."
+        None,
+        "Number of the latest differences that zo_rule cocd keeps. Default: one for each coordinate.",
+        Whole(1, also=(None,)),
+        "leave it out for one for each coordinate",
     )
     svrg_batches: int = option(
         9,
         "Number of steps in which zo_rule svrg estimates the gradient at a new snapshot, each from its own batch. Only the "
         "last of them moves, along that gradient.",
+        Whole(1, MOST_SVRG_STEPS),
+        "9 is the default",
     )
     svrg_steps: int = option(
-        1, "Number of steps in which zo_rule svrg then uses the snapshot. The paper uses 1 (its q is 2)."
+        1,
+        "Number of steps in which zo_rule svrg then uses the snapshot. The paper uses 1 (its q is 2).",
+        Whole(1, MOST_SVRG_STEPS),
+        "1 is the paper's",
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"zo_momentum={self.momentum} must be at least 0 and below 1; use 0 for none.")
-        if self.momentum_at_fold not in AT_FOLD:
-            raise ValueError(
-                f"zo_momentum_at_fold={self.momentum_at_fold!r} is unknown; choose one of {', '.join(AT_FOLD)}."
-            )
-        if self.spectral_rank is not None and self.spectral_rank < 1:
-            raise ValueError(
-                f"zo_spectral_rank={self.spectral_rank} must be at least 1; leave it out for half of all."
-            )
-        if not 0 <= self.curvature_rate < 1:
-            raise ValueError(
-                f"zo_curvature_rate={self.curvature_rate} must be at least 0 and below 1; 1e-6 is the paper's."
-            )
-        if not 0 <= self.cocd_decay <= 1:
-            raise ValueError(
-                f"zo_cocd_decay={self.cocd_decay} must be from 0 (remembers nothing) to 1 (forgets nothing)."
-            )
-        if self.svrg_batches < 1:
-            raise ValueError(f"zo_svrg_batches={self.svrg_batches} must be at least 1; 9 is the default.")
-        if self.svrg_steps < 1:
-            raise ValueError(f"zo_svrg_steps={self.svrg_steps} must be at least 1, which is the paper's.")

@@ -9,6 +9,8 @@ directions:
 The noise that a batch causes equally at both points cancels in ĝ: for ξ = ξ̃, ĝ = g̃ on every batch. The noise of g̃
 remains, and T + 1 steps share it.
 
+With a direction for every group of rows, the sums are also over groups, and c and c̃ are those of a group's share.
+
 The paper estimates g̃ from one direction on 512 to 1,024 examples, has a period of q = T + 1 = 2, and uses a larger
 step size along g̃. This module uses N batches of the run, each with its own directions, and one learning rate. That
 averages the noise of the directions, too. Some of this noise remains at a minimum, even if the N batches are the whole
@@ -72,9 +74,7 @@ class SVRG(Rule):
             )
         self._period = -1
         # c̃ of every step at the snapshot and every direction; NaN for a skipped step.
-        self._at_snapshot = torch.full(
-            (self.options.svrg_batches, estimator.num_directions), torch.nan, dtype=torch.float64
-        )
+        self._at_snapshot = torch.full((self.options.svrg_batches, 0), torch.nan, dtype=torch.float64)
         self._anchor: dict[str, Tensor] | None = None
         self._take_snapshot()
 
@@ -97,7 +97,8 @@ class SVRG(Rule):
                 self.subspace.clear_gradient()
                 return
             self._period = period
-            self._at_snapshot.fill_(torch.nan)
+            # Every group of rows may have directions of its own.
+            self._at_snapshot = here.new_full((self.options.svrg_batches, len(here)), torch.nan)
             self._take_snapshot()
         if phase <= last_at_snapshot:
             self._at_snapshot[phase], self._anchor = here, None
@@ -121,7 +122,7 @@ class SVRG(Rule):
                 for phase in phases
                 for c in self.estimator.coefficients(self._at_snapshot[phase].tolist())
             ]
-            directions = self.estimator.num_directions
+            directions = self._at_snapshot.shape[1]
             self.subspace.write_gradient(
                 coefficients,
                 lambda i: replace(stream_of(i % directions), step=first + phases[i // directions]),

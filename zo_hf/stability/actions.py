@@ -1,5 +1,7 @@
 """The reactions of a run that has left its stable learning rates."""
 
+from zo_hf.method_info import Choice, Whole, checked
+
 ACTIONS = ("warn", "cap")
 
 
@@ -9,7 +11,5 @@ def check_action(every: int, action: str) -> None:
     Raises:
         ValueError: a value is not valid; the message names the option and a valid value.
     """
-    if every < 1:
-        raise ValueError(f"zo_stability_steps={every} must be at least 1; leave it out to measure nothing.")
-    if action not in ACTIONS:
-        raise ValueError(f"zo_stability_action={action!r} is unknown; choose one of {', '.join(ACTIONS)}.")
+    checked("zo_stability_steps", every, Whole(1), "leave it out to measure nothing")
+    checked("zo_stability_action", action, Choice(ACTIONS), "warn changes nothing")

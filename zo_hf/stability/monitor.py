@@ -18,6 +18,10 @@ of λᵢ, which is ‖H‖²/Tr.
 With random signs, the variance of κ does not contain the diagonal of H; their bounds assume that λmax lies between 0 and
 Tr. With mini-batches, the variance includes that of the batches' Hessians, which makes ‖H‖ too large. The true critical
 learning rate is then below the one found here, so a ratio below 1 does not guarantee that a run learns.
+
+With directions for G groups of rows, κ is the sum over groups of z_gᵀH_g z_g, each with its share of the Hessian, H = Σ_g
+H_g. Its mean is Tr H, and its variance 2·Σ_g ‖H_g‖², which is 2·‖H‖²/G for H_g = H/G: that of a mean over G directions. So
+q·G takes the place of q. Rows whose Hessians differ make ‖H‖ too large, as batches do.
 """
 
 from __future__ import annotations
@@ -152,7 +156,6 @@ class StabilityMonitor:
 
     def __init__(self, zo: ZerothOrder, optimizer: Optimizer, every: int = 10, action: str = "warn") -> None:
         check_action(every, action)
-        zo.share_directions()
         check(Case(zo.settings, {"zo_stability_steps": every}, distribution=zo.distribution))
         if zo.optimizer is not optimizer:  # the engine must record the learning rate after it was lowered
             raise ValueError("optimizer is not the engine's; pass it to zo.prepare first.")
@@ -224,14 +227,14 @@ class StabilityMonitor:
     def _at(self, rate: float) -> Stability:
         zo, factor = self._zo, self._descent.factor
         if zo.normalization is not None and zo.normalization.root > 0:
-            factor /= zo.normalization.root
+            factor /= zo.normalization.root * zo.groups**0.5
         name = zo.distribution.name
         return stability(
             self.probes.curvatures,
             rate,
             Descent(self._descent.momentum, self._descent.ema, factor, self._descent.divides),
-            measured_directions=self.probes.num_directions,
-            num_directions=zo.estimator.num_directions,
+            measured_directions=self.probes.num_directions * zo.groups,
+            num_directions=zo.estimator.num_directions * zo.groups,
             direction=name if name in ("sphere", "rademacher") else "gaussian",
             dimension=zo.subspace.dimension,
         )

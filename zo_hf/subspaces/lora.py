@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from zo_hf.quantization import QuantizedLayer
+from zo_hf.subspaces.adapter_config import read_adapter_config
 from zo_hf.subspaces.sites import Site
 
 if TYPE_CHECKING:
@@ -148,10 +149,15 @@ def with_adapter(model: nn.Module, weights: AdapterWeights, rank: int) -> nn.Mod
 
 
 def with_saved_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Wrap `model` in a PEFT model with the adapter that `folder` contains."""
+    """Wrap `model` in a PEFT model with the adapter that `folder` contains.
+
+    Raises:
+        ValueError: the adapter's configuration is not one that is handed to PEFT.
+    """
     from peft import PeftModel
 
-    wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    config = read_adapter_config(folder)
+    wrapped: nn.Module = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True).eval()
     return wrapped
 
 

@@ -3,7 +3,8 @@
 After LOZO (Chen et al., arXiv 2410.07698), with the low-rank term inside the forward as in EGGROLL (arXiv 2511.16652):
 
     W(B) = W + B · Vᵀ / √r         B: (m, r), the coordinates, float32, zero after a fold
-                                   V: (n, r), standard normal from the seed, kept for `fold_steps` steps
+                                   V: (n, r), standard normal from the seed, kept for `fold_steps` steps; or made of
+                                      the layer's inputs, see `activation_basis`
     probe:  y = x · Wᵀ + (x · V/√r) · (B ± εU)ᵀ       U: (m, r), the direction
     fold:   W ← W + B · Vᵀ / √r,   B ← 0,   V ← a new draw
 
@@ -28,6 +29,7 @@ from zo_hf.directions import GAUSSIAN
 from zo_hf.method_info import Method
 from zo_hf.rng import NoiseLayout, Purpose, Stream
 from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.lora import (
@@ -59,6 +61,10 @@ class LowRank(Folded):
         exclude_modules: parameters that do not move.
         among: if given, only these parameters may move, e.g. those of an optimizer.
         seed: seed of the run.
+        basis: the source of V: "random", or "activation" for the inputs of linear layers, see `activation_basis`.
+
+    Raises:
+        ValueError: the model cannot give the inputs of its layers.
     """
 
     name = "low_rank"
@@ -75,7 +81,9 @@ class LowRank(Folded):
         exclude_modules: Pattern = None,
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
+        basis: str = "random",
     ) -> None:
+        self.basis_kind = basis
         self.rank = rank = self.default_rank if rank is None else rank
         super().__init__(model, fold_steps, target_modules, exclude_modules, among, seed)
         if fold_steps is None and not any(site.layer is not None for site in self.sites):
@@ -155,11 +163,29 @@ class LowRank(Folded):
             layout = NoiseLayout(shapes, device)
             flat = layout.draw(stream, GAUSSIAN).mul_(self.rank**-0.5)
             for name, view in layout.views(flat).items():
-                # The forward multiplies by V in the weight's dtype, so the fold must add the V that is rounded to it.
-                dtype = self._dtype_of(self.factored[name])
-                basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
-                # Column-major, because this makes x · V about five times faster on a CPU.
-                self._bases[name] = basis.t().contiguous().t()
+                self._set_basis(name, view)
+        if self.basis_kind == "activation":
+            for name, measured in self._measured_bases(stream).items():
+                self._set_basis(name, measured)
+
+    def _set_basis(self, name: str, basis: Tensor) -> None:
+        # The forward multiplies by V in the weight's dtype, so the fold must add the V that is rounded to it.
+        dtype = self._dtype_of(self.factored[name])
+        rounded = basis.to(dtype if dtype in HALF else self.coordinates[name].dtype)
+        # Column-major, because this makes x · V about five times faster on a CPU.
+        self._bases[name] = rounded.t().contiguous().t()
+
+    def _measured_bases(self, stream: Stream) -> dict[str, Tensor]:
+        """Return V / √r of the linear layers, from their inputs without the coordinates."""
+        layers = {
+            name: [module for module, _ in site.uses if type(module).forward in _LINEAR or module in self.quantized]
+            for name, site in self.factored.items()
+        }
+        before, self._at_origin = self._at_origin, True
+        try:
+            return measure_bases(self.model, layers, self.rank, stream)
+        finally:
+            self._at_origin = before
 
     def _dtype_of(self, site: Site) -> torch.dtype:
         """Return the dtype in which a weight is multiplied."""
@@ -183,8 +209,7 @@ class LowRank(Folded):
         self._refresh_point()
         holders = self._holders[module]
         weight = holders.get("weight")
-        is_linear = type(module).forward in _LINEAR or module in self.quantized
-        if is_linear and (weight is None or weight.name in self.factored):
+        if self._is_corrected(module):
             return self._correct_linear(
                 original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
             )
@@ -210,13 +235,22 @@ class LowRank(Folded):
             stacked if are_vectors else None,
         )
 
+    def forward_packed(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        is_corrected = self._is_corrected(module)  # which needs no padding
+        return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
+
+    def _is_corrected(self, module: nn.Module) -> bool:
+        weight, is_linear = self._holders[module].get("weight"), type(module).forward in _LINEAR
+        return (is_linear or module in self.quantized) and (weight is None or weight.name in self.factored)
+
     def _correct_linear(self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None) -> Tensor:
         """Add (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.
 
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
-        require_equal_parts(x, groups)
+        if self.packing is None:
+            require_equal_parts(x, groups)
         left: list[Tensor] = []  # (rows, r) and (rows, 1)
         right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
         if weight is not None:
@@ -225,9 +259,11 @@ class LowRank(Folded):
         if bias is not None:
             left.append(output.new_ones(rows, 1))
             right.append(self._coordinate_blocks.at_point(bias.name).unsqueeze(-1))
-        thin = torch.cat(left, 1).view(groups, rows // groups, -1)
-        factors = torch.cat(right, 2).to(output.dtype)
-        output.view(groups, rows // groups, -1).baddbmm_(thin, factors.transpose(1, 2))
+        thin, factors = torch.cat(left, 1), torch.cat(right, 2).to(output.dtype).transpose(1, 2)
+        if self.packing is not None:
+            output.view(rows, -1).addmm_(self.packing.in_blocks(thin, x), factors.flatten(0, 1))
+            return output
+        output.view(groups, rows // groups, -1).baddbmm_(thin.view(groups, rows // groups, -1), factors)
         return output
 
     def _correct_lookup(

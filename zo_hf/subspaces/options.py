@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zo_hf.method_info import option
+from zo_hf.method_info import Choice, Name, Options, Pattern, Whole, option
+from zo_hf.subspaces.activation_basis import BASES
 
 
 @dataclass(frozen=True)
-class SubspaceOptions:
+class SubspaceOptions(Options):
     """Options of the subspaces; see the help of each.
 
     Raises:
@@ -22,26 +23,42 @@ class SubspaceOptions:
         "every matrix, and every 1-D parameter. core moves r x r numbers of every matrix (SubZero). full moves all "
         "weights (MeZO's algorithm). adapter moves the trainable weights of a PEFT model. norms moves the 1-D "
         "parameters. scales moves the scales of quantized layers (QZO). auto is adapter for a PEFT model, else low_rank.",
+        Name(),
+        "use 'auto' for the subspace that suits the model",
     )
-    rank: int | None = option(None, "Rank r of the low-rank factors, or of the core. Default: 4; 32 for the core.")
+    rank: int | None = option(
+        None,
+        "Rank r of the low-rank factors, or of the core. Default: 4; 32 for the core.",
+        Whole(1, also=(None,)),
+        "4 is a good start",
+    )
     fold_steps: int | None = option(
         None,
         "Number of steps between folds. A fold adds the low-rank factors, or the core, to the weights and draws new "
         "bases; 0 never folds. Default: 50, but 0 for a quantized model, whose training then ends with a LoRA adapter. "
         "Folds of a quantized model write its 8-bit and 4-bit weights anew, rounded stochastically. A checkpoint is "
         "smallest if save_steps is a multiple of zo_fold_steps.",
+        Whole(0, also=(None,)),
+        "use 0 to never fold",
+    )
+    basis: str = option(
+        "random",
+        "The source of V, the fixed one of the low-rank factors: random draws it from the seed. activation makes it of the "
+        "inputs that linear layers have when the model reads random tokens (AGZO), which takes one forward pass of 128 "
+        "tokens per fold. For zo_subspace low_rank.",
+        Choice(BASES),
+        "'random' needs no forward pass",
     )
     target_modules: str | Sequence[str] | None = option(
         None,
         "The parameters that move: a regular expression that matches the whole name of a parameter or module, or a list "
         "of name endings. Default: all trainable parameters, but only B of a LoRA that begins at zero.",
+        Pattern(also=(None,)),
+        "leave it out to move all trainable parameters",
     )
     exclude_modules: str | Sequence[str] | None = option(
-        None, "The parameters that do not move, in the form of zo_target_modules."
+        None,
+        "The parameters that do not move, in the form of zo_target_modules.",
+        Pattern(also=(None,)),
+        "leave it out to exclude nothing",
     )
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"zo_rank={self.rank} must be at least 1; 4 is a good start.")
-        if self.fold_steps is not None and self.fold_steps < 0:
-            raise ValueError(f"zo_fold_steps={self.fold_steps} must not be negative; use 0 to never fold.")

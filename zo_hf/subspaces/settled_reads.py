@@ -33,8 +33,7 @@ class SettledReads:
         if self._has_settled and not subspace.still:
             return []
         first, self._has_settled = not self._has_settled, True
-        device = next(iter(subspace.coordinates.values())).device
-        unread = self._ranks.shared_by_all(list(subspace.coordinates), subspace.unread(), device)
+        unread = self._ranks.shared_by_all(list(subspace.coordinates), subspace.unread(), subspace.device)
         begins = subspace.settle(unread)
         if first and unread:
             logger.warning("%s", unread_parameters(subspace))

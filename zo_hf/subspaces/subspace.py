@@ -21,8 +21,9 @@ from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
+from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.reads import ReadWatch, must_read
-from zo_hf.subspaces.sites import Pattern, Site, find_sites
+from zo_hf.subspaces.sites import Pattern, Site, find_sites, is_decayed
 
 
 class Subspace:
@@ -63,6 +64,8 @@ class Subspace:
     are_weights = True
     #: True if the weights of quantized layers may move.
     moves_quantized = False
+    #: The groups of sequences packed into the present batch, if they are not rows.
+    packing: Packing | None = None
     _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
 
     def __init__(
@@ -104,6 +107,21 @@ class Subspace:
         """Number of coordinates."""
         return sum(coordinate.numel() for coordinate in self.coordinates.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the coordinates; of the first ones, if they are on several."""
+        return next(iter(self.coordinates.values())).device
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
+        decayed = {site.name for site in self.sites if self.are_weights and is_decayed(site)}
+        groups = []
+        for names, decay in ((decayed, weight_decay), (self.coordinates.keys() - decayed, 0.0)):
+            params = [p for name, p in self.coordinates.items() if name in names]
+            if params:
+                groups.append({"params": params, "weight_decay": decay})
+        return groups
+
     def direction_context(self, num_directions: int = 1, options: DirectionOptions | None = None) -> DirectionContext:
         """Return the facts about this subspace that a distribution may need."""
         are_weights = all(self.coordinates[site.name] is site.parameter for site in self.sites)
@@ -142,7 +160,12 @@ class Subspace:
 
     @contextmanager
     def at(
-        self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution, rows: int = 0
+        self,
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        rows: int = 0,
+        packing: Packing | None = None,
     ) -> Iterator[None]:
         """Evaluate the model at ξ + scale · z inside this context; for a derivative, with tangent z.
 
@@ -152,15 +175,16 @@ class Subspace:
             stream_of: maps a direction's index to its stream.
             distribution: distribution of the directions.
             rows: number of rows of the batch in each group, if several probes share it.
+            packing: the groups of sequences packed into the batch, if they are not rows.
         """
-        self.probes, self.rows_per_probe = probes, rows
+        self.probes, self.rows_per_probe, self.packing = probes, rows, packing
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
             with tangents:
                 yield
         finally:
-            self.probes, self.rows_per_probe = (), 0
+            self.probes, self.rows_per_probe, self.packing = (), 0, None
             self._leave_point()
 
     @contextmanager
@@ -286,6 +310,11 @@ class Subspace:
         """
         raise NotImplementedError
 
+    def forward_packed(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
+        """Compute the same for sequences packed into the rows of the batch, see `packing`."""
+        assert self.packing is not None
+        return self.packing.call(functools.partial(self.forward, module), original, args, kwargs)
+
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
         """Hand the estimate Σᵢ coefficients[i] · zᵢ to the optimizer."""
         raise NotImplementedError
@@ -399,4 +428,5 @@ def _entered_forward(
         if not subspace.moved(module):
             return original(*args, **kwargs)
         with nullcontext() if subspace._is_differentiable else torch.no_grad():
-            return subspace.forward(module, original, args, kwargs)
+            forward = subspace.forward if subspace.packing is None else subspace.forward_packed
+            return forward(module, original, args, kwargs)

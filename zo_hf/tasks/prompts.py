@@ -77,26 +77,36 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[
     return ids
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_length: int) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, max_length: int, room: int = 0
+) -> list[int]:
     """Return the token ids of the question about `text`, with the end of the text cut to fit in `max_length` tokens.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: the prompt around the text.
+        text: the sentence.
+        max_length: maximum number of tokens, with `room` for others after the question.
+        room: number of tokens that follow.
 
     Raises:
         ValueError: the template alone is longer than `max_length`.
     """
+    most = max_length - room
     ids = tokenizer(prompt.fill(text))["input_ids"]
-    if len(ids) <= max_length:
+    if len(ids) <= most:
         return ids
     # The template must stay whole, and tokenizers may merge across its border with the text. So characters are cut,
     # not tokens, and the number of characters is found by bisection of the interval [fits, too_long).
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if len(tokenizer(prompt.fill(text[:middle]))["input_ids"]) <= max_length:
+        if len(tokenizer(prompt.fill(text[:middle]))["input_ids"]) <= most:
             fits = middle
         else:
             too_long = middle
     ids = tokenizer(prompt.fill(text[:fits]))["input_ids"]
-    if len(ids) > max_length:
+    if len(ids) > most:
         raise ValueError(f"--max_length {max_length} is shorter than --template {prompt.template!r}; raise it.")
     return ids
 
@@ -109,7 +119,7 @@ def encode_example(
     Returns:
         `input_ids` and `labels`, both at most `max_length` long. The model itself shifts the labels.
     """
-    question = encode_prompt(tokenizer, prompt, text, max_length - 1)
+    question = encode_prompt(tokenizer, prompt, text, max_length, room=1)
     return {"input_ids": [*question, label_id], "labels": [IGNORED] * len(question) + [label_id]}
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from zo_hf.parallel.lost_ranks import RankLost, naming_lost_ranks
 from zo_hf.parallel.ranks import ReplicasDiffer
 from zo_hf.tasks.assets import AssetError
+from zo_hf.trainer.finite_weights import WeightsNotFinite
 
 
 class FirstStep(TrainerCallback):
@@ -51,7 +52,9 @@ def wrong_arguments_end_the_command() -> Iterator[None]:
 
 @contextmanager
 def refusals_end_the_command() -> Iterator[FirstStep]:
-    """End the command if this package refuses an argument before the first step has ended, or if a process is lost.
+    """End the command if this package refuses an argument before the first step has ended, or to save broken weights.
+
+    It also ends if a process of the run is lost or trains apart.
 
     All other exceptions pass, so that a bug keeps its traceback.
 
@@ -66,7 +69,7 @@ def refusals_end_the_command() -> Iterator[FirstStep]:
         if first_step.is_done or not is_refusal(error):
             raise
         _end_command(error)
-    except (RankLost, ReplicasDiffer) as error:
+    except (RankLost, ReplicasDiffer, WeightsNotFinite) as error:
         _end_command(error, code=1)
 
 
@@ -84,5 +87,6 @@ def is_refusal(error: ValueError) -> bool:
 
 
 def _end_command(error: Exception, code: int = 2) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    text = " ".join(str(error).split())  # other libraries write several lines
+    print(f"error: {text}" if text.endswith(".") else f"error: {text}.", file=sys.stderr)
     raise SystemExit(code) from error

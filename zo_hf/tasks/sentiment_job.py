@@ -32,8 +32,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from zo_hf import checkpoint
-from zo_hf.checkpoint import ADAPTER_CONFIG_NAME
+from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
@@ -44,15 +43,18 @@ from zo_hf.tasks.console import command
 from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.label_word_loss import LabelWordLoss
+from zo_hf.tasks.loading import complete_model, loaded
 from zo_hf.tasks.progress import LossAndAccuracyBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
 from zo_hf.tasks.saved_prompt import FILE_NAME, save_prompt
-from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, model_path
+from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, with_model_path
 from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.output_paths import check_folder
+from zo_hf.trainer.rehearsal import rehearse
+from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
 
@@ -81,8 +83,10 @@ def main(
         with command(lambda: what_is_kept(config)):
             with wrong_arguments_end_the_command():
                 task = prepare(job, config)
+                trainer = build_trainer(task, config)
+                rehearse(trainer, config.resume_from_checkpoint)
             with refusals_end_the_command() as first_step:
-                run(task, config, [first_step])
+                run(task, trainer, [first_step])
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     prompt = Prompt(job.template, tuple(job.verbalizers))
     with config.main_process_first(desc="fetching the model and the sentences"):
         sentences = load_sentences(job, sources, config.seed)
-        tokenizer, model = load_model(model_path(sources), job, config)
+        tokenizer, model = with_model_path(sources, lambda path: load_model(path, job, config))
     label_ids = label_token_ids(tokenizer, prompt)
     check_model(model, config)  # says now what training would say later
     settings = config.settings()
@@ -166,14 +170,15 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     )
 
 
-def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """Evaluate, train, evaluate again and write to `config.output_dir`; return the content of metrics.json.
+def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Evaluate, train, evaluate again and write to the trainer's `output_dir`; return the content of metrics.json.
 
     Args:
         task: the model and the sentences.
-        config: the options of the trainer.
+        trainer: the trainer that `build_trainer` made for them.
         callbacks: further callbacks of the trainer.
     """
+    config = trainer.args
     print_line = line_printer(config)
     batch_size = config.per_device_eval_batch_size
     majority = majority_accuracy(task.sentences.held_out["label"][:])
@@ -182,7 +187,6 @@ def run(task: Task, config: ZOConfig, callbacks: Sequence[TrainerCallback] = ())
     print_line(f"majority   {majority:.3f}")
     print_line(f"zero-shot  {before.accuracy:.3f} raw, {before.calibrated_accuracy:.3f} calibrated")
 
-    trainer = build_trainer(task, config)
     for callback in callbacks:
         trainer.add_callback(callback)
     started = time.perf_counter()
@@ -232,7 +236,7 @@ def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation,
     }
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
-        is_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
+        is_adapter = holds_adapter(folder)
         save_prompt(folder, task.prompt, after.prior, quantization_of(task.model) if is_adapter else None)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         print_line(f"written    {folder}: the model, prompt.json, metrics.json")
@@ -253,22 +257,22 @@ def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrain
     """Load the tokenizer and the model on the run's device, quantized and with an adapter if the job says so.
 
     Raises:
-        OSError: the model does not exist, or the hub does not deliver it.
+        ValueError: the model does not exist, its files are damaged, or the hub does not deliver it.
     """
     more: dict[str, Any] = {}
     if job.load_in_8bit or job.load_in_4bit:
         more = {"device_map": {"": config.device}, "quantization_config": quantization(job)}
     attention = {"attn_implementation": "eager"} if config.settings().estimator_kind.needs_tangents else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=job.offline)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=job.dtype, local_files_only=job.offline, **more, **attention
-        )
-    except OSError as error:
-        raise OSError(
-            f"--model_name_or_path {path} could not be loaded ({str(error).splitlines()[0].rstrip('.')}); name the folder of "
-            "a model, or leave it out and use the embedded model with --offline."
-        ) from error
+    what = f"--model_name_or_path {path}"
+    remedy = "name the folder of a causal language model, or leave it out and use the embedded model with --offline"
+    tokenizer = loaded(what, lambda: AutoTokenizer.from_pretrained(path, local_files_only=job.offline), remedy)
+    model = complete_model(
+        what,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path, dtype=job.dtype, local_files_only=job.offline, output_loading_info=True, **more, **attention
+        ),
+        remedy,
+    )
     if not more:
         model.to(config.device)
     if job.use_peft:
@@ -355,10 +359,8 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
 def what_is_kept(config: ZOConfig) -> str:
     """Return what an interrupted run has left in its folder, and how to go on from it."""
     try:
-        folder = checkpoint.to_resume(True, config.output_dir)
+        folder = to_resume(True, Path(config.output_dir), Ranks(), torch.device("cpu"))
     except ValueError:
-        folder = True
-    if folder is True:
         return f"no checkpoint was kept in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
     return f"{folder} is kept; the same command with --resume_from_checkpoint {folder} continues from it"
 

@@ -1,12 +1,13 @@
 """The sources of the job's model and sentences: the hub, local files, or the embedded default."""
 
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 
-from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.assets import Loaded, default_model, loaded_asset
 from zo_hf.tasks.data import LabeledSentences, embedded_reviews, file_sentences, hub_sentences
 from zo_hf.tasks.job_arguments import HUB_DATASET, HUB_MODEL, JobArguments
 
@@ -61,9 +62,11 @@ def hub_answers() -> bool:
         return False
 
 
-def model_path(sources: Sources) -> str:
-    """Return the argument for `from_pretrained`; if the embedded model was chosen, fetch it."""
-    return sources.model if sources.model is not None else str(default_model())
+def with_model_path(sources: Sources, load: Callable[[str], Loaded]) -> Loaded:
+    """Call `load` with the argument for `from_pretrained`; if the embedded model was chosen, fetch it."""
+    if sources.model is not None:
+        return load(sources.model)
+    return loaded_asset(default_model, lambda path: load(str(path)))
 
 
 def load_sentences(job: JobArguments, sources: Sources, seed: int) -> LabeledSentences:

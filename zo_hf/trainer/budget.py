@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -20,22 +21,29 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import Estimator
 from zo_hf.evaluation.curvature_probes import curvature_probes
-from zo_hf.evaluation.rows import passes_of_check
+from zo_hf.evaluation.first_batch import passes_of_check
 from zo_hf.lr_finder.find import SHARE, forward_passes_of_search
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rules.step_probes import forward_passes_of_a_step
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.finished import why_finished
 from zo_hf.trainer.streams import StreamTrainer
+
+logger = logging.getLogger(__name__)
 
 # Measuring a step of these takes probes of its own, from the second step on.
 ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+#: The costs of a longer period are estimated from its beginning. The run still ends where its forward passes do.
+_LONGEST_PERIOD = 100_000
 
 
 class Budget(TrainerCallback):
@@ -55,6 +63,7 @@ class Budget(TrainerCallback):
     def _begin(self, args: ZOConfig, divides: bool | None, stability_steps: int, searches: bool) -> None:
         self.args, self._divides = args, args.optim in ADAM if divides is None else divides
         self._settings, self._stability_steps, self._searches = args.settings(), stability_steps, searches
+        self._passes: dict[bool, int] = {}
         self.is_spent = False
         self.seconds_before, self._began = 0.0, monotonic()
         self._zo: ZerothOrder | None = None
@@ -111,6 +120,7 @@ class Budget(TrainerCallback):
         ragged = self._batches is not None and self._batches % accumulation
         per_epoch = -(-(self._batches or 0) // accumulation) if ragged else 1
         period = math.lcm(self._settings.rule_kind.period(self._settings), every or 1, per_epoch)
+        period = min(period, _LONGEST_PERIOD)
         measured = self._measured_passes()
         costs = [
             (self._passes_per_batch(step) + (measured if every and step % every == 0 else 0))
@@ -153,6 +163,11 @@ class Budget(TrainerCallback):
             )
         # By the checkpoint's time, which is the same on every rank, and not by the clock.
         self.is_spent = not pays or self._reaches_limit(self.seconds_before)
+        if self.is_spent and state.global_step < state.max_steps:
+            option = "zo_max_time" if pays else "zo_max_forward_passes"
+            logger.warning(
+                "the run of this checkpoint has ended, so no step is taken: %s is spent; raise it to go on", option
+            )
         control.should_training_stop |= self.is_spent
         return control
 
@@ -191,7 +206,11 @@ class Budget(TrainerCallback):
         return (self._passes_per_batch(step) + measured) * batches + more
 
     def _passes_per_batch(self, step: int) -> int:
-        return forward_passes_of_a_step(self._estimator(), self._settings.rule_kind, self._settings, step)
+        rule = self._settings.rule_kind
+        looks_back = rule.looks_back(step, self._settings)  # steps differ in nothing else
+        if looks_back not in self._passes:
+            self._passes[looks_back] = forward_passes_of_a_step(self._estimator(), rule, self._settings, step)
+        return self._passes[looks_back]
 
     def _estimator(self) -> Estimator:
         return self._settings.make_estimator(1.0)
@@ -220,15 +239,27 @@ class Budget(TrainerCallback):
 
 
 class BudgetedTrainer(StreamTrainer):
-    """Ends a training when its budget is spent."""
+    """Ends a training when its budget is spent, and lets a run that has ended take no further step."""
 
     control: TrainerControl
+    callback_handler: CallbackHandler
     _budget: Budget
 
     def set_initial_training_values(self, args: ZOConfig, dataloader: DataLoader) -> Any:
         """Return Trainer's values, with as many steps as the forward passes pay for if they alone set the length."""
         self._budget.see(dataloader)
         return super().set_initial_training_values(self._budget.resolved(args), dataloader)
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *more: Any) -> tuple[int, int]:
+        passes, batches = super()._init_training_state(max_steps, per_epoch, epochs, *more)
+        if self._resumed_from is None:
+            return passes, batches
+        # Trainer looks at the number of steps only after a step.
+        reason = why_finished(self.state, max_steps, self.callback_handler.callbacks)
+        if reason is None:
+            return passes, batches
+        logger.warning("the run of this checkpoint has ended, so no step is taken: %s", reason)
+        return epochs, 0
 
     def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
         """Return Trainer's micro-batches of a step; none if the budget does not pay for the step."""

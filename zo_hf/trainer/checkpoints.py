@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from zo_hf.quantization import is_quantized
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.subspaces.lora import save_adapter, with_saved_adapter
 from zo_hf.subspaces.peft_methods import has_own_adapter, is_peft
+from zo_hf.trainer import changes, manifest
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.weights import load_adapters, load_weights
@@ -46,6 +48,7 @@ class RunFiles:
         self._recorder: recorder.Recorder | None = None
         self._writer = checkpoint.CheckpointWriter()
         self._weights: str | None = None
+        self._base: str | None = None
 
     # A checkpoint's folder.
 
@@ -72,8 +75,12 @@ class RunFiles:
             state.best_model_checkpoint = str(staging.final)
         if self._config.should_save:
             state.save_to_json(str(staging.folder / TRAINER_STATE_NAME))
+            manifest.write(staging.folder)
             staging.publish()
             self._writer.moved(staging.folder, staging.final)
+            # A checkpoint that Trainer asks for in the middle of a step is of the next one, and this folder stays empty.
+            with suppress(OSError):
+                (staging.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step - 1}").rmdir()
             # Trainer has just looked for old checkpoints in the staging folder, where there are none.
             limit, best = self._config.save_total_limit, state.best_model_checkpoint
             rotate_checkpoints(str(staging.run_folder), limit, best, use_mtime=True)
@@ -95,6 +102,7 @@ class RunFiles:
         seconds: float,
         found_learning_rate: float | None,
         data: Mapping[str, int],
+        run: Mapping[str, Any] | None,
     ) -> None:
         """Write the engine's files, and a copy of the log if the checkpoint consists of the log.
 
@@ -106,6 +114,7 @@ class RunFiles:
             seconds: time that the run has taken so far, in seconds.
             found_learning_rate: the rate that `learning_rate="auto"` has found; None without a search.
             data: the position in the data, see `DataPosition`.
+            run: the run, see `changes.describe`; None if it is unknown.
         """
         crc = None if self._recorder is None else self._recorder.sync()
         rates = None
@@ -114,12 +123,23 @@ class RunFiles:
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
         write = self._config.should_save
-        more = {"weights": self._weights, "data": dict(data)}
+        more = {"weights": self._weights, "data": dict(data), "manifest": manifest.VERSION, "base": self._base}
+        if run is not None:
+            more["run"] = dict(run)
         self._weights = None
         self._writer.save(zo, folder, crc, rates, seconds, write, found_learning_rate, more)
 
-    def load_engine(self, zo: ZerothOrder, optimizer: Optimizer, scheduler: Any, folder: Path) -> bool:
+    def load_engine(
+        self, zo: ZerothOrder, optimizer: Optimizer, scheduler: Any, folder: Path, run: Mapping[str, Any] | None
+    ) -> bool:
         """Bring the engine to a checkpoint's step.
+
+        Args:
+            zo: the engine.
+            optimizer: the optimizer of the coordinates.
+            scheduler: the schedule of its learning rate.
+            folder: the checkpoint's folder.
+            run: the run, see `changes.describe`; None if it is unknown.
 
         Returns:
             True if Trainer should load its optimizer's state from the checkpoint.
@@ -127,6 +147,10 @@ class RunFiles:
         Raises:
             ValueError: the checkpoint belongs to another run, or holds no run; the message says what to do.
         """
+        state = checkpoint.read_state(folder)
+        if state and run is not None:
+            changes.check_run(zo, run, folder)
+        self._base = state.get("base")
         if checkpoint.is_only_trajectory(folder):
             recorder.restore(zo, optimizer, folder)
             scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
@@ -152,7 +176,9 @@ class RunFiles:
     def begin_log(self, zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, base_hash: str | None) -> None:
         """Start the log of a run whose model, at this moment, is the base; see `recorder.begin`."""
         required = self._config.save_only_trajectory
-        self._record(zo, recorder.begin(zo, optimizer, output_dir, required, base_hash))
+        log = recorder.begin(zo, optimizer, output_dir, required, base_hash)
+        self._base = log.base
+        self._record(zo, log)
 
     def resume_log(self, zo: ZerothOrder, optimizer: Optimizer, output_dir: Path, folder: Path) -> None:
         """Continue the log of the run that wrote a checkpoint; see `recorder.resume`."""
@@ -222,8 +248,9 @@ def load_weights_of(model: nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into a model, and check that they are all there and as they were written.
 
     Raises:
-        ValueError: they are not; the message names the first one that is missing.
+        ValueError: they are not, or the model is of another kind; the message names the first difference.
     """
+    changes.check_model(model, folder)
     # A checkpoint without tensors is read later, when the engine exists.
     if checkpoint.is_only_trajectory(folder):
         return

@@ -8,12 +8,11 @@ from typing import Any, Literal
 from transformers import Seq2SeqTrainingArguments
 
 from zo_hf.case import Case
-from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.method_info import option
 from zo_hf.parallel.lost_ranks import set_timeout
-from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.settings import Settings
-from zo_hf.stability.actions import check_action
+from zo_hf.trainer.argument_values import check_arguments
 
 _OF_SETTINGS = {setting.name: setting for setting in fields(Settings)}
 _AUTO = "auto"
@@ -22,7 +21,7 @@ _AUTO = "auto"
 def _setting(name: str, **default: Any) -> Any:
     """Make an option from a field of `Settings`, with its help, and with its default unless another is given."""
     setting = _OF_SETTINGS[name]
-    return field(default=default.get("default", setting.default), metadata=dict(setting.metadata))
+    return field(default=default.get("default", setting.default), metadata={"help": setting.metadata["help"]})
 
 
 @dataclass
@@ -65,12 +64,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_subspace: str = _setting("subspace")
     zo_rank: None | int = _setting("rank")  # noqa: RUF036
     zo_fold_steps: None | int = _setting("fold_steps")  # noqa: RUF036
+    zo_basis: str = _setting("basis")
     zo_eps: None | str | float = _setting("eps", default=_AUTO)  # noqa: RUF036
     zo_estimator: str = _setting("estimator")
     zo_num_directions: int = _setting("num_directions")
     zo_rows_per_direction: None | str | int = _setting("rows_per_direction", default=_AUTO)  # noqa: RUF036
     zo_noise_scale_steps: int = _setting("noise_scale_steps")
-    zo_direction: str = _setting("direction")
+    zo_direction: str = _setting("direction", default=_AUTO)
     zo_active_layers: None | float = _setting("active_layers")  # noqa: RUF036
     zo_coordinate_order: str = _setting("coordinate_order")
     zo_rule: str = _setting("rule")
@@ -141,22 +141,12 @@ class ZOConfig(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         self.learning_rate = number_or_auto("learning_rate", self.learning_rate)
         self.zo_eps = number_or_auto("zo_eps", _AUTO if self.zo_eps is None else self.zo_eps)
+        check_arguments(self)
         settings = self.settings()
         settings.make_estimator(1.0)  # raises if the estimator needs more directions
-        if self.zo_parallel not in PARALLEL:
-            raise ValueError(f"zo_parallel={self.zo_parallel!r} is unknown; choose one of {', '.join(PARALLEL)}.")
-        if self.zo_check_steps < 0:
-            raise ValueError(f"zo_check_steps={self.zo_check_steps} must not be negative; use 0 to never check.")
-        if self.zo_stability_steps:
-            check_action(self.zo_stability_steps, self.zo_stability_action)
-        if self.zo_max_forward_passes is not None and self.zo_max_forward_passes < 1:
-            raise ValueError(
-                f"zo_max_forward_passes={self.zo_max_forward_passes} must be at least 1; leave it out for no limit."
-            )
-        if self.zo_max_time is not None and not self.zo_max_time > 0:
-            raise ValueError(
-                f"zo_max_time={self.zo_max_time} must be a positive number of seconds; leave it out for no limit."
-            )
+        for name in _OF_SETTINGS:
+            if name != "seed" and not isinstance(getattr(self, f"zo_{name}"), str):
+                setattr(self, f"zo_{name}", getattr(settings, name))  # Python's own numbers, which JSON can hold
         check(Case(settings, vars(self)))
         super().__post_init__()
         set_timeout(self.ddp_timeout)
@@ -172,10 +162,13 @@ class ZOConfig(Seq2SeqTrainingArguments):
         rows = values["rows_per_direction"]
         if isinstance(rows, str) and rows.isdecimal():  # from the command line
             values["rows_per_direction"] = int(rows)
-        settings = Settings(**values | {"eps": None if eps == _AUTO else eps, "seed": self.seed})
-        if rows == _AUTO and not rows_per_direction(Case(settings, vars(self))):
+        if self.zo_direction == _AUTO:
+            values["direction"] = _OF_SETTINGS["direction"].default
+        settings = Settings(**values | {"eps": None if isinstance(eps, str) else eps, "seed": self.seed})
+        case = Case(settings, vars(self))
+        if settings.rows_per_direction == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
-        return settings
+        return replace(settings, direction=auto_direction(case)) if self.zo_direction == _AUTO else settings
 
 
 def number_or_auto(name: str, value: Any) -> Any:

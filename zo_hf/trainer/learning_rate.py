@@ -30,6 +30,7 @@ from zo_hf.lr_finder.predicted_loss import CONSTANT, Schedule
 from zo_hf.lr_finder.report import one_line
 from zo_hf.lr_finder.step_groups import Batch
 from zo_hf.parallel.ranks import Grid
+from zo_hf.trainer.argument_values import check_learning_rate
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.config import ZOConfig, number_or_auto
 
@@ -67,8 +68,12 @@ def initial_learning_rate(given: str | float | None, zo: ZerothOrder) -> Initial
     Args:
         given: a number, "auto", or None for the subspace's default.
         zo: the engine.
+
+    Raises:
+        ValueError: it is none of these; a hyperparameter search may have set it.
     """
     given = number_or_auto("learning_rate", given)
+    check_learning_rate(given)
     if given is not None and given != "auto":
         return InitialLearningRate(float(given))
     default = zo.subspace.default_learning_rate

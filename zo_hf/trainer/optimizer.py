@@ -37,7 +37,7 @@ def new_optimizer(
         decayed: names of the parameters that decay, if a subclass chooses them; None takes matrices outside of norms.
 
     Raises:
-        ValueError: the class is a factory that builds from a model.
+        ValueError: the class is a factory that builds from a model, or does not take its arguments.
     """
     groups = zo.coordinates(weight_decay) if decayed is None else _groups(zo.subspace, weight_decay, decayed)
     if isinstance(zo.subspace, Full):
@@ -48,7 +48,13 @@ def new_optimizer(
     if kind is Adafactor:
         # By default Adafactor moves each tensor relative to its size, but coordinates begin at zero.
         arguments = {**arguments, "scale_parameter": False, "relative_step": False}
-    optimizer: Optimizer = kind(groups, **arguments)
+    try:
+        optimizer: Optimizer = kind(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim_args=... or optimizer_cls_and_kwargs=... does not fit {getattr(kind, '__name__', kind)} ({error}); correct "
+            "the arguments of the optimizer."
+        ) from error
     return optimizer
 
 

@@ -23,17 +23,27 @@ class DataPosition(TrainerCallback):
 
     Attributes:
         passes: number of passes that have ended.
-        batches: number of micro-batches that the pass under way has given.
+        batches: number of micro-batches of the pass under way in steps that have ended.
     """
 
     def __init__(self) -> None:
         self.passes, self.batches = 0, 0
-        self._skipped = 0
+        self._skipped, self._fetched = 0, 0
         self._has_begun = False
 
     def start(self, passes: int, batches: int) -> None:
         """Begin to count at a position."""
         self.passes, self._skipped, self._has_begun = passes, batches, False
+        self._fetched = 0
+
+    def fetched(self, batches: int) -> None:
+        """Note the micro-batches of the step that begins; a checkpoint counts them when the step has ended."""
+        self._fetched = batches
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count the micro-batches of the step."""
+        self.batches += self._fetched
+        self._fetched = 0
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Begin a pass."""
@@ -66,7 +76,7 @@ class StreamTrainer(ReplicaTrainer):
     def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
         """Return Trainer's micro-batches of a step."""
         batches, items = super().get_batch_samples(*args)
-        self._position.batches += len(batches)
+        self._position.fetched(len(batches))
         return batches, items
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

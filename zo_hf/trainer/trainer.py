@@ -20,29 +20,25 @@ from transformers import Trainer
 
 from zo_hf import checkpoint
 from zo_hf.case import Case
-from zo_hf.compatibility import check, rows_per_direction
+from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.lr_finder.find import LRFinderResult
-from zo_hf.parallel.shards import gathered_state_dict
+from zo_hf.parallel.signals import whole
 from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
 from zo_hf.stability.rounding_noise import warn_of_rounding
-from zo_hf.subspaces.peft_methods import is_peft
-from zo_hf.trainer import learning_rate, setup
+from zo_hf.trainer import changes, learning_rate, setup
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.checkpoints import (
     FinishesFirst,
     RunFiles,
     becoming_adapter,
     check_saveable,
-    load_best_weights,
-    load_weights_of,
-    save_becoming_adapter,
 )
 from zo_hf.trainer.config import ZOConfig
-from zo_hf.trainer.described import DescribedTrainer
+from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
 from zo_hf.trainer.objectives import check_objective
@@ -55,14 +51,16 @@ from zo_hf.trainer.optimizer import (
 )
 from zo_hf.trainer.overrides import NoBackward, overrides
 from zo_hf.trainer.rate_watch import RateWatch
+from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
+from zo_hf.trainer.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 _DECAY = "get_decay_parameter_names"
 
 
-class ZOTrainer(DescribedTrainer):
+class ZOTrainer(SavingTrainer):
     """`transformers.Trainer` with backward replaced by forward passes.
 
     It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.
@@ -112,27 +110,39 @@ class ZOTrainer(DescribedTrainer):
 
     # The engine's lifetime: from the making of the optimizer until `train` returns.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train as Trainer does; afterwards, even after an exception, the trained model is without an engine.
 
         Args:
-            resume_from_checkpoint: a folder, or True for the last complete checkpoint in `output_dir`.
+            resume_from_checkpoint: a folder, or True for the last good checkpoint in `output_dir`.
+            trial: see Trainer.
+
+        Raises:
+            ValueError: the checkpoint is damaged or of another run, or another run uses the folder; the message says so.
         """
         if self.model_init is None:
             setup.check_trainable(self.model)
             check_saveable(self.model, self.args)
+        folder, device = Path(self._get_output_dir(trial)), self.args.device
+        with self._together(resume_from_checkpoint), locked(folder, self._ranks, device):
+            resumed = to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._ranks, device)
+            self._resumed_from = resumed
+            return self._train(None if resumed is None else str(resumed), trial, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         self._forget_own_optimizer()
-        resume_from_checkpoint = checkpoint.to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
         self.found_learning_rate = None
         finishes = FinishesFirst(lambda: self._check_weights(self.zo), self._finish_zeroth_order)
         self.callback_handler.callbacks.insert(0, finishes)
         try:
-            with self._together(resume_from_checkpoint), self._spending(self.args.learning_rate == "auto"):
+            with self._spending(self.args.learning_rate == "auto"):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.callback_handler.callbacks.remove(finishes)
-            self._finish_zeroth_order()
+            with whole():
+                self.callback_handler.callbacks.remove(finishes)
+                self._finish_zeroth_order()
 
     def find_learning_rate(self) -> LRFinderResult:
         """Search as `train` does with `learning_rate="auto"`, without training.
@@ -171,7 +181,8 @@ class ZOTrainer(DescribedTrainer):
         settings = self._settings()
         subspace = settings.make_subspace(self.model, among)
         subspace.check_end()
-        self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
+        with whole():  # an engine that is in the model, but not known here, would stay there
+            self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
         if zo.row_groups is not None:
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         given = "auto" if self._searches_only else self.args.learning_rate
@@ -210,7 +221,7 @@ class ZOTrainer(DescribedTrainer):
         return self.optimizer
 
     def _settings(self) -> Settings:
-        """Return the method of this run; a resumed run goes on with its rows per direction if the arguments leave it open.
+        """Return the method of this run; a resumed run goes on with its rows and directions if the arguments leave them open.
 
         Raises:
             ValueError: options of the run do not combine.
@@ -218,10 +229,15 @@ class ZOTrainer(DescribedTrainer):
         settings, arguments = self.args.settings(), dict(vars(self.args))
         if self._stability is not None:  # the user may have passed the callback
             arguments["zo_stability_steps"] = self._stability.every
-        if self._resumed_from is not None and self.args.zo_rows_per_direction == "auto":
+        saved = None
+        if self._resumed_from is not None:
             saved = checkpoint.read_state(self._resumed_from).get("settings", {})
+        if saved is not None and self.args.zo_rows_per_direction == "auto":
             rows = saved.get("zo_rows_per_direction", 0)
             settings = replace(settings, rows_per_direction="auto" if rows == 1 else rows)
+        if self.args.zo_direction == "auto":
+            auto = auto_direction(Case(settings, arguments, self._facts))
+            settings = replace(settings, direction=auto if saved is None else saved.get("zo_direction", auto))
         case = Case(settings, arguments, self._facts)
         check(case)
         return settings if rows_per_direction(case) else replace(settings, rows_per_direction=0)
@@ -238,10 +254,11 @@ class ZOTrainer(DescribedTrainer):
     def _finish_zeroth_order(self) -> None:
         if self.zo is None:
             return
-        learned = self.zo.finish()
-        if learned is not self.model:
-            self.model = self.model_wrapped = self.callback_handler.model = learned
-        self._forget_engine()
+        with whole():
+            learned = self.zo.finish()
+            if learned is not self.model:
+                self.model = self.model_wrapped = self.callback_handler.model = learned
+            self._forget_engine()
 
     def _finish_last_attempt(self) -> None:
         """Finish the engine of an attempt that auto_find_batch_size restarts; the new attempt goes on from its weights."""
@@ -283,6 +300,10 @@ class ZOTrainer(DescribedTrainer):
             rate.value = self._search(num_training_steps).learning_rate if of_checkpoint is None else of_checkpoint
             learning_rate.set_learning_rate(self._torch_optimizer(), rate.value)
         self._rate_watch.begin(rate is not None and rate.is_searched, self.found_learning_rate)
+        assert self.zo is not None
+        self._run = changes.describe(
+            self.zo, self._torch_optimizer(), self.args, num_training_steps, self.train_dataset
+        )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._keep_rate()
         return scheduler
@@ -406,90 +427,3 @@ class ZOTrainer(DescribedTrainer):
         logs["zo/forward_passes"] = self.zo.forward_passes
         super().log(logs, *args, **kwargs)
         del logs["zo/forward_passes"]  # evaluate returns these logs, and a hyperparameter search adds them up
-
-    # Checkpoints.
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as Trainer does, in a staging folder that is moved to its place when the disk holds all of it."""
-        self._check_weights(self.zo)
-        self._files.stage(Path(self._get_output_dir(trial=trial)), self.state)
-        try:
-            super()._save_checkpoint(model, trial)
-            folder = self._files.publish(self.state)
-            if self.args.push_to_hub:
-                super()._push_from_checkpoint(folder)
-            self._ranks.barrier()
-        finally:
-            self._files.staging = None
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._files.staging is None:  # else `_save_checkpoint` pushes the complete checkpoint
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        staging = self._files.staging
-        return super()._get_output_dir(trial) if staging is None else str(staging.folder.parent)
-
-    @property
-    def _run_folder(self) -> Path:
-        return Path(self._get_output_dir(getattr(self, "_trial", None)))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._files.staging is not None and self.args.save_only_trajectory:
-            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
-            return
-        if not self.args.should_save and self._sharding is None:
-            return
-        adapter = becoming_adapter(self.zo)
-        if adapter is not None:
-            folder = Path(output_dir or self.args.output_dir)
-            save_becoming_adapter(adapter, folder, self.args, self.processing_class)
-            self._save_arguments(folder)
-            return
-        if self.zo is not None and state_dict is None:
-            state_dict = self.zo.folded_state_dict()
-        if self._sharding is not None and state_dict is None:
-            state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
-        if self._files.staging is not None:
-            self._files.note_weights(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-        self._save_arguments(Path(output_dir or self.args.output_dir))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.args.save_only_trajectory:
-            super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is None or not (self.args.should_save or self._sharding is not None):
-            return
-        rate = self._learning_rate
-        found = rate.value if rate is not None and rate.is_searched else None
-        optimizer, data = self._torch_optimizer(), self._position.to_saved()
-        self._files.save_engine(
-            self.zo, optimizer, self.lr_scheduler, Path(output_dir), self._budget.seconds, found, data
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights_of(model or self.model, Path(resume_from_checkpoint))
-        if self._sharding is not None:
-            self._sharding.base_hash = None
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or self.zo is None:
-            super()._load_optimizer_and_scheduler(folder)
-            return
-        path, optimizer = Path(folder), self._torch_optimizer()
-        if self._files.load_engine(self.zo, optimizer, self.lr_scheduler, path):
-            super()._load_optimizer_and_scheduler(folder)
-        elif not checkpoint.is_only_trajectory(path):
-            return
-        self._budget.seconds_before = checkpoint.read_state(path).get("seconds", 0.0)
-        if self.args.should_save:
-            self._files.resume_log(self.zo, optimizer, self._run_folder, path)
-
-    def _load_best_model(self) -> None:
-        # The engine's coordinates belong to the last step's weights, which the best weights replace.
-        if self.zo is not None:
-            self.zo.subspace.detach()
-            self._forget_engine()
-        best = load_best_weights(self.model, Path(str(self.state.best_model_checkpoint)))
-        if best is not self.model:
-            self.model = self.model_wrapped = self.callback_handler.model = best

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +32,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.parallel.shards import local_part, part_of, reshard
 from zo_hf.quantization import is_quantized, stored_tensors
+from zo_hf.untrusted import plain_json
+from zo_hf.untrusted.fields import is_text
 
 _Files = Mapping[str, Callable[[], Tensor]]
 # Targets of a group of tensors in the file, the converter that makes the ones from the others, and the group: each
@@ -211,8 +212,20 @@ def _opened(folder: Path) -> Iterator[_Files]:
 def _paths(folder: Path) -> list[Path]:
     for index in (folder / SAFE_WEIGHTS_INDEX_NAME, folder / WEIGHTS_INDEX_NAME):
         if index.exists():
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [folder / name for name in _listed(index)]
     for path in (folder / SAFE_WEIGHTS_NAME, folder / WEIGHTS_NAME):
         if path.exists():
             return [path]
     raise ValueError(f"{folder} has no {SAFE_WEIGHTS_NAME}; give a checkpoint folder with weights.")
+
+
+def _listed(index: Path) -> list[str]:
+    """Return the names of the files, in the folder of the index, among which the weights are divided."""
+    try:
+        content = plain_json.read(index)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index} cannot be read; give a checkpoint folder with weights.") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(is_text(name) and Path(name).name == name for name in names.values()):
+        raise ValueError(f"{index} does not list files beside it; give a checkpoint folder with weights.")
+    return sorted(set(names.values()))

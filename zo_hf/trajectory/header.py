@@ -30,6 +30,7 @@ from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Adapter, Subspace
 from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trajectory.log import TrajectoryError
+from zo_hf.untrusted.fields import shown
 from zo_hf.version import __version__
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -152,13 +153,14 @@ def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None) or None
     if base.get("name") and name and base["name"] != name:
-        revision = f" (revision {base['revision']})" if base.get("revision") else ""
+        revision = f" (revision {shown(base['revision'])})" if base.get("revision") else ""
+        then = shown(base["name"])
         raise TrajectoryError(
-            f"{path} was recorded from {base['name']!r}{revision} and this model is {name!r}; load {base['name']!r}."
+            f"{path} was recorded from '{then}'{revision} and this model is {name!r}; load '{then}'."
         )
     raise TrajectoryError(
         f"{path} was recorded from another model than this: its weights differ; load the same dtype and revision "
-        f"({base.get('dtype')}, {base.get('revision') or 'unknown'}), with any new head as it was initialized."
+        f"({shown(base.get('dtype'))}, {shown(base.get('revision') or 'unknown')}), with any new head as it was initialized."
     )
 
 

@@ -29,9 +29,12 @@ import struct
 import time
 import zlib
 from dataclasses import dataclass
-from math import isfinite
+from math import fsum
 from pathlib import Path
 from typing import Any
+
+from zo_hf.trajectory.header_check import MAX_PER_STEP, why_unusable
+from zo_hf.untrusted import plain_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +45,14 @@ VERSION = 1
 # A record is synced to the disk at the next checkpoint, or with the first record written this many seconds after a
 # sync.
 SYNC_SECONDS = 5.0
-MAX_HEADER = 16 << 20
-MAX_PER_STEP = 1 << 16
+MAX_HEADER = plain_json.MAX_BYTES
 MAX_FILE = 4 << 30
 
 SKIPPED, UNFAITHFUL, BEGINS = 1, 2, 4
-_SETTINGS = (
-    "zo_subspace",
-    "zo_rank",
-    "zo_fold_steps",
-    "zo_eps",
-    "zo_num_directions",
-    "zo_direction",
-    "zo_max_projected_grad",
-    "zo_normalize",
-    "seed",
-    "coordinates",
-)
+# Numbers from here on are infinite in float32. torch refuses a factor that is, and a run skips a step that has one.
+FLOAT32_OVERFLOW = 2.0**128 - 2.0**103
+# Far above every learning rate that trains, and far enough below the overflow for what optimizers multiply it with.
+MAX_RATE = 1e20
 _PREFIX = struct.Struct("<8sHI")
 _CRC = struct.Struct("<I")
 
@@ -280,49 +274,26 @@ def _parse_header(path: Path, content: bytes) -> tuple[dict[str, Any], int]:
     if zlib.crc32(content[:end]) != _CRC.unpack_from(content, end)[0]:
         raise TrajectoryError(f"the header of {path} is damaged; use another copy of it.")
     try:
-        header = json.loads(content[_PREFIX.size : end], parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        header = plain_json.parse(content[_PREFIX.size : end])
+        reason = why_unusable(header)
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
         raise TrajectoryError(
-            f"the header of {path} is not valid JSON, so zo_hf did not write it; use another copy of it."
-        ) from error
-    if not _is_complete(header):
-        raise TrajectoryError(
-            f"the header of {path} lacks entries that a replay needs, so zo_hf did not write it; use another copy of it."
+            f"the header of {path} is not one that zo_hf writes, because {reason}; use another copy of it."
         )
     return header, end + _CRC.size
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _is_complete(header: Any) -> bool:
-    if not isinstance(header, dict):
-        return False
-    directions, groups, first = header.get("directions"), header.get("groups"), header.get("first_step")
-    sections = [header.get(name) for name in ("settings", "optimizer", "base")]
-    return (
-        type(directions) is int
-        and 1 <= directions <= MAX_PER_STEP
-        and type(first) is int
-        and 0 <= first < 1 << 32
-        and isinstance(groups, list)
-        and 1 <= len(groups) <= MAX_PER_STEP
-        and all(isinstance(group, dict) and isinstance(group.get("names"), list) for group in groups)
-        and all(isinstance(group.get("options"), dict) for group in groups)
-        and all(isinstance(section, dict) for section in sections)
-        and all(name in header["settings"] for name in _SETTINGS)
-    )
 
 
 def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: int, until: int | None) -> Trajectory:
     layout = record_struct(header)
     size = layout.size + _CRC.size
-    directions = header["directions"]
+    directions, still = header["directions"], header.get("still") or ()
     crcs = [_CRC.unpack_from(content, start - _CRC.size)[0]]
     ends, crc_before = [start], crcs[0]
     records: list[Record] = []
     begins: list[int] = []
+    begun: set[int] = set()
     position = start
     while len(content) - position >= size and (until is None or header["first_step"] + len(records) < until):
         step = header["first_step"] + len(records)
@@ -338,19 +309,19 @@ def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: in
         crc_before = crc
         position += size
         number, flags, *numbers = layout.unpack(body)
-        gradients, rates, clip = numbers[:directions], numbers[directions:-1], numbers[-1]
-        skipped = bool(flags & SKIPPED)
         index = numbers[0]
-        if flags == BEGINS and number == step and 0 <= index < len(header.get("still", ())) and index == int(index):
+        is_begin = flags == BEGINS and 0 <= index < len(still) and index == int(index) and not any(numbers[1:])
+        if is_begin and number == step and index not in begun:
+            begun.add(int(index))
             begins.append(int(index))
             continue
-        usable = (skipped or all(map(isfinite, gradients))) and all(map(isfinite, rates)) and 0 <= clip <= 1
-        if number != step or flags & ~(SKIPPED | UNFAITHFUL) or not usable:
+        gradients, rates, clip = tuple(numbers[:directions]), tuple(numbers[directions:-1]), numbers[-1]
+        record = Record(step, bool(flags & SKIPPED), bool(flags & UNFAITHFUL), gradients, rates, clip, tuple(begins))
+        if number != step or flags & ~(SKIPPED | UNFAITHFUL) or not _is_possible(record):
             raise TrajectoryError(
                 f"the record of step {step} in {path} is not valid, so zo_hf did not write it; use another copy of the file."
             )
-        unfaithful = bool(flags & UNFAITHFUL)
-        records.append(Record(step, skipped, unfaithful, tuple(gradients), tuple(rates), clip, tuple(begins)))
+        records.append(record)
         begins = []
         crcs.append(crc)
         ends.append(position)
@@ -358,3 +329,14 @@ def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: in
     if dropped:
         logger.warning("%s ends in %d bytes that form no complete record; they are ignored", path, dropped)
     return Trajectory(path, header, start, records, crcs, ends, dropped)
+
+
+def _is_possible(record: Record) -> bool:
+    """Return whether a step can have these numbers: those that overflow float32, or a step, are never applied."""
+    if not all(abs(rate) <= MAX_RATE for rate in record.learning_rates) or not 0 <= record.clip_factor <= 1:
+        return False
+    if record.skipped:
+        return True
+    largest = max(map(abs, record.learning_rates))
+    sizes = [abs(c) for c in record.projected_gradients]
+    return all(size < FLOAT32_OVERFLOW for size in sizes) and largest * fsum(sizes) < FLOAT32_OVERFLOW

@@ -26,13 +26,18 @@ from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Step
 from zo_hf.parallel.shards import is_sharded_model
-from zo_hf.subspaces import Adapter
+from zo_hf.subspaces import Adapter, adapter_config
 from zo_hf.subspaces.peft_methods import active_adapter
+from zo_hf.trajectory.checks import START_FILE, check_numbers, check_replayable, check_start, read_start
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
 from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, read_trajectory
-from zo_hf.trajectory.replay import START_FILE, check_replayable, take_steps
+from zo_hf.trajectory.replay import take_steps
+from zo_hf.untrusted.fields import brief, shown
 
 logger = logging.getLogger(__name__)
+
+#: Files that a log needs beside it.
+_BESIDE = (START_FILE, adapter_config.FILE)
 
 
 class Recorder:
@@ -45,11 +50,15 @@ class Recorder:
         writer: the writer of the log; None records nothing.
         optimizer: the optimizer; a change of its options since the header was written is recorded.
         required: True if an error of the disk must end the training, because the checkpoints consist of the log.
+
+    Attributes:
+        base: hash of the weights that the log begins at; None if it begins later.
     """
 
     def __init__(
         self, header: dict[str, Any], writer: Writer | None, optimizer: Optimizer, required: bool = False
     ) -> None:
+        self.base: str | None = header["base"].get("weights")
         self._options = [group["options"] for group in header["groups"]]
         self._index = {name: index for index, name in enumerate(header.get("still", ()))}
         self._writer, self._optimizer, self._required = writer, optimizer, required
@@ -82,9 +91,9 @@ class Recorder:
         assert self._writer is not None
         target = checkpoint_folder / FOLDER
         target.mkdir(parents=True, exist_ok=True)
-        for file in self._writer.path.parent.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+        for name in (FILE, *_BESIDE):
+            if (self._writer.path.parent / name).is_file():
+                shutil.copyfile(self._writer.path.parent / name, target / name)
 
     def close(self) -> None:
         """Close the log."""
@@ -154,6 +163,8 @@ def resume(
         trajectory = _log_up_to(zo, optimizer, checkpoint_folder, output_dir)
         if required:
             check_replayable(trajectory)
+        if trajectory.header.get("start"):  # they are copied with the log
+            read_start(trajectory)
     except TrajectoryError as reason:
         if required:
             raise ValueError(f"save_only_trajectory=True needs the log of the run so far: {reason}") from reason
@@ -167,9 +178,9 @@ def resume(
     try:
         if source.resolve() != folder.resolve():
             folder = _new_folder(output_dir)
-            for file in source.iterdir():
-                if file.name != FILE and file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+            for name in _BESIDE:  # and nothing else, because a link could lead anywhere
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
         writer = Writer.resume(trajectory, zo.step, folder / FILE)
     except OSError as error:
         return _without_log(trajectory.header, optimizer, required, error)
@@ -199,22 +210,31 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     """
     state = checkpoint.read_state(checkpoint_folder)
     checkpoint.check_settings(zo, state, checkpoint_folder)
+    rates = state.get("learning_rates") or []
+    if state.get("engine") is None or len(rates) != len(optimizer.param_groups):
+        raise TrajectoryError(
+            f"the state in {checkpoint_folder} is not one of this run; resume from another checkpoint."
+        )
     step = state["engine"]["step"]
     trajectory = read_trajectory(checkpoint_folder, until=step)
     path = trajectory.path
-    if trajectory.crc_at(step) != state["trajectory"]:
+    if trajectory.crc_at(step) != state.get("trajectory"):
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")
     check_replayable(trajectory)
     _check_same_groups(zo, optimizer, trajectory)
-    leave_out = list(zo.subspace.start.values()) if isinstance(zo.subspace, Adapter) else []
+    leave_out = []
+    if isinstance(zo.subspace, Adapter):
+        leave_out = list(zo.subspace.start.values())
+        check_start(zo.model, trajectory, read_start(trajectory))
     check_base(trajectory.header["base"], zo.model, leave_out, path)
+    check_numbers(zo, trajectory)
     take_steps(zo, optimizer, trajectory)
     replayed = zo.state_dict()
     for name in ("step", "skipped_steps", "pending_decay", "normalization"):
-        if replayed[name] != state["engine"][name]:
+        if replayed[name] != state["engine"].get(name):
             raise TrajectoryError(f"{path} leads to another {name} than its checkpoint's; resume from another one.")
     zo.load_state_dict(state["engine"])
-    for group, rate in zip(optimizer.param_groups, state["learning_rates"], strict=True):
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 
@@ -245,7 +265,7 @@ def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajec
     kind = trajectory.header["optimizer"]["kind"]
     if type(optimizer).__name__ != kind:
         raise TrajectoryError(
-            f"{trajectory.path} was written with {kind} and this run has {type(optimizer).__name__}; use the same."
+            f"{trajectory.path} was written with {shown(kind)} and this run has {type(optimizer).__name__}; use the same."
         )
     then, now = trajectory.header["groups"], describe_groups(zo.subspace, optimizer)
     if [group["names"] for group in then] != [group["names"] for group in now]:
@@ -256,8 +276,8 @@ def _check_same_groups(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajec
         for name, value in before["options"].items():
             if after["options"].get(name) != value:
                 raise TrajectoryError(
-                    f"{trajectory.path} was written with {name}={value!r} and this run has "
-                    f"{name}={after['options'].get(name)!r}; use the same."
+                    f"{trajectory.path} was written with {shown(name)}={brief(value)} and this run has "
+                    f"{shown(name)}={brief(after['options'].get(name))}; use the same."
                 )
 
 
@@ -267,10 +287,10 @@ def _new_folder(output_dir: Path) -> Path:
     if folder.is_dir():
         previous = output_dir / f"_{FOLDER}.previous"
         if _has_steps(folder):
-            shutil.rmtree(previous, ignore_errors=True)
+            checkpoint.clear(previous)
             os.replace(folder, previous)
         else:
-            shutil.rmtree(folder)
+            checkpoint.clear(folder)
     folder.mkdir(parents=True)
     return folder
 

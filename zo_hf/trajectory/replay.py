@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
-from zo_hf.parallel.checksum import tensors_hash
-from zo_hf.quantization import quantized_layers
-from zo_hf.settings import Settings
 from zo_hf.subspaces import Adapter, Full
 from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.trajectory.checks import (
+    check_numbers,
+    check_replayable,
+    check_start,
+    moved_parameters,
+    moves_adapter,
+    optimizer_groups,
+    read_start,
+    settings_of,
+    unchanged_if_refused,
+)
 from zo_hf.trajectory.header import OPTIMIZERS, check_base
 from zo_hf.trajectory.log import Record, Trajectory, TrajectoryError, read_trajectory
 
 logger = logging.getLogger(__name__)
-
-START_FILE = "start.safetensors"
 
 
 def verify(path: str | Path, model: nn.Module | None = None, until: int | None = None) -> Trajectory:
@@ -75,7 +78,9 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
         TrajectoryError: the log is damaged, cannot be replayed, or begins at another model. The model is then unchanged.
     """
     trajectory = verify(path, model, until)
-    parameters = _parameters(model, trajectory)
+    parameters = moved_parameters(model, trajectory)
+    if moves_adapter(trajectory):
+        check_start(model, trajectory, read_start(trajectory))
     device, then = next(model.parameters()).device.type, trajectory.header["base"].get("device")
     if device != then:
         logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
@@ -83,7 +88,8 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
     for parameter in frozen:  # it moved in the run, and a subspace selects trainable parameters only
         parameter.requires_grad_(True)
     try:
-        zo, optimizer = _rebuild(model, trajectory)
+        with unchanged_if_refused(model):
+            zo, optimizer = _rebuild(model, trajectory)
         try:
             take_steps(zo, optimizer, trajectory, progress)
         finally:
@@ -98,7 +104,10 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
 def _compare(trained: nn.Module, trajectory: Trajectory) -> None:
     """Warn if a replay to the step of the run's checkpoint gives other weights than were written there."""
     folder = trajectory.path.parent.parent / f"{PREFIX_CHECKPOINT_DIR}-{trajectory.steps}"
-    state = checkpoint.read_state(folder)
+    try:
+        state = checkpoint.read_state(folder)
+    except ValueError:  # nothing to compare with
+        return
     written = state.get("weights")
     # An adapter's weights have another dtype in a checkpoint than after training.
     if written is None or state.get("trajectory") != trajectory.crcs[-1] or is_peft(trained):
@@ -119,7 +128,7 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
             known = dict(zo.model.named_parameters(remove_duplicate=False))
             for name, tensor in start.items():
                 known[name].copy_(tensor)
-    still = trajectory.header.get("still", [])
+    still = trajectory.header.get("still") or []
     zo.subspace.still = set(still)
     records: Iterable[Record] = trajectory.records
     for record in tqdm(records, desc="replay", unit="step", disable=not progress):
@@ -131,92 +140,36 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
         optimizer.step()
 
 
-def read_start(trajectory: Trajectory) -> dict[str, Tensor]:
-    """Read the weights that an adapter began with, by name.
-
-    Raises:
-        TrajectoryError: their file cannot be read, or does not belong to the log.
-    """
-    path = trajectory.path.with_name(START_FILE)
-    try:
-        start = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TrajectoryError(f"{path} cannot be read; copy it from where the log came from.") from error
-    if tensors_hash(start) != trajectory.header["start"]:
-        raise TrajectoryError(f"{path} does not belong to {trajectory.path.name}; copy both from the same run.")
-    return start
-
-
-def check_replayable(trajectory: Trajectory) -> None:
-    """Refuse a log that does not begin at a base model, or whose optimizer cannot be rebuilt.
-
-    Raises:
-        TrajectoryError: the log cannot be replayed; the message gives the reason.
-    """
-    header = trajectory.header
-    if header["first_step"] != 0 or header["base"].get("weights") is None:
-        raise TrajectoryError(
-            f"{trajectory.path} begins at step {header['first_step']} and not at a base model; use the checkpoint that "
-            "the run was resumed from."
-        )
-    if not header["optimizer"].get("replayable") or header["optimizer"].get("kind") not in OPTIMIZERS:
-        raise TrajectoryError(
-            f"the optimizer of {trajectory.path} is {header['optimizer'].get('kind')}, which replay cannot rebuild; it "
-            f"knows {', '.join(OPTIMIZERS)} with plain numbers as options."
-        )
-    for record in trajectory.records:
-        if record.unfaithful:
-            raise TrajectoryError(
-                f"the optimizer's options had changed by step {record.step} of {trajectory.path}; replay until step "
-                f"{record.step}."
-            )
-
-
-def _parameters(model: nn.Module, trajectory: Trajectory) -> dict[str, nn.Parameter]:
-    """Return the parameters that moved, by name, except weights of quantized layers that have no parameter (GPTQ)."""
-    known = dict(model.named_parameters(remove_duplicate=False))
-    layers, modules = quantized_layers(model), dict(model.named_modules())
-    names = [
-        name for name in _names(trajectory) if modules.get(name.removesuffix(".weight")) not in layers or name in known
-    ]
-    for name in names:
-        if name not in known:
-            raise TrajectoryError(
-                f"{trajectory.path} moves {name}, which this {type(model).__name__} does not have; build the model as "
-                "for the run, its adapter included."
-            )
-    return {name: known[name] for name in names}
-
-
-def _names(trajectory: Trajectory) -> list[str]:
-    return [name for group in trajectory.header["groups"] for name in group["names"]]
-
-
 def _left_out(model: nn.Module, trajectory: Trajectory) -> list[nn.Parameter]:
     """Return an adapter's own weights, which are saved beside the log and not covered by the hash of the base."""
-    moved = _parameters(model, trajectory)
-    if trajectory.header["settings"]["zo_subspace"] != Adapter.name:
+    moved = moved_parameters(model, trajectory)
+    if not moves_adapter(trajectory):
         return []
     known = dict(model.named_parameters(remove_duplicate=False))
     return [known[name] for name in {*moved, *read_start(trajectory)} if name in known]
 
 
 def _rebuild(model: nn.Module, trajectory: Trajectory) -> tuple[ZerothOrder, Optimizer]:
-    """Rebuild the engine and the optimizer that the run had before its first step."""
-    moved = "|".join(re.escape(name) for name in _names(trajectory))
+    """Rebuild the engine and the optimizer that the run had before its first step.
+
+    Raises:
+        TrajectoryError: the log's settings and options do not make them; the engine has then left the model.
+    """
+    settings = settings_of(model, trajectory)
     try:
-        settings = Settings.from_saved(trajectory.header["settings"], target_modules=moved)
-    except ValueError as error:
-        raise TrajectoryError(
-            f"{trajectory.path} was written with a method that this version lacks: {error}"
-        ) from error
-    zo = ZerothOrder(model, settings, replays=True)
-    subspace = zo.subspace
-    groups = [
-        {"params": [subspace.coordinates[name] for name in group["names"]]}
-        | {name: tuple(value) if isinstance(value, list) else value for name, value in group["options"].items()}
-        for group in trajectory.header["groups"]
-    ]
-    optimizer_kind: Any = OPTIMIZERS[trajectory.header["optimizer"]["kind"]]
-    more = {"subspace": subspace} if isinstance(subspace, Full) else {}
-    return zo, zo.prepare(optimizer_kind(groups, **more))
+        zo = ZerothOrder(model, settings, replays=True)
+    except (ValueError, NotImplementedError) as error:
+        raise TrajectoryError(f"{trajectory.path} was written with a method that this model lacks: {error}") from error
+    try:
+        kind: Any = OPTIMIZERS[trajectory.header["optimizer"]["kind"]]
+        more = {"subspace": zo.subspace} if isinstance(zo.subspace, Full) else {}
+        optimizer = kind(optimizer_groups(zo, trajectory), **more)
+        try:
+            zo.prepare(optimizer)
+        except ValueError as error:
+            raise TrajectoryError(f"{trajectory.path} has an optimizer that its rule refuses: {error}") from error
+        check_numbers(zo, trajectory)
+    except BaseException:
+        zo.subspace.detach()
+        raise
+    return zo, optimizer

@@ -201,7 +201,7 @@ def test_what_cannot_work_is_refused_in_a_sentence() -> None:
         ),
         ({"cocd_memory": 18}, r"zo_cocd_memory=18.*number of coordinates, 17"),
         ({"direction": "rademacher"}, r"zo_direction='rademacher' has no effect.*leave it out"),
-        ({"coordinate_order": "random"}, r"zo_coordinate_order='random' is unknown"),
+        ({"coordinate_order": "random"}, r"zo_coordinate_order='random' must be one of cyclic, permuted"),
         (
             {"subspace": Full(model)},
             r"zo_estimator='coordinate' does not combine with a Full subspace: it needs coordinates with a gradient",

@@ -14,15 +14,17 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
+from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
+from zo_hf.estimators.options import MOST_DIRECTIONS
 from zo_hf.evaluation.by_rows import BY_ROWS, NOT_BY_ROWS, RUNS_BY_ROWS
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
 from zo_hf.rules.spectral import Spectral
-from zo_hf.subspaces import Full
+from zo_hf.subspaces import Full, LowRank
 
 STABILITY_RULES = ("none", "curvature")
 STABILITY_DIRECTIONS = ("gaussian", "rademacher", "sphere", Sparse.name, GivenMask.name)
@@ -79,23 +81,6 @@ def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
         f"use zo_rows_per_direction=0, or {option}={named}",
         applies,
     )
-
-
-def rows_per_direction(case: Case) -> int:
-    """Return the setting, with "auto" resolved: 1 if everything in the run combines with it and it pays, else 0."""
-    settings = case.settings
-    if settings.rows_per_direction != "auto":
-        return int(settings.rows_per_direction)
-    combines = (
-        settings.rule == "none"  # other rules divide the size of c out, and would then take longer steps
-        and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
-        and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
-        and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
-        and case.direction_kind.name in BY_ROWS["direction"]
-    )
-    # A compiled forward has not been measured with parameters of many groups.
-    is_plain = not case.argument("torch_compile") and "fsdp" not in case.facts
-    return int(combines and is_plain and settings.subspace != Full.name)
 
 
 def check(case: Case) -> None:
@@ -254,6 +239,18 @@ CONFLICTS: tuple[Conflict, ...] = (
         if option.name not in ("direction", "coordinate_order")
     ),
     *(_by_rows(name, why, values) for name, why, values in NOT_BY_ROWS),
+    Conflict(
+        "zo_rows_per_direction={zo_rows_per_direction}",
+        "per_device_train_batch_size={per_device_train_batch_size} and gradient_accumulation_steps="
+        "{gradient_accumulation_steps}",
+        f"a step would have more than {MOST_DIRECTIONS} directions",
+        "use zo_rows_per_direction=0, or smaller steps",
+        lambda case: (
+            case.settings.rows_per_direction not in (0, "auto")
+            and "per_device_train_batch_size" in case.arguments
+            and directions_of_rows(case, int(case.settings.rows_per_direction)) > MOST_DIRECTIONS
+        ),
+    ),
     Conflict(
         "zo_estimator={zo_estimator}",
         "zo_batched_probes=True",
@@ -441,6 +438,20 @@ CONFLICTS: tuple[Conflict, ...] = (
         "leave it out, or use zo_subspace='low_rank'",
         _full_without_gradient,
         USER_OPTIMIZERS | {"optimizer_cls_and_kwargs": "optimizer_cls_and_kwargs=..."},
+    ),
+    Conflict(
+        "zo_basis='activation'",
+        "zo_subspace={zo_subspace}",
+        "",
+        "use zo_subspace='low_rank', or leave zo_basis out",
+        lambda case: case.settings.basis == "activation" and case.settings.subspace not in ("auto", LowRank.name),
+    ),
+    Conflict(
+        "zo_basis='activation'",
+        "fsdp=...",
+        "every process would gather all weights for a forward pass of its own",
+        "use zo_basis='random'",
+        lambda case: case.settings.basis == "activation" and "fsdp" in case.facts,
     ),
     Conflict(
         "zo_subspace={zo_subspace}",

@@ -1,10 +1,12 @@
-"""Information that every method gives about itself: its row in `zo-hf methods`, and its options with their help."""
+"""A method's row in `zo-hf methods`, and the names by which options select a method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from zo_hf.method_info.values import shown
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,6 @@ class Method:
     needs: str = ""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that is an option of a method.
-
-    Args:
-        default: its value if the user gives none.
-        help: the text of `--help` and of docs/options.md.
-    """
-    return field(default=default, metadata={"help": help})
-
-
 def canonical_name(option_name: str, name: str, entries: Mapping[str, Any]) -> str:
     """The name of a registry's entry that `name` is, or is an alias of.
 
@@ -47,4 +39,4 @@ def canonical_name(option_name: str, name: str, entries: Mapping[str, Any]) -> s
     for entry in entries.values():
         if name == entry.name or name in entry.aliases:
             return str(entry.name)
-    raise ValueError(f"{option_name}={name!r} is unknown; choose one of {', '.join(entries)}.")
+    raise ValueError(f"{option_name}={shown(name)} is unknown; choose one of {', '.join(entries)}.")

@@ -1,0 +1,8 @@
+"""What does not combine with what, and what "auto" stands for."""
+
+from __future__ import annotations
+
+from zo_hf.compatibility.choices import auto_direction, rows_per_direction
+from zo_hf.compatibility.table import CONFLICTS, Conflict, check
+
+__all__ = ["CONFLICTS", "Conflict", "auto_direction", "check", "rows_per_direction"]

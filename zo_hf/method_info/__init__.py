@@ -1,0 +1,22 @@
+"""Information that every method gives about itself: its row in `zo-hf methods`, and its options with their values."""
+
+from zo_hf.method_info.method import Method, canonical_name
+from zo_hf.method_info.option import Options, option
+from zo_hf.method_info.values import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole, checked, shown
+
+__all__ = [
+    "Choice",
+    "Flag",
+    "Method",
+    "Name",
+    "Options",
+    "Pattern",
+    "Real",
+    "Texts",
+    "Values",
+    "Whole",
+    "canonical_name",
+    "checked",
+    "option",
+    "shown",
+]

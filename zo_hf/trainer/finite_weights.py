@@ -1,0 +1,41 @@
+"""Weights that are no longer finite are never saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo_hf.parallel.shards import is_sharded
+
+
+class WeightsNotFinite(RuntimeError):
+    """Raised instead of saving weights that hold NaN or infinity; the message says what to change."""
+
+
+def check_finite(model: nn.Module, state: Mapping[str, Any] | None = None) -> None:
+    """Refuse to save weights that are not finite.
+
+    Args:
+        model: the model.
+        state: the tensors that are saved in place of its own, by name.
+
+    Raises:
+        WeightsNotFinite: a parameter holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        value = parameter if state is None else state.get(name)
+        if isinstance(value, Tensor) and not _is_finite(value):
+            raise WeightsNotFinite(
+                f"the weights are not finite any more ({name}), so they are not saved; train again with a smaller "
+                "learning_rate, or go on from an earlier checkpoint."
+            )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if (
+        not value.is_floating_point() or value.is_meta or is_sharded(value)
+    ):  # shards are checked when they are gathered
+        return True
+    return bool(value.isfinite().all())
