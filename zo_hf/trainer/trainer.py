@@ -74,6 +74,7 @@ class ZOTrainer(SavingTrainer):
     """
 
     found_learning_rate: LRFinderResult | None = None
+    _losses_kind: Any = MicroBatchLosses
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -187,7 +188,7 @@ class ZOTrainer(SavingTrainer):
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         given = "auto" if self._searches_only else self.args.learning_rate
         self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
-        self._losses = MicroBatchLosses(self, self._ranks)
+        self._losses = self._losses_kind(self, self._ranks)
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
