@@ -27,7 +27,7 @@ def centered_ranks(rewards: Tensor) -> Tensor:
     """Return the centered ranks within each prompt, in [-1/2, 1/2]; rewards: (prompts, answers), float64."""
     smaller = (rewards[:, :, None] > rewards[:, None, :]).sum(2)
     equal = (rewards[:, :, None] == rewards[:, None, :]).sum(2) - 1
-    return (smaller + equal / 2) / (rewards.shape[1] - 1) - 0.5
+    return (smaller + equal / 2).double() / (rewards.shape[1] - 1) - 0.5
 
 
 def raw(rewards: Tensor) -> Tensor:

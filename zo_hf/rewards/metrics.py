@@ -28,9 +28,12 @@ class RewardMetrics:
 
     def __init__(self, names: Sequence[str], ranks: Ranks, device: torch.device) -> None:
         self._names, self._ranks, self._device = names, ranks, device
-        self._sums: Tensor | None = None
-        self._shortest_longest: Tensor | None = None
         self._steps: list[dict[str, float]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums = torch.zeros(8 + 3 * len(self._names), dtype=torch.float64)
+        self._shortest_longest = torch.full((2,), torch.inf, dtype=torch.float64)
 
     def see(self, rewards: Tensor, totals: Tensor, answers: Sequence[Sequence[int]], ends: frozenset[int]) -> None:
         """Add a batch.
@@ -55,18 +58,14 @@ class RewardMetrics:
             ]
         ).double()
         extremes = torch.stack([lengths.min(), -lengths.max()])
-        if self._sums is None or self._shortest_longest is None:
-            self._sums, self._shortest_longest = sums, extremes
-        else:
-            self._sums = self._sums + sums
-            self._shortest_longest = torch.minimum(self._shortest_longest, extremes)
+        self._sums += sums
+        self._shortest_longest = torch.minimum(self._shortest_longest, extremes)
 
     def end_step(self) -> None:
         """Combine the batches of a step on all ranks; every rank must call this."""
-        assert self._sums is not None and self._shortest_longest is not None
         sums = self._ranks.all_gather(self._on_wire(self._sums)).sum(0).tolist()
         extremes = self._ranks.all_gather(self._on_wire(self._shortest_longest)).amin(0).tolist()
-        self._sums = self._shortest_longest = None
+        self._begin()
         self._steps.append(self._named(sums, extremes))
 
     def _on_wire(self, values: Tensor) -> Tensor:

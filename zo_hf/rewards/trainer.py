@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from zo_hf.rewards.config import EvolutionConfig
 from zo_hf.rewards.generation import Generator
@@ -170,14 +172,19 @@ class EvolutionTrainer(ZOTrainer):
         self._evaluated += 1
         answers = self.generator.answers(inputs, rows, first, _EVALUATION)
         rewards, totals = self.score(inputs, rows, answers)
-        self._eval_metrics.see(rewards, totals.view(-1, 1), answers, self.generator.ends)
+        # Several processes get the first prompts once more, so that their batches are equal.
+        own = [row for row in rows if first + row < self._to_evaluate]
+        if own:
+            kept = [answers[row] for row in own]
+            self._eval_metrics.see(rewards[own], totals[own].view(-1, 1), kept, self.generator.ends)
         return -totals.mean().to(self.args.device, torch.float32), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, and add the metrics of rewards and answers."""
         self._evaluated = 0
+        self._to_evaluate = self.num_examples(dataloader) if has_length(dataloader.dataset) else math.inf
         self._eval_metrics = RewardMetrics(self._rewards.names, self._ranks, self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         self._eval_metrics.end_step()
         found = self._eval_metrics.means()
         del found["frac_reward_zero_std"]  # every prompt has one answer
