@@ -4,12 +4,12 @@
 # ///
 """Teach SmolLM2-135M sentiment by a reward for its answer alone: 1 if the word that it generates is the right one, else 0.
 
-    python recipes/sentiment_reward.py                   # ten minutes of two idle cores; continues if interrupted
+    python recipes/sentiment_reward.py                   # some minutes of two idle cores; continues if interrupted
     python recipes/sentiment_reward.py --steps 30        # a short look
 
-The model answers "{review} It was" with one of two words, " terrible" or " great". Neither the label nor a probability enters
-the step, so there is nothing to differentiate. Every prompt of a step is answered by a pair of members of its own. The
-results in --output are results.json and the trainer's logs.
+The model reads "Review: {review}", "Sentiment:" and generates one word out of its whole vocabulary. The right one is
+" negative" or " positive". No probability enters a step, so there is nothing to differentiate. Every prompt of a step is
+answered by a pair of members of its own. The results in --output are results.json and the trainer's checkpoints.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.classify import accuracy, label_scores, majority_accuracy
 from zo_hf.tasks.data import embedded_reviews
-from zo_hf.tasks.prompts import PROMPT_A, label_token_ids
+from zo_hf.tasks.prompts import PROMPT_B
 
 PROMPTS = 16
+WORDS = range(8, 13)  # of a sentence
 
 
 def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -39,26 +40,23 @@ def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[flo
 def as_prompts(rows: Any) -> Any:
     """Sentences as prompts, each with its right answer."""
     return rows.map(
-        lambda row: {"prompt": PROMPT_A.fill(row["text"]), "answer": PROMPT_A.verbalizers[row["label"]]},
+        lambda row: {"prompt": PROMPT_B.fill(row["text"]), "answer": PROMPT_B.verbalizers[row["label"]]},
         remove_columns=rows.column_names,
     )
 
 
-def config(
-    output: Path, steps: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int, **options: Any
-) -> EvolutionConfig:
+def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
     """The arguments of the run."""
-    words = set(label_token_ids(tokenizer, PROMPT_A))
     defaults: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": PROMPTS,
+        "per_device_eval_batch_size": PROMPTS,
         "population": 2 * PROMPTS,
         "generations_per_prompt": 2,
-        "learning_rate": 2e-2,
-        "zo_eps": 1e-2,
+        "learning_rate": 5e-3,
+        "zo_eps": 5e-3,
         "zo_exclude_modules": r".*(embed|norm).*",
         "max_completion_length": 1,
-        "generation_kwargs": {"suppress_tokens": [i for i in range(vocabulary) if i not in words]},
         "logging_steps": 10,
         "save_steps": 10,
         "save_only_trajectory": True,
@@ -71,32 +69,36 @@ def config(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/sentiment_reward"), help="folder of the results")
-    parser.add_argument("--steps", type=int, default=300, help="number of steps")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps")
     parser.add_argument("--held-out", type=int, default=200, help="number of test sentences")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sentences and directions")
     arguments = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(default_model(), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(default_model())
-    sentences = embedded_reviews(4000, arguments.held_out, seed=0)
+    sentences = embedded_reviews(4000, arguments.held_out, arguments.seed, WORDS)
     texts, labels = sentences.held_out["text"][:], sentences.held_out["label"][:]
-
-    def measured() -> float:
-        return accuracy(label_scores(model, tokenizer, texts, PROMPT_A), labels)
-
-    before = measured()
-    print(f"majority {majority_accuracy(labels):.3f}, zero-shot {before:.3f}", flush=True)
     trainer = EvolutionTrainer(
         model,
         exact_match,
-        config(arguments.output, arguments.steps, tokenizer, model.config.vocab_size),
+        config(arguments.output, arguments.steps, seed=arguments.seed),
         train_dataset=as_prompts(sentences.train),
+        eval_dataset=as_prompts(sentences.held_out),
         processing_class=tokenizer,
     )
+
+    def measured(when: str) -> dict[str, float]:
+        generated = trainer.evaluate()["eval_reward"]
+        of_the_two = accuracy(label_scores(model, tokenizer, texts, PROMPT_B), labels)
+        print(f"{when}: the right word {generated:.3f}, the likelier of the two words {of_the_two:.3f}", flush=True)
+        return {"generated": generated, "of_the_two_words": of_the_two}
+
+    results: dict[str, Any] = {"majority": majority_accuracy(labels), "steps": arguments.steps}
+    print(f"majority {results['majority']:.3f}", flush=True)
+    results["before"] = measured("zero-shot")
     last = get_last_checkpoint(str(arguments.output)) if arguments.output.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    after = measured()
-    print(f"after {arguments.steps} steps {after:.3f}")
-    results = {"majority": majority_accuracy(labels), "before": before, "after": after, "steps": arguments.steps}
+    results["after"] = measured(f"after {arguments.steps} steps")
     results["log"] = trainer.state.log_history
     (arguments.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
