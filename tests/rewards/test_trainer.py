@@ -154,6 +154,8 @@ def test_every_fitness_learns(fitness: str, tmp_path: Path) -> None:
 NAMED = [
     ({"population": 3}, "population=3 must be even and at least 2"),
     ({"population": 8, "generations_per_prompt": 3}, "generations_per_prompt=3 must be even, from 2 to population=8"),
+    ({"population": None, "num_generations": 5}, "num_generations=5 must be even"),
+    ({"population": 5, "generations_per_prompt": 2}, "population=5 must be even; use 6"),
     ({"population": 8, "num_generations": 10}, "num_generations=10 must be even, from 2 to population=8"),
     ({"generations_per_prompt": 2, "num_generations": 4}, "two names of one option; leave out num_generations"),
     (
@@ -194,7 +196,7 @@ def test_refused_options(options: dict[str, Any], message: str) -> None:
     [
         ({"model": seeded(tiny_bert)}, "needs a causal language model"),
         ({"model": seeded(tiny_t5)}, "needs a causal language model"),
-        ({"model": 3}, "model is a int; give a causal language model"),
+        ({"model": 3}, "model is a int; EvolutionTrainer needs a causal language model"),
         ({"args": ZOConfig("unused")}, "args is a ZOConfig; EvolutionTrainer needs a zo_hf.rewards.EvolutionConfig"),
         ({"reward_funcs": []}, "reward_funcs is empty"),
         ({"reward_funcs": [3]}, "reward_funcs has a int; give functions"),
@@ -238,9 +240,23 @@ def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[0, 9], [21, 22]] and batch["attention_mask"].tolist() == [[0, 1], [1, 1]]
 
 
-def test_names_of_grpo() -> None:
-    args = EvolutionConfig("unused", num_generations=4, per_device_train_batch_size=8, use_cpu=True)
-    assert args.members_per_prompt == 4 and args.population == 16
+@pytest.mark.parametrize(
+    ("options", "population", "per_prompt"),
+    [
+        ({}, 16, 16),
+        ({"num_generations": 4}, 4, 4),
+        ({"generations_per_prompt": 4}, 16, 4),
+        ({"num_generations": 4, "population": 8}, 8, 4),
+    ],
+    ids=str,
+)
+def test_numbers_of_members(options: dict[str, int], population: int, per_prompt: int) -> None:
+    args = EvolutionConfig("unused", per_device_train_batch_size=8, use_cpu=True, **options)
+    assert (args.members, args.members_per_prompt, args.settings().num_directions) == (
+        population,
+        per_prompt,
+        population // 2,
+    )
 
 
 @pytest.mark.parametrize("population", [2, 8])

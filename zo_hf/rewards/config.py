@@ -11,6 +11,7 @@ from zo_hf.rewards.fitness import FITNESS
 from zo_hf.settings import Settings
 from zo_hf.trainer.config import ZOConfig
 
+DEFAULT_POPULATION = 16
 #: Options of `ZOConfig`, the values that they may have here, and the way out.
 _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
     ("zo_num_directions", (1,), "use population=..., which is twice the number of directions"),
@@ -62,10 +63,10 @@ class EvolutionConfig(ZOConfig):
         "chat_template_kwargs",
     ]
 
-    population: int = option(
-        16,
+    population: None | int = option(  # noqa: RUF036
+        None,
         "Number of members that a step compares: half of it directions, each with both signs. It must be even. More "
-        "members give a less noisy step.",
+        "members give a less noisy step. Default: num_generations if that is given, else 16.",
     )
     generations_per_prompt: None | int = option(  # noqa: RUF036
         None,
@@ -73,7 +74,7 @@ class EvolutionConfig(ZOConfig):
         "as long as the population is twice the number of prompts. Default: all of the population.",
     )
     num_generations: None | int = option(  # noqa: RUF036
-        None, "GRPO's name of generations_per_prompt. Without population, it also is the population."
+        None, "GRPO's name of generations_per_prompt. If population is left out, it also is the population."
     )
     fitness: str = option(
         "z_score",
@@ -109,9 +110,9 @@ class EvolutionConfig(ZOConfig):
     model_init_kwargs: None | dict[str, Any] | str = option(  # noqa: RUF009, RUF036
         None, "Arguments of from_pretrained, for a model or a reward model that is given by its name."
     )
-    log_completions: bool = option(False, "Print a table of prompts, answers and rewards with every log.")
+    log_completions: bool = option(False, "Print a table of the last prompts, answers and rewards with every log.")
     num_completions_to_print: None | int = option(  # noqa: RUF036
-        None, "Number of rows of that table. Default: all answers of the step."
+        None, "Number of rows of that table. Default: all answers to the last batch."
     )
 
     # Arguments of Trainer and of ZOConfig with other defaults.
@@ -121,7 +122,9 @@ class EvolutionConfig(ZOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_members()
+        if self.population is None:
+            self.population = DEFAULT_POPULATION if self.num_generations is None else self.num_generations
+        self._check_members(self.population)
         self._check_answers()
         for name, allowed, instead in _FIXED:
             if getattr(self, name) not in allowed:
@@ -141,11 +144,17 @@ class EvolutionConfig(ZOConfig):
     def members_per_prompt(self) -> int:
         """Number of members that answer each prompt."""
         given = self.generations_per_prompt if self.generations_per_prompt is not None else self.num_generations
-        return self.population if given is None else given
+        return self.members if given is None else given
+
+    @property
+    def members(self) -> int:
+        """Number of members of the population."""
+        assert self.population is not None
+        return self.population
 
     def settings(self) -> Settings:
         """The method that these arguments describe: two members for each direction."""
-        return replace(super().settings(), num_directions=self.population // 2)
+        return replace(super().settings(), num_directions=self.members // 2)
 
     def generation_arguments(self) -> dict[str, Any]:
         """Return the arguments of `GenerationConfig`.
@@ -167,7 +176,7 @@ class EvolutionConfig(ZOConfig):
         fixed = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "disable_compile": True}
         return arguments | dict(more) | fixed
 
-    def _check_members(self) -> None:
+    def _check_members(self, population: int) -> None:
         """Refuse numbers of members and prompts that do not divide."""
         named = "num_generations" if self.generations_per_prompt is None else "generations_per_prompt"
         both = (self.generations_per_prompt, self.num_generations)
@@ -176,17 +185,19 @@ class EvolutionConfig(ZOConfig):
                 f"num_generations={self.num_generations} and generations_per_prompt={self.generations_per_prompt} are two "
                 "names of one option; leave out num_generations."
             )
-        if self.population < 2 or self.population % 2:
-            raise ValueError(f"population={self.population} must be even and at least 2; use 16, for example.")
+        if both == (None, None) and (population < 2 or population % 2):
+            raise ValueError(f"population={population} must be even and at least 2; use 16, for example.")
         count = self.members_per_prompt
-        if not 2 <= count <= self.population or count % 2:
+        if not 2 <= count <= population or count % 2:
             raise ValueError(
-                f"{named}={count} must be even, from 2 to population={self.population}; leave it out for all members."
+                f"{named}={count} must be even, from 2 to population={population}; leave it out for all members."
             )
-        if self.per_device_train_batch_size * count % self.population:
+        if population % 2:
+            raise ValueError(f"population={population} must be even; use {population + 1}.")
+        if self.per_device_train_batch_size * count % population:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} prompts with {count} answers each cannot be "
-                f"divided equally among population={self.population} members; let their product be a multiple of it."
+                f"divided equally among population={population} members; let their product be a multiple of it."
             )
 
     def _check_answers(self) -> None:

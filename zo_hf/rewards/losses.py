@@ -11,6 +11,7 @@ from torch import Tensor
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.evaluate import At
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.rewards.metrics import RewardMetrics
 from zo_hf.rewards.population import assign, losses_of_members
 
 
@@ -20,10 +21,14 @@ class RewardLosses:
     Args:
         trainer: an `EvolutionTrainer`.
         ranks: the processes that train together.
+
+    Attributes:
+        metrics: those of the training's steps.
     """
 
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         self._trainer, self._ranks, self._micro_batch = trainer, ranks, 0
+        self.metrics: RewardMetrics = trainer.new_metrics()
 
     def of(
         self, model: Any, inputs: dict[str, Any], num_items: Any, micro_batches: int, counts: bool = True
@@ -40,7 +45,7 @@ class RewardLosses:
         self._micro_batch = 0 if self._trainer.zo.at_start_of_step else self._micro_batch + 1
         grid, each = self._ranks.grid, self._trainer._train_batch_size
         first = (self._micro_batch * grid.data + grid.data_index) * each
-        return PopulationLoss(self._trainer, inputs, first), 1.0 / micro_batches
+        return PopulationLoss(self._trainer, inputs, first, self.metrics), 1.0 / micro_batches
 
 
 class PopulationLoss:
@@ -50,10 +55,11 @@ class PopulationLoss:
         trainer: an `EvolutionTrainer`.
         inputs: the micro-batch.
         first: number of its first prompt within the step.
+        metrics: collects the metrics of the answers.
     """
 
-    def __init__(self, trainer: Any, inputs: Mapping[str, Any], first: int) -> None:
-        self._trainer, self._inputs, self._first = trainer, inputs, first
+    def __init__(self, trainer: Any, inputs: Mapping[str, Any], first: int, metrics: RewardMetrics) -> None:
+        self._trainer, self._inputs, self._first, self._metrics = trainer, inputs, first, metrics
 
     def __call__(self) -> Tensor:
         """Return minus the mean reward of one answer to every prompt at the current point, ()."""
@@ -72,7 +78,7 @@ class PopulationLoss:
         )
         answers = [generated[answer.row] for answer in assignment.answers]
         rewards, totals = trainer.score(inputs, [answer.prompt for answer in assignment.answers], answers)
-        trainer.train_metrics.see(rewards, totals.view(prompts, -1), answers, trainer.generator.ends)
+        self._metrics.see(rewards, totals.view(prompts, -1), answers, trainer.generator.ends)
         losses = losses_of_members(totals, assignment, members, trainer.args.fitness, abs(probes[0].scale))
         device = torch.device("cpu") if inputs["input_ids"].device.type == "mps" else inputs["input_ids"].device
         return losses.to(device)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.trainer_utils import has_length
 
 from zo_hf.rewards.config import EvolutionConfig
@@ -18,6 +25,7 @@ from zo_hf.rewards.metrics import RewardMetrics
 from zo_hf.rewards.prompts import PromptCollator, completion_of
 from zo_hf.rewards.scoring import Rewards, reward_functions
 from zo_hf.rewards.table import AnsweredPrompts
+from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trainer.fsdp import fsdp_settings
 from zo_hf.trainer.trainer import ZOTrainer
 
@@ -76,6 +84,12 @@ class EvolutionTrainer(ZOTrainer):
             )
         if fsdp_settings(args) is not None:
             raise ValueError("fsdp=... does not work with EvolutionTrainer, because it generates; leave it out.")
+        dispatches = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
+        if isinstance(train_dataset, IterableDataset) and dispatches:
+            raise ValueError(
+                "a streamed train_dataset is read by one process for all, which cannot send texts to the others; set "
+                "accelerator_config={'dispatch_batches': False}."
+            )
         init: Any = args.model_init_kwargs or {}
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **init)
@@ -113,9 +127,12 @@ class EvolutionTrainer(ZOTrainer):
         functions = reward_functions(reward_funcs, reward_processing_classes, args.device, init, template)
         self._rewards = Rewards(functions, args.reward_weights)
         self.generator = Generator(lambda: self.model, args, pad, ends, self.compute_loss_context_manager)
-        self.train_metrics = RewardMetrics(self._rewards.names, self._ranks, args.device)
         self._answered: AnsweredPrompts | None = None
         self._evaluated = 0
+
+    def new_metrics(self) -> RewardMetrics:
+        """Return metrics of rewards and answers that have seen none."""
+        return RewardMetrics(self._rewards.names, self._ranks, self.args.device)
 
     def score(self, batch: dict[str, Any], rows: Sequence[int], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Return the rewards of answers by every function, (answers, functions), and their weighted sums, (answers,).
@@ -155,7 +172,7 @@ class EvolutionTrainer(ZOTrainer):
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.train_metrics.end_step()
+            self._losses.metrics.end_step()
         return loss
 
     def prediction_step(
@@ -183,7 +200,7 @@ class EvolutionTrainer(ZOTrainer):
         """Evaluate as Trainer does, and add the metrics of rewards and answers."""
         self._evaluated = 0
         self._to_evaluate = self.num_examples(dataloader) if has_length(dataloader.dataset) else math.inf
-        self._eval_metrics = RewardMetrics(self._rewards.names, self._ranks, self.args.device)
+        self._eval_metrics = self.new_metrics()
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         self._eval_metrics.end_step()
         found = self._eval_metrics.means()
@@ -196,7 +213,7 @@ class EvolutionTrainer(ZOTrainer):
         """Log as ZOTrainer does, with the metrics of rewards and answers, and print the answers if that is asked for."""
         is_training = self.zo is not None and "loss" in logs
         if is_training:
-            logs |= self.train_metrics.means()
+            logs |= self._losses.metrics.means()
         super().log(logs, *args, **kwargs)
         if is_training and self.args.log_completions and self.is_world_process_zero() and self._answered is not None:
             self._answered.show(self.state.global_step, self.args.num_completions_to_print)
@@ -208,12 +225,12 @@ def _checked(model: Any) -> str:
     Raises:
         ValueError: it is no causal language model.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give a causal language model, or its name or path.")
-    config: Any = getattr(model, "config", None)
-    if config is None or config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
-        raise ValueError(f"model is a {type(model).__name__}; EvolutionTrainer needs a causal language model.")
-    return str(config._name_or_path)
+    inner = base_model(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise ValueError(
+            f"model is a {type(model).__name__}; EvolutionTrainer needs a causal language model, or its name or path."
+        )
+    return str(inner.config._name_or_path)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
