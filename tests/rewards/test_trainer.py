@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from tests.conftest import assert_same_bits, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, weights_of
+from tests.quantized_models import quantize
 from tests.rewards.runs import config, counts_wanted, make_trainer, odd_words, prompts, tokenizer, trained
 from tests.trainer.runs import logged, with_lora
 from zo_hf import ZOConfig
+from zo_hf.quantization import stored_tensors
 from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
+from zo_hf.stability.monitor import StabilityCallback
 from zo_hf.subspaces.peft_methods import is_peft
 from zo_hf.trajectory import replay
 
@@ -76,13 +79,31 @@ def test_lora(tmp_path: Path) -> None:
     assert is_peft(given.model)
 
 
-def test_an_8_bit_model(tmp_path: Path) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+@pytest.mark.parametrize("kind", ["int8", "torchao"])
+def test_an_8_bit_model(kind: str, tmp_path: Path) -> None:
+    def small() -> torch.nn.Module:
+        return quantize(model(), kind)
 
-    small = seeded(tiny_llama, eos_token_id=1)
-    quantize_(small.model, Int8WeightOnlyConfig())
-    trainer = trained(tmp_path, small, max_steps=2, zo_subspace="norms", zo_fold_steps=None, zo_eps=0.3)
+    options = {"max_steps": 3, "zo_subspace": "low_rank", "zo_eps": 0.3, "learning_rate": 0.1}
+    trainer = trained(tmp_path, small(), zo_fold_steps=2, **options)
     assert all(logged(trainer, "grad_norm"))
+    replayed = replay(small(), tmp_path)
+    actual, expected = stored_tensors(replayed), stored_tensors(trainer.model)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert trainer.evaluate(prompts(4))["eval_reward"]
+    becomes = trained(tmp_path / "lora", small(), zo_fold_steps=0, **options)
+    assert is_peft(becomes.model) and becomes.evaluate(prompts(4))["eval_reward"]
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    args = config(tmp_path, max_steps=1, model_init_kwargs={"attn_implementation": "eager"})
+    trainer = EvolutionTrainer(str(tmp_path / "model"), odd_words, args, train_dataset=prompts())
+    trainer.train()
+    assert trainer.model.config._attn_implementation == "eager"
+    expected = logged(trained(tmp_path, max_steps=1), "reward")
+    assert logged(trainer, "reward") == pytest.approx(expected)
 
 
 def test_evaluation(tmp_path: Path) -> None:
@@ -213,6 +234,14 @@ def test_refused_arguments(changed: dict[str, Any], message: str, tmp_path: Path
     given = {"model": model(), "reward_funcs": odd_words, "args": config(tmp_path), "processing_class": tokenizer()}
     with pytest.raises(ValueError, match=message):
         EvolutionTrainer(**given | {"train_dataset": prompts(4)} | changed)
+
+
+def test_no_search_and_no_curvature(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs slopes of a loss, which rewards do not give; give a number"):
+        make_trainer(tmp_path).find_learning_rate()
+    trainer = make_trainer(tmp_path, more={"callbacks": [StabilityCallback(2)]})
+    with pytest.raises(ValueError, match=r"StabilityCallback measures the curvature .* leave it out of callbacks"):
+        trainer.train()
 
 
 def test_weights_for_each_function(tmp_path: Path) -> None:

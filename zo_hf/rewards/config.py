@@ -12,6 +12,10 @@ from zo_hf.settings import Settings
 from zo_hf.trainer.config import ZOConfig
 
 DEFAULT_POPULATION = 16
+NO_SEARCH = (
+    "learning_rate='auto' needs slopes of a loss, which rewards do not give; give a number, for example that of zo_eps with "
+    "fitness='z_score'."
+)
 #: Options of `ZOConfig`, the values that they may have here, and the way out.
 _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
     ("zo_num_directions", (1,), "use population=..., which is twice the number of directions"),
@@ -133,10 +137,7 @@ class EvolutionConfig(ZOConfig):
                     f"population; {instead}."
                 )
         if self.learning_rate == "auto":
-            raise ValueError(
-                "learning_rate='auto' needs slopes of a loss, which rewards do not give; give a number, for example 1e-3 "
-                "with fitness='z_score'."
-            )
+            raise ValueError(NO_SEARCH)
         super().__post_init__()
         self.generation_arguments()
 

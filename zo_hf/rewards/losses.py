@@ -24,9 +24,16 @@ class RewardLosses:
 
     Attributes:
         metrics: those of the training's steps.
+
+    Raises:
+        ValueError: a callback of the trainer measures the loss at other points than the members.
     """
 
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
+        if trainer._stability is not None:
+            raise ValueError(
+                "StabilityCallback measures the curvature of a loss, which rewards do not have; leave it out of callbacks."
+            )
         self._trainer, self._ranks, self._micro_batch = trainer, ranks, 0
         self.metrics: RewardMetrics = trainer.new_metrics()
 

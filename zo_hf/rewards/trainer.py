@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -18,7 +19,8 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 
-from zo_hf.rewards.config import EvolutionConfig
+from zo_hf.lr_finder.find import LRFinderResult
+from zo_hf.rewards.config import NO_SEARCH, EvolutionConfig
 from zo_hf.rewards.generation import Generator
 from zo_hf.rewards.losses import RewardLosses
 from zo_hf.rewards.metrics import RewardMetrics
@@ -99,8 +101,8 @@ class EvolutionTrainer(ZOTrainer):
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(f"processing_class is a {type(processing_class).__name__}; give the model's tokenizer.")
         for option, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            columns = getattr(data, "column_names", None)
-            if isinstance(columns, Sequence) and "prompt" not in columns:
+            columns = data.column_names if isinstance(data, datasets.Dataset | datasets.IterableDataset) else None
+            if columns is not None and "prompt" not in columns:
                 raise ValueError(
                     f"{option} has the columns {', '.join(columns) or 'none'}; EvolutionTrainer needs a column 'prompt', with "
                     "texts or lists of messages."
@@ -129,6 +131,14 @@ class EvolutionTrainer(ZOTrainer):
         self.generator = Generator(lambda: self.model, args, pad, ends, self.compute_loss_context_manager)
         self._answered: AnsweredPrompts | None = None
         self._evaluated = 0
+
+    def find_learning_rate(self) -> LRFinderResult:
+        """Refuse a search.
+
+        Raises:
+            ValueError: always; the message says what to do instead.
+        """
+        raise ValueError(NO_SEARCH)
 
     def new_metrics(self) -> RewardMetrics:
         """Return metrics of rewards and answers that have seen none."""
