@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 from tests.conftest import assert_same_bits, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, weights_of
 from tests.quantized_models import quantize
@@ -286,6 +287,14 @@ def test_numbers_of_members(options: dict[str, int], population: int, per_prompt
         per_prompt,
         population // 2,
     )
+
+
+def test_a_command_line() -> None:
+    line = ["--output_dir", "unused", "--use_cpu", "--population", "8", "--reward_weights", "1", "2", "--min_p", "0.1"]
+    line += ["--generation_kwargs", '{"suppress_tokens": [3]}', "--temperature", "0.5", "--zo_rows_per_direction", "0"]
+    (args,) = HfArgumentParser(EvolutionConfig).parse_args_into_dataclasses(line)
+    assert (args.population, args.reward_weights, args.min_p) == (8, [1.0, 2.0], 0.1)
+    assert args.generation_arguments()["suppress_tokens"] == [3] and args.settings().rows_per_direction == 0
 
 
 @pytest.mark.parametrize("population", [2, 8])

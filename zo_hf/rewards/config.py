@@ -84,7 +84,7 @@ class EvolutionConfig(ZOConfig):
         "z_score",
         "How the rewards of one prompt's answers are compared: z_score (as GRPO's advantages), centered_ranks or raw.",
     )
-    reward_weights: None | list[float] = option(  # noqa: RUF009, RUF036
+    reward_weights: list[float] | None = option(  # noqa: RUF009
         None, "Weight of every reward function. Default: 1 for each."
     )
     temperature: float = option(
@@ -105,13 +105,13 @@ class EvolutionConfig(ZOConfig):
     cache_implementation: None | str = option(  # noqa: RUF036
         None, "The cache of keys and values, as in GenerationConfig, for example static. Default: the model's."
     )
-    generation_kwargs: None | dict[str, Any] | str = option(  # noqa: RUF009, RUF036
+    generation_kwargs: dict | str | None = option(  # noqa: RUF009
         None, "More arguments of GenerationConfig, for example suppress_tokens."
     )
-    chat_template_kwargs: None | dict[str, Any] | str = option(  # noqa: RUF009, RUF036
+    chat_template_kwargs: dict | str | None = option(  # noqa: RUF009
         None, "More arguments of the chat template, for prompts that are lists of messages."
     )
-    model_init_kwargs: None | dict[str, Any] | str = option(  # noqa: RUF009, RUF036
+    model_init_kwargs: dict | str | None = option(  # noqa: RUF009
         None, "Arguments of from_pretrained, for a model or a reward model that is given by its name."
     )
     log_completions: bool = option(False, "Print a table of the last prompts, answers and rewards with every log.")

@@ -152,9 +152,10 @@ class Generator:
 
     @torch.no_grad()
     def _look(self, batch: Mapping[str, Any], rows: Sequence[int], kept: Sequence[int]) -> list[Tensor]:
-        """Return the scores of the first two tokens of some rows, [(kept, vocabulary), ...], and then these tokens."""
+        """Return the scores of the first tokens of some rows, [(kept, vocabulary), ...], and then these tokens."""
         record = _Record(kept)
-        limits = {"max_new_tokens": _COMPARED, "min_new_tokens": _COMPARED}
+        length = min(_COMPARED, self._config.max_completion_length)
+        limits = {"max_new_tokens": length, "min_new_tokens": length}
         tokens = self._tokens(batch, rows, LogitsProcessorList([record]), **limits)
         return [*record.scores, tokens[list(kept)]]
 
