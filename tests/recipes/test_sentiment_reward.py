@@ -24,5 +24,7 @@ def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "2", "--output", str(tmp_path)])
     recipe.main()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["majority"] == 0.5 and 0 <= results["after"]["generated"] <= results["after"]["of_the_two_words"] <= 1
+    assert (
+        results["majority"] == 0.5 and 0 <= results["after"]["generated"] <= results["after"]["of_the_two_words"] <= 1
+    )
     assert recipe.exact_match([" great", " bad"], [" great", " great"]) == [1.0, 0.0]

@@ -48,15 +48,11 @@ class RewardMetrics:
         ended = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers])
         spread = totals - totals.mean(1, keepdim=True)
         zero = spread.square().mean(1).sqrt() <= _ZERO
-        known, count = ~rewards.isnan(), float(totals.numel())
+        known, count = ~rewards.isnan(), torch.tensor(float(totals.numel()), dtype=torch.float64)
+        of_answers = [count, totals.sum(), totals.square().sum(), torch.tensor(len(zero)), zero.sum()]
+        of_lengths = [lengths.sum(), (~ended).sum(), lengths[ended].sum()]
         of_functions = [known.sum(0), rewards.nansum(0), rewards.square().nansum(0)]
-        sums = torch.cat(
-            [
-                torch.tensor([count, totals.sum(), totals.square().sum(), len(totals), zero.sum()]),
-                torch.stack([lengths.sum(), (~ended).sum(), lengths[ended].sum()]),
-                *of_functions,
-            ]
-        ).double()
+        sums = torch.cat([value.double().flatten() for value in (*of_answers, *of_lengths, *of_functions)])
         extremes = torch.stack([lengths.min(), -lengths.max()])
         self._sums += sums
         self._shortest_longest = torch.minimum(self._shortest_longest, extremes)
