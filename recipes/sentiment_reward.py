@@ -33,12 +33,12 @@ WORDS = range(8, 13)  # of a sentence
 
 
 def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The reward: 1 for the right word, 0 for the other one."""
+    """Return 1 for the right word, and 0 for any other text."""
     return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def as_prompts(rows: Any) -> Any:
-    """Sentences as prompts, each with its right answer."""
+    """Return sentences as prompts, each with its right answer."""
     return rows.map(
         lambda row: {"prompt": PROMPT_B.fill(row["text"]), "answer": PROMPT_B.verbalizers[row["label"]]},
         remove_columns=rows.column_names,
@@ -46,7 +46,7 @@ def as_prompts(rows: Any) -> Any:
 
 
 def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
-    """The arguments of the run."""
+    """Return the arguments of the run."""
     defaults: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": PROMPTS,

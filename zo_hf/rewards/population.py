@@ -11,8 +11,8 @@ divided by the number of prompts that it should have, P·k/q. The two-point esti
     c_j = -q / (k·P) · Σ_p (F(p, j+) - F(p, j-)) / 2ε        ĝ = 1/q · Σ_j c_j · z_j
 
 so ĝ estimates the gradient of minus the mean fitness whatever k is. For a fitness that has no scale of its own (z-scores,
-ranks), the losses also contain the factor ε. Then -ĝ is the mean over all answers of fitness times the member's own ±z, as
-in Qiu et al., arXiv 2509.24372, and the learning rate has the factor 1/ε in it.
+ranks), the losses also contain the factor ε. Then -ĝ is the mean over all answers of fitness times the member's own ±z. As
+in Qiu et al., arXiv 2509.24372, the learning rate has the factor 1/ε in it.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def is_conversation(prompt: Any) -> bool:
 class PromptCollator:
     """Makes a batch of a data set's rows.
 
-    A batch has `input_ids` and `attention_mask`, int64 of shape (prompts, longest), `prompts`, a list of them as they are
-    in the data set, and `columns`, the other columns as lists.
+    A batch has `input_ids` and `attention_mask`, int64 of shape (prompts, longest). Its `prompts` are a list of them as
+    they are in the data set, and its `columns` the other columns as lists.
 
     Args:
         tokenizer: the model's tokenizer.

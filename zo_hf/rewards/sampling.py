@@ -1,7 +1,7 @@
 """Sampling with random numbers that all members share (common random numbers).
 
-A token drawn from softmax(scores / temperature) is the argmax of scores / temperature + G, where G has a standard Gumbel
-number for every token:
+A token drawn from softmax(scores / temperature) is the argmax of scores / temperature + G. Every token has a standard
+Gumbel number of its own in G:
 
     G = -log E,  E = -log(1 - v),  v uniform in (0, 1)
 
