@@ -12,7 +12,11 @@ from tests.recipes.recipe_module import recipe_module
 from zo_hf.tasks import data
 
 
-def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["any-word", "two-words"])
+def test_it_measures_before_and_after(
+    folder: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--two-words"] if folder == "two-words" else []
     recipe = recipe_module("sentiment_reward")
     rows = [(f"a {word} film", label) for word in ("b", "c", "d", "e", "f") for label in (0, 1)]
     table = data.Dataset.from_dict({"text": [t + "." * y for t, y in rows], "label": [y for _, y in rows]})
@@ -21,9 +25,9 @@ def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkey
         recipe, "embedded_reviews", lambda *_: data.LabeledSentences("some", table, table.select(range(4)))
     )
     monkeypatch.setattr(recipe, "PROMPTS", 4)
-    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "2", "--output", str(tmp_path), *more])
     recipe.main()
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / folder / "seed-0/results.json").read_text())
     assert (
         results["majority"] == 0.5 and 0 <= results["after"]["generated"] <= results["after"]["of_the_two_words"] <= 1
     )
