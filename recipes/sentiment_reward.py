@@ -36,10 +36,11 @@ PROMPTS = 16
 WORDS = range(8, 13)  # of a sentence
 
 
-#: The options of the run, without and with --two-words. A farther probe is needed where one answer is far more likely.
-DISTANCES: dict[bool, dict[str, Any]] = {
+#: Options without and with --two-words. One of the two words is far likelier for every review, so that no member ever
+#: takes the other one unless it samples.
+OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"zo_eps": 5e-3, "learning_rate": 5e-3},
-    True: {"zo_eps": 1e-2, "learning_rate": 1e-2},
+    True: {"zo_eps": 1e-2, "learning_rate": 1e-2, "temperature": 2.0},
 }
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(default_model(), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(default_model())
     sentences = embedded_reviews(4000, arguments.held_out, arguments.seed, WORDS)
-    options = dict(DISTANCES[arguments.two_words])
+    options = dict(OPTIONS[arguments.two_words])
     if arguments.two_words:
         words = set(label_token_ids(tokenizer, prompt))
         others = [token for token in range(model.config.vocab_size) if token not in words]

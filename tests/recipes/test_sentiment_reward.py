@@ -25,10 +25,12 @@ def test_it_measures_before_and_after(
         recipe, "embedded_reviews", lambda *_: data.LabeledSentences("some", table, table.select(range(4)))
     )
     monkeypatch.setattr(recipe, "PROMPTS", 4)
-    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "2", "--output", str(tmp_path), *more])
+    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "10", "--output", str(tmp_path), *more])
     recipe.main()
     results = json.loads((tmp_path / folder / "seed-0/results.json").read_text())
-    assert (
-        results["majority"] == 0.5 and 0 <= results["after"]["generated"] <= results["after"]["of_the_two_words"] <= 1
-    )
+    assert results["majority"] == 0.5
+    for when in ("before", "after"):
+        generated, of_the_two = results[when]["generated"], results[when]["of_the_two_words"]
+        assert 0 <= of_the_two <= 1 and 0 <= generated <= (1 if more else of_the_two)  # it samples among the two words
+    assert bool(more) == any(entry.get("reward") for entry in results["log"])
     assert recipe.exact_match([" great", " bad"], [" great", " great"]) == [1.0, 0.0]
