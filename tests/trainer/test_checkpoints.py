@@ -270,7 +270,7 @@ def test_the_best_checkpoint_is_known_under_its_own_name_and_kept(tmp_path: Path
         ("zo_fold_steps", 5),
         ("zo_eps", 2e-3),
         ("zo_num_directions", 2),
-        ("zo_direction", "rademacher"),
+        ("zo_direction", "gaussian"),
         ("zo_normalize", True),
         ("zo_subspace", "full"),
         ("seed", 7),

@@ -118,7 +118,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     # An adapter's own weights may have another dtype during training.
     fixed = [p for p in inner.parameters() if p.is_floating_point() and not (is_peft(model) and p.requires_grad)]
     described = {
-        "class": type(inner).__name__,
+        "class": type(inner).__name__.removeprefix("FSDP"),  # which FSDP2 puts in front while weights are sharded
         "dtype": str(fixed[0].dtype) if fixed else None,
         "number of weights": sum(p.numel() for p in fixed),
     }
