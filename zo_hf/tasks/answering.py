@@ -122,6 +122,8 @@ def load_answering(folder: Path, max_new_tokens: int, temperature: float) -> Ans
         lambda: AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **more),
         remedy,
     )
+    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.is_floating_point()):
+        raise ValueError(f"the model in {folder} holds weights that are not finite; {remedy}.")
     if not more and torch.cuda.is_available():
         model.to("cuda")
     return Answering(model.eval(), tokenizer, saved.is_chat, max_new_tokens, temperature)

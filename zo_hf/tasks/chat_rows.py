@@ -62,7 +62,8 @@ def read_rows(option: str, path: Path, text_column: str = "text") -> ChatRows:
         where = f"{what}, row {number},"
         columns = _columns_of(where, row, text_column)
         values = {name: row[name] for name in columns}
-        row_kind = columns, isinstance(values[columns[0]], list)
+        is_prompt_of_messages = "prompt" in columns and isinstance(values["prompt"], list)
+        row_kind = columns, columns == ("messages",) or is_prompt_of_messages
         kind = row_kind if kind is None else kind
         if row_kind != kind:
             first, other = (ChatRows("", *each, []).in_words for each in (kind, row_kind))
@@ -188,8 +189,6 @@ def _check_values(where: str, values: dict[str, Any], is_chat: bool) -> None:
         if is_chat:
             _check_messages(f"{where} {name}:", value)
         elif not isinstance(value, str):
-            if name == "messages":
-                raise ValueError(f"{where} messages: {shown(value)} is no list; write a list of role and content.")
             raise ValueError(f"{where} {name}: {shown(value)} is no text; give a text, as in the rows before.")
         elif not value.strip() and name != "prompt":
             raise ValueError(f"{where} {name}: it is empty; leave the row out, or fill it.")

@@ -49,7 +49,7 @@ def load_chat(folder: Path) -> SavedChat:
         wrong = first_misfit(content, _FIELDS) if is_object(content) else "its object"
         reason = None if wrong is None else f"{wrong} is missing or has a value that no training writes"
         if reason is None:
-            return SavedChat(content["is_chat"], loadable(content["quantization"]))
+            return SavedChat(content["is_chat"], loadable(content.get("quantization")))
     except OSError as error:
         reason = f"it cannot be read ({error.strerror})"
     except ValueError as error:

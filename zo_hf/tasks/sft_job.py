@@ -98,6 +98,8 @@ def prepare(job: SftArguments, config: Any) -> SftTask:
     def load(path: str) -> tuple[Any, Any]:
         tokenizer = load_tokenizer(path, job)
         if config.eos_token is not None:
+            if config.eos_token not in tokenizer.get_vocab():
+                raise ValueError(f"--eos_token {config.eos_token} is no token of the tokenizer; name one that is.")
             tokenizer.eos_token = config.eos_token
         use_template(tokenizer, config.chat_template_path, train, print_line)
         _check_lengths(path, job, config, tokenizer, [part for part in (train, held_out) if part], print_line)
@@ -221,6 +223,8 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
     after = _evaluated(task, trainer)
     if after is not None:
         print_line(f"after      {_in_words(after)}")
+        if before is not None and not after["eval_loss"] < before["eval_loss"]:
+            print_line("worse      the held-out loss has not fallen; try a lower --learning_rate")
     if trainer.found_learning_rate is not None:
         print_line(f"rate       {one_line(trainer.found_learning_rate)}")
     print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
@@ -242,7 +246,7 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
-        trainer.create_model_card(model_name=folder.resolve().name, dataset_name=Path(task.train.name).name)
+        trainer.create_model_card(model_name=folder.resolve().name)
         save_chat(folder, task.train.is_chat, quantization_of(task.model) if holds_adapter(folder) else None)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         print_line(f"written    {folder}: the model, README.md, chat.json, metrics.json")
