@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import assert_same_bits, seeded, tiny_llama
 from zo_hf.cli import main as cli
+from zo_hf.tasks.sft_arguments import parse_sft_arguments
 
 pytest.importorskip("trl")
 
@@ -192,6 +193,26 @@ def test_wrong_options_are_one_sentence(
 ) -> None:
     options, message = REFUSED[kind]
     assert message in refused(words(write_rows(tmp_path / "rows.jsonl", "text"), **options), capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "rate"),
+    [([], 1e-4), (["--use_peft"], None), (["--zo_subspace", "norms"], None), (["--learning_rate", "1"], 1)],
+)
+def test_the_default_rate_is_that_of_low_rank_weights(more: list[str], rate: float | None) -> None:
+    assert parse_sft_arguments(["--use_cpu", *more], "zo-hf sft", None)[1].learning_rate == rate
+
+
+def test_a_refusal_of_the_rows_leaves_the_embedded_model_alone(
+    words: Any, tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZO_HF_CACHE", str(tmp_path))
+    monkeypatch.setattr("zo_hf.tasks.sft_job.default_model", lambda: small_model)
+    rows = write_rows(tmp_path / "rows.jsonl", "text")
+    argv = words(rows, max_length=1, assistant_only_loss=True)
+    del argv[1:3]
+    assert "--assistant_only_loss needs messages" in refused(argv, capsys)
+    assert small_model.is_dir(), "unpacked anew, as if it were damaged"
 
 
 def test_a_wrong_file_is_refused_before_the_model_is_loaded(

@@ -79,7 +79,7 @@ def help_text() -> str:
     ]
     lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`zo-hf COMMAND --help` describes a command and its options.", "", "start here:"]
-    lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."']
+    lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."', "  zo-hf sft --offline"]
     return "\n".join(lines)
 
 

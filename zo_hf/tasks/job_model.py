@@ -6,7 +6,14 @@ import json
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from zo_hf.tasks.loading import complete_model, loaded
 from zo_hf.tasks.model_arguments import ModelArguments
@@ -22,6 +29,15 @@ def load_tokenizer(path: str, job: ModelArguments) -> PreTrainedTokenizerBase:
         ValueError: it does not exist, its files are damaged, or the hub does not deliver it.
     """
     return loaded(_named(path), lambda: AutoTokenizer.from_pretrained(path, local_files_only=job.offline), REMEDY)
+
+
+def load_config(path: str, job: ModelArguments) -> PretrainedConfig:
+    """Load the model's configuration, without its weights.
+
+    Raises:
+        ValueError: see `load_tokenizer`.
+    """
+    return loaded(_named(path), lambda: AutoConfig.from_pretrained(path, local_files_only=job.offline), REMEDY)
 
 
 def load_model(path: str, job: ModelArguments, config: ZOConfig) -> Any:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from zo_hf.checkpoint import holds_adapter
@@ -35,8 +35,8 @@ from zo_hf.tasks.assets import default_model, loaded_asset
 from zo_hf.tasks.batching import takes_argument
 from zo_hf.tasks.chat_rows import ChatRows, check_same_format, read_rows, split_rows
 from zo_hf.tasks.chat_tokens import lengths, training_template, use_template
-from zo_hf.tasks.job_model import REMEDY, load_model, load_tokenizer, quantization_of
-from zo_hf.tasks.loading import loaded
+from zo_hf.tasks.job_model import load_config, load_model, load_tokenizer, quantization_of
+from zo_hf.tasks.loading import Loaded
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_losses
@@ -95,23 +95,18 @@ def prepare(job: SftArguments, config: Any) -> SftTask:
     print_line = line_printer(config)
     train, held_out = _rows(job, config)
 
-    def load(path: str) -> tuple[Any, Any]:
-        tokenizer = load_tokenizer(path, job)
-        if config.eos_token is not None:
-            if config.eos_token not in tokenizer.get_vocab():
-                raise ValueError(f"--eos_token {config.eos_token} is no token of the tokenizer; name one that is.")
-            tokenizer.eos_token = config.eos_token
-        use_template(tokenizer, config.chat_template_path, train, print_line)
-        _check_lengths(path, job, config, tokenizer, [part for part in (train, held_out) if part], print_line)
-        return tokenizer, load_model(path, job, config)
-
     if job.model_name_or_path is None:
         print_line(f"no --model_name_or_path: using the embedded {EMBEDDED_MODEL}.")
     with config.main_process_first(desc="fetching the model"):
-        if job.model_name_or_path is None:
-            tokenizer, model = loaded_asset(default_model, lambda path: load(str(path)))
-        else:
-            tokenizer, model = load(job.model_name_or_path)
+        tokenizer, model_config = _load(job, lambda path: (load_tokenizer(path, job), load_config(path, job)))
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"--eos_token {config.eos_token} is no token of the tokenizer; name one that is.")
+        tokenizer.eos_token = config.eos_token
+    use_template(tokenizer, config.chat_template_path, train, print_line)
+    _check_lengths(model_config, config, tokenizer, [part for part in (train, held_out) if part], print_line)
+    with config.main_process_first(desc="loading the model"):
+        model = _load(job, lambda path: load_model(path, job, config))
     if config.packing and not takes_argument(model, "position_ids"):
         raise ValueError(
             f"--packing needs a model that takes position_ids, and {type(model).__name__} does not; leave --packing out."
@@ -139,13 +134,17 @@ def _rows(job: SftArguments, config: Any) -> tuple[ChatRows, ChatRows | None]:
     return rows, held_out
 
 
+def _load(job: SftArguments, load: Callable[[str], Loaded]) -> Loaded:
+    """Call `load` with the argument for `from_pretrained`; the embedded model is fetched first."""
+    if job.model_name_or_path is None:
+        return loaded_asset(default_model, lambda path: load(str(path)))
+    return load(job.model_name_or_path)
+
+
 def _check_lengths(
-    path: str, job: SftArguments, config: Any, tokenizer: Any, parts: list[ChatRows], print_line: Callable[[str], None]
+    model_config: Any, config: Any, tokenizer: Any, parts: list[ChatRows], print_line: Callable[[str], None]
 ) -> None:
     """Cut rows to what the model has positions for, and say how many are cut."""
-    model_config = loaded(
-        f"--model_name_or_path {path}", lambda: AutoConfig.from_pretrained(path, local_files_only=job.offline), REMEDY
-    )
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)  # not every model has some
     why = "--max_length"
     if positions is not None and (config.max_length is None or config.max_length > positions):
