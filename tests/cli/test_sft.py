@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import assert_same_bits, seeded, tiny_llama
+from tests.conftest import assert_same_bits, seeded, tiny_llama, tiny_opt
 from zo_hf.cli import main as cli
 from zo_hf.tasks.sft_arguments import parse_sft_arguments
 
@@ -104,11 +104,14 @@ def test_the_held_out_loss_falls(words: Any, tmp_path: Path) -> None:
     assert found["loss"] < found["loss_before"] - 0.3, found
 
 
-def test_packing_and_a_loss_on_the_assistant(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_rows_have_the_loss_that_they_have_alone(words: Any, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "messages")
-    options = {"packing": True, "max_length": 96, "assistant_only_loss": True, "per_device_train_batch_size": 2}
-    cli.main(words(rows, **options))
-    assert metrics(tmp_path / "out")["forward_passes"] == 4
+    found = []
+    for packing in (False, True):
+        options = {"packing": packing, "max_length": 128, "assistant_only_loss": True, "eval_fraction": 0.2}
+        cli.main(words(rows, **options, max_steps=1))
+        found.append(metrics(tmp_path / "out")["loss_before"])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_an_adapter_is_saved_and_answers(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two formats": ({"load_in_8bit": True, "load_in_4bit": True}, "are two formats"),
     "no model": ({"model_name_or_path": "/none", "offline": True}, "could not be loaded"),
     "end": ({"eos_token": "<end>"}, "--eos_token <end> is no token of the tokenizer"),
+    "length": ({"max_length": 0}, "--max_length 0 is not above 0"),
     "method": ({"zo_rank": 0}, "zo_rank=0"),
 }
 
@@ -223,12 +227,12 @@ def test_a_wrong_file_is_refused_before_the_model_is_loaded(
     assert "row 1, has the columns question" in refused(argv, capsys)
 
 
-def test_a_model_without_position_ids_packs_no_rows(
-    words: Any, tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_model_whose_rows_see_each_other_packs_none(
+    words: Any, tmp_path: Path, small_model: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("zo_hf.tasks.sft_job.takes_argument", lambda model, name: name != "position_ids")
+    seeded(tiny_opt, vocab_size=len(tokenizer)).save_pretrained(small_model)
     rows = write_rows(tmp_path / "rows.jsonl", "text")
-    assert "--packing needs a model that takes position_ids" in refused(words(rows, packing=True), capsys)
+    assert "--packing does not work with OPTForCausalLM" in refused(words(rows, packing=True, eval_fraction=0), capsys)
 
 
 def test_without_trl_the_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ def test_a_wrong_file_is_one_sentence_that_names_it(tmp_path: Path, kind: str) -
         ("a.csv", b"prompt,completion\na\n", "row 1, has 1 values for 2 columns"),
         ("a.csv", b'text\n"a"b\n', "is not a table"),
         ("a.csv", b"text\n", "has no rows"),
+        ("a.csv", b"text,text\na,b\n", "has a column twice"),
     ],
 )
 def test_wrong_tables(tmp_path: Path, name: str, content: bytes, message: str) -> None:

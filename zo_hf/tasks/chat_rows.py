@@ -145,6 +145,10 @@ def _table(what: str, text: str, separator: str) -> Iterator[tuple[int, dict[str
             f"{what} is not a table ({error}); put quotes around a value with a quote or a comma."
         ) from error
     names = lines[0] if lines else []
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{what} has a column twice among {', '.join(map(shown, names))}; give each a name of its own."
+        )
     for number, line in enumerate(lines[1:], 1):
         if not line:
             continue

@@ -32,11 +32,11 @@ from zo_hf.checkpoint import holds_adapter
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
 from zo_hf.tasks.assets import default_model, loaded_asset
-from zo_hf.tasks.batching import takes_argument
 from zo_hf.tasks.chat_rows import ChatRows, check_same_format, read_rows, split_rows
 from zo_hf.tasks.chat_tokens import lengths, training_template, use_template
 from zo_hf.tasks.job_model import load_config, load_model, load_tokenizer, quantization_of
 from zo_hf.tasks.loading import Loaded
+from zo_hf.tasks.packing import keeps_rows_apart
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_losses
@@ -107,9 +107,9 @@ def prepare(job: SftArguments, config: Any) -> SftTask:
     _check_lengths(model_config, config, tokenizer, [part for part in (train, held_out) if part], print_line)
     with config.main_process_first(desc="loading the model"):
         model = _load(job, lambda path: load_model(path, job, config))
-    if config.packing and not takes_argument(model, "position_ids"):
+    if config.packing and config.packing_strategy != "wrapped" and not keeps_rows_apart(model):
         raise ValueError(
-            f"--packing needs a model that takes position_ids, and {type(model).__name__} does not; leave --packing out."
+            f"--packing does not work with {type(model).__name__}, in which rows of one sequence see each other; leave it out."
         )
     check_model(model, config)  # says now what training would say later
     name = job.model_name_or_path or EMBEDDED_MODEL
@@ -145,6 +145,8 @@ def _check_lengths(
     model_config: Any, config: Any, tokenizer: Any, parts: list[ChatRows], print_line: Callable[[str], None]
 ) -> None:
     """Cut rows to what the model has positions for, and say how many are cut."""
+    if config.max_length is not None and config.max_length < 1:
+        raise ValueError(f"--max_length {config.max_length} is not above 0; give a whole number from 1.")
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)  # not every model has some
     why = "--max_length"
     if positions is not None and (config.max_length is None or config.max_length > positions):
@@ -155,8 +157,10 @@ def _check_lengths(
     if config.assistant_only_loss:
         loss = "assistant"
         templates = [training_template(tokenizer, rows) for rows in parts]
+    splits = config.packing and config.packing_strategy != "bfd"  # then what is too long goes on in the next sequence
+    most = 1 << 62 if config.max_length is None or splits else config.max_length
     for rows in parts:
-        found = lengths(tokenizer, rows, config.max_length or 1 << 62, loss, templates[0])
+        found = lengths(tokenizer, rows, most, loss, templates[0])
         if found.cut:
             print_line(
                 f"cut        {found.cut} of {found.rows} rows have more than {config.max_length} tokens ({why})"
