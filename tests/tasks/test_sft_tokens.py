@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from zo_hf.tasks.chat_rows import ChatRows
-from zo_hf.tasks.chat_tokens import DEFAULT_TEMPLATE, Lengths, lengths, training_template, use_template
+from zo_hf.tasks.chat_tokens import DEFAULT_TEMPLATE, Lengths, lengths, mark_assistant, use_template
 
 pytest.importorskip("trl")
 
@@ -19,6 +19,13 @@ CHAT = ChatRows("a", ("messages",), True, [{"messages": [USER, ASSISTANT]}])
 PAIRS = ChatRows("a", ("prompt", "completion"), False, [{"prompt": "a film", "completion": " great"}])
 TEXT = ChatRows("a", ("text",), False, [{"text": "a film"}, {"text": "a deep and moving film . It was great"}])
 UNMARKED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -36,7 +43,19 @@ def test_a_tokenizer_without_template_gets_one_that_marks_the_assistant(own: Any
     made = own.apply_chat_template(CHAT.rows[0]["messages"], return_dict=True, return_assistant_tokens_mask=True)
     marked = [i for i, mark in zip(made["input_ids"], made["assistant_masks"], strict=True) if mark]
     assert own.decode(made["input_ids"]).removeprefix("<s>") == "User: a film\nAssistant: great</s>\n"
-    assert own.decode(marked).strip() == "great</s>" and training_template(own, CHAT) is None
+    assert own.decode(marked).strip() == "great</s>" and mark_assistant(own, CHAT) is None
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("\n", "\\n")])
+def test_chatml_gets_marks_and_keeps_its_text(own: Any, template: str) -> None:
+    messages = [*CHAT.rows[0]["messages"], USER, ASSISTANT]
+    own.chat_template = template
+    before = own.apply_chat_template(messages, tokenize=False)
+    assert mark_assistant(own, CHAT) is None
+    assert own.apply_chat_template(messages, tokenize=False) == before
+    made = own.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [i for i, mark in zip(made["input_ids"], made["assistant_masks"], strict=True) if mark]
+    assert own.decode(marked) == "great<|im_end|>" * 2
 
 
 def test_a_template_of_a_file_replaces_the_tokenizers(own: Any, tmp_path: Path) -> None:
@@ -59,7 +78,7 @@ def test_an_assistant_only_loss_that_finds_no_assistant_is_refused(
 ) -> None:
     own.chat_template = template
     with pytest.raises(ValueError, match=message):
-        training_template(own, rows)
+        mark_assistant(own, rows)
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", b""), ("none.jinja", None), ("a.jinja", b"\xff")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,25 @@ DEFAULT_TEMPLATE = (
     "{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
+
+_BREAK = r"'(?:\\n|\n)'"
+#: A turn in templates of ChatML, which many models share.
+_CHATML_TURN = re.compile(
+    r"\{\{\s*'<\|im_start\|>'\s*\+\s*message\['role'\]\s*\+\s*"
+    + _BREAK
+    + r"\s*\+\s*message\['content'\]\s*\+\s*'<\|im_end\|>'\s*\+\s*"
+    + _BREAK
+    + r"\s*\}\}"
+)
+#: The same turn, with the marks.
+_MARKED_TURN = (
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
 )
 
 
@@ -72,8 +92,10 @@ def use_template(
         )
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase, rows: ChatRows) -> str | None:
+def mark_assistant(tokenizer: PreTrainedTokenizerBase, rows: ChatRows) -> str | None:
     """Return the template that marks the tokens of the assistant, as TRL chooses it; None means the tokenizer's own.
+
+    A tokenizer's template of ChatML gets the marks. It gives the same text as before.
 
     Raises:
         ValueError: the rows are no chats, a row has no turn of the assistant, or the template cannot mark them.
@@ -89,6 +111,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase, rows: ChatRows) -> str
             raise ValueError(
                 f"--assistant_only_loss finds no turn of the assistant in row {number} of {rows.name}; leave such rows out."
             )
+    if isinstance(tokenizer.chat_template, str):
+        marked, turns = _CHATML_TURN.subn(lambda _: _MARKED_TURN, tokenizer.chat_template)
+        if turns == 1:
+            tokenizer.chat_template = marked
     if has_generation_markers(tokenizer.chat_template):
         return None
     try:

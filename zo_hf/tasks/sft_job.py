@@ -33,7 +33,7 @@ from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
 from zo_hf.tasks.assets import default_model, loaded_asset
 from zo_hf.tasks.chat_rows import ChatRows, check_same_format, read_rows, split_rows
-from zo_hf.tasks.chat_tokens import lengths, training_template, use_template
+from zo_hf.tasks.chat_tokens import lengths, mark_assistant, use_template
 from zo_hf.tasks.job_model import load_config, load_model, load_tokenizer, quantization_of
 from zo_hf.tasks.loading import Loaded
 from zo_hf.tasks.packing import keeps_rows_apart
@@ -156,7 +156,7 @@ def _check_lengths(
     templates: list[str | None] = [None]
     if config.assistant_only_loss:
         loss = "assistant"
-        templates = [training_template(tokenizer, rows) for rows in parts]
+        templates = [mark_assistant(tokenizer, rows) for rows in parts]
     splits = config.packing and config.packing_strategy != "bfd"  # then what is too long goes on in the next sequence
     most = 1 << 62 if config.max_length is None or splits else config.max_length
     for rows in parts:
