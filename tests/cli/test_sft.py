@@ -211,7 +211,7 @@ def test_a_refusal_of_the_rows_leaves_the_embedded_model_alone(
     words: Any, tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZO_HF_CACHE", str(tmp_path))
-    monkeypatch.setattr("zo_hf.tasks.sft_job.default_model", lambda: small_model)
+    monkeypatch.setattr("zo_hf.tasks.sft_task.default_model", lambda: small_model)
     rows = write_rows(tmp_path / "rows.jsonl", "text")
     argv = words(rows, max_length=1, assistant_only_loss=True)
     del argv[1:3]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zo_hf.tasks.chat_rows import check_same_format, read_rows, split_rows
-from zo_hf.tasks.sft_job import INSTRUCTIONS
+from zo_hf.tasks.sft_task import INSTRUCTIONS
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
