@@ -28,6 +28,8 @@ from zo_hf import ZerothOrder
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 EPS, SEEDS = 1e-3, 2
 WAYS = ("low_rank", "full", "LoRA")
@@ -130,4 +132,5 @@ def _unmoved(results: dict[str, Comparison]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

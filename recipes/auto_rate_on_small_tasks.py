@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
 from zo_hf.tasks.data import embedded_reviews
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 SETTINGS = ("task", "subspace", "seed", "steps")
 SUBSPACES = ("low_rank", "full", "lora")
@@ -158,7 +160,7 @@ def main() -> None:
                 if run is None:
                     finished.add(run := settings | train(task, subspace, seed, args.steps))
                 print(*(f"{name}={value}" for name, value in run.items()), flush=True)
-    older = FinishedRuns(args.before, SETTINGS) if args.before else None
+    older = FinishedRuns(args.before, SETTINGS, only_read=True) if args.before else None
     (args.output / "table.md").write_text("\n".join(table(finished, older, args)) + "\n")
     plot(finished, older, args, args.output / "auto_rate.png")
 
@@ -225,4 +227,5 @@ def plot(finished: FinishedRuns, older: FinishedRuns | None, args: argparse.Name
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

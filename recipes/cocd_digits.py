@@ -27,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +36,8 @@ from tqdm import tqdm
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 SETTINGS = ("method", "learning_rate", "eps", "seed", "forwards")
 COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directions": 64}
@@ -263,4 +265,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

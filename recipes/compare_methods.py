@@ -42,7 +42,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from common.method_report import REFERENCE, Result, plot, table
 from common.method_runs import SETTINGS, Job, run
 from tqdm import tqdm
@@ -55,6 +55,9 @@ from zo_hf.rules import RULES
 from zo_hf.subspaces import SUBSPACES
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_folder
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
     "zo_subspace": SUBSPACES,
@@ -365,7 +368,6 @@ class Comparison:
             f"sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot)}"
         )
         (args.output / "table.md").write_text(text, encoding="utf-8")
-        args.figures.mkdir(parents=True, exist_ok=True)
         plot(results, zero_shot, "forward_passes", args.figures / "methods-forward-passes.png")
         plot(results, zero_shot, "seconds", args.figures / "methods-time.png")
         return text
@@ -423,6 +425,7 @@ def prepare_process() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    check_folder("--figures", args.figures)
     comparison = Comparison(args)
     if not args.plot_only:
         executor: Executor
@@ -452,4 +455,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
@@ -39,6 +39,9 @@ from zo_hf import ZerothOrder
 from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = ("network", "method", "margin", "eps", "raised", "seed", "steps")
 METHODS: dict[str, dict[str, Any]] = {
@@ -344,7 +347,6 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
     from matplotlib import pyplot
 
     folder = args.figures or args.output
-    folder.mkdir(parents=True, exist_ok=True)
     available = [run for settings in runs(args) if (run := finished.find(settings)) is not None]
     grid = [run for run in available if run["raised"] == 1 and run["eps"] == args.eps]
     if grid:
@@ -412,6 +414,7 @@ def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
 
 def main() -> None:
     args = arguments()
+    check_folder("--figures", args.figures or args.output)
     finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     if not args.plot_only:
         for settings in tqdm([settings for settings in runs(args) if finished.find(settings) is None], unit="run"):
@@ -423,4 +426,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, encoded_reviews
+from common.experiments import FinishedRuns, encoded_reviews, finished_runs_are_kept
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +40,10 @@ from zo_hf.stability.monitor import StabilityMonitor
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
 SUBSPACES = ("low_rank", "lora")
@@ -187,6 +190,7 @@ def plot(finished: list[dict[str, Any]], path: Path) -> None:
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
+    check_folder("--figures", args.figures)
     log = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     if not args.plot_only:
         for settings in tqdm([settings for settings in runs(args) if log.find(settings) is None], unit="run"):
@@ -197,10 +201,10 @@ def main(words: list[str] | None = None) -> None:
         return
     text = table(finished)
     (args.output / "table.md").write_text(text, encoding="utf-8")
-    args.figures.mkdir(parents=True, exist_ok=True)
     plot(finished, args.figures / "stability-language-model.png")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

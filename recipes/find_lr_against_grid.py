@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.experiments import FinishedRuns
+from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 
 from zo_hf import ZOConfig
@@ -32,6 +32,8 @@ from zo_hf.lr_finder.find import SHARE, LRFinderResult, find_learning_rate, forw
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 SETTINGS = ("problem", "forward_passes", "rate", "seed")
 #: Values in place of a rate: no training, and a rate from the LR finder.
@@ -338,4 +340,5 @@ def plot(problems: list[Problem], finished: FinishedRuns, seeds: list[int], path
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

@@ -21,6 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_file
+
 LOSSES_BYTES = 16  # two float64
 RECORD_BYTES = 8  # a projected gradient for each direction, in the coordinator's reply
 ENVELOPE_BYTES = 100  # TCP/IP headers, TLS record, and acknowledgement of a small message
@@ -140,6 +144,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     args = arguments()
+    if args.output is not None:
+        check_file("--output", args.output)
     rows = [simulate(args, directions, quorum) for directions in args.directions for quorum in QUORUMS]
     print(table(rows))
     gradient = 2 * 2 * args.parameters * (args.workers - 1) / args.workers
@@ -155,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

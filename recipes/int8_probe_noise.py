@@ -30,7 +30,10 @@ from zo_hf.quantization import quantized_layers
 from zo_hf.quantization.bitsandbytes_int8 import BitsAndBytesInt8
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_file
 
 
 def main() -> None:
@@ -44,6 +47,8 @@ def main() -> None:
     parser.add_argument("--distances", type=float, nargs="+", default=distances, help="distances ε (%(default)s)")
     parser.add_argument("--output", type=Path, help="file for the table")
     args = parser.parse_args()
+    if args.output is not None:
+        check_file("--output", args.output)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about every cast of an input
 
     path = args.model or str(default_model())
@@ -87,4 +92,5 @@ def projected_gradients(model: torch.nn.Module, batch: dict, eps: float, directi
 
 
 if __name__ == "__main__":
-    main()
+    with command(), refusals_end_the_command():
+        main()

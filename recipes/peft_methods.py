@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -38,7 +38,9 @@ from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 CAUSAL = TaskType.CAUSAL_LM
 ATTENTION = ["q_proj", "v_proj"]
@@ -221,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

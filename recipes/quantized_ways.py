@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews
+from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -36,7 +36,9 @@ from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
+from zo_hf.tasks.refusals import refusals_end_the_command
 
 FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
@@ -247,4 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command(finished_runs_are_kept), refusals_end_the_command():
+        main()

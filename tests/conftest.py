@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ LENGTH = 12
 
 # Models this small are slower on several threads, and far slower when the cores are busy.
 torch.set_num_threads(1)
+
+
+# A process that was started in the background ignores Ctrl-C, and passes that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Made by slowest.py.

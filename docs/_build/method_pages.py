@@ -91,7 +91,9 @@ def method_pages() -> tuple[MethodPage, ...]:
         package = importlib.import_module(f"zo_hf.{kind}")
         registry = next(value for name, value in vars(package).items() if name.isupper() and _is_registry(value))
         modules = dict.fromkeys(entry.__module__ for entry in registry.values())
-        modules |= dict.fromkeys(f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
+        modules |= dict.fromkeys(
+            f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)
+        )
         for module in modules:
             classes = tuple(_methods_in(module))
             if classes and module not in pages:
@@ -121,7 +123,9 @@ def prose(docstring: str) -> str:
     blocks: list[tuple[bool, str]] = []
     for block in re.split(r"\n\s*\n", docstring.rstrip()):
         lines = block.split("\n")
-        is_code = all(line.startswith("    ") for line in lines) or all(re.search(r"\S {3,}\S", line) for line in lines)
+        is_code = all(line.startswith("    ") for line in lines) or all(
+            re.search(r"\S {3,}\S", line) for line in lines
+        )
         text = dedent(block) if is_code else _inline(block)
         if is_code and blocks and blocks[-1][0]:
             blocks[-1] = (True, f"{blocks[-1][1]}\n\n{text}")

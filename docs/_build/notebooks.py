@@ -1,6 +1,6 @@
 """Notebooks without Jupyter: run one, and turn one into a page of the site.
 
-    python docs/_build/notebooks.py docs/notebooks/*.ipynb      run each and write what its cells print and plot into it
+python docs/_build/notebooks.py docs/notebooks/*.ipynb      run each and write what its cells print and plot into it
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from zo_hf import ZOConfig
 from zo_hf.compatibility import CONFLICTS
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators.options import EstimatorOptions
+from zo_hf.rewards import EvolutionConfig
 from zo_hf.rules.options import RuleOptions
 from zo_hf.settings import Settings
 from zo_hf.subspaces.options import SubspaceOptions
@@ -28,6 +29,8 @@ too, as `--name value`. Without a Trainer, `ZerothOrder(model, ...)` takes the o
 
 This page is generated from the source by `python docs/_build/options.py`.
 """
+
+REWARDS = "More options of `EvolutionConfig`, for rewards of generated text"
 
 PARTS = (
     ("What moves", SubspaceOptions),
@@ -55,6 +58,8 @@ def page() -> str:
     shown.update(names)
     rest = [option for name, option in ours.items() if name not in shown]
     sections.append(_section("Budgets, checkpoints, processes and stability", rest))
+    own = vars(EvolutionConfig)["__annotations__"]
+    sections.append(_section(REWARDS, [option for option in fields(EvolutionConfig) if option.name in own]))
     sections.append(_conflicts())
     return "\n".join(sections)
 

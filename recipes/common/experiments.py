@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.prompts import PROMPT_A, encode_example, label_token_ids
+from zo_hf.trainer.output_paths import check_file
 from zo_hf.untrusted import plain_json
 
 
@@ -43,14 +44,19 @@ class FinishedRuns:
     Args:
         path: the file; its folder is created.
         settings: the names of the settings that identify a run.
+        only_read: True if no run will be added.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Sequence[str]) -> None:
+    def __init__(self, path: Path, settings: Sequence[str], only_read: bool = False) -> None:
         self._path, self._settings = path, tuple(settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not only_read:
+            check_file("--output", path)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         complete = text[: text.rfind("\n") + 1]
-        if complete != text:  # the process was killed while it wrote a line
+        if complete != text and not only_read:  # the process was killed while it wrote a line
             path.write_text(complete, encoding="utf-8")
         try:
             # Losses may not be finite, and Python writes them as they are.
@@ -71,6 +77,11 @@ class FinishedRuns:
 
     def _key(self, run: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(run[name] for name in self._settings)
+
+
+def finished_runs_are_kept() -> str:
+    """Return what an interrupted comparison has left behind."""
+    return "the finished runs are kept, and the same command continues with the next"
 
 
 class StopWhenDiverged(TrainerCallback):

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import io
 import logging
+import signal
 import sys
 import tempfile
 import warnings
@@ -37,6 +38,7 @@ def main() -> int:
     for name in args.suites:
         if name not in SUITES:
             parser.error(f"there is no suite {name!r}; choose from {', '.join(SUITES)}.")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     lines, failed = [], False

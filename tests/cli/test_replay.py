@@ -94,6 +94,33 @@ def test_refusals_are_one_line(tmp_path: Path, base: Path, capsys: pytest.Captur
     assert "step 2" in message and "damaged" in message and "Traceback" not in message
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--until", "4"], "holds 3 steps, and until=4 is not among them"),
+        (["--until", "-1"], "--until -1 must be at least 0"),
+        (["--verify", "--until", "999"], "until=999"),
+        (["--output", "HERE/file"], "is a file; name a folder"),
+        (["--output", "HERE/base/."], "the base model's own folder"),
+        (["--output", "HERE/out"], "the folder of the run"),
+        (["--model", "HERE/nothing"], "nothing"),
+    ],
+)
+def test_a_replay_that_would_not_do_what_is_asked_is_refused(
+    tmp_path: Path, base: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "out", load(base), max_steps=3)
+    (tmp_path / "file").write_text("kept")
+    before = weights_of(load(base))
+    options = {"--model": [base], "--output": [tmp_path / "tuned"]}
+    options[words[0]] = [word.replace("HERE", str(tmp_path)) for word in words[1:]]
+    given = [word for name, values in options.items() for word in (name, *values)]
+    message = refused(capsys, tmp_path / "out", *given)
+    assert says in message and message.splitlines()[-1].endswith(".")
+    assert_same_bits(weights_of(load(base)), before)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_help_is_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["replay", "--help"])

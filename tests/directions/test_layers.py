@@ -169,7 +169,7 @@ def test_one_layer_is_no_choice() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zo_active_layers": 0.5}, r"zo_active_layers=0.5 has no effect with zo_direction='gaussian'"),
+        ({"zo_active_layers": 0.5}, r"zo_active_layers=0.5 has no effect with zo_direction='rademacher'"),
         ({"zo_direction": "layers", "zo_active_layers": 0.0}, r"zo_active_layers=0.0 must be a finite number above 0"),
         (
             {"zo_direction": "layers", "zo_active_layers": 1.5},

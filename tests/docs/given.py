@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.conftest import TinyTask, seeded, tiny_opt
+from tests.rewards.runs import prompts, tokenizer
 
 
 def network() -> nn.Module:
@@ -25,6 +26,8 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "base": lambda: seeded(tiny_opt),  # the same once more
     "train_dataset": TinyTask,
     "eval_dataset": lambda: TinyTask(16),
+    "tokenizer": tokenizer,
+    "prompts": prompts,  # a data set with a column `prompt`
     "network": lambda: seeded(network),
     "inputs": inputs,
     "targets": lambda: inputs()[:, :1],

@@ -66,7 +66,7 @@ def test_the_bias_of_a_forward_difference_is_the_curvature_along_it(direction: s
     assert zo.estimate(model).projected_gradients == pytest.approx(expected.tolist(), rel=1e-9)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 1e3])
+@pytest.mark.parametrize("eps", [1e-3, 100.0])
 def test_the_forward_gradient_is_exact_whatever_eps_is(eps: float) -> None:
     model = Quadratic()
     zo = engine(model, "forward_gradient", 6, eps=eps)

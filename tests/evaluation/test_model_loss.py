@@ -81,7 +81,13 @@ MODELS = {
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_every_term_of_the_models_loss_is_there(tmp_path: Path, build: Any, dtype: torch.dtype) -> None:
     batches = Recorder()
-    options = {"max_steps": 1, "zo_eps": 1e-4, "zo_rank": 1, "remove_unused_columns": False}
+    options = {
+        "max_steps": 1,
+        "zo_eps": 1e-4,
+        "zo_rank": 1,
+        "remove_unused_columns": False,
+        "zo_direction": "gaussian",
+    }
     trainer = trained(tmp_path, build().to(dtype), more={"data_collator": batches}, **options)
     with torch.no_grad():
         expected = build().to(dtype)(**batches.batches[0]).loss.item()

@@ -114,7 +114,7 @@ def test_when_a_rank_dies_the_other_says_so_and_stops(tmp_path: Path) -> None:
     codes = finish(processes, TIME_OUT + 30)
     assert codes == [1, -signal.SIGKILL], log_of(script, 0).read_text()[-3000:]
     assert time.monotonic() - killed < TIME_OUT + 20
-    assert "another process of this run has stopped" in log_of(script, 0).read_text()
+    assert "the process of rank 1 of this run has stopped" in log_of(script, 0).read_text()
 
 
 @pytest.mark.slow

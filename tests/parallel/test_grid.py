@@ -99,6 +99,15 @@ def test_every_check_reads_every_coordinate(turn: int) -> None:
     assert read[0] != read[1]
 
 
+def test_without_a_turn_every_weight_is_read() -> None:
+    weights = {f"w{i}": torch.full((2,), float(i)) for i in range(20)}
+    sums = torch.tensor([_signed(tensor_checksum(t)) for t in weights.values()])
+    sums[17] += 1
+    ranks = Table(Grid(data=2), [torch.tensor(1)], [sums])
+    with pytest.raises(ReplicasDiffer, match=r"step 4 rank 1 of 2 .* first in w17;"):
+        ranks.check_replicas({}, weights, turn=None, step=4)
+
+
 def test_one_process_alone_sends_nothing() -> None:
     ranks = Ranks()
     assert torch.equal(ranks.all_gather(torch.ones(2)), torch.ones(1, 2))

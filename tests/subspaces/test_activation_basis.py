@@ -144,5 +144,5 @@ def test_a_model_that_cannot_read_tokens_alone_is_refused() -> None:
 
 
 def test_an_unknown_basis_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"zo_basis='pca' is unknown; choose one of random, activation"):
+    with pytest.raises(ValueError, match=r"zo_basis='pca' must be one of random, activation"):
         config(tmp_path, zo_basis="pca")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from tests.conftest import TinyTask, seeded, tiny_opt
 from tests.trainer.runs import config, make_trainer, with_lora
 from zo_hf import ZOTrainer
+from zo_hf.trainer.setup import check_processes
 
 
 def one_sentence(message: str) -> bool:
@@ -231,6 +233,14 @@ def test_a_peft_model_is_taken_as_an_adapter_unless_told_otherwise(tmp_path: Pat
     trainer = make_trainer(tmp_path, model, max_steps=2)
     trainer.train()
     assert frozen and all(torch.equal(dict(model.named_parameters())[name], p) for name, p in frozen.items())
+
+
+def test_a_search_for_the_batch_size_by_several_processes_is_refused() -> None:
+    args = SimpleNamespace(n_gpu=0, world_size=2, auto_find_batch_size=True)
+    message = refused("auto_find_batch_size", lambda: check_processes(args))
+    assert "per_device_train_batch_size" in message
+    args.auto_find_batch_size = False
+    check_processes(args)
 
 
 def test_several_processes_that_would_train_alone_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

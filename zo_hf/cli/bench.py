@@ -39,6 +39,7 @@ from zo_hf.memory.peak import PeakMemory
 from zo_hf.quantization import quantized_layers
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
+from zo_hf.trainer.output_paths import check_file
 
 SHAPES: dict[str, dict[str, Any]] = {
     "opt-125m": {},
@@ -81,6 +82,11 @@ def run(args: argparse.Namespace) -> None:
     wrong = [name for name in args.variants or () if name not in known]
     if wrong:
         raise ValueError(f"--variants {wrong[0]} does not apply to this model; choose among {', '.join(known)}.")
+    if args.output is not None:
+        if args.output.suffix == ".png":
+            raise ValueError(f"--output {args.output} is for JSON, and the plot is saved next to it; use .json.")
+        for path in (args.output, args.output.with_suffix(".png")):
+            check_file("--output", path)
     args.variants = ["forward", *(name for name in args.variants or known if name != "forward")]
     seconds, noise = measure_time(args)
     memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}

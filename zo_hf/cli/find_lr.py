@@ -17,6 +17,7 @@ from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.lr_finder.plot import plot_result
 from zo_hf.lr_finder.report import table
+from zo_hf.tasks.console import command
 from zo_hf.tasks.job_arguments import parse_arguments
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.sentiment_job import build_trainer, line_printer, prepare
@@ -24,6 +25,11 @@ from zo_hf.tasks.sentiment_job import build_trainer, line_printer, prepare
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Run the command; `argv` is the command line without the program's name."""
+    with command():
+        _run(argv, prog)
+
+
+def _run(argv: list[str] | None, prog: str | None) -> None:
     with wrong_arguments_end_the_command():
         job, config = parse_arguments(argv, prog, __doc__)
         check(Case(config.settings(), {"learning_rate": "auto"}))  # before anything is loaded

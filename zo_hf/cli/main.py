@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command, is_of_a_disk
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,23 @@ def has_main(module: str) -> Callable[[list[str], str], None]:
 def has_arguments(module: str) -> Callable[[list[str], str], None]:
     """Return the start of a command whose module has `add_arguments(parser)` and `run(args)`.
 
-    The module's docstring is the text at the top of its help. A ValueError of `run` becomes an error of the parser.
+    The module's docstring is the text at the top of its help. A ValueError of `run`, or an OSError of a
+    file that it reads, becomes an error of the parser.
     """
 
     def start(argv: list[str], prog: str) -> None:
-        command = import_module(module)
-        parser = CommandParser(prog, description=command.__doc__)
-        command.add_arguments(parser)
+        job = import_module(module)
+        parser = CommandParser(prog, description=job.__doc__)
+        job.add_arguments(parser)
         args = parser.parse_args(argv)
         try:
-            command.run(args)
+            job.run(args)
         except ValueError as error:
             parser.error(str(error))
+        except OSError as error:
+            if is_of_a_disk(error):
+                raise
+            parser.error(str(error).partition("\n")[0])  # a model or a file that the options name cannot be read
 
     return start
 
@@ -85,7 +91,11 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run `zo-hf`; `argv` is the command line without the program's name."""
-    argv = sys.argv[1:] if argv is None else argv
+    with command():
+        _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trajectory.adapter import with_run_adapter
 from zo_hf.trajectory.log import Trajectory, TrajectoryError
 from zo_hf.trajectory.replay import replay, verify
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if args.until is not None and args.until < 0:
         raise ValueError(f"--until {args.until} must be at least 0; leave it out for all steps.")
     trajectory = verify(args.log, until=args.until)
+    if not args.verify:
+        check_output(args.output, args.model, trajectory)
     print(summary(trajectory))
     if args.model is None:
         return
@@ -60,6 +63,24 @@ def run(args: argparse.Namespace) -> None:
     model.save_pretrained(args.output)
     _save_tokenizer(args.model, args.revision, args.output)
     print(f"replayed {len(trajectory.records)} steps and saved the model in {args.output}")
+
+
+def check_output(output: Path, model: str, trajectory: Trajectory) -> None:
+    """Refuse a folder that cannot be written, or in which the replayed model would replace one that it depends on.
+
+    Raises:
+        ValueError: the folder is one of these.
+    """
+    place, log = output.resolve(), trajectory.path.resolve().parent
+    if place in (log, log.parent):
+        raise ValueError(
+            f"--output {output} is the folder of the run, whose own model may be there; name another folder."
+        )
+    if Path(model).is_dir() and place == Path(model).resolve():
+        raise ValueError(
+            f"--output {output} is the base model's own folder, which would be overwritten; name another one."
+        )
+    check_folder("--output", output)
 
 
 def summary(trajectory: Trajectory) -> str:

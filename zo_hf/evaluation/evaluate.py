@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,6 +39,21 @@ class BatchableLoss(Protocol):
     def __call__(self) -> Tensor: ...
 
     def batched(self, copies: int) -> Tensor: ...
+
+
+#: Enters a context in which the model computes at some probes, given them and the rows that each has in a batch; see
+#: `Subspace.at`.
+At = Callable[[Sequence[Probe], int], AbstractContextManager[None]]
+
+
+@runtime_checkable
+class JointLoss(Protocol):
+    """A loss whose values at the probes of a step depend on each other, such as a fitness within a population."""
+
+    def __call__(self) -> Tensor: ...
+
+    def losses_at(self, probes: Sequence[Probe], at: At) -> Tensor:
+        """Return the losses at the probes, (len(probes),), and evaluate the model at them as it sees fit."""
 
 
 class ProbeEvaluator:
@@ -84,7 +100,8 @@ class ProbeEvaluator:
 
         Args:
             subspace: perturbs the model.
-            closure: returns the loss at the current point: a number, or a tensor with one element.
+            closure: returns the loss at the current point: a number, or a tensor with one element. A `JointLoss` returns
+                those of all probes.
             probes: the points at which to evaluate the loss.
             stream_of: the random stream of each direction.
             distribution: the distribution of the directions.
@@ -97,9 +114,16 @@ class ProbeEvaluator:
             ValueError: the loss is not one number; or a derivative was requested and cannot be computed, see
                 `loss_and_derivative`.
         """
-        evaluation = _Evaluation(subspace, closure, probes, stream_of, distribution, generators)
         count = len(probes) if count is None else count
         self.forward_passes += count
+        if isinstance(closure, JointLoss):
+
+            def at(points: Sequence[Probe], rows: int) -> AbstractContextManager[None]:
+                return subspace.at(points, stream_of, distribution, rows=rows)
+
+            with torch.no_grad():
+                return closure.losses_at(probes, at)
+        evaluation = _Evaluation(subspace, closure, probes, stream_of, distribution, generators)
         batched = self.batched if batched is None else batched
         with torch.no_grad():
             if batched is None:

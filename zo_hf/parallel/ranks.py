@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -34,11 +33,7 @@ ROTATION = 8
 
 
 class ReplicasDiffer(RuntimeError):
-    """Raised if ranks that should hold the same weights, or share a batch, do not."""
-
-
-class RankLost(RuntimeError):
-    """Raised if another process of the run is gone."""
+    """Raised if ranks that should have the same weights, arguments or batch do not."""
 
 
 @dataclass(frozen=True)
@@ -196,14 +191,14 @@ class Ranks:
         return self.grid.mean_losses(self.all_gather(padded), probes)
 
     def check_replicas(
-        self, coordinates: Mapping[str, Tensor], weights: Mapping[str, Tensor], turn: int, step: int
+        self, coordinates: Mapping[str, Tensor], weights: Mapping[str, Tensor], turn: int | None, step: int
     ) -> None:
-        """Compare the checksums of all coordinates, and of one in `ROTATION` of the weights, between ranks.
+        """Compare the checksums of all coordinates, and of one in `ROTATION` of the weights or of all, between ranks.
 
         Args:
             coordinates: coordinate tensors, by name.
             weights: weights, by name; every rank has the same names.
-            turn: number of the check, so that successive checks read different weights.
+            turn: number of the check, so that successive checks read different weights; None reads all of them.
             step: number of the step, for the message.
 
         Raises:
@@ -213,10 +208,14 @@ class Ranks:
             return
         tensors = {f"the coordinates of {name}": tensor for name, tensor in coordinates.items()}
         tensors |= {
-            name: tensor for i, (name, tensor) in enumerate(weights.items()) if i % ROTATION == turn % ROTATION
+            name: tensor
+            for i, (name, tensor) in enumerate(weights.items())
+            if turn is None or i % ROTATION == turn % ROTATION
         }
+        if not tensors:
+            return
         sums = torch.tensor([_signed(tensor_checksum(tensor)) for tensor in tensors.values()])
-        device = next(iter(coordinates.values())).device
+        device = next(iter(tensors.values())).device
         if len(set(self.all_gather(_digest(sums).to(device)).tolist())) == 1:
             return
         all_sums = self.all_gather(sums.to(device)).cpu()  # (world_size, tensors)
@@ -248,25 +247,6 @@ class Ranks:
                 "zo_parallel: ranks that should share a batch were given different batches; make the training data "
                 "and its order the same on every rank."
             )
-
-
-@contextmanager
-def naming_lost_ranks() -> Iterator[None]:
-    """Replace the error of a collective that failed because another process is gone by one clear sentence.
-
-    Raises:
-        RankLost: a process died, or did not answer within `ddp_timeout` seconds.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo raises a plain RuntimeError that begins with the path of gloo's own source file.
-        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
-            raise
-        raise RankLost(
-            "another process of this run has stopped or does not answer; read its last messages, and restart with "
-            "resume_from_checkpoint=True and the same total batch size."
-        ) from error
 
 
 def share_batches(dataloader: DataLoader, grid: Grid) -> None:

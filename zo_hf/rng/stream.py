@@ -23,6 +23,7 @@ class Purpose(Enum):
     LAYERS = "layers"
     ORDER = "order"
     CURVATURE = "curvature"
+    SAMPLING = "sampling"
 
 
 @dataclass(frozen=True)

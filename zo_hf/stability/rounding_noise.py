@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.evaluate import JointLoss
 from zo_hf.quantization import QuantizedLayer, coded_layers
 from zo_hf.rng import Stream, StreamOf
 
@@ -62,7 +63,7 @@ def _before_the_run(seed: int) -> StreamOf:
 
 def warn_of_rounding(zo: ZerothOrder, closure: Callable[[], Any], weight: float | Tensor = 1.0) -> None:
     """Measure `slope_noise` if the model has unknown kernels, and warn if it is large."""
-    if not has_unknown_kernels(zo) or zo.estimator.along_coordinates:
+    if not has_unknown_kernels(zo) or zo.estimator.along_coordinates or isinstance(closure, JointLoss):
         return
     noise = slope_noise(zo, closure, weight)
     if not noise <= NOISY:

@@ -68,7 +68,9 @@ class LowRank(Folded):
     """
 
     name = "low_rank"
-    about = Method("LOZO (2410.07698)", memory="r(m + n) per matrix for B and V; d for the gradient")
+    about = Method(
+        "LOZO (2410.07698); AGZO (2601.17261)", memory="r(m + n) per matrix for B and V; d for the gradient"
+    )
     default_rank = 4
     moves_quantized = True
 

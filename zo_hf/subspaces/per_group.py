@@ -73,7 +73,7 @@ def functional_call_per_group(
     if isinstance(module, nn.Embedding) and first.ndim == 1 and total not in (1, groups * rows):
         raise NotBatchable(f"{type(module).__name__} looks up {total} positions that belong to no row")
     # An embedding of positions may get the positions of one row beside the ids of all rows.
-    dimensions = first.ndim if isinstance(module, nn.Embedding) else 1
+    dimensions = min(first.ndim, 2) if isinstance(module, nn.Embedding) else 1
     if not shared and total % groups:
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups

@@ -1,4 +1,7 @@
-"""Wrong arguments of a command: one sentence on standard error and exit code 2, without a traceback."""
+"""Wrong arguments of a command: one sentence on standard error and exit code 2, without a traceback.
+
+The loss of another process, and one that was started differently, are one sentence and exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zo_hf.parallel.lost_ranks import RankLost, naming_lost_ranks
+from zo_hf.parallel.ranks import ReplicasDiffer
 from zo_hf.tasks.assets import AssetError
 from zo_hf.trainer.finite_weights import WeightsNotFinite
 
@@ -32,16 +37,24 @@ class FirstStep(TrainerCallback):
 
 @contextmanager
 def wrong_arguments_end_the_command() -> Iterator[None]:
-    """End the command if options cannot be parsed, or the model or the data they name cannot be loaded."""
+    """End the command if options cannot be parsed, or the model or the data they name cannot be loaded.
+
+    A process of the run that is lost, or was started with other options, ends it, too.
+    """
     try:
-        yield
+        with naming_lost_ranks():
+            yield
     except (AssetError, ImportError, OSError, ValueError) as error:
         _end_command(error)
+    except (RankLost, ReplicasDiffer) as error:
+        _end_command(error, code=1)
 
 
 @contextmanager
 def refusals_end_the_command() -> Iterator[FirstStep]:
     """End the command if this package refuses an argument before the first step has ended, or to save broken weights.
+
+    It also ends if a process of the run is lost or trains apart.
 
     All other exceptions pass, so that a bug keeps its traceback.
 
@@ -50,12 +63,13 @@ def refusals_end_the_command() -> Iterator[FirstStep]:
     """
     first_step = FirstStep()
     try:
-        yield first_step
+        with naming_lost_ranks():
+            yield first_step
     except ValueError as error:
         if first_step.is_done or not is_refusal(error):
             raise
         _end_command(error)
-    except WeightsNotFinite as error:
+    except (RankLost, ReplicasDiffer, WeightsNotFinite) as error:
         _end_command(error, code=1)
 
 

@@ -14,7 +14,7 @@ run.png in --output_dir.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
+from zo_hf.parallel.agreement import check_agreement
+from zo_hf.parallel.ranks import Ranks
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores, majority_accuracy
+from zo_hf.tasks.console import command
 from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.job_model import load_model, load_tokenizer, quantization_of
@@ -38,12 +41,19 @@ from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
-from zo_hf.tasks.saved_prompt import save_prompt
+from zo_hf.tasks.saved_prompt import FILE_NAME, save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, with_model_path
+from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.rehearsal import rehearse
-from zo_hf.trainer.setup import check_model
+from zo_hf.trainer.resuming import to_resume
+from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
+
+PATHS = ("model_name_or_path", "train_file", "validation_file")
+#: Files that a run writes at its end, beside the model.
+WRITTEN = (FILE_NAME, "metrics.json", "run.png")
 
 
 def main(
@@ -60,13 +70,16 @@ def main(
         config_file: a YAML file with this command's defaults.
         description: the text at the top of the help; default: this module's docstring.
     """
-    with wrong_arguments_end_the_command():
-        job, config = parse_arguments(argv, prog, description or __doc__, config_file)
-        task = prepare(job, config)
-        trainer = build_trainer(task, config)
-        rehearse(trainer, config.resume_from_checkpoint)
-    with refusals_end_the_command() as first_step:
-        run(task, trainer, [first_step])
+    with command():
+        with wrong_arguments_end_the_command():
+            job, config = parse_arguments(argv, prog, description or __doc__, config_file)
+        with command(lambda: what_is_kept(config)):
+            with wrong_arguments_end_the_command():
+                task = prepare(job, config)
+                trainer = build_trainer(task, config)
+                rehearse(trainer, config.resume_from_checkpoint)
+            with refusals_end_the_command() as first_step:
+                run(task, trainer, [first_step])
 
 
 @dataclass(frozen=True)
@@ -105,14 +118,29 @@ class Evaluation:
     prior: Tensor
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Time of a training in seconds, and the peak memory of training and of inference in MiB."""
+
+    seconds: float
+    training_mib: float
+    inference_mib: float
+
+
 def prepare(job: JobArguments, config: ZOConfig) -> Task:
     """Load the model and the sentences; if the embedded default is used, the first printed line says so.
 
     Raises:
         AssetError, OSError, ValueError: the model, the sentences or the prompt do not match the options, or the
             options do not go together.
+        ReplicasDiffer: another process was started with other options.
     """
     print_line = line_printer(config)
+    # Paths may differ between machines; what they lead to is compared later.
+    alike = {name: value for name, value in asdict(job).items() if name not in PATHS}
+    check_agreement(Ranks(grid_of(config)), alike | common_arguments(config), config.device)
+    if config.should_save:
+        check_folder("--output_dir", config.output_dir, *WRITTEN)
     sources = choose_sources(job)
     if sources.notice:
         print_line(sources.notice)
@@ -160,15 +188,31 @@ def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = (
     with PeakMemory() as training_memory:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
+    trainer.save_model()  # first of all, so that nothing that follows can lose it
+    with command(lambda: f"the trained model is saved in {config.output_dir}, and its evaluation is not"):
+        spent = Spent(training_seconds, training_memory.mib, inference_memory.mib)
+        return report(task, config, trainer, before, spent)
+
+
+def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation, spent: Spent) -> dict[str, Any]:
+    """Evaluate the trained model, print and write the results, and return the content of metrics.json.
+
+    Args:
+        task: the model and the sentences.
+        config: the options of the trainer.
+        trainer: the trainer, after training.
+        before: the evaluation before training.
+        spent: the time and the memory of the training.
+    """
+    print_line, batch_size = line_printer(config), config.per_device_eval_batch_size
+    majority = majority_accuracy(task.sentences.held_out["label"][:])
     forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
     after = evaluate(replace(task, model=trainer.model), batch_size)
     print_line(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
     if trainer.found_learning_rate is not None:
         print_line(f"rate       {one_line(trainer.found_learning_rate)}")
-    print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
-    print_line(
-        f"memory     {training_memory.mib:.0f} MiB peak in training, {inference_memory.mib:.0f} MiB in inference"
-    )
+    print_line(f"cost       {forward_passes:.0f} forward passes, {spent.seconds:.0f} s")
+    print_line(f"memory     {spent.training_mib:.0f} MiB peak in training, {spent.inference_mib:.0f} MiB in inference")
 
     metrics = {
         "model": task.model_name,
@@ -181,11 +225,10 @@ def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = (
         "accuracy": after.accuracy,
         "calibrated_accuracy": after.calibrated_accuracy,
         "forward_passes": forward_passes,
-        "training_seconds": training_seconds,
-        "inference_peak_mib": inference_memory.mib,
-        "training_peak_mib": training_memory.mib,
+        "training_seconds": spent.seconds,
+        "inference_peak_mib": spent.inference_mib,
+        "training_peak_mib": spent.training_mib,
     }
-    trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
         is_adapter = holds_adapter(folder)
@@ -253,6 +296,15 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
     scores = label_scores(task.model, task.tokenizer, texts, task.prompt, batch_size, task.max_length)
     prior = label_prior(task.model, task.tokenizer, task.prompt)
     return Evaluation(accuracy(scores, labels), accuracy(calibrated(scores, prior), labels), prior)
+
+
+def what_is_kept(config: ZOConfig) -> str:
+    """Return what an interrupted run has left in its folder, and how to go on from it."""
+    try:
+        folder = to_resume(True, Path(config.output_dir), Ranks(), torch.device("cpu"))
+    except ValueError:
+        return f"no checkpoint was kept in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
+    return f"{folder} is kept; the same command with --resume_from_checkpoint {folder} continues from it"
 
 
 def last_logged(log_history: list[dict[str, Any]], key: str) -> float:

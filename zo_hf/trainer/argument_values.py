@@ -60,6 +60,8 @@ _RANGES: dict[str, tuple[Values, str]] = {
     "ddp_bucket_cap_mb": (Whole(1, also=_NONE), _DEFAULT),
     "generation_max_length": (Whole(1, also=_NONE), _DEFAULT),
     "generation_num_beams": (Whole(1, also=_NONE), _DEFAULT),
+    # Trainer takes a word, or a bool, whatever type it declares.
+    "fsdp": (Name(also=(None, True, False)), _DEFAULT),
     "resume_from_checkpoint": (
         Name(also=(None, True, False)),
         "give the folder of a checkpoint, or True for the last",

@@ -24,6 +24,7 @@ from zo_hf.subspaces.lora import save_adapter, with_saved_adapter
 from zo_hf.subspaces.peft_methods import has_own_adapter, is_peft
 from zo_hf.trainer import changes, manifest
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.weights import load_adapters, load_weights
 from zo_hf.trajectory import recorder
 
@@ -199,14 +200,16 @@ class FinishesFirst(TrainerCallback):
     """Ends the engine before any other callback hears that training has ended, so that they see the final parameters.
 
     Args:
+        check: compares the weights of all processes.
         finish: ends the engine.
     """
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(self, check: Callable[[], None], finish: Callable[[], None]) -> None:
+        self._check, self._finish = check, finish
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Fold the coordinates into the weights, and remove the engine from the model."""
+        """Compare the weights, fold the coordinates into them, and remove the engine from the model."""
+        self._check()
         self._finish()
 
 
@@ -228,8 +231,11 @@ def check_saveable(model: nn.Module, config: ZOConfig) -> None:
     """Refuse a run whose first checkpoint could not be written.
 
     Raises:
-        ValueError: several of the model's own adapters are active, of which transformers saves only one.
+        ValueError: the folder cannot be written, or several of the model's own adapters are active, of which transformers
+            saves only one.
     """
+    if config.save_strategy != "no" and config.should_save:
+        check_folder("output_dir", config.output_dir)
     active = model.active_adapters() if has_own_adapter(model) else []  # type: ignore[operator]
     if len(active) > 1 and config.save_strategy != "no" and not config.save_only_trajectory:
         raise ValueError(

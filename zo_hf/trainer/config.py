@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments
 from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.method_info import option
+from zo_hf.parallel.lost_ranks import set_timeout
 from zo_hf.settings import Settings
 from zo_hf.trainer.argument_values import check_arguments
 
@@ -117,8 +118,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_check_steps: int = option(
         100,
-        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares. Each "
-        "comparison covers a part of the weights.",
+        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares weights. Each "
+        "of these covers a part of the weights. All of them are compared before the first step, before every checkpoint, "
+        "and at the end.",
     )
 
     # Stability.
@@ -147,6 +149,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
                 setattr(self, f"zo_{name}", getattr(settings, name))  # Python's own numbers, which JSON can hold
         check(Case(settings, vars(self)))
         super().__post_init__()
+        set_timeout(self.ddp_timeout)
 
     def settings(self) -> Settings:
         """The method that these arguments describe.

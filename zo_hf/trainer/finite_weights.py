@@ -34,8 +34,8 @@ def check_finite(model: nn.Module, state: Mapping[str, Any] | None = None) -> No
 
 
 def _is_finite(value: Tensor) -> bool:
-    if (
-        not value.is_floating_point() or value.is_meta or is_sharded(value)
-    ):  # shards are checked when they are gathered
+    # Shards are checked when they are gathered; codes of quantized weights, which are tensors of other classes, are finite.
+    is_plain = type(value) in (Tensor, nn.Parameter)
+    if not is_plain or not value.is_floating_point() or value.is_meta or is_sharded(value):
         return True
     return bool(value.isfinite().all())

@@ -10,6 +10,7 @@ from zo_hf import checkpoint
 from zo_hf.trainer import setup
 from zo_hf.trainer.checkpoints import check_saveable
 from zo_hf.trainer.learning_rate import rate_of_checkpoint
+from zo_hf.trainer.lock import locked
 from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.trainer import ZOTrainer
 
@@ -26,6 +27,8 @@ def rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None = Non
     """
     setup.check_trainable(trainer.model)
     check_saveable(trainer.model, trainer.args)
+    with locked(Path(trainer.args.output_dir), trainer._ranks, trainer.args.device):
+        pass  # another run that uses the folder is noticed now
     folder = to_resume(resume_from_checkpoint, Path(trainer.args.output_dir), trainer._ranks, trainer.args.device)
     trainer._resumed_from = folder
     is_auto = trainer.args.learning_rate == "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
+from zo_hf.parallel.lost_ranks import naming_lost_ranks
 from zo_hf.parallel.ranks import Ranks, share_batches
 from zo_hf.parallel.shards import is_sharded, is_sharded_model
 from zo_hf.quantization import stored_tensors
+from zo_hf.trainer.common_arguments import common_arguments, common_data, common_weights, name_of_checkpoint
 from zo_hf.trainer.fsdp import Sharding, fsdp_settings
 from zo_hf.trainer.setup import grid_of
 from zo_hf.trajectory.header import weights_hash
@@ -30,7 +35,7 @@ class ReplicaTrainer(Trainer):
     model: Any
     _ranks = Ranks()
     _sharding: Sharding | None = None
-    _batches_compared = False
+    _is_compared = False
     _compiled: nn.Module | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -105,20 +110,60 @@ class ReplicaTrainer(Trainer):
         self._compiled = model if isinstance(model, nn.Module) and is_compiled_module(model) else None
         return model if self._compiled is None else model._orig_mod
 
+    @contextmanager
+    def _together(self, resumed_from: str | bool | None = None) -> Iterator[None]:
+        """Enter a context in which all processes train, if they were started alike; a process that is lost is named.
+
+        Raises:
+            ReplicasDiffer: the processes were started with other arguments, or with data of another length.
+            RankLost: a process died, or did not answer within `ddp_timeout` seconds.
+        """
+        with naming_lost_ranks():
+            facts = common_arguments(self.args) | {"resume_from_checkpoint": name_of_checkpoint(resumed_from)}
+            facts["mixed_precision"] = self.accelerator.mixed_precision
+            if not self.args.accelerator_config.dispatch_batches:  # else the first process reads for all
+                facts |= common_data(self.train_dataset, self.eval_dataset)
+            check_agreement(self._ranks, facts, self.args.device)
+            yield
+
+    def _check_method(self, zo: ZerothOrder) -> None:
+        """Refuse processes whose engines or optimizers have other options, such as an optimizer of the user's own.
+
+        Raises:
+            ReplicasDiffer: they differ.
+        """
+        assert zo.optimizer is not None
+        check_agreement(self._ranks, zo.saved_settings() | facts_of_optimizer(zo.optimizer), self.args.device)
+
     def _check_ranks(self, inputs: dict[str, Any], zo: ZerothOrder) -> None:
-        """Compare the first batch on ranks that share it, and every `zo_check_steps` steps the weights on all ranks."""
-        if not self._batches_compared:
+        """Compare all weights and the first batch before the first step, then a part of them every `zo_check_steps`."""
+        if not self._is_compared:
             self._ranks.check_shared_batch(inputs, self.args.device)
-            self._batches_compared = True
-        every = self.args.zo_check_steps
-        if every and zo.step % every == 0:
-            weights = {name: t for name, t in stored_tensors(self.model).items() if not is_sharded(t)}
-            turn = zo.step // every
-            self._ranks.check_replicas(zo.subspace.coordinates, weights, turn, zo.step)
+            self._check_weights(zo)
+            self._is_compared = True
+        elif self.args.zo_check_steps and zo.step % self.args.zo_check_steps == 0:
+            self._check_weights(zo, turn=zo.step // self.args.zo_check_steps)
+
+    def _check_weights(self, zo: ZerothOrder | None, turn: int | None = None) -> None:
+        """Compare the coordinates and the weights of all processes, unless `zo_check_steps=0`.
+
+        Args:
+            zo: the engine; None if the best weights have replaced the last ones.
+            turn: number of the check; None reads all weights.
+
+        Raises:
+            ReplicasDiffer: they differ.
+        """
+        if not self.args.zo_check_steps or self._ranks.grid.world_size == 1:
+            return
+        weights = {name: t for name, t in stored_tensors(self.model).items() if not is_sharded(t)}
+        coordinates = {} if zo is None else zo.subspace.coordinates
+        self._ranks.check_replicas(coordinates, weights, turn, self.state.global_step if zo is None else zo.step)
 
     def _make_replicas_equal(self) -> None:
         """Shard the model, or give every process the first one's weights."""
-        self._batches_compared = False
+        self._is_compared = False
+        check_agreement(self._ranks, common_weights(self.model), self.args.device)
         if self._sharding is not None:
             self._shard(self.model)
             return

@@ -68,6 +68,7 @@ class SavingTrainer(DescribedTrainer):
         if self.zo is not None and self.zo.awaits_optimizer:
             self._at_step_end.is_due = True
             return
+        self._check_weights(self.zo)
         self._files.stage(Path(self._get_output_dir(trial=trial)), self.state)
         try:
             super()._save_checkpoint(model, trial)

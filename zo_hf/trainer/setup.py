@@ -96,7 +96,7 @@ def _check_quantized(model: Any, settings: Settings) -> None:
 
 
 def check_processes(args: ZOConfig) -> None:
-    """Refuse several GPUs in one process, and several processes that would each train alone.
+    """Refuse several GPUs in one process, processes that would each train alone, and batches that one would choose alone.
 
     Raises:
         ValueError: the launch is one of these; the message says how to launch.
@@ -111,6 +111,11 @@ def check_processes(args: ZOConfig) -> None:
         raise ValueError(
             f"{processes} processes were launched and each would train alone; pass use_cpu=True to train together on CPUs, "
             "or unset WORLD_SIZE if there is only one process."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "auto_find_batch_size=True would give a process that runs out of memory smaller batches than the others; set "
+            "per_device_train_batch_size to what fits on every process."
         )
 
 

@@ -24,7 +24,6 @@ from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.lr_finder.find import LRFinderResult
-from zo_hf.parallel.ranks import naming_lost_ranks
 from zo_hf.parallel.signals import whole
 from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.settings import Settings
@@ -75,6 +74,7 @@ class ZOTrainer(SavingTrainer):
     """
 
     found_learning_rate: LRFinderResult | None = None
+    _losses_kind: Any = MicroBatchLosses
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -127,7 +127,7 @@ class ZOTrainer(SavingTrainer):
             setup.check_trainable(self.model)
             check_saveable(self.model, self.args)
         folder, device = Path(self._get_output_dir(trial)), self.args.device
-        with naming_lost_ranks(), locked(folder, self._ranks, device):
+        with self._together(resume_from_checkpoint), locked(folder, self._ranks, device):
             resumed = to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._ranks, device)
             self._resumed_from = resumed
             return self._train(None if resumed is None else str(resumed), trial, *args, **kwargs)
@@ -135,7 +135,7 @@ class ZOTrainer(SavingTrainer):
     def _train(self, resume_from_checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         self._forget_own_optimizer()
         self.found_learning_rate = None
-        finishes = FinishesFirst(self._finish_zeroth_order)
+        finishes = FinishesFirst(lambda: self._check_weights(self.zo), self._finish_zeroth_order)
         self.callback_handler.callbacks.insert(0, finishes)
         try:
             with self._spending(self.args.learning_rate == "auto"):
@@ -153,7 +153,7 @@ class ZOTrainer(SavingTrainer):
         """
         self._resumed_from, self._searches_only = None, True
         try:
-            with self._spending(searches=True):
+            with self._together(), self._spending(searches=True):
                 self._forget_own_optimizer()
                 *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
                 self.create_optimizer()
@@ -188,7 +188,7 @@ class ZOTrainer(SavingTrainer):
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         given = "auto" if self._searches_only else self.args.learning_rate
         self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
-        self._losses = MicroBatchLosses(self, self._ranks)
+        self._losses = self._losses_kind(self, self._ranks)
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
@@ -213,6 +213,7 @@ class ZOTrainer(SavingTrainer):
                 zo, self.optimizer, self.args, self.train_dataset, self._facts - {"optimizers"}
             )
         zo.prepare(self.optimizer)
+        self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
         if self._sharding is not None:

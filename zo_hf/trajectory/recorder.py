@@ -30,8 +30,8 @@ from zo_hf.subspaces import Adapter, adapter_config
 from zo_hf.subspaces.peft_methods import active_adapter
 from zo_hf.trajectory.checks import START_FILE, check_numbers, check_replayable, check_start, read_start
 from zo_hf.trajectory.header import build_header, check_base, describe_groups, options_of
-from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, find_log, read_trajectory
-from zo_hf.trajectory.replay import take_steps, verify
+from zo_hf.trajectory.log import FILE, FOLDER, Record, Trajectory, TrajectoryError, Writer, read_trajectory
+from zo_hf.trajectory.replay import take_steps
 from zo_hf.untrusted.fields import brief, shown
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
             f"the state in {checkpoint_folder} is not one of this run; resume from another checkpoint."
         )
     step = state["engine"]["step"]
-    trajectory = verify(find_log(checkpoint_folder), until=step)
+    trajectory = read_trajectory(checkpoint_folder, until=step)
     path = trajectory.path
     if trajectory.crc_at(step) != state.get("trajectory"):
         raise TrajectoryError(f"{path} does not belong to its checkpoint; resume from another one.")

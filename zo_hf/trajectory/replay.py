@@ -43,9 +43,15 @@ def verify(path: str | Path, model: nn.Module | None = None, until: int | None =
         until: check only the records before this step; None checks all.
 
     Raises:
-        TrajectoryError: a file is damaged, or files do not belong together; the message names them.
+        TrajectoryError: a file is damaged, files do not belong together, or the log does not reach `until`.
     """
     trajectory = read_trajectory(path, until)
+    if until is not None and not trajectory.first_step <= until <= trajectory.steps:
+        whole = read_trajectory(path)
+        raise TrajectoryError(
+            f"{whole.path} holds {len(whole.records)} steps, and until={until} is not among them; choose a step from "
+            f"{whole.first_step} to {whole.steps}."
+        )
     if trajectory.header.get("start"):
         read_start(trajectory)
     if model is not None:
@@ -72,8 +78,6 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
         TrajectoryError: the log is damaged, cannot be replayed, or begins at another model. The model is then unchanged.
     """
     trajectory = verify(path, model, until)
-    if until is not None and not 0 <= until <= trajectory.steps:
-        raise TrajectoryError(f"{trajectory.path} holds {trajectory.steps} steps; choose until={until} among them.")
     parameters = moved_parameters(model, trajectory)
     if moves_adapter(trajectory):
         check_start(model, trajectory, read_start(trajectory))

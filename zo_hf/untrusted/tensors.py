@@ -15,7 +15,8 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> 
 
     Args:
         path: the file.
-        shapes: shapes of the tensors that must be there, by name; None reads whatever is there.
+        shapes: shapes of the tensors that must be there, by name; a dimension of 0 may have any size. None reads whatever is
+            there.
 
     Raises:
         ValueError: the file cannot be read, or a tensor is missing, of another shape or not of floating point; the message
@@ -29,8 +30,11 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> 
             for name, shape in (shapes or {}).items():
                 if name not in names:
                     raise ValueError(f"it lacks {name}")
-                if torch.Size(file.get_slice(name).get_shape()) != shape:
-                    raise ValueError(f"{name} has the shape {file.get_slice(name).get_shape()} and not {list(shape)}")
+                found = file.get_slice(name).get_shape()
+                if len(found) != len(shape) or any(
+                    size not in (0, own) for size, own in zip(shape, found, strict=True)
+                ):
+                    raise ValueError(f"{name} has the shape {found} and not {list(shape)}")
             return {name: file.get_tensor(name) for name in (names if shapes is None else shapes)}
     except (OSError, SafetensorError) as error:
         raise ValueError("it cannot be read") from error

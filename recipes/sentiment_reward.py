@@ -1,0 +1,125 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["zo-hf", "gguf"]
+# ///
+"""Teach SmolLM2-135M sentiment by a reward for its answer alone: 1 if the word that it generates is the right one, else 0.
+
+    python recipes/sentiment_reward.py                   # some minutes of two idle cores; continues if interrupted
+    python recipes/sentiment_reward.py --steps 30        # a short look
+    python recipes/sentiment_reward.py --two-words       # choose between two words, as `zo-hf train --offline` does
+
+The model reads "Review: {review}", "Sentiment:" and generates one word out of its whole vocabulary. The right one is
+" negative" or " positive". No probability enters a step, so there is nothing to differentiate. Every prompt of a step is
+answered by a pair of members of its own. --output gets a folder for each run, with results.json and the checkpoints.
+
+With --two-words, it reads "{review} It was" and can only generate " terrible" or " great". Without that restriction its word
+is always " a", and all rewards are 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
+from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.classify import accuracy, label_scores, majority_accuracy
+from zo_hf.tasks.data import embedded_reviews
+from zo_hf.tasks.prompts import PROMPT_A, PROMPT_B, Prompt, label_token_ids
+
+PROMPTS = 16
+WORDS = range(8, 13)  # of a sentence
+
+
+#: Options without and with --two-words. One of the two words is far likelier for every review, so that no member ever
+#: takes the other one unless it samples.
+OPTIONS: dict[bool, dict[str, Any]] = {
+    False: {"zo_eps": 5e-3, "learning_rate": 5e-3},
+    True: {"zo_eps": 1e-2, "learning_rate": 1e-2, "temperature": 2.0},
+}
+
+
+def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Return 1 for the right word, and 0 for any other text."""
+    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+def as_prompts(rows: Any, prompt: Prompt) -> Any:
+    """Return sentences as prompts, each with its right answer."""
+    return rows.map(
+        lambda row: {"prompt": prompt.fill(row["text"]), "answer": prompt.verbalizers[row["label"]]},
+        remove_columns=rows.column_names,
+    )
+
+
+def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
+    """Return the arguments of the run."""
+    defaults: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": PROMPTS,
+        "per_device_eval_batch_size": PROMPTS,
+        "population": 2 * PROMPTS,
+        "generations_per_prompt": 2,
+        "zo_exclude_modules": r".*(embed|norm).*",
+        "max_completion_length": 1,
+        "logging_steps": 10,
+        "save_steps": 10,
+        "save_only_trajectory": True,
+        "save_total_limit": 1,
+        "report_to": [],
+    }
+    return EvolutionConfig(str(output), **defaults | options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("out/sentiment_reward"), help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps")
+    parser.add_argument("--held-out", type=int, default=200, help="number of test sentences")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sentences and directions")
+    parser.add_argument("--two-words", action="store_true", help="let the model choose between two words")
+    arguments = parser.parse_args()
+    prompt = PROMPT_A if arguments.two_words else PROMPT_B
+    output = arguments.output / ("two-words" if arguments.two_words else "any-word") / f"seed-{arguments.seed}"
+
+    model = AutoModelForCausalLM.from_pretrained(default_model(), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    sentences = embedded_reviews(4000, arguments.held_out, arguments.seed, WORDS)
+    options = dict(OPTIONS[arguments.two_words])
+    if arguments.two_words:
+        words = set(label_token_ids(tokenizer, prompt))
+        others = [token for token in range(model.config.vocab_size) if token not in words]
+        options["generation_kwargs"] = {"suppress_tokens": others}
+    texts, labels = sentences.held_out["text"][:], sentences.held_out["label"][:]
+    trainer = EvolutionTrainer(
+        model,
+        exact_match,
+        config(output, arguments.steps, seed=arguments.seed, **options),
+        train_dataset=as_prompts(sentences.train, prompt),
+        eval_dataset=as_prompts(sentences.held_out, prompt),
+        processing_class=tokenizer,
+    )
+
+    def measured(when: str) -> dict[str, float]:
+        generated = trainer.evaluate()["eval_reward"]
+        of_the_two = accuracy(label_scores(model, tokenizer, texts, prompt), labels)
+        print(f"{when}: the right word {generated:.3f}, the likelier of the two words {of_the_two:.3f}", flush=True)
+        return {"generated": generated, "of_the_two_words": of_the_two}
+
+    results: dict[str, Any] = {"majority": majority_accuracy(labels), "steps": arguments.steps}
+    print(f"majority {results['majority']:.3f}", flush=True)
+    results["before"] = measured("zero-shot")
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    results["after"] = measured(f"after {arguments.steps} steps")
+    results["log"] = trainer.state.log_history
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The recipe that learns sentiment from a reward, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.recipe_module import recipe_module
+from zo_hf.tasks import data
+
+
+@pytest.mark.parametrize("folder", ["any-word", "two-words"])
+def test_it_measures_before_and_after(
+    folder: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--two-words"] if folder == "two-words" else []
+    recipe = recipe_module("sentiment_reward")
+    rows = [(f"a {word} film", label) for word in ("b", "c", "d", "e", "f") for label in (0, 1)]
+    table = data.Dataset.from_dict({"text": [t + "." * y for t, y in rows], "label": [y for _, y in rows]})
+    monkeypatch.setattr(recipe, "default_model", lambda: model_folder)
+    monkeypatch.setattr(
+        recipe, "embedded_reviews", lambda *_: data.LabeledSentences("some", table, table.select(range(4)))
+    )
+    monkeypatch.setattr(recipe, "PROMPTS", 4)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--steps", "10", "--output", str(tmp_path), *more])
+    recipe.main()
+    results = json.loads((tmp_path / folder / "seed-0/results.json").read_text())
+    assert results["majority"] == 0.5
+    for when in ("before", "after"):
+        generated, of_the_two = results[when]["generated"], results[when]["of_the_two_words"]
+        assert 0 <= of_the_two <= 1 and 0 <= generated <= (1 if more else of_the_two)  # it samples among the two words
+    assert bool(more) == any(entry.get("reward") for entry in results["log"])
+    assert recipe.exact_match([" great", " bad"], [" great", " great"]) == [1.0, 0.0]
