@@ -187,6 +187,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model_name_or_path": "/none", "offline": True}, "could not be loaded"),
     "end": ({"eos_token": "<end>"}, "--eos_token <end> is no token of the tokenizer"),
     "length": ({"max_length": 0}, "--max_length 0 is not above 0"),
+    "folder": ({"output_dir": f"{__file__}/out"}, "is no folder, because"),
     "method": ({"zo_rank": 0}, "zo_rank=0"),
 }
 
