@@ -24,8 +24,8 @@ TARGET = Path(__file__).parents[1] / "options.md"
 
 HEAD = """# Options
 
-`ZOConfig` takes every option of `transformers.TrainingArguments`, and those below. `zo-hf train` takes them too, as
-`--name value`. Without a Trainer, `ZerothOrder(model, ...)` takes the options of the method as keywords, without `zo_`.
+`ZOConfig` takes every option of `transformers.TrainingArguments`, and those below. `zo-hf train` and `zo-hf sft` take them
+too, as `--name value`. Without a Trainer, `ZerothOrder(model, ...)` takes the options of the method as keywords, without `zo_`.
 
 This page is generated from the source by `python docs/_build/options.py`.
 """

@@ -30,7 +30,7 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["fly"])
     assert exit_info.value.code == 2
-    assert "'fly' is not a command; use one of train, predict" in capsys.readouterr().err
+    assert "'fly' is not a command; use one of train, sft, predict" in capsys.readouterr().err
 
 
 def test_train_gets_its_command_line_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zo_hf.tasks.job_arguments import read_options
+from zo_hf.tasks.job_options import read_options
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

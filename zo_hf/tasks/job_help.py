@@ -10,10 +10,10 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: The options of `--help`, by group.
+#: The options of `zo-hf train --help`, by group.
 NEEDED = {
     "model": ("model_name_or_path", "dtype", "load_in_8bit", "load_in_4bit", "use_peft", "offline"),
     "sentences": ("dataset_name", "train_file", "template", "verbalizers"),
@@ -61,26 +61,28 @@ class ReadableHelp(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class ShowHelp(Action):
     """Prints a help and ends the program, as argparse's own action does."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str, all_options: bool) -> None:
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, help: str, needed: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         super().__init__(option_strings, dest, nargs=0, default=SUPPRESS, help=help)
-        self.all_options = all_options
+        self.needed = needed
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
-        print(parser.format_help() if self.all_options else short_help(parser))
+        print(parser.format_help() if self.needed is None else short_help(parser, self.needed))
         parser.exit()
 
 
-def add_help(parser: ArgumentParser) -> None:
-    """Add `--help` and `--help-all` to a parser that was made with `add_help=False`."""
-    needed = sum(map(len, NEEDED.values()))
+def add_help(parser: ArgumentParser, needed: Mapping[str, Sequence[str]]) -> None:
+    """Add `--help`, with the options of `needed`, and `--help-all` to a parser that was made with `add_help=False`."""
+    number = sum(map(len, needed.values()))
     parser.add_argument(
-        "-h", "--help", action=ShowHelp, all_options=False, help=f"show the {needed} options that most runs need"
+        "-h", "--help", action=ShowHelp, needed=needed, help=f"show the {number} options that most runs need"
     )
-    parser.add_argument("--help-all", action=ShowHelp, all_options=True, help="show every option, Trainer's included")
+    parser.add_argument("--help-all", action=ShowHelp, help="show every option, Trainer's included")
 
 
-def short_help(parser: ArgumentParser) -> str:
-    """The help with the options of `NEEDED` alone, in their groups."""
+def short_help(parser: ArgumentParser, needed: Mapping[str, Sequence[str]]) -> str:
+    """The help with the options of `needed` alone, in their groups."""
     actions = {action.dest: action for action in parser._actions}
     shown = ArgumentParser(
         prog=parser.prog,
@@ -90,7 +92,7 @@ def short_help(parser: ArgumentParser) -> str:
         add_help=False,
         epilog="--help-all shows every other option; docs/options.md explains those of zo_hf.",
     )
-    for title, names in NEEDED.items():
+    for title, names in needed.items():
         group = shown.add_argument_group(title)
         group._group_actions.extend(actions[name] for name in names)
     return shown.format_help()

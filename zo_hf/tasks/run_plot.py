@@ -1,4 +1,4 @@
-"""A plot of a run: loss and held-out accuracy against forward passes."""
+"""Plots of a run: the loss, and held-out accuracy or loss, against forward passes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +42,32 @@ def plot_run(
     accuracy_axes.set_ylabel("held-out accuracy")
     accuracy_axes.set_xlabel("forward passes")
     accuracy_axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_losses(log_history: Sequence[Mapping[str, Any]], held_out: tuple[float, float] | None, path: Path) -> None:
+    """Draw the training loss and the held-out loss of a run, and save the plot.
+
+    Args:
+        log_history: the trainer's log; entries with `loss` and entries with `eval_loss`, each with `step`.
+        held_out: the loss on held-out rows before and after training; None without such rows.
+        path: the file to write; the suffix selects the format.
+    """
+    from matplotlib.figure import Figure
+
+    passes_at = _forward_passes_by_step(log_history)
+    losses = [(passes_at(entry["step"]), entry["loss"]) for entry in log_history if "loss" in entry]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*losses, strict=True) if losses else ([], []), label="training rows")
+    if held_out is not None:
+        last = passes_at(max((entry["step"] for entry in log_history), default=0))
+        between = [(passes_at(entry["step"]), entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+        points = sorted({0.0: held_out[0], **dict(between), last: held_out[1]}.items())
+        axes.plot(*zip(*points, strict=True), marker=".", label="held-out rows")
+    axes.set_ylabel("loss")
+    axes.set_xlabel("forward passes")
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 

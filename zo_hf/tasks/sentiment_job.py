@@ -22,14 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.checkpoint import holds_adapter
@@ -42,9 +35,9 @@ from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
+from zo_hf.tasks.job_model import load_model, load_tokenizer, quantization_of
 from zo_hf.tasks.label_word_loss import LabelWordLoss
-from zo_hf.tasks.loading import complete_model, loaded
-from zo_hf.tasks.progress import LossAndAccuracyBar
+from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
@@ -154,7 +147,9 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     prompt = Prompt(job.template, tuple(job.verbalizers))
     with config.main_process_first(desc="fetching the model and the sentences"):
         sentences = load_sentences(job, sources, config.seed)
-        tokenizer, model = with_model_path(sources, lambda path: load_model(path, job, config))
+        tokenizer, model = with_model_path(
+            sources, lambda path: (load_tokenizer(path, job), load_model(path, job, config))
+        )
     label_ids = label_token_ids(tokenizer, prompt)
     check_model(model, config)  # says now what training would say later
     settings = config.settings()
@@ -253,61 +248,6 @@ def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation,
     return metrics
 
 
-def load_model(path: str, job: JobArguments, config: ZOConfig) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Load the tokenizer and the model on the run's device, quantized and with an adapter if the job says so.
-
-    Raises:
-        ValueError: the model does not exist, its files are damaged, or the hub does not deliver it.
-    """
-    more: dict[str, Any] = {}
-    if job.load_in_8bit or job.load_in_4bit:
-        more = {"device_map": {"": config.device}, "quantization_config": quantization(job)}
-    attention = {"attn_implementation": "eager"} if config.settings().estimator_kind.needs_tangents else {}
-    what = f"--model_name_or_path {path}"
-    remedy = "name the folder of a causal language model, or leave it out and use the embedded model with --offline"
-    tokenizer = loaded(what, lambda: AutoTokenizer.from_pretrained(path, local_files_only=job.offline), remedy)
-    model = complete_model(
-        what,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path, dtype=job.dtype, local_files_only=job.offline, output_loading_info=True, **more, **attention
-        ),
-        remedy,
-    )
-    if not more:
-        model.to(config.device)
-    if job.use_peft:
-        from peft import LoraConfig, get_peft_model
-
-        targets = job.lora_target_modules
-        torch.manual_seed(config.seed)  # PEFT draws the adapter from torch's own generator
-        lora = LoraConfig(
-            r=job.lora_r,
-            lora_alpha=job.lora_alpha,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora)
-    return tokenizer, model.eval()
-
-
-def quantization_of(model: Any) -> dict[str, Any] | None:
-    """Return the quantization config of a model in the form that `from_pretrained` takes; None if it has none."""
-    config = getattr(model.config, "quantization_config", None)
-    return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
-
-
-def quantization(job: JobArguments) -> BitsAndBytesConfig:
-    """Return the config with which transformers quantizes the model."""
-    if job.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=job.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=None if job.dtype == "auto" else job.dtype,
-    )
-
-
 def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
     """Build a `ZOTrainer` on the encoded sentences, which reports accuracy on some held-out ones while it trains."""
 
@@ -344,7 +284,9 @@ def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
     )
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossAndAccuracyBar())
+        trainer.add_callback(
+            LatestValuesBar({"loss": "loss", "eval_accuracy": "accuracy", "zo/forward_passes": "forward passes"})
+        )
     return trainer
 
 

@@ -1,0 +1,163 @@
+"""Fine-tune a language model on chats and instructions, with forward passes only.
+
+    zo-hf sft --offline               SmolLM2-135M-Instruct on embedded conversions between units, without a hub
+    zo-hf sft --model_name_or_path MODEL --train_file chat.jsonl
+    zo-hf sft --train_file chat.jsonl --use_peft --load_in_4bit --packing
+
+Every row of the file has `messages`, or `prompt` and `completion`, or `text`. The loss is on the completion if there is one.
+With --assistant_only_loss it is on what the assistant says. TRL's SFTTrainer makes tokens and batches of the rows, and
+computes the loss; all of its options work.
+
+The command prints the loss on held-out rows before and after training, the forward passes and the time that training took,
+and the peak memory of training and of inference. It saves the trained model with its tokenizer and chat.json (see
+`zo-hf chat`), a model card, metrics.json and run.png in --output_dir.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from zo_hf.checkpoint import holds_adapter
+from zo_hf.lr_finder.report import one_line
+from zo_hf.memory.peak import PeakMemory
+from zo_hf.tasks.job_model import quantization_of
+from zo_hf.tasks.progress import LatestValuesBar
+from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
+from zo_hf.tasks.run_plot import plot_losses
+from zo_hf.tasks.saved_chat import save_chat
+from zo_hf.tasks.sentiment_job import last_logged, line_printer
+from zo_hf.tasks.sft_arguments import parse_sft_arguments, sft_classes
+from zo_hf.tasks.sft_task import SftTask, prepare
+from zo_hf.trainer.rehearsal import rehearse
+from zo_hf.trainer.trainer import ZOTrainer
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run the job as a command. A wrong argument ends it with one sentence and exit code 2.
+
+    Args:
+        argv: the command line without the program's name.
+        prog: the program's name in the help.
+    """
+    with wrong_arguments_end_the_command():
+        job, config = parse_sft_arguments(argv, prog, __doc__)
+        task = prepare(job, config)
+        trainer = build_trainer(task, config)
+        rehearse(trainer, config.resume_from_checkpoint)
+    with refusals_end_the_command() as first_step:
+        run(task, trainer, [first_step])
+
+
+def build_trainer(task: SftTask, config: Any) -> ZOTrainer:
+    """Build TRL's SFTTrainer, made forward-only, on the rows."""
+    with _quiet_data_sets():
+        trainer: ZOTrainer = sft_classes()[0](
+            model=task.model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(task.train.rows),
+            eval_dataset=datasets.Dataset.from_list(task.held_out.rows) if task.held_out else None,
+            processing_class=task.tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(
+            LatestValuesBar({"loss": "loss", "eval_loss": "held out", "zo/forward_passes": "forward passes"})
+        )
+    return trainer
+
+
+@contextmanager
+def _quiet_data_sets() -> Iterator[None]:
+    """Show no bar for each of the passes over the rows, which TRL makes."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Evaluate, train, evaluate again and write to the trainer's `output_dir`; return the content of metrics.json.
+
+    Args:
+        task: the model and the rows.
+        trainer: the trainer that `build_trainer` made for them.
+        callbacks: further callbacks of the trainer.
+    """
+    config = trainer.args
+    print_line = line_printer(config)
+    with PeakMemory() as inference_memory:
+        before = _evaluated(task, trainer)
+    if before is not None:
+        print_line(f"before     {_in_words(before)}")
+
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    started = time.perf_counter()
+    with PeakMemory() as training_memory:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    training_seconds = time.perf_counter() - started
+    history = list(trainer.state.log_history)
+    forward_passes = last_logged(history, "zo/forward_passes")
+    after = _evaluated(task, trainer)
+    if after is not None:
+        print_line(f"after      {_in_words(after)}")
+        if before is not None and not after["eval_loss"] < before["eval_loss"]:
+            print_line("worse      the held-out loss has not fallen; try a lower --learning_rate")
+    if trainer.found_learning_rate is not None:
+        print_line(f"rate       {one_line(trainer.found_learning_rate)}")
+    print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
+    memory = "" if before is None else f", {inference_memory.mib:.0f} MiB in inference"
+    print_line(f"memory     {training_memory.mib:.0f} MiB peak in training{memory}")
+
+    metrics = {
+        "model": task.model_name,
+        "rows": task.train.name,
+        "train_rows": len(task.train.rows),
+        "held_out_rows": 0 if task.held_out is None else len(task.held_out.rows),
+        "forward_passes": forward_passes,
+        "training_seconds": training_seconds,
+        "training_peak_mib": training_memory.mib,
+    }
+    if before is not None and after is not None:
+        metrics |= {"loss_before": before["eval_loss"], "loss": after["eval_loss"]}
+        metrics["inference_peak_mib"] = inference_memory.mib
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(config.output_dir)
+        trainer.create_model_card(model_name=folder.resolve().name)
+        save_chat(folder, task.train.is_chat, quantization_of(task.model) if holds_adapter(folder) else None)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print_line(f"written    {folder}: the model, README.md, chat.json, metrics.json")
+        if find_spec("matplotlib") is None:
+            print_line("no plot    install matplotlib for run.png")
+        else:
+            losses = None if before is None or after is None else (before["eval_loss"], after["eval_loss"])
+            plot_losses(history, losses, folder / "run.png")
+            print_line(f"plotted    {folder / 'run.png'}")
+        print_line(f"try        zo-hf chat {folder}")
+    return metrics
+
+
+def _evaluated(task: SftTask, trainer: Any) -> dict[str, float] | None:
+    return None if task.held_out is None else trainer.evaluate()
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    accuracy = metrics["eval_mean_token_accuracy"]
+    return (
+        f"{metrics['eval_loss']:.4f} loss on held-out rows, {accuracy:.3f} of their tokens are the most probable ones"
+    )
