@@ -1,4 +1,4 @@
-"""What does not combine with what, and what "auto" stands for."""
+"""Options that do not combine, and the choices that "auto" stands for."""
 
 from __future__ import annotations
 

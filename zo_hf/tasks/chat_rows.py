@@ -210,7 +210,7 @@ def _check_messages(where: str, messages: Any) -> None:
             raise ValueError(f"{where} there is a role {shown(message['role'])}; use one of {', '.join(ROLES)}.")
         if message.get("tool_calls"):
             raise ValueError(
-                f"{where} a message calls tools; write the call as content, or train with forward_only(SFTTrainer, SFTConfig)."
+                f"{where} a message calls tools; write the call as content, or train with zo_hf.trl.ZOSFTTrainer."
             )
         if not isinstance(message["content"], str):
             raise ValueError(f"{where} a content is {shown(message['content'])}; give a text.")

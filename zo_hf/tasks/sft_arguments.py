@@ -9,7 +9,6 @@ from transformers import IntervalStrategy
 
 from zo_hf.tasks.job_options import parse_options
 from zo_hf.tasks.model_arguments import ModelArguments
-from zo_hf.trainer.forward_only import forward_only
 
 # The job's defaults for options of the config. Options that are not named here have the defaults of ZOConfig and TRL.
 RECIPE = {
@@ -62,8 +61,8 @@ NEEDED = {
 #: Options of TRL that would do nothing here, or what this command does itself.
 NOT_TAKEN = {
     "model_init_kwargs": "name the dtype and the format of the weights with --dtype and --load_in_8bit",
-    "trust_remote_code": "train a model with code of its own in a script, by forward_only(SFTTrainer, SFTConfig)",
-    "dataset_kwargs": "give rows of text; tokens are for a script, by forward_only(SFTTrainer, SFTConfig)",
+    "trust_remote_code": "train a model with code of its own in a script, with zo_hf.trl.ZOSFTTrainer",
+    "dataset_kwargs": "give rows of text; tokens are for a script, with zo_hf.trl.ZOSFTTrainer",
 }
 
 
@@ -112,9 +111,9 @@ def sft_classes() -> tuple[Any, Any]:
         raise ImportError(
             "zo-hf sft trains with TRL, which is not installed; run `pip install 'zo_hf[trl]'` with Python 3.11 or newer."
         )
-    from trl import SFTConfig, SFTTrainer
+    from zo_hf.trl import ZOSFTConfig, ZOSFTTrainer
 
-    return forward_only(SFTTrainer, SFTConfig)
+    return ZOSFTTrainer, ZOSFTConfig
 
 
 def parse_sft_arguments(

@@ -1,4 +1,4 @@
-"""What `zo-hf sft` trains on, read and checked in this order: the rows, the tokenizer, its chat template, the model."""
+"""The task of `zo-hf sft`, read and checked in this order: the rows, the tokenizer, its chat template, the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a resumed run changes: its method and its model must be the same, and other training arguments are taken over.
+"""Changes of a resumed run: its method and its model must be the same, and other training arguments are taken over.
 
 A checkpoint's zo_state.json describes its run under "run". A change of the method, the optimizer or the model would end the
 trajectory that the log describes, so it is refused. Arguments such as the number of steps, the rate and the batch size may

@@ -1,4 +1,4 @@
-"""What every process of a run must have been started with alike."""
+"""Arguments, data and weights that every process of a run must have been started with alike."""
 
 from __future__ import annotations
 
