@@ -23,9 +23,9 @@ BEYOND = {"learning_rate": 1.5 * CRITICAL, "zo_fold_steps": 0, "zo_eps": 1e-2, "
 
 
 def bowl(folder: Path, **options: Any) -> ZOTrainer:
-    """A trained trainer of a bowl of 50 dimensions."""
+    """A trained trainer of a bowl of 50 dimensions, along Gaussian directions, for which its critical rate is."""
     more = {"train_dataset": Nothing(), "eval_dataset": None} | options.pop("more", {})
-    return trained(folder, Bowl(1.0, 50), more=more, **BEYOND | options)
+    return trained(folder, Bowl(1.0, 50), more=more, **BEYOND | {"zo_direction": "gaussian"} | options)
 
 
 def small() -> Any:
