@@ -49,6 +49,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, subspace: str) -> N
     model = with_lora(seeded(tiny_opt)) if subspace == "adapter" else seeded(tiny_opt)
     options = {"max_steps": 7, "zo_subspace": subspace, "save_strategy": "steps", "save_steps": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "zo_normalize": True}
+    options |= {"zo_direction": "gaussian"}
     if subspace == "adapter":
         options["zo_target_modules"] = r".*lora_.*"  # B alone does not break it
     trainer = trained(tmp_path, model, more={"callbacks": [Grows()]}, **options)
