@@ -82,3 +82,18 @@ def test_a_folder_that_cannot_be_written_to_is_not_locked(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("no folder")
     with locked(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_full_disk_has_no_room_for_the_owners_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by another run"), locked(tmp_path):
+        pass
+
+
+def test_a_file_that_never_stays_the_same_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
+    with locked(tmp_path):
+        pass

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
+from tests.quantization.runs import trainer_for, write_base
 from tests.trainer.runs import make_trainer, trained
 from zo_hf.trainer.finite_weights import WeightsNotFinite
 from zo_hf.trainer.rehearsal import rehearse
@@ -50,7 +52,24 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     with pytest.raises(ValueError, match="zo_rank"):
         rehearse(make_trainer(tmp_path, zo_rank=2), True)
+    for options, named in (({"optim": "adamw_torch"}, "optim"), ({"weight_decay": 0.5}, "weight_decay")):
+        with pytest.raises(ValueError, match=f"was written with {named}="):
+            rehearse(make_trainer(tmp_path, **options), True)
     rehearse(make_trainer(tmp_path), "True")
+
+
+def test_factors_that_are_not_finite_are_not_saved_as_an_adapter(tmp_path: Path) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert trainer.zo is not None
+            with torch.no_grad():
+                next(iter(trainer.zo.subspace.coordinates.values())).fill_(torch.nan)
+
+    options = {"save_strategy": "steps", "save_steps": 1, "more": {"callbacks": [Breaks()]}}
+    trainer = trainer_for(tmp_path / "out", "factors", write_base(tmp_path / "base"), "int8", **options)
+    with pytest.raises(WeightsNotFinite):
+        trainer.train()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("between_folds", [True, False])

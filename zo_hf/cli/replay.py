@@ -113,7 +113,7 @@ def load_base(name: str, trajectory: Trajectory, revision: str | None = None) ->
     import transformers
 
     base = trajectory.header["base"]
-    kind: Any = getattr(transformers, str(base.get("class")), None)
+    kind: Any = getattr(transformers, str(base.get("class")).removeprefix("FSDP"), None)
     is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
     if not is_model or kind.config_class is None:
         raise TrajectoryError(

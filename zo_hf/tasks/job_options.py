@@ -72,11 +72,11 @@ def parse_options(
         values["learning_rate"] = None  # the default rate is for two-point estimates along random directions
     if values["zo_subspace"] == "norms" and values["zo_exclude_modules"] == recipe["zo_exclude_modules"]:
         values["zo_exclude_modules"] = None
-    folder = Path(values["output_dir"])
+    job, arguments = parser.parse_dict(values, allow_extra_keys=True)
+    folder = Path(arguments.output_dir)
     there = next((part for part in (folder, *folder.parents) if part.exists()), None)
     if there is not None and not there.is_dir():
         raise ValueError(f"--output_dir {folder} is no folder, because {there} is a file; name another one.")
-    job, arguments = parser.parse_dict(values, allow_extra_keys=True)
     return job, arguments
 
 

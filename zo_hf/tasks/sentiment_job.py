@@ -24,6 +24,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
@@ -43,11 +44,11 @@ from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_t
 from zo_hf.tasks.run_plot import plot_run
 from zo_hf.tasks.saved_prompt import FILE_NAME, save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, with_model_path
+from zo_hf.trainer import manifest
 from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.rehearsal import rehearse
-from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
 
@@ -73,7 +74,8 @@ def main(
     with command():
         with wrong_arguments_end_the_command():
             job, config = parse_arguments(argv, prog, description or __doc__, config_file)
-        with command(lambda: what_is_kept(config)):
+        started = time.time()
+        with command(lambda: what_is_kept(config, started)):
             with wrong_arguments_end_the_command():
                 task = prepare(job, config)
                 trainer = build_trainer(task, config)
@@ -298,13 +300,21 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
     return Evaluation(accuracy(scores, labels), accuracy(calibrated(scores, prior), labels), prior)
 
 
-def what_is_kept(config: ZOConfig) -> str:
-    """Return what an interrupted run has left in its folder, and how to go on from it."""
-    try:
-        folder = to_resume(True, Path(config.output_dir), Ranks(), torch.device("cpu"))
-    except ValueError:
-        return f"no checkpoint was kept in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
-    return f"{folder} is kept; the same command with --resume_from_checkpoint {folder} continues from it"
+def what_is_kept(config: ZOConfig, started: float) -> str:
+    """Return what an interrupted run has left in its folder, and how to go on from it.
+
+    Args:
+        config: the options of the trainer.
+        started: the time at which the command began, in seconds; older checkpoints are of another run.
+    """
+    lists = Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{manifest.FILE}")
+    written = {path: path.stat().st_mtime for path in lists}
+    last = max(written, key=lambda path: written[path], default=None)
+    if last is None or written[last] < started:
+        return f"no checkpoint was written in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
+    return (
+        f"{last.parent} is kept; put --resume_from_checkpoint {last.parent} into the same command to continue from it"
+    )
 
 
 def last_logged(log_history: list[dict[str, Any]], key: str) -> float:

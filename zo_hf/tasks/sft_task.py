@@ -13,10 +13,15 @@ from zo_hf.tasks.chat_tokens import lengths, mark_assistant, use_template
 from zo_hf.tasks.job_model import load_config, load_model, load_tokenizer
 from zo_hf.tasks.loading import Loaded
 from zo_hf.tasks.packing import keeps_rows_apart
+from zo_hf.tasks.saved_chat import FILE_NAME
 from zo_hf.tasks.sentiment_job import line_printer
 from zo_hf.tasks.sft_arguments import SftArguments
 from zo_hf.tasks.sources import EMBEDDED_MODEL
+from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.setup import check_model
+
+#: Files that a run writes at its end, beside the model.
+WRITTEN = ("README.md", FILE_NAME, "metrics.json", "run.png")
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "conversions.jsonl"
 
@@ -47,6 +52,8 @@ def prepare(job: SftArguments, config: Any) -> SftTask:
         AssetError, OSError, ValueError: the model, the rows, the chat template and the options do not go together.
     """
     print_line = line_printer(config)
+    if config.should_save:
+        check_folder("--output_dir", config.output_dir, *WRITTEN)
     train, held_out = _rows(job, config)
 
     if job.model_name_or_path is None:

@@ -258,7 +258,9 @@ def take_over_rate(
         next_rates = [rate * factor(step) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
         scheduler._last_lr = list(next_rates)
     else:  # it reacts to the run, and has moved the rate by a factor
-        factors = [float(group["lr"]) / first for group, first in zip(groups, rates_of(optimizer), strict=True)]
+        before = changed["learning_rate"][0] if "learning_rate" in changed else rates_of(optimizer)
+        firsts = before if isinstance(before, list) else [before] * len(groups)
+        factors = [float(group["lr"]) / first for group, first in zip(groups, firsts, strict=True)]
         next_rates = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
     for group, first, now in zip(groups, rates, next_rates, strict=True):
         group["initial_lr"], group["lr"] = first, now

@@ -14,18 +14,21 @@ class WeightsNotFinite(RuntimeError):
     """Raised instead of saving weights that hold NaN or infinity; the message says what to change."""
 
 
-def check_finite(model: nn.Module, state: Mapping[str, Any] | None = None) -> None:
+def check_finite(
+    model: nn.Module, state: Mapping[str, Any] | None = None, coordinates: Mapping[str, Tensor] | None = None
+) -> None:
     """Refuse to save weights that are not finite.
 
     Args:
         model: the model.
         state: the tensors that are saved in place of its own, by name.
+        coordinates: factors that are saved as an adapter, by name.
 
     Raises:
         WeightsNotFinite: a parameter holds NaN or infinity.
     """
-    for name, parameter in model.named_parameters():
-        value = parameter if state is None else state.get(name)
+    values = {name: p if state is None else state.get(name) for name, p in model.named_parameters()}
+    for name, value in (*values.items(), *(coordinates or {}).items()):
         if isinstance(value, Tensor) and not _is_finite(value):
             raise WeightsNotFinite(
                 f"the weights are not finite any more ({name}), so they are not saved; train again with a smaller "

@@ -18,6 +18,9 @@ from zo_hf.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+#: Times that a file is opened which another run removes meanwhile.
+_ATTEMPTS = 16
+
 FILE = "_running.lock"  # begins with _, which Trainer does not upload
 #: The open files of this process. A child process must not keep them, and with them the lock, after this one has ended.
 _held: set[int] = set()
@@ -52,7 +55,7 @@ def locked(folder: Path, ranks: Ranks, device: torch.device) -> Iterator[None]:
 
 def _acquire(path: Path) -> tuple[int | None, str | None]:
     """Return the open file that holds the lock, or None without one; and who has the lock, or None if nobody else has."""
-    while True:
+    for _ in range(_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -70,13 +73,22 @@ def _acquire(path: Path) -> tuple[int | None, str | None]:
             logger.debug("%s is not locked: %s", path.parent, error)
             _close(handle)
             return None, None
-        with suppress(OSError):
-            # Another run may have removed the file after this one had opened it.
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
+        if _is_there(handle, path):
+            with suppress(OSError):  # a full disk has no room for the name of the owner
                 os.truncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return handle, None
+            return handle, None
         _close(handle)
+    logger.debug("%s is not locked: its file does not stay the same", path.parent)
+    return None, None
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    """Return whether an open file is still the one at its path; another run may have removed it since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
 
 
 def _release(handle: int, path: Path) -> None:

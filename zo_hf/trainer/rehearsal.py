@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerControl
 
 from zo_hf import checkpoint
-from zo_hf.trainer import setup
+from zo_hf.trainer import changes, setup
 from zo_hf.trainer.checkpoints import check_saveable
 from zo_hf.trainer.learning_rate import rate_of_checkpoint
 from zo_hf.trainer.lock import locked
@@ -27,6 +27,11 @@ def rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None = Non
     """
     setup.check_trainable(trainer.model)
     check_saveable(trainer.model, trainer.args)
+    with trainer._together(resume_from_checkpoint):
+        _rehearse(trainer, resume_from_checkpoint)
+
+
+def _rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None) -> None:
     with locked(Path(trainer.args.output_dir), trainer._ranks, trainer.args.device):
         pass  # another run that uses the folder is noticed now
     folder = to_resume(resume_from_checkpoint, Path(trainer.args.output_dir), trainer._ranks, trainer.args.device)
@@ -39,13 +44,21 @@ def rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None = Non
             _check_schedule(trainer, steps, optimizer)
             state = checkpoint.read_state(folder) if folder is not None else {}
             if state and folder is not None and trainer.zo is not None:
-                checkpoint.check_settings(trainer.zo, state, folder)
+                changes.check_model(trainer.model, folder)
+                run = changes.describe(
+                    trainer.zo, trainer._torch_optimizer(), trainer.args, steps, trainer.train_dataset
+                )
+                changes.check_run(trainer.zo, run, folder)
                 if is_auto:
                     rate_of_checkpoint(folder)
             elif not state:
                 trainer._budget.on_train_begin(trainer.args, trainer.state, TrainerControl())
     finally:
+        # The weights stay sharded, and no process can compute the hash of the base from its shards.
+        base_hash = None if trainer._sharding is None else trainer._sharding.base_hash
         trainer._finish_zeroth_order()
+        if trainer._sharding is not None:
+            trainer._sharding.base_hash = base_hash
 
 
 def _check_schedule(trainer: ZOTrainer, steps: int, optimizer: object) -> None:

@@ -100,6 +100,7 @@ class SavingTrainer(DescribedTrainer):
         adapter = becoming_adapter(self.zo)
         if adapter is not None:
             folder = Path(output_dir or self.args.output_dir)
+            check_finite(self.model, {}, adapter.coordinates)
             save_becoming_adapter(adapter, folder, self.args, self.processing_class)
             self._save_arguments(folder)
             return

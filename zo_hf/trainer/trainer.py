@@ -234,7 +234,7 @@ class ZOTrainer(SavingTrainer):
             arguments["zo_stability_steps"] = self._stability.every
         saved = None
         if self._resumed_from is not None:
-            saved = checkpoint.read_state(self._resumed_from).get("settings", {})
+            saved = checkpoint.read_state(self._resumed_from).get("settings") or None
         if saved is not None and self.args.zo_rows_per_direction == "auto":
             rows = saved.get("zo_rows_per_direction", 0)
             settings = replace(settings, rows_per_direction="auto" if rows == 1 else rows)

@@ -107,7 +107,7 @@ def describe_base(
     return {
         "name": getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
-        "class": type(unwrapped).__name__,
+        "class": type(unwrapped).__name__.removeprefix("FSDP"),  # which FSDP2 puts in front while weights are sharded
         "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
         "device": first.device.type,
         "quantization": _quantization(config),
