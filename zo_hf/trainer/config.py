@@ -162,13 +162,14 @@ class ZOConfig(Seq2SeqTrainingArguments):
         rows = values["rows_per_direction"]
         if isinstance(rows, str) and rows.isdecimal():  # from the command line
             values["rows_per_direction"] = int(rows)
-        if self.zo_direction == _AUTO:
+        is_auto = isinstance(self.zo_direction, str) and self.zo_direction == _AUTO
+        if is_auto:
             values["direction"] = _OF_SETTINGS["direction"].default
         settings = Settings(**values | {"eps": None if isinstance(eps, str) else eps, "seed": self.seed})
         case = Case(settings, vars(self))
         if settings.rows_per_direction == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
-        return replace(settings, direction=auto_direction(case)) if self.zo_direction == _AUTO else settings
+        return replace(settings, direction=auto_direction(case)) if is_auto else settings
 
 
 def number_or_auto(name: str, value: Any) -> Any:
