@@ -18,6 +18,11 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "placements")
 
 
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's own class, in front of which FSDP2 puts its name while weights are sharded."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     """Return this process's part of `tensor`, and the index of the part's first element in the whole tensor.
 

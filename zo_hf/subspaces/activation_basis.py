@@ -29,6 +29,7 @@ from zo_hf.rng.draw import draw_half_words
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rng.single_thread import single_thread
 from zo_hf.subspaces.peft_methods import base_model
+from zo_hf.subspaces.subspace import first_input
 
 BASES = ("random", "activation")
 
@@ -98,7 +99,7 @@ def basis_of(x: Tensor, rank: int, noise: Tensor) -> Tensor:
 
 def _hook(bases: dict[str, Tensor], name: str, rank: int, stream: Stream) -> Callable[..., None]:
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         x = x.reshape(-1, x.shape[-1])
         if name in bases or len(x) < rank or rank > x.shape[-1]:
             return

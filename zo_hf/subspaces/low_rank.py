@@ -180,7 +180,7 @@ class LowRank(Folded):
     def _measured_bases(self, stream: Stream) -> dict[str, Tensor]:
         """Return V / √r of the linear layers, from their inputs without the coordinates."""
         layers = {
-            name: [module for module, _ in site.uses if type(module).forward in _LINEAR or module in self.quantized]
+            name: [module for module, _ in site.uses if self._is_linear(module)]
             for name, site in self.factored.items()
         }
         before, self._at_origin = self._at_origin, True
@@ -241,9 +241,12 @@ class LowRank(Folded):
         is_corrected = self._is_corrected(module)  # which needs no padding
         return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
 
+    def _is_linear(self, module: nn.Module) -> bool:
+        return type(module).forward in _LINEAR or module in self.quantized
+
     def _is_corrected(self, module: nn.Module) -> bool:
-        weight, is_linear = self._holders[module].get("weight"), type(module).forward in _LINEAR
-        return (is_linear or module in self.quantized) and (weight is None or weight.name in self.factored)
+        weight = self._holders[module].get("weight")
+        return self._is_linear(module) and (weight is None or weight.name in self.factored)
 
     def _correct_linear(self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None) -> Tensor:
         """Add (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.

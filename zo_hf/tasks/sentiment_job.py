@@ -24,7 +24,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
@@ -36,19 +35,17 @@ from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
+from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import load_model, load_tokenizer, quantization_of
 from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
-from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_run
 from zo_hf.tasks.saved_prompt import FILE_NAME, save_prompt
 from zo_hf.tasks.sources import EMBEDDED_MODEL, choose_sources, load_sentences, with_model_path
-from zo_hf.trainer import manifest
 from zo_hf.trainer.common_arguments import common_arguments
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.output_paths import check_folder
-from zo_hf.trainer.rehearsal import rehearse
 from zo_hf.trainer.setup import check_model, grid_of
 from zo_hf.trainer.trainer import ZOTrainer
 
@@ -71,17 +68,9 @@ def main(
         config_file: a YAML file with this command's defaults.
         description: the text at the top of the help; default: this module's docstring.
     """
-    with command():
-        with wrong_arguments_end_the_command():
-            job, config = parse_arguments(argv, prog, description or __doc__, config_file)
-        started = time.time()
-        with command(lambda: what_is_kept(config, started)):
-            with wrong_arguments_end_the_command():
-                task = prepare(job, config)
-                trainer = build_trainer(task, config)
-                rehearse(trainer, config.resume_from_checkpoint)
-            with refusals_end_the_command() as first_step:
-                run(task, trainer, [first_step])
+    run_as_command(
+        lambda: parse_arguments(argv, prog, description or __doc__, config_file), prepare, build_trainer, run
+    )
 
 
 @dataclass(frozen=True)
@@ -298,23 +287,6 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
     scores = label_scores(task.model, task.tokenizer, texts, task.prompt, batch_size, task.max_length)
     prior = label_prior(task.model, task.tokenizer, task.prompt)
     return Evaluation(accuracy(scores, labels), accuracy(calibrated(scores, prior), labels), prior)
-
-
-def what_is_kept(config: ZOConfig, started: float) -> str:
-    """Return what an interrupted run has left in its folder, and how to go on from it.
-
-    Args:
-        config: the options of the trainer.
-        started: the time at which the command began, in seconds; older checkpoints are of another run.
-    """
-    lists = Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{manifest.FILE}")
-    written = {path: path.stat().st_mtime for path in lists}
-    last = max(written, key=lambda path: written[path], default=None)
-    if last is None or written[last] < started:
-        return f"no checkpoint was written in {config.output_dir}; --save_strategy steps --save_steps N keeps one every N steps"
-    return (
-        f"{last.parent} is kept; put --resume_from_checkpoint {last.parent} into the same command to continue from it"
-    )
 
 
 def last_logged(log_history: list[dict[str, Any]], key: str) -> float:

@@ -30,16 +30,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
-from zo_hf.tasks.console import command
+from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import quantization_of
 from zo_hf.tasks.progress import LatestValuesBar
-from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.tasks.run_plot import plot_losses
 from zo_hf.tasks.saved_chat import save_chat
-from zo_hf.tasks.sentiment_job import last_logged, line_printer, what_is_kept
+from zo_hf.tasks.sentiment_job import last_logged, line_printer
 from zo_hf.tasks.sft_arguments import parse_sft_arguments, sft_classes
 from zo_hf.tasks.sft_task import SftTask, prepare
-from zo_hf.trainer.rehearsal import rehearse
 from zo_hf.trainer.trainer import ZOTrainer
 
 
@@ -50,17 +48,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         argv: the command line without the program's name.
         prog: the program's name in the help.
     """
-    with command():
-        with wrong_arguments_end_the_command():
-            job, config = parse_sft_arguments(argv, prog, __doc__)
-        started = time.time()
-        with command(lambda: what_is_kept(config, started)):
-            with wrong_arguments_end_the_command():
-                task = prepare(job, config)
-                trainer = build_trainer(task, config)
-                rehearse(trainer, config.resume_from_checkpoint)
-            with refusals_end_the_command() as first_step:
-                run(task, trainer, [first_step])
+    run_as_command(lambda: parse_sft_arguments(argv, prog, __doc__), prepare, build_trainer, run)
 
 
 def build_trainer(task: SftTask, config: Any) -> ZOTrainer:

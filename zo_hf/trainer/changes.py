@@ -22,7 +22,7 @@ from transformers.trainer_utils import has_length
 
 from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
-from zo_hf.parallel.shards import is_sharded_model
+from zo_hf.parallel.shards import class_name, is_sharded_model
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.subspaces.peft_methods import base_model, is_peft
 from zo_hf.trainer.config import ZOConfig
@@ -118,7 +118,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     # An adapter's own weights may have another dtype during training.
     fixed = [p for p in inner.parameters() if p.is_floating_point() and not (is_peft(model) and p.requires_grad)]
     described = {
-        "class": type(inner).__name__.removeprefix("FSDP"),  # which FSDP2 puts in front while weights are sharded
+        "class": class_name(inner),
         "dtype": str(fixed[0].dtype) if fixed else None,
         "number of weights": sum(p.numel() for p in fixed),
     }

@@ -16,6 +16,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_hf import checkpoint
+from zo_hf.untrusted import plain_json
 
 FILE = "zo_manifest.json"
 VERSION = 1
@@ -79,8 +80,8 @@ def _problem_without_list(folder: Path) -> str | None:
 def _read(path: Path) -> dict[str, list[int]] | str:
     """Return the sizes and checksums of a list, or what is wrong with it."""
     try:
-        content: Any = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = plain_json.read(path)
+    except (OSError, ValueError):
         return f"{path.name} cannot be read"
     if isinstance(content, dict) and content.get("version") != VERSION:
         return f"{path.name} has version {content.get('version')!r}, which this version of zo_hf does not know"

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.parallel.checksum import tensors_hash
+from zo_hf.parallel.shards import class_name
 from zo_hf.quantization import stored_tensors
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Adapter, Subspace
@@ -107,7 +108,7 @@ def describe_base(
     return {
         "name": getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
-        "class": type(unwrapped).__name__.removeprefix("FSDP"),  # which FSDP2 puts in front while weights are sharded
+        "class": class_name(unwrapped),
         "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
         "device": first.device.type,
         "quantization": _quantization(config),
