@@ -79,6 +79,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (TANGENTS, {}, {"fsdp"}),
     (FULL, {}, {"fsdp"}),
     ({}, {"auto_find_batch_size": True}, {"fsdp"}),
+    ({}, {"zo_feature_cache_gib": 1.0}, {"fsdp"}),
+    ({}, {"zo_feature_cache_gib": 1.0, "torch_compile": True}, set()),
     ({}, {"torch_compile": True}, {"fsdp"}),
     ({}, {"save_only_trajectory": True}, {"fsdp"}),
     ({}, {}, {"fsdp", "optimizers"}),

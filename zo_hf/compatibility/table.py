@@ -422,6 +422,20 @@ CONFLICTS: tuple[Conflict, ...] = (
         "use zo_subspace='low_rank'",
         lambda case: "fsdp" in case.facts and case.settings.subspace == Full.name,
     ),
+    Conflict(
+        "zo_feature_cache_gib={zo_feature_cache_gib}",
+        "fsdp=...",
+        "every process would gather all weights for the rows that it alone has not seen",
+        "use zo_feature_cache_gib=0",
+        lambda case: bool(case.argument("zo_feature_cache_gib")) and "fsdp" in case.facts,
+    ),
+    Conflict(
+        "zo_feature_cache_gib={zo_feature_cache_gib}",
+        "torch_compile=True",
+        "a compiled model runs all of its layers",
+        "use zo_feature_cache_gib=0",
+        lambda case: bool(case.argument("zo_feature_cache_gib")) and bool(case.argument("torch_compile")),
+    ),
     *(
         _with_argument(name, "this is not supported", lambda case: "fsdp" in case.facts, "fsdp=...")
         for name in ("auto_find_batch_size", "torch_compile", "save_only_trajectory")

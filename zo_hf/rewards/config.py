@@ -33,6 +33,7 @@ _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
     ("zo_parallel", ("data",), "use zo_parallel='data'"),
     ("zo_stability_steps", (0,), "leave it out"),
     ("torch_compile", (False,), "leave it out"),
+    ("zo_feature_cache_gib", (0,), "leave it out, because generated tokens are new in every step"),
 )
 #: Arguments of `GenerationConfig` that others here stand for.
 _OF_GENERATION = {

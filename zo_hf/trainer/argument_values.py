@@ -69,6 +69,7 @@ _RANGES: dict[str, tuple[Values, str]] = {
     # Options of zeroth-order training that are not of its method.
     "zo_max_forward_passes": (Whole(1, also=_NONE), "leave it out for no limit"),
     "zo_max_time": (Real(0, above=True, also=_NONE), "leave it out for no limit, or give seconds"),
+    "zo_feature_cache_gib": (Real(0, 1e6), "use 0 to keep nothing"),
     "save_only_trajectory": (Flag(), "False saves whole checkpoints"),
     "zo_parallel": (Choice(PARALLEL), "data is the default"),
     "zo_check_steps": (Whole(0), "use 0 to never check"),

@@ -102,6 +102,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
         "ends after the step in which the time is up. max_steps or num_train_epochs still apply. Default: no limit.",
     )
 
+    # Memory for time.
+    zo_feature_cache_gib: float = option(
+        0.0,
+        "CPU memory, in GiB, for activations in front of the first layer that moves. They never change, so they are computed "
+        "once for every row of the data, from the row alone. All probes and later epochs take them from there, and a forward "
+        "pass costs only the layers from the first moving one on. It needs zo_target_modules or an adapter in the last "
+        "layers, and a model of transformers with one stack of layers. Once the memory is used up, further rows are computed "
+        "again in every step. zo/layers_run logs the part of the layers that forward passes ran. 0 keeps nothing.",
+    )
+
     # Checkpoints.
     save_only_trajectory: bool = option(
         False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
+from zo_hf.evaluation.feature_cache import FeatureCache
 from zo_hf.evaluation.row_losses import GroupedLoss
 from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.parallel.signals import whole
@@ -31,6 +33,7 @@ from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
 from zo_hf.stability.rounding_noise import warn_of_rounding
+from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trainer import changes, learning_rate, setup
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.checkpoints import (
@@ -91,6 +94,7 @@ class ZOTrainer(SavingTrainer):
         self._root_mode, self._no_backward = RootMode(), NoBackward(self)
         self._users_groups: list[list[nn.Parameter]] | None = None
         self._estimate: Estimate | None = None
+        self._features: FeatureCache | None = None
         self._learning_rate: learning_rate.InitialLearningRate | None = None
         self._searches_only = False
         self._budget = Budget(args)
@@ -192,6 +196,7 @@ class ZOTrainer(SavingTrainer):
         self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
         self._losses = self._losses_kind(self, self._ranks)
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
+        self._features = self._feature_cache(zo)
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
             zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
@@ -222,6 +227,17 @@ class ZOTrainer(SavingTrainer):
             setup.check_shared_forwards(zo, self._ranks.grid, self.args)
         self._no_backward.watch(self.accelerator)
         return self.optimizer
+
+    def _feature_cache(self, zo: ZerothOrder) -> FeatureCache | None:
+        """Make the cache of features that `zo_feature_cache_gib` asks for.
+
+        Raises:
+            ValueError: the model or the choice of what moves leaves nothing to keep.
+        """
+        if not self.args.zo_feature_cache_gib:
+            return None
+        moving = {module for site in zo.subspace.sites for module, _ in site.uses}
+        return FeatureCache(base_model(self.model), moving, self.args.zo_feature_cache_gib)
 
     def _settings(self) -> Settings:
         """Return the method of this run; a resumed run goes on with its rows and directions if the arguments leave them open.
@@ -272,7 +288,7 @@ class ZOTrainer(SavingTrainer):
             self._forget_engine()
 
     def _forget_engine(self) -> None:
-        zo, self.zo = self.zo, None
+        zo, self.zo, self._features = self.zo, None, None
         self._files.close()
         self._root_mode.leave()
         self._no_backward.leave()
@@ -385,13 +401,15 @@ class ZOTrainer(SavingTrainer):
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0:
                 warn_of_rounding(self.zo, closure, weight)
-        self.zo.probe(closure, weight)
+        with nullcontext() if self._features is None else self._features.serving():
+            self.zo.probe(closure, weight)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         loss = 0.0
         if self.accelerator.sync_gradients:
-            self._estimate = self.zo.finish_estimate()
+            with nullcontext() if self._features is None else self._features.serving():
+                self._estimate = self.zo.finish_estimate()
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss
             if not self._estimate.is_finite:
@@ -428,6 +446,8 @@ class ZOTrainer(SavingTrainer):
         """Log as Trainer does, with the engine's numbers on lines that report a training loss or an evaluation."""
         if self.zo is not None and "loss" in logs and self._estimate is not None:
             logs |= engine_logs(self.zo, self._estimate, self._monitor)
+            if self._features is not None:
+                logs["zo/layers_run"] = self._features.layers_run / self._features.layers_asked
             if self.args.world_size > 1:
                 self._ranks.bytes_sent += 4  # Trainer averages the float32 loss that it is about to log
                 logs["zo/bytes_communicated"] = self._ranks.bytes_sent
