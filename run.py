@@ -4,6 +4,7 @@
     python3 run.py demo [ARGS…]            fine-tune the embedded default model with forward passes only
     python3 run.py launch SCRIPT [ARGS…]   run a recipe through `accelerate launch`
     python3 run.py test [ARGS…]            run the tests, on up to four cores; ARGS go to pytest (-m slow, -n 0, -k NAME, …)
+    python3 run.py gpu [ARGS…]             run on a GPU what needs one: tests, kernel counts, benchmarks and the demo
     python3 run.py check                   ruff check, ruff format --check, mypy
     python3 run.py docs [--serve]          build the documentation into site/; --serve shows it and follows changes
     python3 run.py install [EXTRA…]        only install, with these extras of pyproject.toml
@@ -264,6 +265,12 @@ def demo(arguments):
     return launch([os.path.join(ROOT, RECIPE), "--offline", *arguments])
 
 
+def gpu(arguments):
+    script = os.path.join(ROOT, "recipes", "first_gpu_hour.py")
+    install(extras_of(script))
+    return become([venv_python(venv_dir()), script, *arguments])
+
+
 def test(arguments):
     install(EXTRAS["test"])
     if not any(word.startswith("-n") or word == "--collect-only" for word in arguments):
@@ -307,7 +314,15 @@ def main(arguments):
         print(__doc__)
         return 0 if arguments else 2
     command, *rest = arguments
-    commands = {"demo": demo, "launch": launch, "test": test, "check": check, "docs": docs, "install": install}
+    commands = {
+        "demo": demo,
+        "launch": launch,
+        "gpu": gpu,
+        "test": test,
+        "check": check,
+        "docs": docs,
+        "install": install,
+    }
     try:
         if command not in commands:
             raise Failure("there is no command {!r}; it is one of {}".format(command, ", ".join(commands)))

@@ -45,7 +45,7 @@ def test_every_variant_takes_a_real_step_and_leaves_the_model_to_the_next(name: 
         step()
     assert not any("forward" in module.__dict__ for module in model.modules())
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    assert len(changed) > 10
+    assert not changed if name == "adapter" else len(changed) > 10  # an adapter moves, on a copy of the model
 
 
 @pytest.mark.parametrize("name", ["low_rank-rows", "full-gaussian"])

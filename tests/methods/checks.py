@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tests.conftest import assert_same_bits
-from tests.methods.table import DIRECTIONS, ROWS, TOKENS, WIDTH, Combination, Subject, subject
+from tests.methods.table import DEVICE, DIRECTIONS, ROWS, TOKENS, WIDTH, Combination, Subject, subject
 from zo_hf import checkpoint
 from zo_hf.estimators.estimate import Step
 from zo_hf.parallel.ranks import Grid, Ranks
@@ -321,10 +321,10 @@ def _two_ranks(combination: Combination, grid: Grid, batches: tuple[int, int]) -
 
 def _answers(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Of every layer, to inputs that show each of its parameters, in one vector; and its tangent, where there is one."""
-    x = torch.eye(WIDTH, dtype=torch.float64)
-    both = torch.cat((x, torch.zeros(1, WIDTH, dtype=torch.float64)))
+    x = torch.eye(WIDTH, dtype=torch.float64, device=DEVICE)
+    both = torch.cat((x, torch.zeros_like(x[:1])))
     with torch.no_grad():
-        answers = [model.embed(torch.arange(TOKENS)), *(layer(both) for layer in model.layers)]
+        answers = [model.embed(torch.arange(TOKENS, device=DEVICE)), *(layer(both) for layer in model.layers)]
         answers += [model.norm(both), model.head(both)]
     return forward_ad.unpack_dual(torch.cat([answer.flatten() for answer in answers]))
 

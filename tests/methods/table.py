@@ -7,6 +7,7 @@ is in at least one combination. What the engine refuses with a ValueError is lef
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cache, cached_property
@@ -36,6 +37,8 @@ FOLD_STEPS = 2
 # Of a rule that has a period, one that is as short as the folds here.
 SHORT: dict[str, dict[str, int]] = {"svrg": {"svrg_batches": 1, "svrg_steps": 1}}
 ROWS, WIDTH, CLASSES, TOKENS = 4, 8, 3, 11
+#: On which every check runs: `ZO_HF_TEST_DEVICE=cuda` in the environment runs them on a GPU.
+DEVICE = torch.device(os.environ.get("ZO_HF_TEST_DEVICE", "cpu"))
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,12 @@ class TinyLoss:
 
     rows = ROWS
 
-    def __init__(self, model: nn.Module, batch: int = 0) -> None:
+    def __init__(self, model: nn.Module, batch: int = 0, device: torch.device = DEVICE) -> None:
         generator = torch.Generator().manual_seed(batch)
         self.model = model
         # Every token is used, so that no row of the embedding is without effect.
-        self.tokens = torch.randperm(3 * ROWS, generator=generator).view(ROWS, 3) % TOKENS
-        self.labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)
+        self.tokens = (torch.randperm(3 * ROWS, generator=generator).view(ROWS, 3) % TOKENS).to(device)
+        self.labels = torch.randint(0, CLASSES, (ROWS,), generator=generator).to(device)
 
     def __call__(self) -> Tensor:
         return F.cross_entropy(self.model(self.tokens), self.labels)
@@ -136,18 +139,19 @@ def subject(
     eps: float | None = None,
     fold_steps: int = FOLD_STEPS,
     batch: int = 0,
+    device: torch.device = DEVICE,
 ) -> Subject:
     """A combination on a model of its own.
 
     Raises:
         ValueError: its entries do not work together.
     """
-    model = with_scales(combination.subspace, seeded(Tiny, dtype))
+    model = with_scales(combination.subspace, seeded(Tiny, dtype).to(device))
     kind = SUBSPACES[combination.subspace]
     factors = {"rank": 2, "fold_steps": fold_steps, "seed": seed}
     space = kind(model, **factors) if has_factors(kind) else combination.subspace
     zo = engine(combination, model, space, seed=seed, batched_probes=batched, ranks=ranks, eps=eps)
-    made = Subject(zo, sgd(zo, lr), TinyLoss(model, batch))
+    made = Subject(zo, sgd(zo, lr), TinyLoss(model, batch, device))
     zo.on_step = lambda step: made.numbers.append(step.projected_gradients)
     return made
 

@@ -10,14 +10,15 @@ a step, and computes logits at the last position, as the steps do. Peak memory i
 each variant; on a CPU it is that of the whole process, including libraries. `noise` is the part of a step in which it
 draws its directions, in per cent, from steps of their own. The variants with `rows` have a direction for every row.
 
-With a quantized model, `forward-exact` is the forward pass without rounding of the inputs, which probes need. There
-`low_rank` never folds, and `adapter` is a LoRA adapter of rank 8 on all linear layers.
+`adapter` is a LoRA adapter of rank 8 on all linear layers. With a quantized model, `forward-exact` is the forward pass
+without rounding of the inputs, which probes need, and `low_rank` never folds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import multiprocessing
 import statistics
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
 
 from zo_hf.directions import Distribution
 from zo_hf.engine import ZerothOrder
@@ -41,12 +42,24 @@ from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
 from zo_hf.trainer.output_paths import check_file
 
-SHAPES: dict[str, dict[str, Any]] = {
+_OPT: dict[str, dict[str, Any]] = {
     "opt-125m": {},
     "opt-1.3b": {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
     "opt-13b": {"hidden_size": 5120, "ffn_dim": 20480, "num_hidden_layers": 40, "num_attention_heads": 40},
     "tiny": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512},
 }
+_LLAMA_8B: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    name: functools.partial(OPTConfig, **sizes, word_embed_proj_dim=sizes.get("hidden_size", 768))
+    for name, sizes in _OPT.items()
+} | {"llama-8b": functools.partial(LlamaConfig, **_LLAMA_8B)}
 LEARNING_RATE = 1e-7
 EPS = 1e-3
 _DRAWS = ("draw_layout", "draw_slice", "draw_rows")
@@ -179,12 +192,12 @@ def _memory_child(args: argparse.Namespace, name: str, send: Any) -> None:
     send.send(peak.mib)
 
 
-def build(args: argparse.Namespace) -> tuple[OPTForCausalLM, dict[str, Tensor]]:
+def build(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Return a model with random weights, and a batch whose last token is the label."""
-    config = OPTConfig(**SHAPES[args.shape], word_embed_proj_dim=SHAPES[args.shape].get("hidden_size", 768))
+    config = SHAPES[args.shape]()
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = OPTForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
         if args.quantization is not None:
             quantize(model, args.quantization)
         ids = torch.randint(5, config.vocab_size, (args.rows, args.length))
@@ -230,10 +243,10 @@ class Step:
 
 
 Batch = dict[str, Tensor]
-Variant = Callable[[OPTForCausalLM, Batch], Step]
+Variant = Callable[[PreTrainedModel, Batch], Step]
 
 
-def forward(model: OPTForCausalLM, batch: Batch) -> Step:
+def forward(model: PreTrainedModel, batch: Batch) -> Step:
     """Return a bare forward pass over the rows of both probes."""
     inputs = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
     position = torch.tensor([inputs["input_ids"].shape[1] - 2], device=inputs["input_ids"].device)
@@ -245,7 +258,7 @@ def forward(model: OPTForCausalLM, batch: Batch) -> Step:
     return Step(step)
 
 
-def forward_exact(model: OPTForCausalLM, batch: Batch) -> Step:
+def forward_exact(model: PreTrainedModel, batch: Batch) -> Step:
     """Return a bare forward pass with the product that probes use in quantized layers."""
     layers, bare = quantized_layers(model), forward(model, batch)
 
@@ -268,7 +281,7 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
         rows: rows that share a direction; 0 for all.
     """
 
-    def variant(model: OPTForCausalLM, batch: Batch) -> Step:
+    def variant(model: PreTrainedModel, batch: Batch) -> Step:
         inner = model
         if adapter:  # PEFT wraps layers in place, and the other variants need the original model
             from peft import LoraConfig, get_peft_model
@@ -297,7 +310,7 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
     return variant
 
 
-def textbook(model: OPTForCausalLM, batch: Batch) -> Step:
+def textbook(model: PreTrainedModel, batch: Batch) -> Step:
     """Return a step of MeZO as its authors published it: four out-of-place passes over the weights, each drawing z again."""
 
     def draw(parameter: Tensor) -> Tensor:
@@ -334,6 +347,7 @@ VARIANTS: dict[str, Variant] = {
     "low_rank": zeroth_order("low_rank", "gaussian"),
     "low_rank-rows": zeroth_order("low_rank", "gaussian", rows=1),
     "low_rank-rows-rademacher": zeroth_order("low_rank", "rademacher", rows=1),
+    "adapter": zeroth_order("adapter", "gaussian", adapter=True),
     "full-rademacher": zeroth_order("full", "rademacher"),
     "full-gaussian": zeroth_order("full", "gaussian"),
     "textbook-mezo": textbook,

@@ -1,0 +1,291 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["zo-hf[demo,peft,quantization,test]"]
+# ///
+"""Run on a GPU what needs one: tests, kernel counts, benchmarks and the demo. It writes one JSON file and one table.
+
+    python3 run.py gpu                          on the GPU, in under eight minutes on an H100
+    python3 run.py gpu --device cpu --small     the same parts, each as small as it goes, without a GPU
+
+Every part is a process of its own with a time limit. A part that fails, or for which no time is left, is reported, and the
+others go on. The command's exit code is 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM
+
+from zo_hf import ZerothOrder
+from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.refusals import refusals_end_the_command
+from zo_hf.trainer.output_paths import check_file
+
+ROOT = Path(__file__).resolve().parents[1]
+#: A part does not begin with less time than this.
+LEAST_SECONDS = 10
+#: Variants of `zo-hf bench` that are measured for every shape, and those that draw too much noise for the large ones.
+VARIANTS = ("low_rank", "low_rank-rows-rademacher", "adapter")
+DENSE = ("full-rademacher", "textbook-mezo")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the run.
+
+    Attributes:
+        name: the part's name in the report.
+        arguments: what Python gets, with {output} for the file of its results.
+        limit: seconds after which it is stopped.
+        environment: variables for it alone.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parts(device: str, small: bool) -> list[Part]:
+    """Return what a run consists of, the most important first."""
+    files = ("tests/device",) if small else ("tests/device", "tests/rng", "tests/methods/test_engine.py")
+    made = [
+        Part(
+            "tests",
+            (
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:warnings",
+                "-m",
+                "",
+                "--dist",
+                "loadfile",
+                "-n",
+                "2" if small else "8",
+                *files,
+            ),
+            120,
+            {"ZO_HF_TEST_DEVICE": device},
+        ),
+        Part("launches", (__file__, "--device", device, "--count-launches", "{output}", *["--small"] * small), 60),
+    ]
+    if small:
+        made.append(_bench("bench tiny", device, "tiny", (*VARIANTS, *DENSE), ("--rounds", "1", "--rows", "2")))
+    else:
+        made += [
+            _bench("bench opt-1.3b", device, "opt-1.3b", (*VARIANTS, *DENSE)),
+            _bench("bench llama-8b", device, "llama-8b", (*VARIANTS, "textbook-mezo"), ("--rounds", "3")),
+            _bench("bench opt-125m", device, "opt-125m", (*VARIANTS, *DENSE)),
+            _bench("bench opt-1.3b int8", device, "opt-1.3b", (), ("--quantization", "int8")),
+            _bench("bench opt-1.3b nf4", device, "opt-1.3b", (), ("--quantization", "nf4")),
+            _bench("bench opt-13b", device, "opt-13b", VARIANTS[:2], ("--rounds", "3")),
+        ]
+    demo = (str(ROOT / "recipes" / "opt_sst2.py"), "--offline", "--output_dir", "{output}")
+    few = ("--max_steps", "2", "--num_train_examples", "32", "--num_eval_examples", "16")
+    on_cpu = ("--use_cpu", "true") if device == "cpu" else ()
+    made.append(Part("demo", (*demo, *on_cpu, *(few if small else ())), 240))
+    return made
+
+
+def _bench(name: str, device: str, shape: str, variants: Sequence[str], more: Sequence[str] = ()) -> Part:
+    """Return a part that runs `zo-hf bench`."""
+    size = ("--rows", "16", "--length", "64") if shape != "tiny" else ("--length", "8")
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    chosen = ("--variants", *variants) if variants else ()
+    arguments = ("--shape", shape, "--dtype", dtype, "--device", device, *size, *more, *chosen)
+    return Part(name, ("-m", "zo_hf.cli.main", "bench", *arguments, "--output", "{output}"), 90)
+
+
+def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run a part and return its results: `status`, `seconds`, `results` and the `end` of what it printed."""
+    output = folder / f"{part.name.replace(' ', '-')}.json"
+    began = time.perf_counter()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | part.environment
+    words = [sys.executable, *(word.format(output=output) if word == "{output}" else word for word in part.arguments)]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env=environment,
+            timeout=min(part.limit, seconds),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        status, printed = "passed" if done.returncode == 0 else "failed", done.stderr + done.stdout
+    except subprocess.TimeoutExpired as stopped:
+        status = f"stopped after {stopped.timeout:.0f} s"
+        printed = "".join(text.decode(errors="replace") for text in (stopped.stderr, stopped.stdout) if text)
+    file = output / "metrics.json" if output.is_dir() else output
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    end = [line for line in printed.splitlines() if line.strip()][-15:]
+    return {"status": status, "seconds": time.perf_counter() - began, "results": results, "end": end}
+
+
+def count_launches(device: str, small: bool) -> dict[str, dict[str, int]]:
+    """Return the kernels that a bare forward pass and a step launch; on a CPU, the operators that they call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 2, "num_hidden_layers": 2} if small else {}
+    with torch.device(device):
+        config = OPTConfig(**sizes, word_embed_proj_dim=sizes.get("hidden_size", 768))
+        model = OPTForCausalLM._from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval()
+        ids = torch.randint(5, config.vocab_size, (4, 16) if small else (16, 64))
+        labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    position = torch.tensor([ids.shape[1] - 2], device=device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=batch["attention_mask"], logits_to_keep=position)
+
+    counts = {"forward": _profiled(forward, device)}
+    for name, options in {"step": {}, "step by rows": {"rows_per_direction": 1, "direction": "rademacher"}}.items():
+        zo = ZerothOrder(model, "low_rank", **options)
+        optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-7))
+
+        def step(zo: ZerothOrder = zo, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss))
+            optimizer.step()
+
+        counts[name] = _profiled(step, device)
+        zo.finish()
+    return counts
+
+
+def _profiled(run: Any, device: str) -> dict[str, int]:
+    """Return the number of kernels, or of operators, and of synchronizations in one call, after two that warm up."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    run()
+    run()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
+    with profile(activities=activities) as profiler:
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+    events = profiler.events() or []
+    on_device = [event for event in events if event.device_type is not DeviceType.CPU]
+    calls = Counter(event.name for event in events if event.device_type is DeviceType.CPU)
+    kernels = on_device if device != "cpu" else [event for event in events if event.name.startswith("aten::")]
+    waits = sum(calls[name] for name in ("cudaStreamSynchronize", "aten::_local_scalar_dense"))
+    return {"launches": len(kernels), "waits": waits}
+
+
+def report(run: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"# {run['hardware']}",
+        "",
+        f"torch {run['torch']}, {run['platform']}",
+        "",
+        "| part | status | s |",
+        "|---|---|---:|",
+    ]
+    lines += [f"| {name} | {part['status']} | {part['seconds']:.0f} |" for name, part in run["parts"].items()]
+    for name, part in run["parts"].items():
+        results = part["results"]
+        if name == "tests":
+            lines += ["", f"Tests: {part['end'][-1] if part['end'] else 'no output'}"]
+        elif results is None:
+            lines += ["", f"## {name}: {part['status']}", "", "```text", *part["end"], "```"]
+        elif name == "launches":
+            lines += ["", "## Launches of OPT-125M's shape", "", "| | launches | waits |", "|---|---:|---:|"]
+            lines += [f"| {what} | {count['launches']} | {count['waits']} |" for what, count in results.items()]
+        elif name == "demo":
+            lines += ["", "## Demo", "", "| | |", "|---|---:|"]
+            lines += [f"| {key} | {value:.3f} |" for key, value in results.items() if isinstance(value, float)]
+        else:
+            lines += [
+                "",
+                f"## {name}",
+                "",
+                "| variant | ms | x forward | noise % | peak MiB | x forward |",
+                "|---|---:|---:|---:|---:|---:|",
+            ]
+            lines += [
+                f"| {row['variant']} | {row['milliseconds']:.1f} | {row['times_forward']:.2f} | "
+                f"{'-' if row['noise_percent'] is None else round(row['noise_percent'], 1)} | {row['peak_mib']:.0f} | "
+                f"{row['peak_over_forward']:.2f} |"
+                for row in results["rows"]
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def run_all(chosen: Sequence[Part], device: str, seconds: float, output: Path) -> dict[str, Any]:
+    """Run the parts in turn, write the report after each, and return the results of all.
+
+    Args:
+        chosen: the parts.
+        device: cuda or cpu.
+        seconds: the time for all of them.
+        output: the JSON file; the table lies beside it.
+    """
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    done: dict[str, Any] = {}
+    run = {"hardware": hardware, "torch": torch.__version__, "platform": platform.platform(), "parts": done}
+    end = time.perf_counter() + seconds
+    with tempfile.TemporaryDirectory() as folder, tqdm(chosen, disable=None) as bar:
+        for part in bar:
+            bar.set_description(part.name)
+            left = end - time.perf_counter()
+            skipped = {"status": "no time left", "seconds": 0.0, "results": None, "end": []}
+            done[part.name] = run_part(part, Path(folder), left) if left > LEAST_SECONDS else skipped
+            output.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+            output.with_suffix(".md").write_text(report(run), encoding="utf-8")
+    return run
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="the device (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="every part as small as it goes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts by name (all)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/gpu.json"), help="the results; a .md lies beside them (%(default)s)"
+    )
+    parser.add_argument(
+        "--count-launches", type=Path, metavar="FILE", help="only count kernels, and write them to FILE"
+    )
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda is not available; use --device cpu --small.")
+    if args.count_launches is not None:
+        args.count_launches.write_text(json.dumps(count_launches(args.device, args.small)), encoding="utf-8")
+        return
+    every = {part.name: part for part in parts(args.device, args.small)}
+    unknown = [name for name in args.only or () if name not in every]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]!r} is no part; choose among {', '.join(every)}.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (args.output, args.output.with_suffix(".md")):
+        check_file("--output", path)
+    run = run_all([every[name] for name in args.only or every], args.device, 60 * args.minutes, args.output)
+    print(report(run))
+    print(f"written    {args.output} and {args.output.with_suffix('.md')}")
+    if any(part["status"] != "passed" for part in run["parts"].values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with command(), refusals_end_the_command():
+        main()

@@ -1,0 +1,49 @@
+"""The report of the run on a GPU has every part: those that passed, those that failed and those for which no time was left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipes.recipe_module import recipe_module
+from zo_hf.cli import bench
+
+recipe: Any = recipe_module("first_gpu_hour")
+
+
+@pytest.mark.parametrize(("device", "small"), [("cuda", False), ("cpu", True)])
+def test_every_benchmark_is_one_that_the_command_takes(device: str, small: bool) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    parts = [part for part in recipe.parts(device, small) if part.name.startswith("bench")]
+    assert len(parts) == (1 if small else 6)
+    for part in parts:
+        args = parser.parse_args([word for word in part.arguments[3:] if word not in ("--output", "{output}")])
+        assert set(args.variants or ()) <= set(bench.variants(args))
+        assert args.device == device and args.shape in bench.SHAPES
+
+
+def test_a_part_that_fails_or_takes_too_long_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+    result = "import json, sys; json.dump({'forward': {'launches': 3, 'waits': 1}}, open(sys.argv[1], 'w'))"
+    parts = [
+        recipe.Part("launches", ("-c", result, "{output}"), 60),
+        recipe.Part("demo", ("-c", "print('so far'); raise SystemExit('no good')"), 60),
+        recipe.Part("bench slow", ("-c", "import time; time.sleep(60)"), 0.5),
+    ]
+    run = recipe.run_all(parts, "cpu", 120.0, tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == run
+    assert [part["status"] for part in run["parts"].values()] == ["passed", "failed", "stopped after 0 s"]
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| forward | 3 | 1 |" in table
+    assert "no good\nso far" in table
+    late = recipe.run_all(parts, "cpu", 0.0, tmp_path / "late.json")
+    assert {part["status"] for part in late["parts"].values()} == {"no time left"}
+
+
+def test_launches_are_counted() -> None:
+    counts = recipe.count_launches("cpu", True)
+    assert counts["step"]["launches"] > counts["forward"]["launches"] > 20
