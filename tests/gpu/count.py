@@ -1,0 +1,144 @@
+"""The counts of a step, a fold, an evaluation and a copy of the weights, for models of real widths and any depth.
+
+A model of one layer and one of two are counted. If all layers are equal, a count is affine in their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from tests.gpu.fake_cuda import CUDA, Counts, fake_cuda
+from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.rules import SeededSGD
+from zo_hf.subspaces import Folded, Full
+
+ROWS, LENGTH = 16, 64
+_OPT_1B = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
+_LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+#: Models by name: the layers that they have, and what makes one with another number of layers.
+MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    "OPT-125M": (12, lambda n: _opt(num_hidden_layers=n)),
+    "OPT-1.3B": (24, lambda n: _opt(**_OPT_1B, num_hidden_layers=n)),
+    "Llama-8B": (32, lambda n: _llama(**_LLAMA_8B, vocab_size=128256, num_hidden_layers=n)),
+}
+
+
+def _opt(**options: Any) -> nn.Module:
+    return OPTForCausalLM._from_config(OPTConfig(**options), dtype=torch.bfloat16)
+
+
+def _llama(**options: Any) -> nn.Module:
+    return LlamaForCausalLM._from_config(LlamaConfig(**options), dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted.
+
+    Args:
+        model: a key of `MODELS`.
+        settings: options of the engine.
+        lora: the rank of a LoRA adapter around the model; 0 for none.
+        rows: True for a direction for every row of the batch.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    lora: int = 0
+    rows: bool = False
+
+    def at_depth(self, layers: int | None = None) -> dict[str, tuple[int, int, int]]:
+        """Return launches, reads and uploads of every part, for the model's own number of layers or another one."""
+        depth = MODELS[self.model][0] if layers is None else layers
+        one, two = (self.counted(count) for count in (1, 2))
+        return {
+            part: tuple(a + (b - a) * (depth - 1) for a, b in zip(one[part], two[part], strict=True))  # type: ignore[misc]
+            for part in one
+        }
+
+    def counted(self, layers: int) -> dict[str, tuple[int, int, int]]:
+        """Count a model of so many layers."""
+        return {part: counts.total for part, counts in self.detailed(layers).items()}
+
+    def detailed(self, layers: int) -> dict[str, Counts]:
+        """Count a model of so many layers, by operation."""
+        with fake_cuda() as counts:
+            with torch.device(CUDA):
+                model = MODELS[self.model][1](layers).eval()
+            inner = model
+            if self.lora:
+                model = _with_lora(model, self.lora)
+            return _parts(counts, model, inner, self.settings, self.rows)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
+
+
+def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
+    """Return a batch whose last token is its label, on the device."""
+    ids = torch.zeros(rows, length, dtype=torch.int64, device=CUDA)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+
+
+def _parts(counts: Counts, model: nn.Module, inner: Any, settings: Mapping[str, Any], rows: bool) -> dict[str, Counts]:
+    found: dict[str, Counts] = {}
+
+    def count(part: str, action: Callable[[], Any]) -> None:
+        counts.clear()
+        with torch.no_grad():
+            action()
+        found[part] = Counts(counts.launches.copy(), counts.reads.copy(), counts.uploads.copy())
+
+    inputs = batch()
+    # The rows of all probes, as in a step.
+    both = {k: v.repeat(1 if rows else 2, 1) for k, v in inputs.items() if k != "labels"}
+    where = torch.tensor([LENGTH - 2], device=CUDA)
+    count("forward", lambda: model(**both, use_cache=False, logits_to_keep=where))
+    zo = ZerothOrder(
+        model, rows_per_direction=1 if rows else 0, batched_probes=not rows, **{"subspace": "low_rank", **settings}
+    )
+    if zo.row_groups is not None:
+        zo.row_groups.works = True  # the first batch decides by values
+        zo.row_groups.expect(ROWS, 1)
+    optimizer = zo.prepare(sgd(zo))
+    checks = LossChecks(is_known=True)
+
+    def step() -> None:
+        inputs_of_step = inputs | {"use_cache": False}
+        zo.estimate(ModelLoss(model, inner, inputs_of_step, lambda given: model(**given).loss, checks=checks))
+        optimizer.step()
+
+    for _ in range(2):  # the first one draws and compares more
+        count("step", step)
+    clean = inputs | {"use_cache": False}
+    del clean["labels"]
+    for _ in range(2):
+        count("evaluation", lambda: model(**clean, logits_to_keep=where))
+    if isinstance(zo.subspace, Folded):
+        count("fold", lambda: zo.subspace.fold(zo.step, {}))
+        step()
+        count("state dict", lambda: model.state_dict())
+    zo.subspace.detach()
+    return found
+
+
+def sgd(zo: ZerothOrder) -> torch.optim.Optimizer:
+    """Return the optimizer of a run on a GPU."""
+    if isinstance(zo.subspace, Full):
+        return SeededSGD(zo.coordinates(), zo.subspace, lr=1e-3)
+    return torch.optim.SGD(zo.coordinates(), lr=1e-3, foreach=True)
+
+
+def ratio(counts: Mapping[str, Sequence[int]]) -> float:
+    """Return the launches of a step over those of a bare forward of its rows."""
+    return counts["step"][0] / counts["forward"][0]
