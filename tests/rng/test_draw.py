@@ -17,6 +17,7 @@ from tests.rng.test_philox import philox_on_integers
 from zo_hf.directions import ELEMENTWISE, GAUSSIAN, RADEMACHER, Elementwise
 from zo_hf.directions.distributions import _quantiles
 from zo_hf.rng import NoiseLayout, Purpose, Stream, draw_half_words, draw_rows, draw_slice
+from zo_hf.rng import draw as draws
 from zo_hf.rng.draw import TILE_BLOCKS
 
 EVERY_DISTRIBUTION = pytest.mark.parametrize("distribution", ELEMENTWISE.values(), ids=ELEMENTWISE)
@@ -116,6 +117,22 @@ def test_a_layout_of_several_tiles_draws_the_same(distribution: Elementwise) -> 
     flat = layout.draw(STREAM, distribution)
     for name, shape in layout.shapes.items():
         assert torch.equal(layout.view(flat, name), draw_slice(STREAM, name, 0, shape.numel(), distribution))
+
+
+@EVERY_DISTRIBUTION
+@pytest.mark.parametrize("tile", [4, 40, 1 << 21], ids="{} blocks at a time".format)
+def test_few_kernels_for_many_streams_draw_the_same(
+    distribution: Elementwise, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device with launches: several streams share a tile, or a stream takes several."""
+    layout = NoiseLayout({"a": torch.Size([300]), "b": torch.Size([7, 50])}, torch.device("cpu"))
+    streams = [Stream(3, 4, direction) for direction in range(5)]
+    expected = torch.stack([layout.draw(stream, distribution) for stream in streams])
+    sliced = draw_slice(STREAM, "w", 5, WHOLE, distribution)
+    monkeypatch.setattr(draws, "is_launched", lambda device: True)
+    monkeypatch.setattr(draws, "WIDE_TILE_BLOCKS", tile)
+    assert torch.equal(layout.draw_all(streams, distribution), expected)
+    assert torch.equal(draw_slice(STREAM, "w", 5, WHOLE, distribution), sliced)
 
 
 @EVERY_DISTRIBUTION

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zo_hf.rng.draw import pack
 from zo_hf.rng.philox import philox4x32
+from zo_hf.rng.philox_wide import philox_blocks
 
 WORD = st.integers(0, 2**32 - 1)
 COUNTER = st.tuples(WORD, WORD, WORD, WORD)
@@ -57,3 +59,15 @@ def test_leaves_its_counter_alone() -> None:
     before = [word.clone() for word in counter]
     philox4x32(counter, 7)
     assert all(torch.equal(word, old) for word, old in zip(counter, before, strict=True))
+
+
+def test_few_kernels_give_the_same_words() -> None:
+    """The variant for devices with launches, for several keys at once."""
+    generator = torch.Generator().manual_seed(0)
+    words = tuple(torch.randint(0, 2**32, (50,), generator=generator) for _ in range(4))
+    keys = [0xDEADBEEFCAFEBABE, 7, 2**64 - 1]
+    before = [word.clone() for word in words]
+    blocks = philox_blocks(torch.stack((words[0], words[2])), torch.stack((words[3], words[1])), keys)
+    for key, found in zip(keys, blocks, strict=True):
+        assert torch.equal(found, pack(philox4x32(words, key)))
+    assert all(torch.equal(word, old) for word, old in zip(words, before, strict=True))

@@ -79,6 +79,12 @@ class Distribution:
         """
         raise NotImplementedError
 
+    def draw_layouts(
+        self, streams: Sequence[Stream], layout: NoiseLayout, coordinates: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """Draw the z of several streams as `draw_layout` does, each (layout.size,)."""
+        return [self.draw_layout(stream, layout, coordinates) for stream in streams]
+
     def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
         """Draw z over a slice of tensor `name`, float32 of shape (n,), which the caller may write to.
 

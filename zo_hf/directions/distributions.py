@@ -11,7 +11,7 @@ Both look up the bits of Philox in a table, so that no logarithm or cosine diffe
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist
 from typing import ClassVar
@@ -41,6 +41,11 @@ class Elementwise(Distribution):
 
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
         return layout.draw(stream, self)
+
+    def draw_layouts(
+        self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        return layout.draw_all(streams, self).unbind()
 
     def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
         return draw.draw_slice(stream, name, start, start + len(values), self, values.device)

@@ -32,9 +32,9 @@ REQUANTIZING_COPIES = 8
 class TracedLayout(NoiseLayout):
     """A layout that allocates the noise, and the counters that a layout keeps, but draws nothing."""
 
-    def draw(self, stream: Stream, decoder: Decoder) -> Tensor:
+    def draw_all(self, streams: Sequence[Stream], decoder: Decoder) -> Tensor:
         self._blocks(decoder.elements_per_block)
-        return torch.empty(self.size, device=self.device)
+        return torch.empty(len(streams), self.size, device=self.device)
 
     def _blocks(self, per_block: int) -> tuple[Tensor, Tensor, Tensor]:
         if per_block not in self._counters:

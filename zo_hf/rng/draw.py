@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zo_hf.rng.philox import philox4x32
+from zo_hf.rng.philox_wide import philox_blocks
 from zo_hf.rng.stream import Stream, tensor_key
 
-# Blocks drawn at a time: six int64 buffers of this length, which the generator needs, fit into a core's cache.
+# Blocks drawn at a time. On a CPU the six int64 buffers of this length, which the generator needs, fit into a core's cache.
 TILE_BLOCKS = 16384
+# On other devices, a kernel over these buffers of 16 MiB takes longer than its launch.
+WIDE_TILE_BLOCKS = 1 << 21
+
+
+def is_launched(device: torch.device) -> bool:
+    """Return whether the host launches every operation on a device as a kernel, which takes longer than a small one."""
+    return device.type != "cpu"
+
+
+def tile_blocks(device: torch.device) -> int:
+    """Return the number of blocks that are drawn at a time on a device."""
+    return WIDE_TILE_BLOCKS if is_launched(device) else TILE_BLOCKS
 
 
 class Decoder(Protocol):
@@ -127,15 +140,24 @@ class NoiseLayout:
 
     def draw(self, stream: Stream, decoder: Decoder) -> Tensor:
         """Draw noise for all tensors, float32 of shape (size,)."""
+        return self.draw_all([stream], decoder)[0]
+
+    def draw_all(self, streams: Sequence[Stream], decoder: Decoder) -> Tensor:
+        """Draw the noise of several streams for all tensors, float32 of shape (streams, size)."""
+        keys, tile = [stream.key for stream in streams], tile_blocks(self.device)
         index, low, high = self._blocks(decoder.elements_per_block)
-        noise = torch.empty(self.size, device=self.device)
-        tiles = noise.split(TILE_BLOCKS * decoder.elements_per_block)
-        zeros = torch.zeros(min(TILE_BLOCKS, len(index)), dtype=torch.int64, device=self.device)
-        for tile, c0, c2, c3 in zip(
-            tiles, index.split(TILE_BLOCKS), low.split(TILE_BLOCKS), high.split(TILE_BLOCKS), strict=True
-        ):
-            words = philox4x32((c0, zeros[: len(c0)], c2, c3), stream.key)
-            tile.copy_(decoder.decode(pack(words)))
+        above = index.new_zeros(1).expand(len(index))
+        noise = torch.empty(len(keys), self.size, device=self.device)
+        # A CPU draws one stream at a time, because a tile of several would not fit into its cache.
+        together = max(1, tile // len(index)) if is_launched(self.device) else 1
+        for first in range(0, len(keys), together):
+            part = keys[first : first + together]
+            blocks = tile // len(part)
+            columns = noise[first : first + together].split(blocks * decoder.elements_per_block, 1)
+            for target, *words in zip(
+                columns, *(word.split(blocks) for word in (index, above, low, high)), strict=True
+            ):
+                target.copy_(decoder.decode(_random_blocks(words, part)).view_as(target))
         return noise
 
     def _blocks(self, per_block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,13 +177,28 @@ class NoiseLayout:
 
 
 def _decode_blocks(key: int, name: str, blocks: Tensor, decoder: Decoder) -> Tensor:
-    if len(blocks) <= TILE_BLOCKS:
+    tile = tile_blocks(blocks.device)
+    if len(blocks) <= tile:
         return decoder.decode(_packed_blocks(key, name, blocks))
-    return torch.cat([decoder.decode(_packed_blocks(key, name, tile)) for tile in blocks.split(TILE_BLOCKS)])
+    return torch.cat([decoder.decode(_packed_blocks(key, name, part)) for part in blocks.split(tile)])
 
 
 def _packed_blocks(key: int, name: str, blocks: Tensor) -> Tensor:
     tensor = tensor_key(name)
     low = torch.full_like(blocks, tensor & 0xFFFFFFFF)
     high = torch.full_like(blocks, tensor >> 32)
-    return pack(philox4x32((blocks & 0xFFFFFFFF, blocks >> 32, low, high), key))
+    return _random_blocks((blocks & 0xFFFFFFFF, blocks >> 32, low, high), [key])
+
+
+def _random_blocks(counter: Sequence[Tensor], keys: Sequence[int]) -> Tensor:
+    """Return random blocks for every key, packed, int64 of shape (keys * n, 2).
+
+    Args:
+        counter: the four words of every block's counter, int64 (n,) each.
+        keys: keys of the streams.
+    """
+    c0, c1, c2, c3 = counter
+    if is_launched(c0.device):
+        return philox_blocks(torch.stack((c0, c2)), torch.stack((c3, c1)), keys).flatten(0, 1)
+    drawn = [pack(philox4x32((c0, c1, c2, c3), key)) for key in keys]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)

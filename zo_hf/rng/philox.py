@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
@@ -38,8 +38,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tupl
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(ROUNDS):
-        torch.mul(c0, _MULTIPLIERS[0], out=product0)
-        torch.mul(c2, _MULTIPLIERS[1], out=product1)
+        torch.mul(c0, MULTIPLIERS[0], out=product0)
+        torch.mul(c2, MULTIPLIERS[1], out=product1)
         torch.bitwise_right_shift(product1, 32, out=c0)
         c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         torch.bitwise_right_shift(product0, 32, out=c2)
@@ -47,5 +47,5 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tupl
         # The low words may keep their high bits for now: the next round multiplies only c0 and c2, which are masked.
         c1, product1 = product1, c1
         c3, product0 = product0, c3
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)

@@ -50,14 +50,20 @@ class CoordinateBlock:
 
     def noise(self, stream: Stream, distribution: Distribution) -> Tensor:
         """Return z without `scale`, (size,), in the dtype of the coordinates; the last ones drawn are cached."""
+        self._draw([stream], distribution)
+        return self._drawn[stream]
+
+    def _draw(self, streams: Sequence[Stream], distribution: Distribution) -> None:
+        """Draw those of the streams' z that are not cached, all together, and forget all others if room runs out."""
         if self._drawn_from is not distribution:
             self._drawn, self._drawn_from = {}, distribution
-        if stream not in self._drawn:
-            if len(self._drawn) >= self._kept:
-                self._drawn = {}
-            z = distribution.draw_layout(stream, self.layout, self.coordinates)
-            self._drawn[stream] = z.to(self.dtype)
-        return self._drawn[stream]
+        missing = [stream for stream in dict.fromkeys(streams) if stream not in self._drawn]
+        if not missing:
+            return
+        if len(self._drawn) + len(missing) > self._kept:
+            self._drawn = {stream: self._drawn[stream] for stream in streams if stream in self._drawn}
+        found = distribution.draw_layouts(missing, self.layout, self.coordinates)
+        self._drawn |= {stream: z.to(self.dtype) for stream, z in zip(missing, found, strict=True)}
 
     def set_point(self, probes: Sequence[Probe], stream_of: StreamOf, distribution: Distribution) -> None:
         """Fill `point`, (probes, size), with ξ + scale · z; without probes it has one row, ξ itself.
@@ -66,14 +72,16 @@ class CoordinateBlock:
         """
         self.tangent = None
         rows = max(1, len(probes))
-        # Groups of rows with directions of their own: the same ones come again for the other sign and for the gradient.
-        directions = {probe.direction for probe in probes}
-        self._kept = len(directions) if len(directions) == len(probes) else 1
+        # The directions come again for the gradient, and those of groups of rows for the other sign before.
+        drawn = list(dict.fromkeys(p.direction for p in probes if p.direction >= 0 and (p.scale or p.derivative)))
+        self._kept = max(1, len(drawn))
         if self.point is None or len(self.point) != rows:
             self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
         with torch.no_grad():
             views = list(self.layout.views(self.point[0]).values())
             torch._foreach_copy_(views, list(self.coordinates.values()))
+            if not isinstance(distribution, UnitVectors):
+                self._draw([stream_of(direction) for direction in drawn], distribution)
             if self._is_grouped(probes, distribution):
                 # The last group first, because the first row holds the present values.
                 for row, probe in reversed(list(zip(self.point, probes, strict=True))):
@@ -129,8 +137,11 @@ class CoordinateBlock:
             moves = [(0, stream_of(index), coefficient) for index, coefficient in enumerate(coefficients)]
             self._add_units(gradient[None], moves, distribution)
         else:
-            for index, coefficient in enumerate(coefficients):
-                gradient.add_(self.direction(stream_of(index), distribution), alpha=coefficient)
+            streams = [stream_of(index) for index in range(len(coefficients))]
+            for first in range(0, len(streams), self._kept):
+                self._draw(streams[first : first + self._kept], distribution)
+                for stream, coefficient in zip(streams[first:][: self._kept], coefficients[first:], strict=False):
+                    gradient.add_(self.direction(stream, distribution), alpha=coefficient)
         for name, coordinate in self.coordinates.items():
             coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
 
