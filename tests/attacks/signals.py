@@ -52,7 +52,7 @@ PLACES: dict[str, frozenset[str]] = {
     "the optimizer's step": frozenset(
         {"step", "apply_pending", "_single_tensor_sgd", "_single_tensor_adamw", "_advance"}
     ),
-    "a fold": frozenset({"fold", "_fold_into", "draw_bases", "_remember_decay"}),
+    "a fold": frozenset({"fold", "_fold_plain", "_fold_into", "_write", "draw_bases", "_remember_decay"}),
     "the end": frozenset({"finish", "_finish_zeroth_order", "detach", "_forget_engine"}),
     "a checkpoint": frozenset({"stage", "publish", "save", "save_engine", "_flush", "clear", "_save"}),
     "anywhere": frozenset(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,41 @@ def draw_half_words(stream: Stream, name: str, start: int, stop: int, device: to
     first = start // 8
     blocks = torch.arange(first, -(-stop // 8), device=device)
     return half_words(_packed_blocks(stream.key, name, blocks))[start - first * 8 : stop - first * 8]
+
+
+class Place(NamedTuple):
+    """Consecutive elements of a tensor: its name, the index of the first one, and their number."""
+
+    name: str
+    first: int
+    count: int
+
+
+def draw_half_words_of(stream: Stream, places: Sequence[Place], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Draw what `draw_half_words` draws, for several places at once.
+
+    Returns:
+        int32 of shape (size,) with gaps between the places, and the index at which each place begins.
+    """
+    starts, counts, size = [], [], 0
+    for place in places:
+        starts.append(8 * size + place.first % 8)
+        counts.append(-(-(place.first + place.count) // 8) - place.first // 8)
+        size += counts[-1]
+    number = torch.arange(size, device=device)
+    low, high = torch.zeros_like(number), torch.zeros_like(number)
+    # Scalars of a foreach operation are arguments of a kernel, and need no copy from the host.
+    firsts = [place.first // 8 - start // 8 for place, start in zip(places, starts, strict=True)]
+    keys = [tensor_key(place.name) for place in places]
+    torch._foreach_add_(list(number.split(counts)), firsts)
+    torch._foreach_add_(list(low.split(counts)), [key & 0xFFFFFFFF for key in keys])
+    torch._foreach_add_(list(high.split(counts)), [key >> 32 for key in keys])
+    drawn = torch.empty(8 * size, dtype=torch.int32, device=device)
+    tile = tile_blocks(device)
+    words = (number & 0xFFFFFFFF, number >> 32, low, high)
+    for target, *part in zip(drawn.split(8 * tile), *(word.split(tile) for word in words), strict=True):
+        target.copy_(half_words(_random_blocks(part, [stream.key])))
+    return drawn, starts
 
 
 class NoiseLayout:

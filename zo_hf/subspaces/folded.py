@@ -182,15 +182,12 @@ class Folded(Subspace):
         reshard(self.model)
         errors = []
         with torch.no_grad():
+            self._fold_plain([site for site in self.sites if site.layer is None], step, decay)
             for site in self.sites:
-                factor = decay.get(site.name, 1.0)
-                if site.layer is None:
-                    part, first = local_part(site.parameter)
-                    self._fold_into(part, first, site, step, factor)
-                else:
+                if site.layer is not None:
+                    factor = decay.get(site.name, 1.0)
                     errors.append(self._fold_quantized(site.layer.storage(), site, step, factor))
-            for coordinate in self.coordinates.values():
-                coordinate.zero_()
+            torch._foreach_zero_(list(self.coordinates.values()))
         if errors:
             error, weight = (sum(sums) for sums in zip(*errors, strict=True))
             self.fold_error = (error / weight) ** 0.5 if weight else 0.0
@@ -256,6 +253,12 @@ class Folded(Subspace):
                 prefix = site.name.removesuffix("weight")
                 tensors |= {prefix + name: part for name, part in site.layer.storage().items()}
         return tensors
+
+    def _fold_plain(self, sites: Iterable[Site], step: int, decay: Mapping[str, float]) -> None:
+        """Fold into the parameters of sites that are not quantized; the arguments are those of `fold`."""
+        for site in sites:
+            part, first = local_part(site.parameter)
+            self._fold_into(part, first, site, step, decay.get(site.name, 1.0))
 
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
         """Set target to decay · target + f(ξ), a tile of rows at a time.

@@ -27,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN
 from zo_hf.method_info import Method
+from zo_hf.parallel.shards import local_part
 from zo_hf.rng import NoiseLayout, Purpose, Stream
-from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.subspaces import fold_pieces
 from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
 from zo_hf.subspaces.functional import HALF, held
@@ -328,29 +329,28 @@ class LowRank(Folded):
         }
 
     @torch.no_grad()
+    def _fold_plain(self, sites: Iterable[Site], step: int, decay: Mapping[str, float]) -> None:
+        parts = ((*local_part(site.parameter), site) for site in sites)
+        pieces = (self._piece(part, first, site, decay.get(site.name, 1.0)) for part, first, site in parts)
+        fold_pieces.write(pieces, Stream(self.seed, step, purpose=Purpose.ROUNDING))
+
+    @torch.no_grad()
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:
-        coordinate = self.coordinates[site.name].detach()
-        if site.name in self.factored:
-            left, right = self._left(site.name), self.basis(site.name).to(coordinate.dtype)
-            if site.transposed:
-                left, right = right, left
-            storage = site.as_matrix(target).t() if site.transposed else site.as_matrix(target)
-        else:
-            left, right = coordinate.reshape(-1, 1), coordinate.new_ones(1, 1)
-            storage = target.view(-1, 1)
-        left = left[first // storage.shape[1] :]
         stream = Stream(self.seed, step, purpose=Purpose.ROUNDING)
-        rows_per_tile = max(1, TILE // storage.shape[1])
-        for start in range(0, storage.shape[0], rows_per_tile):
-            rows = storage[start : start + rows_per_tile]
-            update = (left[start : start + len(rows)] @ right.t()).to(target.device)
-            if target.dtype in HALF:
-                element = first + start * storage.shape[1]
-                uniform = draw_uniform(stream, site.name, element, element + rows.numel(), target.device)
-                value = rows.float().mul_(decay).add_(update)
-                rows.copy_(stochastic_round(value, target.dtype, uniform.view(rows.shape)))
-            else:
-                rows.mul_(decay).add_(update)
+        fold_pieces.write([self._piece(target, first, site, decay)], stream)
+
+    def _piece(self, target: Tensor, first: int, site: Site, decay: float) -> fold_pieces.Piece:
+        """Return what a fold makes of a parameter or of some slices of it; the arguments are those of `_fold_into`."""
+        if site.name not in self.factored:
+            left = self.coordinates[site.name].detach().flatten()[first:][: target.numel()]
+            return fold_pieces.Piece(target.view(-1), left, None, site.name, first, decay)
+        left = self._left(site.name)
+        right = self.basis(site.name).to(left.dtype)
+        if site.transposed:
+            left, right = right, left
+        storage = site.as_matrix(target).t() if site.transposed else site.as_matrix(target)
+        left = left[first // storage.shape[1] :][: len(storage)]
+        return fold_pieces.Piece(storage, left, right, site.name, first, decay)
 
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
         left = self._left(site.name)[start:stop]
