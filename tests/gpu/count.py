@@ -5,7 +5,7 @@ A model of one layer and one of two are counted. If all layers are equal, a coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,14 @@ class Case:
         settings: options of the engine.
         lora: the rank of a LoRA adapter around the model; 0 for none.
         rows: True for a direction for every row of the batch.
+        folds: True to count a fold and a state dict as well, which take long.
     """
 
     model: str
     settings: Mapping[str, Any]
     lora: int = 0
     rows: bool = False
+    folds: bool = False
 
     def at_depth(self, layers: int | None = None) -> dict[str, tuple[int, int, int]]:
         """Return launches, reads and uploads of every part, for the model's own number of layers or another one."""
@@ -75,7 +77,7 @@ class Case:
             inner = model
             if self.lora:
                 model = _with_lora(model, self.lora)
-            return _parts(counts, model, inner, self.settings, self.rows)
+            return _parts(counts, model, inner, self)
 
 
 def _with_lora(model: Any, rank: int) -> Any:
@@ -90,7 +92,7 @@ def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
 
 
-def _parts(counts: Counts, model: nn.Module, inner: Any, settings: Mapping[str, Any], rows: bool) -> dict[str, Counts]:
+def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str, Counts]:
     found: dict[str, Counts] = {}
 
     def count(part: str, action: Callable[[], Any]) -> None:
@@ -101,12 +103,11 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, settings: Mapping[str, 
 
     inputs = batch()
     # The rows of all probes, as in a step.
-    both = {k: v.repeat(1 if rows else 2, 1) for k, v in inputs.items() if k != "labels"}
+    both = {k: v.repeat(1 if case.rows else 2, 1) for k, v in inputs.items() if k != "labels"}
     where = torch.tensor([LENGTH - 2], device=CUDA)
     count("forward", lambda: model(**both, use_cache=False, logits_to_keep=where))
-    zo = ZerothOrder(
-        model, rows_per_direction=1 if rows else 0, batched_probes=not rows, **{"subspace": "low_rank", **settings}
-    )
+    options = {"subspace": "low_rank", "rows_per_direction": int(case.rows), "batched_probes": not case.rows}
+    zo = ZerothOrder(model, **options | dict(case.settings))
     if zo.row_groups is not None:
         zo.row_groups.works = True  # the first batch decides by values
         zo.row_groups.expect(ROWS, 1)
@@ -124,7 +125,7 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, settings: Mapping[str, 
     del clean["labels"]
     for _ in range(2):
         count("evaluation", lambda: model(**clean, logits_to_keep=where))
-    if isinstance(zo.subspace, Folded):
+    if case.folds and isinstance(zo.subspace, Folded):
         count("fold", lambda: zo.subspace.fold(zo.step, {}))
         step()
         count("state dict", lambda: model.state_dict())
@@ -137,8 +138,3 @@ def sgd(zo: ZerothOrder) -> torch.optim.Optimizer:
     if isinstance(zo.subspace, Full):
         return SeededSGD(zo.coordinates(), zo.subspace, lr=1e-3)
     return torch.optim.SGD(zo.coordinates(), lr=1e-3, foreach=True)
-
-
-def ratio(counts: Mapping[str, Sequence[int]]) -> float:
-    """Return the launches of a step over those of a bare forward of its rows."""
-    return counts["step"][0] / counts["forward"][0]

@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zo_hf.directions import distributions
+from zo_hf.rng import philox_wide
 
 CUDA = torch.device("cuda", 0)
 
@@ -77,11 +78,13 @@ def fake_cuda() -> Iterator[Counts]:
     """Let code in this context use `CUDA`, and count what it does there."""
     _set_device_guard()
     counts = Counts()
-    tables = (distributions._quantiles, distributions._signs)  # cached tensors, by their device
+    # Cached tensors, by their device.
+    tables = (distributions._quantiles, distributions._signs, philox_wide._multipliers, philox_wide._weyl)
     state = torch.get_rng_state()  # a real device keeps its generator's state on the host, too
     with (
         mock.patch("torch.cuda.get_rng_state", lambda device: state),
         mock.patch("torch.cuda.set_rng_state", lambda new, device: None),
+        mock.patch.object(nn.Module, "to", lambda module, *where: module),  # made where it stays
         mock.patch.object(FakeTensor, "tolist", lambda tensor: _tolist(counts, tensor)),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         _Count(counts, fake),
@@ -109,9 +112,9 @@ class _Count(TorchDispatchMode):
         tensors = [value for value in given if isinstance(value, Tensor)]
         if name in ("_to_copy", "copy_"):
             return self._copy(func, name, tensors, args, kwargs)
-        if name in ("_local_scalar_dense", "equal"):
+        if name in ("_local_scalar_dense", "equal", "allclose"):
             self._counts.reads[name] += 1
-            return True if name == "equal" else _values((), args[0].dtype)
+            return _values((), args[0].dtype) if name == "_local_scalar_dense" else True
         if name in ("nonzero", "masked_select", "_unique2", "unique_dim"):
             self._counts.reads[name] += 1
             self._counts.launches[name] += 1

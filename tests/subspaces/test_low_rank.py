@@ -16,8 +16,7 @@ from zo_hf.directions import GAUSSIAN
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
 from zo_hf.rng import Stream
-from zo_hf.subspaces import LowRank
-from zo_hf.subspaces import low_rank as low_rank_module
+from zo_hf.subspaces import LowRank, fold_pieces
 
 
 def moved(model: nn.Module, size: float = 0.02, **kwargs) -> LowRank:
@@ -146,8 +145,8 @@ def test_half_precision_fold_is_unbiased(dtype: torch.dtype) -> None:
 def test_a_fold_in_tiles_equals_the_whole(build, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are for memory alone: each gets its own part of B and of the rounding's bits."""
     folded = []
-    for tile in (low_rank_module.TILE, 200):
-        monkeypatch.setattr(low_rank_module, "TILE", tile)
+    for tile in (fold_pieces.TILE, 200):
+        monkeypatch.setattr(fold_pieces, "TILE", tile)
         folded.append(moved(seeded(build, dtype)).folded_state_dict(5))
     for name, whole in folded[0].items():
         # A product of fewer rows may sum in another order, which moves a rounding now and then.

@@ -62,7 +62,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 } | {"llama-8b": functools.partial(LlamaConfig, **_LLAMA_8B)}
 LEARNING_RATE = 1e-7
 EPS = 1e-3
-_DRAWS = ("draw_layout", "draw_slice", "draw_rows")
+_DRAWS = ("draw_layouts", "draw_slice", "draw_rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -183,12 +183,13 @@ class Ranks:
             probes: all probes of the step.
 
         Returns:
-            (len(probes),), the same bits on every rank.
+            (len(probes),) on the CPU, the same bits on every rank.
         """
         # Ranks may have different numbers of probes, but a collective needs equal shapes.
         most = max(len(replace(self.grid, rank=rank).own(probes)) for rank in range(self.grid.directions))
         padded = torch.nn.functional.pad(losses, (0, most - len(losses)))
-        return self.grid.mean_losses(self.all_gather(padded), probes)
+        # To the host, which reads them next, in one transfer that it waits for.
+        return self.grid.mean_losses(self.all_gather(padded).cpu(), probes)
 
     def check_replicas(
         self, coordinates: Mapping[str, Tensor], weights: Mapping[str, Tensor], turn: int | None, step: int

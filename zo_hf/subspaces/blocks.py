@@ -20,7 +20,8 @@ class CoordinateBlock:
         coordinates: parameters by name, all of one dtype and on one device.
 
     Attributes:
-        layout: positions of the coordinate tensors in a flat vector of length `size`.
+        layout: positions of the coordinate tensors in a flat vector of length `size`, matrices before vectors.
+        points_set: how often `point` has been set.
         point: the points of the current probes, (probes, size), or None.
         tangent: directions of the current probes if they are derivatives, (probes, size), or None.
         scale: factors for the elements of every direction, (size,); None leaves directions as they are.
@@ -33,7 +34,8 @@ class CoordinateBlock:
     snapshot: Tensor | None = None
 
     def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
-        self.coordinates = dict(coordinates)
+        self.coordinates = dict(sorted(coordinates.items(), key=lambda item: -item[1].ndim))
+        self.points_set = 0
         first = next(iter(self.coordinates.values()))
         self.dtype = first.dtype
         self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
@@ -71,6 +73,7 @@ class CoordinateBlock:
         Probes are all derivatives or none. Derivatives also set `tangent`, (probes, size), to their z.
         """
         self.tangent = None
+        self.points_set += 1
         rows = max(1, len(probes))
         # The directions come again for the gradient, and those of groups of rows for the other sign before.
         drawn = list(dict.fromkeys(p.direction for p in probes if p.direction >= 0 and (p.scale or p.derivative)))
@@ -172,6 +175,10 @@ class CoordinateBlocks:
             groups.setdefault((coordinate.device, coordinate.dtype), {})[name] = coordinate
         self._blocks = [CoordinateBlock(group) for group in groups.values()]
         self._block_of = {name: block for block in self._blocks for name in block.coordinates}
+
+    def of(self, name: str) -> CoordinateBlock:
+        """Return the block that a coordinate tensor is in."""
+        return self._block_of[name]
 
     def __iter__(self) -> Iterator[CoordinateBlock]:
         return iter(self._blocks)

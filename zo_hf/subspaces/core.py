@@ -57,6 +57,9 @@ class Core(LowRank):
             q, r = torch.linalg.qr(noise.double())
         return q * r.diagonal().sign()
 
+    def _has_factors(self, device: torch.device) -> bool:
+        return False  # a factor is a product of its own
+
     def _is_factored(self, shape: torch.Size) -> bool:
         return min(shape) > self.rank
 

@@ -166,17 +166,17 @@ class Full(Subspace):
     def clear_gradient(self) -> None:
         self.pending = []
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """Return the expected norm of the pending update, √d · √Σ cᵢ², with d the number of weights that move.
 
         It is exact for one Rademacher direction. The actual norm would take a pass over all weights.
         """
         if not self.pending:
-            return 0.0
+            return torch.tensor(0.0, dtype=torch.float64)
         assert self.distribution is not None
         still = sum(self.coordinates[name].numel() for name in self.still)
         moving = self.distribution.moving(self.pending[0][0], self.dimension - still)
-        return float(moving**0.5 * sum(c * c for _, c in self.pending) ** 0.5)
+        return torch.tensor(moving**0.5 * sum(c * c for _, c in self.pending) ** 0.5, dtype=torch.float64)
 
     def scale_gradient(self, factor: float) -> None:
         self.pending = [(stream, c * factor) for stream, c in self.pending]

@@ -28,9 +28,11 @@ from transformers.pytorch_utils import Conv1D
 from zo_hf.directions import GAUSSIAN
 from zo_hf.method_info import Method
 from zo_hf.parallel.shards import local_part
-from zo_hf.rng import NoiseLayout, Purpose, Stream
+from zo_hf.rng import NoiseLayout, Purpose, Stream, draw
 from zo_hf.subspaces import fold_pieces
 from zo_hf.subspaces.activation_basis import measure_bases
+from zo_hf.subspaces.blocks import CoordinateBlock
+from zo_hf.subspaces.factors import Factors, width_of
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.lora import (
@@ -42,7 +44,8 @@ from zo_hf.subspaces.lora import (
     is_wrappable,
     with_adapter,
 )
-from zo_hf.subspaces.per_group import functional_call_per_group
+from zo_hf.subspaces.moved_vectors import MovedVectors
+from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import first_input, require_equal_parts
 
@@ -102,7 +105,14 @@ class LowRank(Folded):
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=p.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._bases: dict[str, Tensor] = {}
+        self._wide_bases: dict[str, Tensor] = {}
         self._begin()
+        self._factors = self._make_factors()
+        self._vectors = {
+            block: MovedVectors(block, [site for site in self.sites if site.name in block.coordinates])
+            for block in self._coordinate_blocks
+            if draw.is_launched(block.layout.device)
+        }
 
     def _is_factored(self, shape: torch.Size) -> bool:
         return shape[1] > self.rank
@@ -165,16 +175,54 @@ class LowRank(Folded):
         for device, shapes in by_device.items():
             layout = NoiseLayout(shapes, device)
             flat = layout.draw(stream, GAUSSIAN).mul_(self.rank**-0.5)
+            if self._has_factors(device):
+                self._widen(layout, flat)
+                continue
             for name, view in layout.views(flat).items():
                 self._set_basis(name, view)
         if self.basis_kind == "activation":
             for name, measured in self._measured_bases(stream).items():
                 self._set_basis(name, measured)
 
-    def _set_basis(self, name: str, basis: Tensor) -> None:
+    def _has_factors(self, device: torch.device) -> bool:
+        """Return whether the factors of a device's layers are one tensor, see `factors`."""
+        return draw.is_launched(device) and 128 % self.rank == 0
+
+    def _make_factors(self) -> dict[CoordinateBlock, Factors]:
+        blocks = [block for block in self._coordinate_blocks if self._has_factors(block.layout.device)]
+        bias_of: dict[CoordinateBlock, dict[str, str]] = {block: {} for block in blocks}
+        for module, holders in self._holders.items():
+            weight, bias = holders.get("weight"), holders.get("bias")
+            if weight is None or bias is None or weight.name not in self.factored or not self._is_linear(module):
+                continue
+            block = self._coordinate_blocks.of(weight.name)
+            if block in bias_of and self._coordinate_blocks.of(bias.name) is block:
+                bias_of[block].setdefault(weight.name, bias.name)
+        return {block: Factors(block, self.rank, bias_of[block]) for block in blocks}
+
+    def _widen(self, layout: NoiseLayout, flat: Tensor) -> None:
+        """Take V / √r of all matrices from a flat vector, each with columns of zeros up to the width of factors."""
+        rows = flat.view(-1, self.rank)
+        wide: dict[torch.dtype, Tensor] = {}
+        for name, shape in layout.shapes.items():
+            dtype = self._dtype_of_basis(name)
+            if dtype not in wide:
+                wide[dtype] = rows.new_zeros(len(rows), width_of(self.rank), dtype=dtype)
+                wide[dtype][:, : self.rank].copy_(rows)
+            start = layout.offsets[name] // self.rank
+            self._wide_bases[name] = wide[dtype][start : start + shape[0]]
+            self._bases[name] = self._wide_bases[name][:, : self.rank]
+
+    def _dtype_of_basis(self, name: str) -> torch.dtype:
         # The forward multiplies by V in the weight's dtype, so the fold must add the V that is rounded to it.
         dtype = self._dtype_of(self.factored[name])
-        rounded = basis.to(dtype if dtype in HALF else self.coordinates[name].dtype)
+        return dtype if dtype in HALF else self.coordinates[name].dtype
+
+    def _set_basis(self, name: str, basis: Tensor) -> None:
+        rounded = basis.to(self._dtype_of_basis(name))
+        if name in self._wide_bases:
+            self._bases[name].copy_(rounded)
+            return
         # Column-major, because this makes x · V about five times faster on a CPU.
         self._bases[name] = rounded.t().contiguous().t()
 
@@ -257,20 +305,45 @@ class LowRank(Folded):
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
         if self.packing is None:
             require_equal_parts(x, groups)
-        left: list[Tensor] = []  # (rows, r) and (rows, 1)
-        right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
-        if weight is not None:
-            left.append(x.reshape(rows, -1).to(output.dtype) @ self.basis(weight.name).to(output.dtype))
-            right.append(self._left_at_point(weight.name))
-        if bias is not None:
-            left.append(output.new_ones(rows, 1))
-            right.append(self._coordinate_blocks.at_point(bias.name).unsqueeze(-1))
-        thin, factors = torch.cat(left, 1), torch.cat(right, 2).to(output.dtype).transpose(1, 2)
+        thin, factors = self._thin_product(output, x.reshape(rows, -1).to(output.dtype), weight, bias)
+        factors = factors.transpose(1, 2)
         if self.packing is not None:
             output.view(rows, -1).addmm_(self.packing.in_blocks(thin, x), factors.flatten(0, 1))
             return output
         output.view(groups, rows // groups, -1).baddbmm_(thin.view(groups, rows // groups, -1), factors)
         return output
+
+    def _thin_product(
+        self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x · V with a column of ones, (rows, width), and the factors that it is multiplied by, (groups, m, width).
+
+        output: (..., m); x: (rows, n), in its dtype
+        """
+        merged = self._merged(weight, bias)
+        if merged is not None and weight is not None:
+            basis = self._wide_bases[weight.name].to(output.dtype)
+            thin = x @ basis if bias is None else torch.addmm(merged.one(output.dtype), x, basis)
+            return thin, merged.of(weight.name, output.dtype)
+        left: list[Tensor] = []  # (rows, r) and (rows, 1)
+        right: list[Tensor] = []  # (groups, m, r) and (groups, m, 1)
+        if weight is not None:
+            left.append(x @ self.basis(weight.name).to(output.dtype))
+            right.append(self._left_at_point(weight.name))
+        if bias is not None:
+            left.append(output.new_ones(len(x), 1))
+            right.append(self._coordinate_blocks.at_point(bias.name).unsqueeze(-1))
+        return torch.cat(left, 1), torch.cat(right, 2).to(output.dtype)
+
+    def _merged(self, weight: Site | None, bias: Site | None) -> Factors | None:
+        """Return the factors that hold those of a layer; None if they do not, or must be differentiated."""
+        if weight is None or self._is_differentiable:
+            return None
+        block = self._coordinate_blocks.of(weight.name)
+        factors = self._factors.get(block)
+        if factors is None or block.tangent is not None:
+            return None
+        return factors if bias is None or factors.bias_of.get(weight.name) == bias.name else None
 
     def _correct_lookup(
         self, module: nn.Embedding, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
@@ -284,7 +357,9 @@ class LowRank(Folded):
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
 
-        thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
+        thin = looked_up_per_group(module, factors, args, kwargs)
+        if thin is None:
+            thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
         correction = thin.to(output.dtype) @ self.basis(weight.name).t().to(output.dtype)
         return output.add_(correction) if correction.shape == output.shape else output + correction
 
@@ -300,9 +375,15 @@ class LowRank(Folded):
     def _moved_vectors(self, site: Site, parameter: Tensor | None) -> Tensor:
         """Return a parameter of one dimension at the points of all groups, (groups, d)."""
         assert parameter is not None
+        block = self._coordinate_blocks.of(site.name)
+        vectors = self._vectors.get(block)
+        if vectors is not None and site.name in vectors and block.tangent is None and not self._is_differentiable:
+            return vectors.of(site.name)
         return self._coordinate_blocks.at_point(site.name) + parameter.detach()
 
     def _in_coordinates_dtype(self, site: Site, parameter: Tensor, group: int) -> Tensor:
+        if len(site.shape) == 1:
+            return self._moved_vectors(site, parameter)[group]
         value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
             return value + self._coordinate_blocks.at_point(site.name)[group]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.cache_utils import Cache
 
 from zo_hf.estimators.probe import NotBatchable
@@ -115,6 +116,33 @@ def functional_call_per_group(
     return _concatenate(outputs)
 
 
+def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwargs: Mapping) -> Tensor | None:
+    """Look ids up in the weight of their group, in one call; None where a lookup is more than that.
+
+    Args:
+        module: an embedding.
+        weights: the weight of every group, (groups, rows, n).
+        args: the ids of all groups in order, int64 (groups · size, ...).
+        kwargs: inputs by keyword.
+
+    Returns:
+        (groups · size, ..., n)
+    """
+    groups = len(weights)
+    if type(module).forward is not nn.Embedding.forward or kwargs or len(args) != 1 or groups == 1:
+        return None
+    ids = args[0]
+    if (
+        ids.ndim < 2
+        or ids.shape[0] == 1
+        or ids.shape[0] % groups
+        or forward_ad.unpack_dual(weights).tangent is not None
+    ):
+        return None
+    group = torch.arange(groups, device=ids.device)[:, None]
+    return weights[group, ids.reshape(groups, -1)].view(*ids.shape, -1)
+
+
 def _concatenate(outputs: list[Any]) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -158,25 +186,25 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
         x: the input, (groups · size, ..., d).
     """
 
-    def by_row(stacked: Tensor) -> Tensor:
-        rows = stacked.repeat_interleave(len(x) // len(stacked), 0)
-        return rows.view(len(x), *[1] * (x.ndim - 2), -1)
-
-    own = {name: by_row(value) for name, value in parameters.items()}
+    groups = len(next(iter(parameters.values())))
+    parts = x.reshape(groups, -1, *x.shape[1:])
+    own = {name: value.reshape(groups, *[1] * (x.ndim - 1), -1) for name, value in parameters.items()}
     if type(module).forward not in _NEEDS_SHAPE:
-        return functional_call(module, own, (x,), {})
+        return functional_call(module, own, (parts,), {}).reshape(x.shape)
     # These two check the shape of their parameters, so the parameters come after them.
     half = upcast_from(module, own)
     stand_in: Any = with_parameters(module, own)
-    x = x if half is None else x.float()
+    parts = parts if half is None else parts.float()
     if type(module).forward is nn.RMSNorm.forward:
-        normal = nn.functional.rms_norm(x, stand_in.normalized_shape, None, stand_in.eps)
+        normal = nn.functional.rms_norm(parts, stand_in.normalized_shape, None, stand_in.eps)
     else:
-        normal = nn.functional.layer_norm(x, stand_in.normalized_shape, None, None, stand_in.eps)
+        normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
     weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
-    normal = normal if weight is None else normal * weight
-    normal = normal if bias is None else normal + bias
-    return normal if half is None else normal.to(half)
+    if weight is not None and bias is not None:
+        normal = torch.addcmul(bias, normal, weight)
+    elif weight is not None or bias is not None:
+        normal = normal * weight if weight is not None else normal + bias
+    return (normal if half is None else normal.to(half)).view(x.shape)
 
 
 def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> bool:

@@ -324,10 +324,10 @@ class Subspace:
         for coordinate in self.coordinates.values():
             coordinate.grad = None
 
-    def gradient_norm(self) -> float:
-        """Return the 2-norm of the estimate over all coordinates."""
+    def gradient_norm(self) -> Tensor:
+        """Return the 2-norm of the estimate over all coordinates, (), for which the host waits only if it is read."""
         gradients = [p.grad for p in self.coordinates.values() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        return nn.utils.get_total_norm(gradients)
 
     def scale_gradient(self, factor: float) -> None:
         """Multiply the estimate by `factor`."""
@@ -344,7 +344,7 @@ class Subspace:
         Returns:
             The norm before clipping.
         """
-        norm = self.gradient_norm()
+        norm = float(self.gradient_norm())
         factor = min(1.0, max_norm / (norm + 1e-6))
         self.scale_gradient(factor)
         self.clip_factor *= factor

@@ -418,7 +418,8 @@ class ZOTrainer(SavingTrainer):
                 # Only now is everything known that the first step depends on, down to the parameters that move.
                 base_hash = None if self._sharding is None else self._sharding.base_hash
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
-        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
+        # Not torch.tensor, which copies from the host and waits.
+        return torch.full((), loss, device=self.args.device, dtype=torch.float32)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
@@ -434,7 +435,7 @@ class ZOTrainer(SavingTrainer):
         self._no_backward.check_step()
         return self.zo.subspace.clip_gradient(self.args.max_grad_norm)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float | Tensor:
         assert self.zo is not None
         self._no_backward.check_step()
         self._no_backward.stepped()

@@ -1,0 +1,53 @@
+"""Parameters of one dimension at the points of all groups, θ + ξ + ε·z, made once a pass by three kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_hf.parallel.shards import is_sharded
+from zo_hf.subspaces.blocks import CoordinateBlock
+from zo_hf.subspaces.sites import Site
+
+
+class MovedVectors:
+    """The vectors in one block of coordinates.
+
+    Args:
+        block: the coordinates; its matrices come before its vectors.
+        sites: sites of coordinates in the block. Those that are no whole vectors are left out.
+    """
+
+    def __init__(self, block: CoordinateBlock, sites: Sequence[Site]) -> None:
+        self._block = block
+        self._parameters = {
+            site.name: site.parameter for site in sites if len(site.shape) == 1 and not is_sharded(site.parameter)
+        }
+        offsets = block.layout.offsets
+        self._first = min((offsets[name] for name in self._parameters), default=0)
+        self._made: Tensor | None = None
+        self._points_set = -1
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def of(self, name: str) -> Tensor:
+        """Return a parameter at every point, (groups, d), in the dtype of the coordinates."""
+        if self._made is None or self._points_set != self._block.points_set:
+            self._made, self._points_set = self._fill(), self._block.points_set
+        return self._of(self._made, name)
+
+    def _fill(self) -> Tensor:
+        point = self._block.point
+        assert point is not None
+        vectors = point[:, self._first :]
+        parameters = vectors.new_zeros(vectors.shape[1])
+        views = [self._of(parameters, name) for name in self._parameters]
+        torch._foreach_copy_(views, [parameter.detach() for parameter in self._parameters.values()])
+        return vectors + parameters
+
+    def _of(self, vectors: Tensor, name: str) -> Tensor:
+        start = self._block.layout.offsets[name] - self._first
+        return vectors[..., start : start + len(self._parameters[name])]
