@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ def draw_half_words(stream: Stream, name: str, start: int, stop: int, device: to
     return half_words(_packed_blocks(stream.key, name, blocks))[start - first * 8 : stop - first * 8]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Consecutive elements of a tensor: its name, the index of the first one, and their number."""
 
     name: str

@@ -202,8 +202,10 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
     if weight is not None and bias is not None:
         normal = torch.addcmul(bias, normal, weight)
-    elif weight is not None or bias is not None:
-        normal = normal * weight if weight is not None else normal + bias
+    elif weight is not None:
+        normal = normal * weight
+    elif bias is not None:
+        normal = normal + bias
     return (normal if half is None else normal.to(half)).view(x.shape)
 
 
