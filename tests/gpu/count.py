@@ -73,10 +73,8 @@ class Case:
         """Count a model of so many layers, by operation."""
         with fake_cuda() as counts:
             with torch.device(CUDA):
-                model = MODELS[self.model][1](layers).eval()
-            inner = model
-            if self.lora:
-                model = _with_lora(model, self.lora)
+                inner = MODELS[self.model][1](layers).eval()
+                model = _with_lora(inner, self.lora) if self.lora else inner
             return _parts(counts, model, inner, self)
 
 
@@ -105,7 +103,8 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
     # The rows of all probes, as in a step.
     both = {k: v.repeat(1 if case.rows else 2, 1) for k, v in inputs.items() if k != "labels"}
     where = torch.tensor([LENGTH - 2], device=CUDA)
-    count("forward", lambda: model(**both, use_cache=False, logits_to_keep=where))
+    passes = 2 if case.rows else 1  # one for each sign
+    count("forward", lambda: [model(**both, use_cache=False, logits_to_keep=where) for _ in range(passes)])
     options = {"subspace": "low_rank", "rows_per_direction": int(case.rows), "batched_probes": not case.rows}
     zo = ZerothOrder(model, **options | dict(case.settings))
     if zo.row_groups is not None:

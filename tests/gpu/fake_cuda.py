@@ -84,7 +84,7 @@ def fake_cuda() -> Iterator[Counts]:
     with (
         mock.patch("torch.cuda.get_rng_state", lambda device: state),
         mock.patch("torch.cuda.set_rng_state", lambda new, device: None),
-        mock.patch.object(nn.Module, "to", lambda module, *where: module),  # made where it stays
+        mock.patch.object(nn.Module, "to", lambda module, *where, **more: module),  # made where it stays
         mock.patch.object(FakeTensor, "tolist", lambda tensor: _tolist(counts, tensor)),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         _Count(counts, fake),

@@ -39,14 +39,10 @@ def _tiny_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _check(combination: Combination, batched: bool) -> None:
     with fake_cuda():
-        made = subject(combination, batched=batched)
-        loss = made.loss
-        loss.tokens, loss.labels = (
-            torch.zeros(t.shape, dtype=t.dtype, device=CUDA) for t in (loss.tokens, loss.labels)
-        )
+        made = subject(combination, batched=batched, device=CUDA)
         for _ in range(3):  # with a fold after the second
             made.step()
-        made.model(loss.tokens)
+        made.model(made.loss.tokens)
         assert all(tensor.device == CUDA for tensor in made.model.state_dict().values())
         made.zo.finish()
 
@@ -62,6 +58,8 @@ def test_every_pair_of_entries(combination: Combination) -> None:
     _check(combination, batched=False)
 
 
-@pytest.mark.parametrize("subspace", ["low_rank", "core", "norms", "full"])
+@pytest.mark.parametrize(
+    "subspace", ["low_rank", *(pytest.param(name, marks=pytest.mark.slow) for name in ("core", "norms", "full"))]
+)
 def test_probes_in_one_batch(subspace: str) -> None:
     _check(Combination("two_point", "none", "gaussian", subspace), batched=True)
