@@ -21,7 +21,6 @@ class CoordinateBlock:
 
     Attributes:
         layout: positions of the coordinate tensors in a flat vector of length `size`, matrices before vectors.
-        points_set: how often `point` has been set.
         point: the points of the current probes, (probes, size), or None.
         tangent: directions of the current probes if they are derivatives, (probes, size), or None.
         scale: factors for the elements of every direction, (size,); None leaves directions as they are.
@@ -35,7 +34,6 @@ class CoordinateBlock:
 
     def __init__(self, coordinates: Mapping[str, nn.Parameter]) -> None:
         self.coordinates = dict(sorted(coordinates.items(), key=lambda item: -item[1].ndim))
-        self.points_set = 0
         first = next(iter(self.coordinates.values()))
         self.dtype = first.dtype
         self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
@@ -73,7 +71,6 @@ class CoordinateBlock:
         Probes are all derivatives or none. Derivatives also set `tangent`, (probes, size), to their z.
         """
         self.tangent = None
-        self.points_set += 1
         rows = max(1, len(probes))
         # The directions come again for the gradient, and those of groups of rows for the other sign before.
         drawn = list(dict.fromkeys(p.direction for p in probes if p.direction >= 0 and (p.scale or p.derivative)))

@@ -41,18 +41,21 @@ class Factors:
             if len(shape) == 2 and shape[1] == rank
         }
         self._elements = max((-(-(start + m) * rank // 128) * 128 for start, m in self._spans.values()), default=0)
-        self._made: dict[torch.dtype, tuple[int, Tensor]] = {}
+        self._made: dict[torch.dtype, Tensor] = {}
         self._ones: dict[torch.dtype, Tensor] = {}
         self._biases: tuple[Tensor, Tensor] | None = None
 
+    def refresh(self) -> None:
+        """Take the block's new points, in every dtype that has been asked for."""
+        for dtype in self._made:
+            self._fill(dtype)
+
     def of(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return the factor of a matrix at the points of all groups, (groups, m, width), in the dtype of a product."""
-        count, made = self._made.get(dtype, (-1, None))
-        if made is None or count != self._block.points_set:
-            made = self._fill(made, dtype)
-            self._made[dtype] = self._block.points_set, made
+        if dtype not in self._made:
+            self._fill(dtype)
         start, rows = self._spans[name]
-        return made[:, start : start + rows]
+        return self._made[dtype][:, start : start + rows]
 
     def one(self, dtype: torch.dtype) -> Tensor:
         """Return what a row of the thin product begins with, (width,): 1 in the column of the bias, and else 0."""
@@ -61,17 +64,16 @@ class Factors:
             self._ones[dtype][self._rank] = 1.0
         return self._ones[dtype]
 
-    def _fill(self, made: Tensor | None, dtype: torch.dtype) -> Tensor:
-        point = self._block.point
+    def _fill(self, dtype: torch.dtype) -> None:
+        point, made = self._block.point, self._made.get(dtype)
         assert point is not None
         if made is None or len(made) != len(point):
             shape = len(point), self._elements // self._rank, width_of(self._rank)
-            made = torch.zeros(shape, dtype=dtype, device=point.device)
+            self._made[dtype] = made = torch.zeros(shape, dtype=dtype, device=point.device)
         made[..., : self._rank].copy_(point[:, : self._elements].view(len(point), -1, self._rank))
         if self.bias_of:
             rows, elements = self._places_of_biases(point.device)
             made[..., self._rank].index_copy_(1, rows, point.index_select(1, elements).to(dtype))
-        return made
 
     def _places_of_biases(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows of `made` that have a bias, and the elements of the point that hold it, int64 (biases,)."""

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zo_hf.directions import GAUSSIAN
+from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.method_info import Method
 from zo_hf.parallel.shards import local_part
-from zo_hf.rng import NoiseLayout, Purpose, Stream, draw
+from zo_hf.rng import NoiseLayout, Purpose, Stream, StreamOf, draw
 from zo_hf.subspaces import fold_pieces
 from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.blocks import CoordinateBlock
@@ -237,6 +237,22 @@ class LowRank(Folded):
             return measure_bases(self.model, layers, self.rank, stream)
         finally:
             self._at_origin = before
+
+    def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
+        super()._enter_point(stream_of, distribution)
+        self._take_point()
+
+    def _refresh_point(self) -> None:
+        if not self.probes and self._clean_is_stale:
+            super()._refresh_point()
+            self._take_point()
+
+    def _take_point(self) -> None:
+        """Make what all layers read at the new point; not in their forwards, so that a compiled one stays the same."""
+        for factors in self._factors.values():
+            factors.refresh()
+        for vectors in self._vectors.values():
+            vectors.refresh()
 
     def _dtype_of(self, site: Site) -> torch.dtype:
         """Return the dtype in which a weight is multiplied."""

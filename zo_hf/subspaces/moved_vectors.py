@@ -28,15 +28,19 @@ class MovedVectors:
         offsets = block.layout.offsets
         self._first = min((offsets[name] for name in self._parameters), default=0)
         self._made: Tensor | None = None
-        self._points_set = -1
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
+    def refresh(self) -> None:
+        """Take the block's new points and the present parameters, if any have been asked for."""
+        if self._made is not None:
+            self._made = self._fill()
+
     def of(self, name: str) -> Tensor:
         """Return a parameter at every point, (groups, d), in the dtype of the coordinates."""
-        if self._made is None or self._points_set != self._block.points_set:
-            self._made, self._points_set = self._fill(), self._block.points_set
+        if self._made is None:
+            self._made = self._fill()
         return self._of(self._made, name)
 
     def _fill(self) -> Tensor:
