@@ -51,6 +51,20 @@ def test_a_step_of_llama() -> None:
 
 
 @pytest.mark.slow
+def test_a_direction_for_every_row_waits_no_more_often() -> None:
+    _, reads, uploads = Case(OPT, {}, rows=True).counted(1)["step"]
+    assert reads <= 2
+    assert uploads == 0
+
+
+@pytest.mark.slow
+def test_a_step_of_lora() -> None:
+    counts = Case(OPT, {"subspace": "adapter"}, lora=8).counted(1)
+    assert counts["step"][0] - counts["forward"][0] <= 80
+    assert counts["step"][2] == 0
+
+
+@pytest.mark.slow
 def test_a_fold_of_opt() -> None:
     """Weights share their kernels: 125 million of them in tiles of 8 million."""
     launches, reads, _ = Case(OPT, {}, folds=True).at_depth()["fold"]
