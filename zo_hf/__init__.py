@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from zo_hf.engine import ZerothOrder
     from zo_hf.evaluation.row_losses import RowLosses
     from zo_hf.trainer.config import ZOConfig
-    from zo_hf.trainer.forward_only import forward_only
     from zo_hf.trainer.seq2seq import ZOSeq2SeqTrainer
     from zo_hf.trainer.trainer import ZOTrainer
+    from zo_hf.trl.forward_only import forward_only
 
 _HOME = {
     "RowLosses": "zo_hf.evaluation.row_losses",
@@ -20,7 +20,7 @@ _HOME = {
     "ZOTrainer": "zo_hf.trainer.trainer",
     "ZOSeq2SeqTrainer": "zo_hf.trainer.seq2seq",
     "ZerothOrder": "zo_hf.engine",
-    "forward_only": "zo_hf.trainer.forward_only",
+    "forward_only": "zo_hf.trl.forward_only",
 }
 
 

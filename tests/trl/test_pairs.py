@@ -16,7 +16,7 @@ import zo_hf.trl
 from tests.conftest import assert_same_bits, weights_of
 from tests.trl.toys import READY, config, folder_of, lines_of
 from zo_hf import ZOConfig, ZOTrainer
-from zo_hf.trl import pairs
+from zo_hf.trl import trainers
 
 pytest.importorskip("trl")
 
@@ -29,7 +29,7 @@ def trainer_of(name: str, folder: Path, tokenizer: Any, saved: str | None = None
     return kind(saved or folder_of(name, folder, tokenizer), args=args, train_dataset=data(), **more)
 
 
-@pytest.mark.parametrize("name", pairs.READY)
+@pytest.mark.parametrize("name", trainers.READY)
 def test_a_pair_is_made_once(name: str) -> None:
     kind, made = getattr(zo_hf.trl, f"ZO{name}Trainer"), getattr(zo_hf.trl, f"ZO{name}Config")
     assert issubclass(kind, ZOTrainer) and issubclass(made, ZOConfig)
@@ -53,7 +53,6 @@ def test_other_names_are_missing(name: str) -> None:
 
 
 def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "_MADE", {})
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"^ZOSFTTrainer needs trl\.SFTTrainer.*pip install 'zo_hf\[trl\]'"):
         _ = zo_hf.trl.ZOSFTTrainer

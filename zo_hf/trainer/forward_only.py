@@ -1,16 +1,15 @@
-"""`forward_only`: other Trainer subclasses without a backward pass.
-
-    ZOSFTTrainer, ZOSFTConfig = forward_only(SFTTrainer, SFTConfig)
+"""Forward-only classes of any Trainer subclass and its config.
 
 In the new class, `ZOTrainer` stands under the subclass in the method resolution order:
 
-    ZOSFTTrainer -> SFTTrainer -> ZOTrainer -> Trainer
+    ZOMyTrainer -> MyTrainer -> ZOTrainer -> Trainer
 
 So the subclass keeps everything that it does, and its `super()` calls reach the forward-only step.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -29,22 +28,12 @@ ABOUT_GRADIENTS = (
     "activation_checkpointing",
 )
 
-_MADE: dict[type, type[ZOConfig]] = {}
 
-
-def forward_only(trainer: type[Trainer], config: type[TrainingArguments]) -> tuple[Any, Any]:
-    """Make a Trainer subclass and its config forward-only.
-
-    Args:
-        trainer: a subclass of `transformers.Trainer`.
-        config: the class of its arguments, `transformers.TrainingArguments` or a subclass.
-
-    Returns:
-        The two classes, named `ZO...` after the given ones. The config has the options and defaults of `config`, and the
-        `zo_*` options. The options about gradients (`ABOUT_GRADIENTS`) are those of `ZOConfig`.
+def make_forward_only(trainer: type[Trainer], config: type[TrainingArguments]) -> tuple[Any, Any]:
+    """Make the two classes that `zo_hf.forward_only` returns, whatever the trainer is; two calls give the same ones.
 
     Raises:
-        TypeError: an argument is not such a subclass; the message names it.
+        TypeError: an argument is not a subclass of `Trainer` or `TrainingArguments`; the message names it.
     """
     if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
         raise TypeError(f"trainer={trainer!r} is not a subclass of transformers.Trainer; pass the class itself.")
@@ -52,9 +41,10 @@ def forward_only(trainer: type[Trainer], config: type[TrainingArguments]) -> tup
         raise TypeError(
             f"config={config!r} is not a subclass of transformers.TrainingArguments; pass the class itself."
         )
-    return _trainer_class(trainer), _config_class(config)
+    return _trainer_class(trainer), _config_class(config)  # type: ignore[arg-type]
 
 
+@functools.cache
 def _trainer_class(trainer: type[Trainer]) -> type[ZOTrainer]:
     if issubclass(trainer, ZOTrainer):
         return trainer
@@ -72,17 +62,12 @@ def _trainer_class(trainer: type[Trainer]) -> type[ZOTrainer]:
     return made
 
 
+@functools.cache
 def _config_class(config: type[TrainingArguments]) -> type[ZOConfig]:
     if issubclass(config, ZOConfig):
         return config
     if issubclass(ZOConfig, config):
         return ZOConfig
-    if config not in _MADE:  # made once, so that two calls give the same class
-        _MADE[config] = _new_config_class(config)
-    return _MADE[config]
-
-
-def _new_config_class(config: type[TrainingArguments]) -> type[ZOConfig]:
     ours = {option.name: option for option in fields(ZOConfig)}
     theirs = {option.name for option in fields(config)}
     kept = [ours[name] for name in ABOUT_GRADIENTS if name in ours and name in theirs]
@@ -99,7 +84,7 @@ def _new_config_class(config: type[TrainingArguments]) -> type[ZOConfig]:
 
 def _empty(config: type[TrainingArguments]) -> Any:
     """Return an object of the class made from a config, without values: what pickle fills."""
-    made = _config_class(config)
+    made = _config_class(config)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

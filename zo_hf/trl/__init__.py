@@ -5,7 +5,8 @@ A pair is made on its first import, and TRL is imported then.
 
 from typing import Any
 
-from zo_hf.trl.pairs import READY, REFUSED, pair_of
+from zo_hf.trl.pairs import pair_of
+from zo_hf.trl.trainers import READY, REFUSED
 
 _KINDS = ("Trainer", "Config")
 

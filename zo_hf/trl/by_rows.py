@@ -51,25 +51,17 @@ class ByRows:
         kept = only_labeled_logits(unwrapped, inputs).get("logits_to_keep")
         return PackedLoss(LossByRows(by_rows, rows, closure, kept=kept), sequence_of)
 
-    def compute_loss(
-        self: Any,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute TRL's loss; while a step asks for its rows, return it as `RowLosses`.
 
         Raises:
             NotBatchable: a step asks for the rows of a loss that mixes them.
         """
         if not self._wants_rows:
-            return super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         rows, sequence_of = self._rows_in(inputs)
         by_rows = RowModel(model, self._unwrapped_model(model), rows, self.has_pairs, sequence_of)
-        loss = super().compute_loss(by_rows, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        loss = super().compute_loss(by_rows, inputs, *args, **kwargs)  # type: ignore[misc]
         if not isinstance(loss, RowSum) or len(loss.shares) != rows:
             raise NotBatchable("the loss is one of all rows together")
         return RowLosses(loss.shares * rows)

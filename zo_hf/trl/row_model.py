@@ -75,6 +75,10 @@ class RowModel:
             outputs["logits"] = row_tensor(self._back(outputs["logits"]), self._rows)
         return outputs
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's own attribute, such as its config, which the loss of a subclass may read."""
+        return getattr(self._model, name)
+
     def _token_outputs(self, inputs: dict[str, Any]) -> TokenOutputs:
         labels = inputs["labels"][:, 1:]
         kept = only_labeled_logits(self._unwrapped, inputs)
