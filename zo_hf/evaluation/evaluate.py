@@ -15,7 +15,7 @@ from torch import Tensor
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
-from zo_hf.evaluation.row_losses import RowLosses
+from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.subspaces.subspace import Subspace
@@ -237,7 +237,7 @@ class _Evaluation:
         if not isinstance(self.closure, BatchableLoss):
             raise NotBatchable("the loss is not the model's own")
         self._begin()
-        with self.subspace.at(self._probes, self._stream_of, self._distribution, rows=self.closure.rows):
+        with self.subspace.at(self._probes, self._stream_of, self._distribution, rows=model_rows(self.closure)):
             losses = self.closure.batched(len(self._probes)).detach()
         if self.generators is not None and self.generators.have_moved():
             raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")

@@ -26,8 +26,8 @@ from zo_hf.evaluation.known_losses import (
     shares_of_groups,
 )
 
-# Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
-_WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+#: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
+WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass
@@ -229,7 +229,7 @@ class ModelLoss:
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows and name != "logits_to_keep"
 
     def _repeat(self, name: str, value: Any, copies: int) -> Any:
-        if name in _WITHIN_ROWS:
+        if name in WITHIN_ROWS:
             raise NotBatchable(f"{name} describes the sequences of this batch, which is free of padding")
         if not self._carries_rows(name, value):
             return value

@@ -117,3 +117,8 @@ class LossByRows:
         if not isinstance(losses, RowLosses):
             raise NotBatchable("the loss is not RowLosses, one for every row")
         return losses.shares(groups, self.rows)
+
+
+def model_rows(loss: Any) -> int:
+    """Return the rows that a loss which comes apart, or shares a forward pass, has in the model's inputs."""
+    return loss.model_rows if isinstance(loss, LossByRows) else loss.rows

@@ -31,7 +31,7 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
-from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
+from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses, model_rows
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -335,8 +335,7 @@ class RowGroups:
             """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
             if generators is not None:
                 generators.restore()
-            model_rows = closure.model_rows if isinstance(closure, LossByRows) else closure.rows
-            rows = 1 if packing is not None else model_rows // len(at)
+            rows = 1 if packing is not None else model_rows(closure) // len(at)
             packed_in = packing if len(at) > 1 else None
             with self._subspace.at(at, stream_of, distribution, rows, packed_in):
                 return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]

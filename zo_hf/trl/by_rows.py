@@ -1,4 +1,4 @@
-"""TRL's own losses by rows: TRL computes the loss, from a model whose outputs know the rows of the batch."""
+"""TRL's own losses by rows, or at several probes at once: TRL computes them, from a model whose outputs know either."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.subspaces.peft_methods import base_model, tokens_in_front
 from zo_hf.trl.row_model import RowModel
 from zo_hf.trl.row_tensor import RowSum
+from zo_hf.trl.shared_forward import LossAtProbes, SharedForward
 
 # Inputs of text. Others, such as pixels, may have another number of rows.
 _OF_TEXT = "input_ids attention_mask position_ids token_type_ids labels completion_mask use_cache margin"
@@ -31,6 +32,7 @@ class ByRows:
 
     has_pairs = False
     _wants_rows = False
+    _shared: SharedForward | None = None
 
     def loss_by_rows(self: Any, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, or None if it is of another kind than text; see `ZOTrainer`."""
@@ -39,15 +41,15 @@ class ByRows:
         if not of_text or tokens_in_front(self.model) or not isinstance(unwrapped, PreTrainedModel):
             return None
         (rows, sequence_of), model_rows = self._rows_in(inputs), len(inputs["input_ids"])
-        if sequence_of is not None and model_rows > 1:
-            return None
 
         def by_rows() -> Any:
             with self._tracing_rows():
                 return closure()
 
         if sequence_of is None:
-            return LossByRows(by_rows, rows, closure, model_rows)
+            return LossAtProbes(self._sharing_forward, by_rows, rows, closure, model_rows)
+        if model_rows > 1:
+            return None
         kept = only_labeled_logits(unwrapped, inputs).get("logits_to_keep")
         return PackedLoss(LossByRows(by_rows, rows, closure, kept=kept), sequence_of)
 
@@ -57,6 +59,8 @@ class ByRows:
         Raises:
             NotBatchable: a step asks for the rows of a loss that mixes them.
         """
+        if self._shared is not None:
+            model = self._shared.of(model, self._unwrapped_model(model))
         if not self._wants_rows:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         rows, sequence_of = self._rows_in(inputs)
@@ -73,6 +77,14 @@ class ByRows:
             return rows // 2, None
         sequence_of = sequences_of(inputs)
         return (rows, None) if sequence_of is None else (int(sequence_of[-1, -1]) + 1, sequence_of)
+
+    @contextmanager
+    def _sharing_forward(self, shared: SharedForward) -> Iterator[None]:
+        self._shared = shared
+        try:
+            yield
+        finally:
+            self._shared = None
 
     @contextmanager
     def _tracing_rows(self) -> Iterator[None]:
