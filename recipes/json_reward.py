@@ -5,11 +5,11 @@
 """Teach SmolLM2-135M to answer in JSON by a reward for the form of its answer alone.
 
     python recipes/json_reward.py                # continues if interrupted
-    python recipes/json_reward.py --steps 20     # a short look
+    python recipes/json_reward.py --steps 10     # a short look
 
 The model reads "Mia is 7 years old." and "As JSON with the keys "name" and "age":". The full reward is for an answer that
-`json.loads` reads as an object with these two keys and no other. Zero-shot, the model puts its object into a code fence, so
-that no answer parses. A part of the reward is for an answer that begins with a brace, and for each key, because a reward that
+`json.loads` reads as an object with these two keys and no other. Zero-shot, the model mostly puts its object into a code fence,
+which does not parse. A part of the reward is for an answer that begins with a brace, and for each key, because a reward that
 is always 0 has no slope. Results are counted in answers that parse, to prompts with names that training never sees. --output
 gets a folder for each seed, with results.json and the checkpoints.
 """
@@ -103,7 +103,7 @@ def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/json_reward"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=30, help="number of steps")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps")
     parser.add_argument("--held-out", type=int, default=64, help="number of test prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and directions")
     arguments = parser.parse_args()
