@@ -60,11 +60,12 @@ def real_steps(model: Any, setup: Setup, given: Assumptions, batch: dict[str, to
             optimizer = torch.optim.AdamW(groups, lr=1e-6)
         zo.prepare(optimizer)
         inner = model.get_base_model() if setup.uses_adapter else model
-        checks = LossChecks(is_known=True)
+        checks, divides = LossChecks(is_known=True, in_chunks=True), not isinstance(zo.subspace, Full)
         if zo.row_groups is not None:
             zo.row_groups.works = True  # without the first batch's comparison
         for _ in range(2):
-            zo.estimate(ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks))
+            loss = ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
+            zo.estimate(loss)
             optimizer.step()
         zo.finish()
 

@@ -198,6 +198,7 @@ def build(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Tensor]]
     torch.manual_seed(0)
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        model.config.use_cache = False  # as Trainer does, and the engine; here for the bare forward pass as well
         if args.quantization is not None:
             quantize(model, args.quantization)
         ids = torch.randint(5, config.vocab_size, (args.rows, args.length))
@@ -295,13 +296,15 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
         if isinstance(zo.subspace, Full):
             optimizer = SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
         zo.prepare(optimizer)
-        checks = LossChecks()
+        checks, divides = LossChecks(), not isinstance(zo.subspace, Full)
 
         zo.subspace.detach()
 
         def step() -> None:
             zo.subspace.attach()  # attached only during the step, because all variants share one model
-            zo.estimate(ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks))
+            zo.estimate(
+                ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
+            )
             optimizer.step()
             zo.subspace.detach()
 

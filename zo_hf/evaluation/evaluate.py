@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
+from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
+from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.subspace import Subspace
 
 logger = logging.getLogger(__name__)
-
-# The part of a loss that rounding explains between batched and sequential evaluation, by the dtype of the computation.
-_ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @runtime_checkable
@@ -84,6 +85,23 @@ class ProbeEvaluator:
         self.recover: Callable[[], None] | None = None
         self._has_batched = False
         self._has_failed = False
+        self._configs: list[PretrainedConfig] | None = None
+
+    @contextmanager
+    def at(
+        self,
+        subspace: Subspace,
+        probes: Sequence[Probe],
+        stream_of: StreamOf,
+        distribution: Distribution,
+        rows: int = 0,
+        packing: Packing | None = None,
+    ) -> Iterator[None]:
+        """Evaluate the model at the probes as `Subspace.at` does, and without a key-value cache."""
+        if self._configs is None:
+            self._configs = configs_with_cache(subspace.model)
+        with without_cache(self._configs), subspace.at(probes, stream_of, distribution, rows, packing):
+            yield
 
     def losses(
         self,
@@ -123,7 +141,7 @@ class ProbeEvaluator:
 
             with torch.no_grad():
                 return closure.losses_at(probes, at)
-        evaluation = _Evaluation(subspace, closure, probes, stream_of, distribution, generators)
+        evaluation = _Evaluation(self, subspace, closure, probes, stream_of, distribution, generators)
         batched = self.batched if batched is None else batched
         with torch.no_grad():
             if batched is None:
@@ -179,9 +197,8 @@ class ProbeEvaluator:
         apart = _spread(expected).abs().max().item()
         level = (actual.mean() - expected.mean()).abs().item()
         difference = (_spread(actual) - _spread(expected)).abs().max().item()
-        allowed = (
-            self.rounding(evaluation.subspace, expected.dtype) * max(1.0, expected.abs().max().item()) + 0.02 * apart
-        )
+        explained = rounding(self.dtype_of_computation(evaluation.subspace, expected.dtype))
+        allowed = explained * max(1.0, expected.abs().max().item()) + 0.02 * apart
         close = max(level, difference) <= allowed
         if not self.all_reduce_and(torch.tensor(close, device=expected.device)):
             where = "on another process" if close else f"by {max(level, difference):.2g}"
@@ -191,12 +208,9 @@ class ProbeEvaluator:
         self._choose(True, f"in one batch the losses agree to {difference:.2g}")
         return actual
 
-    def rounding(self, subspace: Subspace, losses: torch.dtype) -> float:
-        """Return the relative difference of a loss that rounding explains, in the coarsest dtype of the computation."""
-        dtypes = {losses} | {p.dtype for p in subspace.model.parameters() if p.is_floating_point()}
-        if self.autocast_dtype is not None:
-            dtypes.add(self.autocast_dtype)
-        return max((_ROUNDING.get(dtype, _ROUNDING[torch.bfloat16]) for dtype in dtypes), default=2e-5)
+    def dtype_of_computation(self, subspace: Subspace, losses: torch.dtype) -> torch.dtype:
+        """Return the coarsest dtype on the way to losses of dtype `losses`."""
+        return coarsest(subspace.model, losses, self.autocast_dtype)
 
     def _choose(self, batched: bool, reason: str) -> None:
         self.batched = batched
@@ -208,6 +222,7 @@ class _Evaluation:
 
     def __init__(
         self,
+        evaluator: ProbeEvaluator,
         subspace: Subspace,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
@@ -215,7 +230,7 @@ class _Evaluation:
         distribution: Distribution,
         generators: GlobalGenerators | None,
     ) -> None:
-        self.subspace, self.closure, self.generators = subspace, closure, generators
+        self._evaluator, self.subspace, self.closure, self.generators = evaluator, subspace, closure, generators
         self._probes, self._stream_of, self._distribution = probes, stream_of, distribution
         self.device = subspace.device
 
@@ -224,7 +239,7 @@ class _Evaluation:
         values = []
         for probe in own_passes(self._probes):
             self._begin()
-            with self.subspace.at((probe,), self._stream_of, self._distribution):
+            with self._evaluator.at(self.subspace, (probe,), self._stream_of, self._distribution):
                 values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])
         return torch.cat(values)
 
@@ -237,7 +252,8 @@ class _Evaluation:
         if not isinstance(self.closure, BatchableLoss):
             raise NotBatchable("the loss is not the model's own")
         self._begin()
-        with self.subspace.at(self._probes, self._stream_of, self._distribution, rows=model_rows(self.closure)):
+        rows = model_rows(self.closure)
+        with self._evaluator.at(self.subspace, self._probes, self._stream_of, self._distribution, rows=rows):
             losses = self.closure.batched(len(self._probes)).detach()
         if self.generators is not None and self.generators.have_moved():
             raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")

@@ -95,6 +95,41 @@ def known_loss(
     )
 
 
+def losses_of_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of every token, float32 (rows, positions); 0 where there is no target.
+
+    Args:
+        logits: (rows, positions, vocabulary).
+        targets: int64 (rows, positions).
+    """
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def targets_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the token that each position with logits predicts, int64 (rows, positions).
+
+    Args:
+        model: a model whose loss is that of tokens.
+        inputs: the batch, with `labels` and, for some of the positions only, `shift_labels`.
+    """
+    targets: Tensor | None = inputs.get("shift_labels")
+    if targets is not None:
+        return targets
+    labels: Tensor = inputs["labels"]
+    kind: Any = loss_kind(model)
+    is_shifted = kind is ForCausalLMLoss
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if is_shifted else labels
+
+
+def divisor_of(model: PreTrainedModel, targets: Tensor, count: Tensor | int | None) -> Tensor | int:
+    """Return what the sum over the tokens of a batch is divided by in the model's loss; `count` as for `known_loss`."""
+    kind: Any = loss_kind(model)
+    return (targets != IGNORED).sum() if count is None or kind in MEANS else count
+
+
 def shares_of_groups(
     model: PreTrainedModel,
     logits: Tensor,
@@ -111,22 +146,26 @@ def shares_of_groups(
         groups: the number of groups.
         group_of: the group of every position, int64 (rows, length) in ascending order; None if groups are of rows.
     """
-    labels, config = inputs["labels"].to(logits.device), model.config
-    kind: Any = loss_kind(model)
+    config, kind = model.config, loss_kind(model)
     if kind is ForSequenceClassificationLoss:
+        labels = inputs["labels"].to(logits.device)
         if config.problem_type is None:
             ForSequenceClassificationLoss(labels, logits, config)  # decides on the type of the whole batch
         parts = zip(labels.chunk(groups), logits.chunk(groups), strict=True)
         return torch.stack([ForSequenceClassificationLoss(part, of, config) for part, of in parts]) / groups
-    shift_labels = inputs.get("shift_labels")
-    if shift_labels is None and kind is ForCausalLMLoss:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    targets = labels if shift_labels is None else shift_labels.to(logits.device)
-    divisor: Any = (targets != IGNORED).sum() if count is None or kind in MEANS else count
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    targets = targets_of(model, inputs).to(logits.device)
+    return sums_of_groups(losses_of_tokens(logits, targets), groups, group_of) / divisor_of(model, targets, count)
+
+
+def sums_of_groups(losses: Tensor, groups: int, group_of: Tensor | None = None) -> Tensor:
+    """Return the sum over the tokens of every group, (groups,).
+
+    Args:
+        losses: the losses of tokens, (rows, positions).
+        groups: the number of groups.
+        group_of: see `shares_of_groups`.
+    """
     if group_of is None:
-        return losses.view(groups, -1).sum(1) / divisor
+        return losses.view(groups, -1).sum(1)
     sizes = group_of.flatten().bincount(minlength=groups).tolist()
-    return torch.stack([part.sum() for part in losses.split(sizes)]) / divisor
+    return torch.stack([part.sum() for part in losses.flatten().split(sizes)])

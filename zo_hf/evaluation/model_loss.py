@@ -1,6 +1,8 @@
 """The loss of a transformers model: logits only where a label needs them, and several probes in one forward pass.
 
-Both need the loss to be a known function of the logits. A model may add terms of its own: a mixture of experts the loss
+Logits of many tokens are computed in chunks, see `zo_hf.evaluation.chunked_head`.
+
+All of this needs the loss to be a known function of the logits. A model may add terms of its own: a mixture of experts the loss
 of its router, a subclass whatever its forward computes. `ModelLoss` therefore compares the model's loss with the known
 function on the same logits before it relies on it.
 """
@@ -18,13 +20,19 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.estimators.probe import NotBatchable
+from zo_hf.evaluation import chunked_head
+from zo_hf.evaluation.chunked_head import ChunkedHead
 from zo_hf.evaluation.known_losses import (
     IGNORED,
+    divisor_of,
     known_loss,
     loss_kind,
     mean_cross_entropy,
     shares_of_groups,
+    sums_of_groups,
+    targets_of,
 )
+from zo_hf.evaluation.precision import same_but_for_order
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
 WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -39,12 +47,14 @@ class LossChecks:
         layouts: which inputs carry the rows, for every kind of batch that has been evaluated in one forward pass.
         grouped: the same for batches whose loss came apart by rows.
         sums_in_half: True for an encoder-decoder that sums its loss in half precision, where differences are lost.
+        in_chunks: True if the losses of tokens may be computed in chunks; None before the first batch that needs it.
     """
 
     is_known: bool | None = None
     layouts: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
     grouped: set[tuple[tuple[str, bool], ...]] = field(default_factory=set)
     sums_in_half: bool = False
+    in_chunks: bool | None = None
 
 
 class ModelLoss:
@@ -59,6 +69,7 @@ class ModelLoss:
         factor: multiplies the batched loss, for a `sequential` that scales the model's own loss.
         in_front: number of logit positions that precede those of the input.
         checks: what the run's earlier batches have shown about the model; None begins anew.
+        divides: False computes all logits at once, for a head whose perturbation every chunk would draw again.
 
     Attributes:
         inputs: the batch, see above.
@@ -75,9 +86,10 @@ class ModelLoss:
         factor: float = 1.0,
         in_front: int = 0,
         checks: LossChecks | None = None,
+        divides: bool = True,
     ) -> None:
         self._forward, self._model, self._sequential, self._factor = forward, model, sequential, factor
-        self._num_items, self._in_front = num_items_in_batch, in_front
+        self._num_items, self._in_front, self._divides = num_items_in_batch, in_front, divides
         self._checks = LossChecks() if checks is None else checks
         self.inputs, self._inputs = inputs, inputs
         # A forward of the user's own may compute a term from all logits, even one that is 0 in the first batch.
@@ -88,6 +100,8 @@ class ModelLoss:
 
     def __call__(self) -> Tensor:
         """Return the loss at the current point, a scalar."""
+        if self._needs_chunks():
+            return self._sums_in_chunks(1)[0] * self._factor
         # Behind a prompt, only few logits have the positions of the labels.
         if self._checks.is_known is None and (not self._in_front or "logits_to_keep" in self._inputs):
             return self._first()
@@ -101,7 +115,7 @@ class ModelLoss:
         loss: Tensor | None = None
         try:
             loss, own, logits = self._seen()
-            self._checks.is_known = _is_same(own, self._loss(logits))
+            self._checks.is_known = same_but_for_order(own, self._loss(logits))
             self._note_precision(own)
             if self._checks.is_known and self._checks.sums_in_half:
                 return self._loss(logits.float()) * self._factor
@@ -134,7 +148,11 @@ class ModelLoss:
             NotBatchable: the batch cannot be repeated, or the model's loss is not the known function of its logits.
         """
         layout = self._separable_layout(self._checks.layouts)
-        parts = self._logits({k: self._repeat(k, v, copies) for k, v in self._inputs.items()}).chunk(copies)
+        if self._needs_chunks(copies):
+            sums = self._sums_in_chunks(copies, copies)
+            self._checks.layouts.add(layout)
+            return sums * self._factor
+        parts = self._logits(self._copied(copies)).chunk(copies)
         if self._checks.sums_in_half:
             parts = tuple(part.float() for part in parts)
         self._checks.layouts.add(layout)
@@ -152,6 +170,10 @@ class ModelLoss:
             NotBatchable: the model's loss does not come apart by rows.
         """
         layout = self._separable_layout(self._checks.grouped)
+        if group_of is None and self._needs_chunks():
+            shares = self._sums_in_chunks(groups)
+            self._checks.grouped.add(layout)
+            return shares * self._factor
         logits = self._logits(self._inputs)
         if group_of is not None and self.kept is not None:
             group_of = group_of[:, self.kept]
@@ -159,10 +181,37 @@ class ModelLoss:
         self._checks.grouped.add(layout)
         return shares * self._factor
 
+    def _needs_chunks(self, copies: int = 1) -> bool:
+        """Return whether the logits of a forward pass over `copies` of the batch are many, and can come in chunks."""
+        may = self._divides and self._is_stock and not self._in_front
+        if not may or self._checks.in_chunks is False or self._checks.is_known is False:
+            return False
+        head = ChunkedHead(self._forward, self._model)
+        positions = self._inputs["labels"].shape[-1] if self.kept is None else len(self.kept)
+        if self.rows * copies * positions <= chunked_head.TOKENS or not head.takes(self._inputs):
+            return False
+        if self._checks.in_chunks is None:
+            self._checks.in_chunks = head.agrees(self._copied(copies), self._num_items)
+        return self._checks.in_chunks
+
+    def _sums_in_chunks(self, groups: int, copies: int = 1) -> Tensor:
+        """Return the share of each of `groups` equal groups of rows in the batch's loss, or the loss of each copy of it."""
+        inputs = self._copied(copies)
+        targets = targets_of(self._model, inputs)
+        divisor = divisor_of(self._model, targets_of(self._model, self._inputs), self._num_items)
+        without = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", "logits_to_keep")}
+        losses = ChunkedHead(self._forward, self._model).losses(without, targets, self.kept)
+        return sums_of_groups(losses, groups) / divisor
+
+    def _copied(self, copies: int) -> dict[str, Any]:
+        """Return a batch of `copies` times the rows."""
+        return {k: self._repeat(k, v, copies) for k, v in self._inputs.items()} if copies > 1 else dict(self._inputs)
+
     @property
     def kept(self) -> Tensor | None:
         """Positions for which the model computes logits, int64 (positions,); None if for all."""
-        return self._inputs.get("logits_to_keep")
+        kept = self._inputs.get("logits_to_keep")
+        return kept if isinstance(kept, Tensor) else None
 
     def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the logits of one forward pass, (rows, ...), after a comparison of its loss where that is due.
@@ -182,7 +231,7 @@ class ModelLoss:
         if compares:
             self._note_precision(outputs["loss"])
             known = known_loss(self._model, outputs["logits"], inputs, count)
-            self._checks.is_known = _is_same(outputs["loss"], known)
+            self._checks.is_known = same_but_for_order(outputs["loss"], known)
             if not self._checks.is_known:
                 raise NotBatchable("the model's loss has terms of its own")
         return outputs["logits"]
@@ -234,12 +283,6 @@ class ModelLoss:
         if not self._carries_rows(name, value):
             return value
         return value.repeat(copies, *([1] * (value.ndim - 1)))
-
-
-def _is_same(own: Tensor, known: Tensor) -> bool:
-    """Return whether two losses from the same logits differ by no more than the order of summation explains."""
-    own, known = own.detach().float(), known.detach().float()
-    return bool(torch.isclose(own, known, rtol=1e-5, atol=1e-6, equal_nan=True))
 
 
 def _has_stock_forward(model: PreTrainedModel) -> bool:

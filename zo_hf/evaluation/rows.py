@@ -31,6 +31,7 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
+from zo_hf.evaluation.precision import rounding
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses, model_rows
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
@@ -337,7 +338,7 @@ class RowGroups:
                 generators.restore()
             rows = 1 if packing is not None else model_rows(closure) // len(at)
             packed_in = packing if len(at) > 1 else None
-            with self._subspace.at(at, stream_of, distribution, rows, packed_in):
+            with self._evaluator.at(self._subspace, at, stream_of, distribution, rows, packed_in):
                 return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
 
         def shares(at: Sequence[Probe]) -> Tensor:
@@ -352,8 +353,8 @@ class RowGroups:
         if whole is not None:
             others, alone = shares(some_elsewhere(last)), shares(last[-1:])
             self._evaluator.forward_passes += passes_of_check(probes)
-            rounding = self._evaluator.rounding(self._subspace, alone.dtype)
-            self._decide(why_not_apart(found[-1], others, alone, whole, rounding))
+            dtype = self._evaluator.dtype_of_computation(self._subspace, alone.dtype)
+            self._decide(why_not_apart(found[-1], others, alone, whole, rounding(dtype)))
         self._evaluator.dtype = found[0].dtype
         return torch.cat(found).double()
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.chunked_head import ChunkedHead
 from zo_hf.evaluation.known_losses import loss_kind
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.memory.assumptions import Assumptions
@@ -78,8 +79,9 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
         try:
             trace.end_phase()
             # A step after the first, which compares the loss with the known function of the logits.
-            checks = LossChecks(is_known=True)
-            loss = ModelLoss(model, inner, _labeled(inner, given), lambda inputs: model(**inputs).loss, checks=checks)
+            checks = LossChecks(is_known=True, in_chunks=ChunkedHead(model, inner).may_divide())
+            inputs, divides = _labeled(inner, given), not isinstance(subspace, Full)
+            loss = ModelLoss(model, inner, inputs, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
             groups = 1
             if zo.row_groups is not None:
                 zo.row_groups.works = True  # the first batch decides by values

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.evaluate import At
+from zo_hf.evaluation.precision import rounding
 from zo_hf.rewards.config import EvolutionConfig
 from zo_hf.rewards.sampling import sampler
 
@@ -138,7 +139,7 @@ class Generator:
             for member in (0, last):
                 with at((probes[member],), 0):
                     alone.append(self._look(batch, rows[member * each : (member + 1) * each], range(each)))
-            allowed = zo.evaluator.rounding(zo.subspace, zo.evaluator.autocast_dtype or torch.float32)
+            allowed = rounding(zo.evaluator.dtype_of_computation(zo.subspace, torch.float32))
             problem = _difference(together, [torch.cat(parts) for parts in zip(*alone, strict=True)], allowed)
         except Exception as error:  # out of memory, or a module that members cannot share
             problem = _first_line(error)

@@ -19,6 +19,7 @@ from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.evaluation.output_loss import OutputLoss
 from zo_hf.evaluation.row_losses import LossByRows
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.subspaces import Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
 from zo_hf.trainer.loss_calls import LossCalls
@@ -130,6 +131,8 @@ class MicroBatchLosses:
             self._factor if counts else 1,
             tokens_in_front(trainer.model),
             self._checks,
+            # Every chunk would draw the noise of the head again.
+            divides=not isinstance(trainer.zo.subspace, Full),
         )
 
     def _weight(
