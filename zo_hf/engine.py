@@ -345,7 +345,8 @@ class ZerothOrder:
         probes = self.curvature.probes
         more = self.ranks.mean_losses(self._curvature_losses, probes).tolist() if probes else []
         self._curvature_losses = None
-        return self.curvature.record(losses, more, self.evaluator.dtype)
+        dtype = self.evaluator.dtype_of_computation(self.subspace, self.evaluator.dtype)
+        return self.curvature.record(losses, more, dtype)
 
     def apply(self, numbers: Sequence[float], skipped: bool) -> None:
         """Prepare the gradient that a step's numbers stand for, in training and in replay.

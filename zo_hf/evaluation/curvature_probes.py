@@ -125,7 +125,7 @@ class CurvatureProbes:
         Args:
             own: losses at the step's own probes.
             more: losses at `probes`.
-            dtype: dtype in which the losses were computed.
+            dtype: the coarsest dtype in which the model computes the losses.
         """
         losses = dict(zip(self._own, own, strict=True)) | dict(zip(self.probes, more, strict=True))
         around, eps = self._around, self._around.eps

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
+from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
@@ -175,10 +176,16 @@ class ProbeEvaluator:
         return evaluation.sequential()
 
     def _decide(self, evaluation: _Evaluation, count: int) -> Tensor:
+        free_memory.watch(evaluation.device)
         expected = evaluation.sequential()
         if not isinstance(evaluation.closure, BatchableLoss):
             self._choose(False, "the loss is not the model's own")
             return expected
+        if free_memory.can_say(evaluation.device):
+            problem = free_memory.why_too_large(evaluation.device, len(expected))
+            if not self.all_reduce_and(torch.tensor(problem is None, device=expected.device)):
+                self._choose(False, problem or "another process lacks the memory")
+                return expected
         after = None if evaluation.generators is None else GlobalGenerators.now(evaluation.device)
         try:
             actual = evaluation.batched()

@@ -91,12 +91,13 @@ def hessian_trace(
 
     losses = zo.losses_at(((closure, 1.0),), around.probes(), stream_of, along)
     curvatures = around.curvatures(around.projected_gradients(losses))
-    rounding = 6**0.5 * torch.finfo(zo.evaluator.dtype).eps * abs(losses[0]) / around.eps**2
+    dtype = zo.evaluator.dtype_of_computation(zo.subspace, zo.evaluator.dtype)
+    rounding = 6**0.5 * torch.finfo(dtype).eps * abs(losses[0]) / around.eps**2
     if 2.0 * rounding**2 > variance(curvatures):
         logger.warning(
             "the curvature along these directions is mostly rounding error of the losses, which are %s (about %.2g in each "
             "curvature); raise eps=%g, or return losses in float32 or better.",
-            str(zo.evaluator.dtype).removeprefix("torch."),
+            str(dtype).removeprefix("torch."),
             rounding,
             around.eps,
         )

@@ -276,7 +276,7 @@ class StabilityMonitor:
                 "step %d: the curvature that zo_stability_steps measures is mostly the rounding of the %s losses "
                 "(about %.2g in each sample, of a mean of %.2g); raise zo_eps=%g, or return losses in float32 or better.",
                 self._zo.step,
-                str(self._zo.evaluator.dtype).removeprefix("torch."),
+                str(self._zo.evaluator.dtype_of_computation(self._zo.subspace, self._zo.evaluator.dtype))[6:],
                 probes.rounding,
                 Measured.of(probes.curvatures).value,
                 self._zo.estimator.eps,
