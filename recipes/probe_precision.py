@@ -70,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "| dtype | what moves | ε | slope, root mean square | error | correlation | by ε/2 | by 0.9·ε | loss |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    print("\n".join(lines))
     for dtype in args.dtypes:
         for subspace in tqdm(args.subspaces, unit="subspace"):
             lines += rows_of_table(model, batch, dtype, subspace, args.distances, args.directions)
-    print("\n".join(lines))
     if args.output is not None:
         args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -111,13 +111,16 @@ def rows_of_table(
         of_loss = (losses - without).std() / (without.abs().mean() * torch.finfo(getattr(torch, dtype)).eps)
         correlation = torch.corrcoef(torch.stack((slopes, found)))[0, 1]
         numbers = [error.square().mean().sqrt() / signal, correlation, *estimates, of_loss]
-        lines.append(f"| {dtype} | {subspace} | {eps:g} | {signal:.3g} | {' | '.join(f'{n:.3f}' for n in numbers)} |")
+        line = f"| {dtype} | {subspace} | {eps:g} | {signal:.3g} | {' | '.join(f'{n:.3f}' for n in numbers)} |"
+        tqdm.write(line)
+        lines.append(line)
     return lines
 
 
 def engine(model: nn.Module, subspace: str) -> ZerothOrder:
     """Return an engine around a model, with a LoRA adapter if that is what moves."""
     if subspace == "LoRA":
+        torch.manual_seed(0)  # the adapter begins at random, and must be the same in every dtype
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
         return ZerothOrder(model.eval(), "adapter", rows_per_direction=0)
     return ZerothOrder(model, subspace, direction="rademacher", rows_per_direction=0)

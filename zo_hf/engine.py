@@ -60,6 +60,7 @@ class ZerothOrder:
     Attributes:
         on_step: called with a `Step` after every optimizer step; None calls nothing.
         curvature: measures the curvature in some steps, and keeps the results; None measures nothing.
+        rounding_noise: the part of c that was rounding when the run began, see `zo_hf.stability.rounding_noise`.
 
     Raises:
         ValueError: an argument cannot be used; the message names it.
@@ -67,6 +68,7 @@ class ZerothOrder:
 
     on_step: Callable[[Step], None] | None = None
     curvature: CurvatureProbes | None = None
+    rounding_noise: float | None = None
 
     def __init__(
         self,

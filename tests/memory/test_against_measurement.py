@@ -96,13 +96,20 @@ def test_the_plan_is_what_the_allocator_hands_out(name: str, setup: Setup) -> No
     "given",
     [
         replace(GIVEN, labels=None, padded=False),
-        replace(GIVEN, labels=None, batch_size=16, sequence_length=160),
+        replace(GIVEN, labels=None, batch_size=8, sequence_length=80),
         replace(GIVEN, labels=10, attention="eager"),
         replace(GIVEN, batched=False, batch_size=1, sequence_length=256),
         replace(GIVEN, num_directions=3, optimizer="adamw"),
         replace(GIVEN, rows_per_direction=1),
     ],
-    ids=["all labels, unpadded", "all labels, in chunks", "ten labels, eager", "sequential, long", "directions, adamw", "rows"],
+    ids=[
+        "all labels, unpadded",
+        "all labels, in chunks",
+        "ten labels, eager",
+        "sequential, long",
+        "directions, adamw",
+        "rows",
+    ],
 )
 def test_the_assumptions_count_as_they_do_in_a_real_step(given: Assumptions) -> None:
     assert_close(SMALL["llama"], SETUPS[0], given)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import seeded, tiny_opt
+from tests.trainer.runs import trained
 from zo_hf.engine import ZerothOrder
-from zo_hf.stability.rounding_noise import has_unknown_kernels, slope_noise, warn_of_rounding
+from zo_hf.stability.rounding_noise import has_unknown_kernels, rounding_noise, warn_of_rounding
 
 
 class Coded(nn.Module):
@@ -55,5 +58,31 @@ def test_a_larger_eps_is_the_way_out() -> None:
     for eps in (1e-4, 1e-1):
         zo, x = engine("rounds")
         zo = ZerothOrder(zo.model, "full", eps=eps, seed=0)
-        noises[eps] = slope_noise(zo, lambda x=x, zo=zo: zo.model(x).square().mean())
+        noises[eps] = rounding_noise(zo, lambda x=x, zo=zo: zo.model(x).square().mean())
     assert noises[1e-1] < 0.3 < noises[1e-4]
+
+
+def test_the_noise_is_that_of_losses_rounded_to_a_grid() -> None:
+    """A rounding to multiples of δ is off by δ/√12, and c by √2/2ε times that."""
+    eps, grid, found, generator = 1e-3, 2e-4, [], torch.Generator().manual_seed(0)
+    for seed in range(100):
+        model = nn.Linear(1, 1, bias=False).double()
+        slope = 3 + float(torch.rand(1, generator=generator))
+        model.weight.data[:] = torch.rand(1, generator=generator)
+        zo = ZerothOrder(model, "full", eps=eps, seed=seed, direction="rademacher")
+        noise = rounding_noise(zo, lambda model=model, k=slope: (k * model.weight.sum() / grid).round() * grid)
+        found.append((noise * slope) ** 2)
+        zo.finish()
+    assert sum(found) / len(found) == pytest.approx(2 * grid**2 / 12 / (2 * eps) ** 2, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_run_in_half_precision_logs_its_noise(tmp_path: Path, dtype: torch.dtype) -> None:
+    options = {"max_steps": 2, "logging_steps": 1}
+    trainer = trained(tmp_path, seeded(tiny_opt, dtype), **options)
+    entries = [entry for entry in trainer.state.log_history if "zo/projected_grad" in entry]
+    assert len(entries) == 2
+    assert all(("zo/rounding_noise" in entry) == (dtype == torch.bfloat16) for entry in entries)
+    assert entries[0]["zo/forward_passes"] == (5 if dtype == torch.float32 else 17)
+    if dtype == torch.bfloat16:
+        assert 0 < entries[0]["zo/rounding_noise"] < float("inf")

@@ -146,7 +146,8 @@ def shares_of_groups(
         groups: the number of groups.
         group_of: the group of every position, int64 (rows, length) in ascending order; None if groups are of rows.
     """
-    config, kind = model.config, loss_kind(model)
+    kind: Any = loss_kind(model)
+    config = model.config
     if kind is ForSequenceClassificationLoss:
         labels = inputs["labels"].to(logits.device)
         if config.problem_type is None:

@@ -25,6 +25,8 @@ def engine_logs(zo: ZerothOrder, estimate: Estimate, monitor: StabilityMonitor |
     }
     if zo.row_groups is not None:
         logs |= zo.row_groups.logs()
+    if zo.rounding_noise is not None:
+        logs["zo/rounding_noise"] = zo.rounding_noise
     if monitor is not None:
         logs |= monitor.logs()
     if isinstance(zo.distribution, UnitVectors):
