@@ -18,6 +18,7 @@ from zo_hf.subspaces import Full
 
 COORDINATE, TANGENTS, TWO = {"estimator": "coordinate"}, {"estimator": "forward_gradient"}, {"num_directions": 2}
 ROWS: dict[str, Any] = {"rows_per_direction": 1}
+SERVED = {"server_url": "http://127.0.0.1:8000"}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
 
 # (settings, arguments, facts): each is refused by one row, and together by all.
@@ -94,6 +95,17 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (FULL, {}, {"quantized"}),
     ({}, {"torch_compile": True}, {"quantized"}),
     ({}, {}, {"quantized", "fsdp"}),
+    ({}, {"server_url": None, "server_folder": "/tmp"}, set()),
+    ({"subspace": "low_rank"}, SERVED, set()),
+    (ROWS, SERVED, set()),
+    (TANGENTS, SERVED, set()),
+    ({"batched_probes": True}, SERVED, set()),
+    ({}, SERVED | {"zo_parallel": "directions"}, set()),
+    ({}, SERVED | {"learning_rate": "auto"}, set()),
+    ({}, SERVED | {"zo_stability_steps": 5}, set()),
+    ({}, SERVED | {"torch_compile": True}, set()),
+    ({}, SERVED | {"generation_kwargs": "of JSON"}, set()),
+    ({}, SERVED | {"cache_implementation": "static"}, set()),
 ]
 
 

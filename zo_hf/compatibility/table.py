@@ -8,13 +8,15 @@ by that part itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, fields
 from typing import Any
 
 from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
 from zo_hf.compatibility.choices import directions_of_rows
+from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
@@ -34,33 +36,6 @@ SCHEDULE_FREE = tuple(n for n in OptimizerNames if n.value.startswith("schedule_
 
 #: Optimizers that the user has made, by the fact that says so, and their names in errors.
 USER_OPTIMIZERS = {"optimizers": "optimizers=...", "create_optimizer": "an optimizer made by create_optimizer"}
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """One row of the table; texts may hold `{option}`, which an error shows as the option's value.
-
-    Args:
-        this: an option with its value.
-        that: the option, model or mode of training that it does not combine with.
-        why: the reason; "" if the option would have no effect.
-        instead: the way out.
-        applies: returns whether a run has the conflict.
-    """
-
-    this: str
-    that: str
-    why: str
-    instead: str
-    applies: Callable[[Case], bool]
-
-    def message(self, case: Case) -> str:
-        """Return the sentence that refuses a run."""
-        if self.why:
-            sentence = f"{self.this} does not combine with {self.that}: {self.why}; {self.instead}."
-        else:
-            sentence = f"{self.this} has no effect with {self.that}; {self.instead}."
-        return sentence.format_map(case.values)
 
 
 def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
@@ -495,4 +470,5 @@ CONFLICTS: tuple[Conflict, ...] = (
         "load the model with a device_map, or without quantization",
         lambda case: {"fsdp", "quantized"} <= case.facts,
     ),
+    *SERVED,
 )

@@ -2,13 +2,14 @@
 
 from zo_hf.method_info.method import Method, canonical_name
 from zo_hf.method_info.option import Options, option
-from zo_hf.method_info.values import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole, checked, shown
+from zo_hf.method_info.values import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole, checked, shown
 
 __all__ = [
     "Choice",
     "Flag",
     "Method",
     "Name",
+    "OneOrMore",
     "Options",
     "Pattern",
     "Real",

@@ -168,6 +168,19 @@ class Texts(Values):
 
 
 @dataclass(frozen=True)
+class OneOrMore(Values):
+    """A string, or a sequence of strings."""
+
+    def clean(self, value: Any) -> str | list[str]:
+        """Return the string as it is, or the strings as a list."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return list(value)
+        raise Unfit("a string or a list of strings")
+
+
+@dataclass(frozen=True)
 class Pattern(Values):
     """A regular expression, or a sequence of name endings."""
 

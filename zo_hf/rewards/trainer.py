@@ -26,6 +26,7 @@ from zo_hf.rewards.losses import RewardLosses
 from zo_hf.rewards.metrics import RewardMetrics
 from zo_hf.rewards.prompts import PromptCollator, completion_of
 from zo_hf.rewards.scoring import Rewards, reward_functions
+from zo_hf.rewards.served import ServedGenerator
 from zo_hf.rewards.table import AnsweredPrompts
 from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trainer.fsdp import fsdp_settings
@@ -62,7 +63,11 @@ class EvolutionTrainer(ZOTrainer):
     """
 
     args: EvolutionConfig
-    _losses_kind = RewardLosses
+    generator: Generator | ServedGenerator
+
+    @property
+    def _losses_kind(self) -> Any:
+        return RewardLosses
 
     def __init__(
         self,
@@ -128,7 +133,10 @@ class EvolutionTrainer(ZOTrainer):
         )
         functions = reward_functions(reward_funcs, reward_processing_classes, args.device, init, template)
         self._rewards = Rewards(functions, args.reward_weights)
-        self.generator = Generator(lambda: self.model, args, pad, ends, self.compute_loss_context_manager)
+        if args.server_url is None:
+            self.generator = Generator(lambda: self.model, args, pad, ends, self.compute_loss_context_manager)
+        else:
+            self.generator = ServedGenerator(lambda: self.served, args, ends)
         self._answered: AnsweredPrompts | None = None
         self._evaluated = 0
 

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from transformers import Seq2SeqTrainingArguments
 
-from zo_hf.method_info import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole, checked
+from zo_hf.method_info import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole, checked
 from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.stability.actions import ACTIONS
 
@@ -73,6 +73,10 @@ _RANGES: dict[str, tuple[Values, str]] = {
     "save_only_trajectory": (Flag(), "False saves whole checkpoints"),
     "zo_parallel": (Choice(PARALLEL), "data is the default"),
     "zo_check_steps": (Whole(0), "use 0 to never check"),
+    "server_url": (OneOrMore(also=_NONE), "give an address such as 'http://127.0.0.1:8000', or a list of them"),
+    "server_max_loras": (Whole(1), "give the server's --max-loras"),
+    "server_folder": (Name(also=_NONE), _DEFAULT),
+    "server_timeout": (Real(0, above=True), "600 is the default"),
     "zo_stability_steps": (Whole(0), "use 0 to measure nothing"),
     "zo_stability_action": (Choice(ACTIONS), "warn is the default"),
 }

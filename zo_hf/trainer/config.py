@@ -11,6 +11,7 @@ from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.method_info import option
 from zo_hf.parallel.lost_ranks import set_timeout
+from zo_hf.serving.client import Server
 from zo_hf.settings import Settings
 from zo_hf.trainer.argument_values import check_arguments
 
@@ -133,6 +134,24 @@ class ZOConfig(Seq2SeqTrainingArguments):
         "and at the end.",
     )
 
+    # Servers that evaluate the model.
+    server_url: None | str | list[str] = option(  # noqa: RUF009, RUF036
+        None,
+        "Address of an OpenAI-compatible server with run-time LoRA adapters, such as vLLM's, that evaluates the model in "
+        "place of this process; several as a list, or with commas. It takes a model with a LoRA adapter. Default: none.",
+    )
+    server_max_loras: int = option(
+        8, "Number of adapters that each server holds at a time: its --max-loras. More points of a step take turns."
+    )
+    server_folder: None | str = option(  # noqa: RUF036
+        None,
+        "Folder for adapters, which this machine and the servers share. Default: a folder in /dev/shm that only this user "
+        "can read.",
+    )
+    server_timeout: float = option(
+        600.0, "Maximum time in seconds to wait for one answer of a server, and for a server that is gone."
+    )
+
     # Stability.
     zo_stability_steps: int = option(
         0,
@@ -158,6 +177,8 @@ class ZOConfig(Seq2SeqTrainingArguments):
             if name != "seed" and not isinstance(getattr(self, f"zo_{name}"), str):
                 setattr(self, f"zo_{name}", getattr(settings, name))  # Python's own numbers, which JSON can hold
         check(Case(settings, vars(self)))
+        for url in addresses(self.server_url):
+            Server(url, self.server_timeout)  # raises if it is no address
         super().__post_init__()
         set_timeout(self.ddp_timeout)
 
@@ -180,6 +201,21 @@ class ZOConfig(Seq2SeqTrainingArguments):
         if settings.rows_per_direction == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
         return replace(settings, direction=auto_direction(case)) if is_auto else settings
+
+
+def addresses(server_url: str | list[str] | None) -> list[str]:
+    """Return the addresses that `server_url` names: none, or at least one.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if server_url is None:
+        return []
+    given = server_url.split(",") if isinstance(server_url, str) else server_url
+    found = [url.strip() for url in given if url.strip()]
+    if not found:
+        raise ValueError(f"server_url={server_url!r} names no server; leave it out, or give an address.")
+    return found
 
 
 def number_or_auto(name: str, value: Any) -> Any:

@@ -30,6 +30,7 @@ from zo_hf.evaluation.row_losses import GroupedLoss
 from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.parallel.signals import whole
 from zo_hf.quantization import quantized_layers, training_allowed
+from zo_hf.serving import ServedModel
 from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
 from zo_hf.stability.rounding_noise import warn_of_rounding
@@ -59,6 +60,7 @@ from zo_hf.trainer.rate_watch import RateWatch
 from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.saving import SavingTrainer
+from zo_hf.trainer.served import ServedLosses, Serving, check_served
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,10 @@ class ZOTrainer(SavingTrainer):
     """
 
     found_learning_rate: LRFinderResult | None = None
-    _losses_kind: Any = MicroBatchLosses
+
+    @property
+    def _losses_kind(self) -> Any:
+        return MicroBatchLosses if self._serving is None else ServedLosses
 
     def __init__(self, model: Any = None, args: ZOConfig | None = None, *more: Any, **kwargs: Any) -> None:
         if args is None:
@@ -103,6 +108,7 @@ class ZOTrainer(SavingTrainer):
             super().__init__(model, self._budget.resolved(args), *more, **kwargs)
         self.args = args
         self._files = RunFiles(args, self._ranks)
+        self._serving = None if args.server_url is None else Serving(args)
         self.add_callback(self._budget)
         self.add_callback(RateWatch())
         if self._stability is None and args.zo_stability_steps:
@@ -114,6 +120,8 @@ class ZOTrainer(SavingTrainer):
         quantized_layers(self.model)
         setup.check_processes(args)
         check(Case(args.settings(), vars(args), self._facts))
+        if self._serving is not None and self.model_init is None:
+            check_served(self.model, args)
 
     # The engine's lifetime: from the making of the optimizer until `train` returns.
 
@@ -194,6 +202,8 @@ class ZOTrainer(SavingTrainer):
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         given = "auto" if self._searches_only else self.args.learning_rate
         self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
+        if self._serving is not None:
+            check_served(self.model, self.args)
         self._losses = self._losses_kind(self, self._ranks)
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
         self._features = self._feature_cache(zo)
@@ -226,6 +236,8 @@ class ZOTrainer(SavingTrainer):
         if self._sharding is not None:
             setup.check_shared_forwards(zo, self._ranks.grid, self.args)
         self._no_backward.watch(self.accelerator)
+        if self._serving is not None:
+            self._serving.of(self.model, zo)  # compares the servers' model with this one
         return self.optimizer
 
     def _feature_cache(self, zo: ZerothOrder) -> FeatureCache | None:
@@ -238,6 +250,12 @@ class ZOTrainer(SavingTrainer):
             return None
         moving = {module for site in zo.subspace.sites for module, _ in site.uses}
         return FeatureCache(base_model(self.model), moving, self.args.zo_feature_cache_gib)
+
+    @property
+    def served(self) -> ServedModel:
+        """The model as servers evaluate it; an error without `server_url`."""
+        assert self._serving is not None
+        return self._serving.of(self.model, self.zo)
 
     def _settings(self) -> Settings:
         """Return the method of this run; a resumed run goes on with its rows and directions if the arguments leave them open.
@@ -292,6 +310,8 @@ class ZOTrainer(SavingTrainer):
         self._files.close()
         self._root_mode.leave()
         self._no_backward.leave()
+        if self._serving is not None:
+            self._serving.close()
         if zo is None:
             return
         self._keep_training(zo)

@@ -1,0 +1,35 @@
+"""One row of the table of what does not combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zo_hf.case import Case
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """One row of the table; texts may hold `{option}`, which an error shows as the option's value.
+
+    Args:
+        this: an option with its value.
+        that: the option, model or mode of training that it does not combine with.
+        why: the reason; "" if the option would have no effect.
+        instead: the way out.
+        applies: returns whether a run has the conflict.
+    """
+
+    this: str
+    that: str
+    why: str
+    instead: str
+    applies: Callable[[Case], bool]
+
+    def message(self, case: Case) -> str:
+        """Return the sentence that refuses a run."""
+        if self.why:
+            sentence = f"{self.this} does not combine with {self.that}: {self.why}; {self.instead}."
+        else:
+            sentence = f"{self.this} has no effect with {self.that}; {self.instead}."
+        return sentence.format_map(case.values)

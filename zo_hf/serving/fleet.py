@@ -1,0 +1,243 @@
+"""Several servers that share the evaluations of a step, and go on when one of them is gone for a while.
+
+Each server has a number of slots, one for each adapter that it holds at a time. A thread for every slot takes the next
+point, loads its adapter, asks, and forgets the adapter. A point whose server is gone goes to another slot.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zo_hf.serving.client import Server
+from zo_hf.serving.errors import BadAnswer, ServerLost, ServingError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How often a point is tried.
+TRIES = 5
+#: Seconds between two questions to a server that is gone, and between two lines of the log about it.
+PAUSE, NEWS = 1.0, 30.0
+
+
+@dataclass
+class _Point:
+    """One evaluation: its place among the results, the adapter's folder, and how often it was tried."""
+
+    index: int
+    folder: Path
+    tries: int = 0
+
+
+@dataclass
+class _Work:
+    """The evaluations of one call, which the threads of all slots share."""
+
+    count: int
+    most_waiting: int
+    workers: int
+    todo: deque[_Point] = field(default_factory=deque)
+    results: dict[int, Any] = field(default_factory=dict)
+    under_way: int = 0
+    error: BaseException | None = None
+    is_stopped: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_stopped or self.error is not None or len(self.results) == self.count
+
+    def wait_for_room(self) -> None:
+        """Wait until another point may be written; raises the error of a worker."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.error is not None or self.under_way < self.most_waiting)
+            if self.error is not None:
+                raise self.error
+            self.under_way += 1
+
+    def add(self, point: _Point) -> None:
+        with self.changed:
+            self.todo.append(point)
+            self.changed.notify_all()
+
+    def take(self) -> _Point | None:
+        """Wait for a point; None if all are done."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.todo or self.is_over)
+            return None if self.is_over else self.todo.popleft()
+
+    def done(self, point: _Point, result: Any) -> None:
+        shutil.rmtree(point.folder, ignore_errors=True)
+        with self.changed:
+            self.results[point.index] = result
+            self.under_way -= 1
+            self.changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def leave(self, error: ServingError) -> None:
+        """Take note that a worker has given up; the last one's reason becomes the error."""
+        with self.changed:
+            self.workers -= 1
+            if not self.workers and not self.is_over:
+                self.error = error
+            self.changed.notify_all()
+
+    def wait(self) -> list[Any]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_over)
+            if self.error is not None:
+                raise self.error
+            return [self.results[index] for index in range(self.count)]
+
+    def pause(self, seconds: float) -> None:
+        """Wait for some seconds, or until the work is over."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_over, seconds)
+
+    def stop(self) -> None:
+        with self.changed:
+            self.is_stopped = True
+            self.changed.notify_all()
+
+
+class _Member:
+    """A server of the fleet, and whether it is gone."""
+
+    def __init__(self, server: Server, check: Callable[[Server], None], patience: float) -> None:
+        self.server, self._check, self._patience = server, check, patience
+        self.is_lost = False
+        self._waiting = threading.Lock()
+
+    def wait(self, work: _Work, reason: str) -> None:
+        """Wait until the server is back and still serves the same model, or the work is over.
+
+        Raises:
+            ServingError: it does not come back in time, or serves another model.
+        """
+        with self._waiting:
+            begin = news = time.monotonic()
+            is_told = False
+            while self.is_lost and not work.is_over:
+                # A server that is busy, or about to end, still answers at once.
+                work.pause(PAUSE)
+                try:
+                    self._check(self.server)
+                    self.is_lost = False
+                except (ServerLost, BadAnswer) as error:
+                    now = time.monotonic()
+                    if now - begin > self._patience:
+                        raise ServingError(
+                            f"{self.server.url} has been gone for {self._patience:g} seconds ({error}); start it again and "
+                            "resume from the last checkpoint."
+                        ) from error
+                    if not is_told or now - news > NEWS:
+                        logger.warning(
+                            "%s is gone (%s); waiting for it since %.0f of at most %g seconds",
+                            self.server.url,
+                            error if is_told else reason,
+                            now - begin,
+                            self._patience,
+                        )
+                        is_told, news = True, now
+            if is_told and not self.is_lost:
+                logger.warning("%s is back after %.0f seconds", self.server.url, time.monotonic() - begin)
+
+
+class Fleet:
+    """The servers of a run.
+
+    Args:
+        servers: at least one.
+        slots: number of adapters that each holds at a time.
+        check: compares a server's model with the run's, and loads an adapter; called for servers that come back.
+        patience: seconds to wait for a server that is gone.
+    """
+
+    def __init__(
+        self, servers: Sequence[Server], slots: int, check: Callable[[Server], None], patience: float
+    ) -> None:
+        self._members = [_Member(server, check, patience) for server in servers]
+        self._slots = slots
+        # Other runs may use the same server.
+        self._run, self._loads = secrets.token_hex(4), 0
+        self._naming = threading.Lock()
+
+    def evaluate(self, write: Callable[[int], Path], asks: Sequence[Callable[[Server, str], T]]) -> list[T]:
+        """Ask for every point, with its adapter loaded.
+
+        Args:
+            write: writes the adapter of a point, given its index, and returns its folder; called in order by this thread.
+            asks: gets a server and the adapter's name, and returns the point's result; called by another thread.
+
+        Returns:
+            The results, in the order of the points.
+
+        Raises:
+            ServingError: a server refuses a request, or all of them stay away.
+        """
+        workers = [member for _ in range(self._slots) for member in self._members]
+        work = _Work(len(asks), len(workers), len(workers))
+        for member in workers:
+            # A daemon, because an answer may be long in coming when this process is told to end.
+            threading.Thread(target=self._serve, args=(member, work, asks), daemon=True).start()
+        try:
+            for index in range(len(asks)):
+                work.wait_for_room()
+                work.add(_Point(index, write(index)))
+            return work.wait()
+        finally:
+            work.stop()
+
+    def name(self) -> str:
+        """Return a name for an adapter that no other one has had."""
+        with self._naming:
+            self._loads += 1
+            return f"zo-{self._run}-{self._loads}"
+
+    def _serve(self, member: _Member, work: _Work, asks: Sequence[Callable[[Server, str], Any]]) -> None:
+        while (point := work.take()) is not None:
+            try:
+                work.done(point, self._ask(member.server, point, asks[point.index]))
+            except (ServerLost, BadAnswer) as error:
+                point.tries += 1
+                if point.tries == TRIES:
+                    work.fail(
+                        ServingError(
+                            f"{member.server.url} has failed {TRIES} times at the same request, at last because: {error}; "
+                            "look into its log."
+                        )
+                    )
+                    return
+                work.add(point)
+                if isinstance(error, ServerLost):
+                    member.is_lost = True
+                    try:
+                        member.wait(work, str(error))
+                    except ServingError as given_up:
+                        work.leave(given_up)
+                        return
+            except BaseException as error:
+                work.fail(error)
+                return
+
+    def _ask(self, server: Server, point: _Point, ask: Callable[[Server, str], T]) -> T:
+        name = self.name()
+        server.load(name, str(point.folder))
+        try:
+            return ask(server, name)
+        finally:
+            server.unload(name)
