@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 #: Answers a request in place of the stand-in, given its path and body: (status, content); None lets the stand-in answer.
@@ -32,7 +33,7 @@ class StandIn:
     Attributes:
         fault: answers requests wrongly; None answers all of them.
         adapters: folder of every loaded adapter.
-        requests: path and body of every request.
+        requests, headers: path and body, and the headers, of every request.
         most: the largest number of adapters that were loaded at a time.
         url: its address, the same after it has been started anew.
     """
@@ -40,13 +41,16 @@ class StandIn:
     def __init__(
         self, build: Callable[[], nn.Module], max_rank: int = 16, max_adapters: int = 64, longest: int = 64
     ) -> None:
-        self._build, self.max_rank, self.max_adapters, self.longest = build, max_rank, max_adapters, longest
+        self.max_rank, self.max_adapters, self.longest = max_rank, max_adapters, longest
         self.fault: Fault | None = None
         self.requests: list[tuple[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.adapters: dict[str, str] = {}
         self.most, self._port = 0, 0
         self._lock = threading.Lock()
-        self.base: Any = build()
+        self._base: Any = build()
+        self._adapted: Any = None
+        self._config = b""
         self._server: ThreadingHTTPServer | None = None
 
     @property
@@ -70,6 +74,7 @@ class StandIn:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has gone away
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -83,6 +88,7 @@ class StandIn:
     def _answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         with self._lock:
             self.requests.append((handler.path, body))
+            self.headers.append(dict(handler.headers))
             fault = self.fault
         found = fault(handler.path, body) if fault is not None else None
         if found is None:
@@ -128,13 +134,17 @@ class StandIn:
     @contextmanager
     def _model(self, name: str) -> Iterator[Any]:
         if name == "base":
-            yield self.base
+            with self._adapted.disable_adapter() if self._adapted is not None else nullcontext():
+                yield self._base
             return
-        adapted = PeftModel.from_pretrained(self.base, self.adapters[name]).eval()
-        try:
-            yield adapted
-        finally:
-            self.base = adapted.unload()
+        folder = Path(self.adapters[name])
+        config = (folder / "adapter_config.json").read_bytes()
+        if config != self._config:  # to build a PEFT model takes a hundred times as long as to change its weights
+            self._base = self._base if self._adapted is None else self._adapted.unload()
+            self._adapted = PeftModel.from_pretrained(self._base, str(folder)).eval()
+            self._config = config
+        set_peft_model_state_dict(self._adapted, load_file(folder / "adapter_model.safetensors"))
+        yield self._adapted
 
     @torch.no_grad()
     def _complete(self, body: Any) -> list[dict[str, Any]]:

@@ -53,9 +53,7 @@ class ServedGenerator:
         served, each = self._served(), len(rows) // len(probes)
         of_members = [rows[member * each : (member + 1) * each] for member in range(len(probes))]
         asks = [served.completions(self._prompts(batch, r), self._options(r, first, zo.step)) for r in of_members]
-        return [
-            self._cut(tokens) for found in served.at_probes(zo.subspace, probes, at, asks) for tokens in found
-        ]
+        return [self._cut(tokens) for found in served.at_probes(zo.subspace, probes, at, asks) for tokens in found]
 
     def _prompts(self, batch: Mapping[str, Any], rows: Sequence[int]) -> list[list[int]]:
         """Return the tokens of prompts, without the padding on their left."""

@@ -47,6 +47,13 @@ def base_model(answer: Any) -> BaseModel:
     raise BadAnswer("it lists no model")
 
 
+def adapters(answer: Any) -> set[str]:
+    """Return the names in a list of models that belong to adapters."""
+    models = answer.get("data") if is_object(answer) else None
+    named = [model for model in models if is_object(model)] if isinstance(models, list) else []
+    return {model["id"] for model in named if model.get("parent") is not None and is_text(model.get("id"))}
+
+
 def log_probabilities(answer: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
     """Return the log-probability of every token of every row but its first, given the tokens before it.
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from zo_hf.serving.answers import BaseModel, base_model, completions, log_probabilities, message_of
+from zo_hf.serving.answers import BaseModel, adapters, base_model, completions, log_probabilities, message_of
 from zo_hf.serving.errors import BadAnswer, ServerLost, ServingError
 from zo_hf.untrusted import plain_json
 
@@ -58,6 +58,10 @@ class Server:
     def base(self) -> BaseModel:
         """Return the model that the server serves without an adapter."""
         return base_model(self._json("GET", "/v1/models"))
+
+    def adapters(self) -> set[str]:
+        """Return the names of the adapters that are loaded."""
+        return adapters(self._json("GET", "/v1/models"))
 
     def load(self, name: str, folder: str) -> None:
         """Load the adapter in `folder` under a name that the server does not have yet.

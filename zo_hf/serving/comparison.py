@@ -57,7 +57,7 @@ class Comparison:
     rank: int
 
     def check(self, server: Server, name: str, slots: int) -> None:
-        """Compare a server.
+        """Compare a server, and leave the adapter loaded.
 
         Args:
             server: the server.
@@ -82,18 +82,15 @@ class Comparison:
                 f"{server.url} does not take the adapter ({error}); start it with --max-lora-rank {self.rank} or more and "
                 f"--max-loras {slots} or more, or lower server_max_loras."
             ) from error
-        try:
-            if self.adapted is None:
-                return
-            found = server.log_probabilities(name, rows)
-            apart, effect = _apart(found, self.adapted), (self.adapted - self.base).abs().mean().item()
-            if not apart <= ADAPTER * effect:
-                raise ServingError(
-                    f"{server.url} does not apply the whole adapter: log-probabilities of tokens differ by {apart:.2g} on "
-                    f"average, of an effect of {effect:.2g}; let its --lora-target-modules be those of the adapter."
-                )
-        finally:
-            server.unload(name)
+        if self.adapted is None:
+            return
+        found = server.log_probabilities(name, rows)
+        apart, effect = _apart(found, self.adapted), (self.adapted - self.base).abs().mean().item()
+        if not apart <= ADAPTER * effect:
+            raise ServingError(
+                f"{server.url} does not apply the whole adapter: log-probabilities of tokens differ by {apart:.2g} on "
+                f"average, of an effect of {effect:.2g}; let its --lora-target-modules be those of the adapter."
+            )
 
 
 def comparison(model: PeftModel, files: AdapterFiles, zo: ZerothOrder | None) -> Comparison:

@@ -7,6 +7,10 @@ class ServingError(RuntimeError):
     """Raised if the servers cannot evaluate the model; the message names the server and the way out."""
 
 
+class ServerGone(ServingError):
+    """Raised if a server stays away; the work goes on if there is another one."""
+
+
 class ServerLost(Exception):
     """Raised if a server gives no answer, because it is gone or busy; its work can go on when it is back."""
 

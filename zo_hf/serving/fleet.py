@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zo_hf.serving.client import Server
-from zo_hf.serving.errors import BadAnswer, ServerLost, ServingError
+from zo_hf.serving.errors import BadAnswer, ServerGone, ServerLost, ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class _Work:
             self.error = self.error or error
             self.changed.notify_all()
 
-    def leave(self, error: ServingError) -> None:
+    def leave(self, error: ServerGone) -> None:
         """Take note that a worker has given up; the last one's reason becomes the error."""
         with self.changed:
             self.workers -= 1
@@ -115,18 +115,35 @@ class _Work:
 
 
 class _Member:
-    """A server of the fleet, and whether it is gone."""
+    """A server of the fleet, and whether it is gone; the arguments are those of `Fleet`."""
 
-    def __init__(self, server: Server, check: Callable[[Server], None], patience: float) -> None:
-        self.server, self._check, self._patience = server, check, patience
+    def __init__(
+        self, server: Server, is_as_before: Callable[[Server], bool], check: Callable[[Server], None], patience: float
+    ) -> None:
+        self.server, self._is_as_before, self._check, self._patience = server, is_as_before, check, patience
         self.is_lost = False
-        self._waiting = threading.Lock()
+        self._waiting, self._greeting = threading.Lock(), threading.Lock()
+        self._greeted: _Work | None = None
+
+    def greet(self, work: _Work) -> None:
+        """Compare the server again if it has been started anew since the last call; raises as `wait` does."""
+        reason = "it has been started anew"
+        with self._greeting:
+            if self._greeted is not work:
+                try:
+                    self.is_lost = not self._is_as_before(self.server)
+                except (ServerLost, BadAnswer) as error:
+                    self.is_lost, reason = True, str(error)
+                self._greeted = work
+        if self.is_lost:
+            self.wait(work, reason)
 
     def wait(self, work: _Work, reason: str) -> None:
         """Wait until the server is back and still serves the same model, or the work is over.
 
         Raises:
-            ServingError: it does not come back in time, or serves another model.
+            ServerGone: it does not come back in time.
+            ServingError: it has come back with another model.
         """
         with self._waiting:
             begin = news = time.monotonic()
@@ -140,7 +157,7 @@ class _Member:
                 except (ServerLost, BadAnswer) as error:
                     now = time.monotonic()
                     if now - begin > self._patience:
-                        raise ServingError(
+                        raise ServerGone(
                             f"{self.server.url} has been gone for {self._patience:g} seconds ({error}); start it again and "
                             "resume from the last checkpoint."
                         ) from error
@@ -163,14 +180,20 @@ class Fleet:
     Args:
         servers: at least one.
         slots: number of adapters that each holds at a time.
-        check: compares a server's model with the run's, and loads an adapter; called for servers that come back.
+        is_as_before: returns False for a server that has been started anew since its last check.
+        check: compares a server's model with the run's; called for servers that come back.
         patience: seconds to wait for a server that is gone.
     """
 
     def __init__(
-        self, servers: Sequence[Server], slots: int, check: Callable[[Server], None], patience: float
+        self,
+        servers: Sequence[Server],
+        slots: int,
+        is_as_before: Callable[[Server], bool],
+        check: Callable[[Server], None],
+        patience: float,
     ) -> None:
-        self._members = [_Member(server, check, patience) for server in servers]
+        self._members = [_Member(server, is_as_before, check, patience) for server in servers]
         self._slots = slots
         # Other runs may use the same server.
         self._run, self._loads = secrets.token_hex(4), 0
@@ -209,30 +232,29 @@ class Fleet:
             return f"zo-{self._run}-{self._loads}"
 
     def _serve(self, member: _Member, work: _Work, asks: Sequence[Callable[[Server, str], Any]]) -> None:
-        while (point := work.take()) is not None:
-            try:
-                work.done(point, self._ask(member.server, point, asks[point.index]))
-            except (ServerLost, BadAnswer) as error:
-                point.tries += 1
-                if point.tries == TRIES:
-                    work.fail(
-                        ServingError(
-                            f"{member.server.url} has failed {TRIES} times at the same request, at last because: {error}; "
-                            "look into its log."
-                        )
-                    )
-                    return
-                work.add(point)
-                if isinstance(error, ServerLost):
-                    member.is_lost = True
-                    try:
+        """Work on points until all are done; the body of a slot's thread."""
+        try:
+            member.greet(work)
+            while (point := work.take()) is not None:
+                try:
+                    work.done(point, self._ask(member.server, point, asks[point.index]))
+                except (ServerLost, BadAnswer) as error:
+                    self._give_back(point, work, member.server, error)
+                    if isinstance(error, ServerLost):
+                        member.is_lost = True
                         member.wait(work, str(error))
-                    except ServingError as given_up:
-                        work.leave(given_up)
-                        return
-            except BaseException as error:
-                work.fail(error)
-                return
+        except ServerGone as error:
+            work.leave(error)
+        except BaseException as error:
+            work.fail(error)
+
+    def _give_back(self, point: _Point, work: _Work, server: Server, error: Exception) -> None:
+        point.tries += 1
+        if point.tries == TRIES:
+            raise ServingError(
+                f"{server.url} has failed {TRIES} times at the same request, at last because: {error}; look into its log."
+            )
+        work.add(point)
 
     def _ask(self, server: Server, point: _Point, ask: Callable[[Server, str], T]) -> T:
         name = self.name()

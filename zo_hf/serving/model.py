@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 T = TypeVar("T")
+
+#: Seconds to wait for a server at the end, which may be gone.
+_FAREWELL = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,29 @@ class ServedModel:
         self._servers = [Server(url, servers.timeout) for url in servers.urls]
         self._files = AdapterFiles(model, servers.folder)
         self.vocabulary = int(model.get_base_model().config.get_text_config().vocab_size)
-        expected = comparison(model, self._files, zo)
-
-        def check(server: Server) -> None:
-            expected.check(server, self._fleet.name(), servers.max_loras)
-
-        self._fleet = Fleet(self._servers, servers.max_loras, check, servers.timeout)
+        self._comparison = comparison(model, self._files, zo)
+        self._slots = servers.max_loras
+        #: An adapter that stays loaded on every server, so that one that has been started anew is known by its absence.
+        self._marks: dict[str, str] = {}
+        self._fleet = Fleet(self._servers, servers.max_loras, self._is_as_before, self._compare, servers.timeout)
         lengths = []
         for server in self._servers:
             try:
-                check(server)
+                self._compare(server)
                 lengths.append(server.base().longest)
             except (ServerLost, BadAnswer) as error:
                 raise ServingError(
                     f"{server.url} does not work ({error}); start it, or correct server_url."
                 ) from error
         self.longest = min((length for length in lengths if length is not None), default=None)
+
+    def _compare(self, server: Server) -> None:
+        name = self._fleet.name()
+        self._comparison.check(server, name, self._slots)
+        self._marks[server.url] = name
+
+    def _is_as_before(self, server: Server) -> bool:
+        return self._marks[server.url] in server.adapters()
 
     def at_probes(
         self, subspace: Subspace, probes: Sequence[Probe], at: At, asks: Sequence[Callable[[Server, str], T]]
@@ -141,5 +152,8 @@ class ServedModel:
             )
 
     def close(self) -> None:
-        """Remove the adapters' files."""
+        """Forget the adapters that are loaded, and remove their files."""
+        for url, name in self._marks.items():
+            with contextlib.suppress(ServerLost, BadAnswer, ServingError):
+                Server(url, _FAREWELL).unload(name)
         self._files.close()
