@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="reviews of a step (%(default)s)")
     parser.add_argument("--held-out", type=int, default=64, help="reviews that are answered at the end (%(default)s)")
     parser.add_argument("--eps", type=float, default=3e-2, help="distance of the population (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of Adam (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of Adam (%(default)s)")
     parser.add_argument("--max-loras", type=int, default=8, help="the servers' --max-loras (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sentences and directions (%(default)s)")
     parser.add_argument("--noise", type=int, help="number of directions along which to compare c")

@@ -26,7 +26,7 @@ def with_own_adapter() -> nn.Module:
     return model
 
 
-def with_two() -> nn.Module:
+def with_ia3() -> nn.Module:
     from peft import IA3Config, get_peft_model
 
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
@@ -40,9 +40,9 @@ def with_a_norm() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Any, str]] = {
-    "no adapter": (base, "LlamaForCausalLM is no PEFT model; wrap it by peft.get_peft_model"),
+    "no adapter": (base, "LlamaForCausalLM is no PEFT model; wrap the model by peft.get_peft_model"),
     "an adapter of transformers": (with_own_adapter, "LlamaForCausalLM is no PEFT model"),
-    "IA3": (with_two, "the model has an adapter of IA3Config"),
+    "IA3": (with_ia3, "the model has an adapter of IA3Config"),
     "DoRA": (lambda: lora(use_dora=True), "use_dora of LoraConfig does not work with server_url=...; leave it out."),
     "ranks": (lambda: lora(rank_pattern={"q_proj": 2}), "rank_pattern of LoraConfig does not work"),
     "a head": (lambda: lora(modules_to_save=["lm_head"]), "modules_to_save of LoraConfig does not work"),

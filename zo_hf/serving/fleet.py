@@ -124,6 +124,12 @@ class _Member:
         self.is_lost = False
         self._waiting, self._greeting = threading.Lock(), threading.Lock()
         self._greeted: _Work | None = None
+        self.threads: list[threading.Thread] = []
+
+    def room(self, slots: int) -> int:
+        """Return how many threads may be started, so that those of a server that never answers do not pile up."""
+        self.threads = [thread for thread in self.threads if thread.is_alive()]
+        return max(1, 2 * slots - len(self.threads))
 
     def greet(self, work: _Work) -> None:
         """Compare the server again if it has been started anew since the last call; raises as `wait` does."""
@@ -212,11 +218,14 @@ class Fleet:
         Raises:
             ServingError: a server refuses a request, or all of them stay away.
         """
-        workers = [member for _ in range(self._slots) for member in self._members]
+        room = {member: member.room(self._slots) for member in self._members}
+        workers = [member for i in range(self._slots) for member in self._members if i < room[member]]
         work = _Work(len(asks), len(workers), len(workers))
         for member in workers:
             # A daemon, because an answer may be long in coming when this process is told to end.
-            threading.Thread(target=self._serve, args=(member, work, asks), daemon=True).start()
+            thread = threading.Thread(target=self._serve, args=(member, work, asks), daemon=True)
+            member.threads.append(thread)
+            thread.start()
         try:
             for index in range(len(asks)):
                 work.wait_for_room()
@@ -236,6 +245,10 @@ class Fleet:
         try:
             member.greet(work)
             while (point := work.take()) is not None:
+                if member.is_lost:  # as another slot of the same server has found out
+                    work.add(point)
+                    member.wait(work, "it has been started anew")
+                    continue
                 try:
                     work.done(point, self._ask(member.server, point, asks[point.index]))
                 except (ServerLost, BadAnswer) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -128,7 +127,7 @@ class ServedModel:
             ServingError: a prompt with its answer is longer than the servers allow.
         """
         self.check_length(max(map(len, prompts), default=0) + options["max_tokens"])
-        return functools.partial(Server.completions, prompts=prompts, options=options, vocabulary=self.vocabulary)  # type: ignore[return-value]
+        return lambda server, name: server.completions(name, prompts, options, self.vocabulary)
 
     def log_probabilities(self, rows: Sequence[Sequence[int]]) -> Callable[[Server, str], list[list[float]]]:
         """Return the question for the log-probabilities of rows, see `Server.log_probabilities`.
