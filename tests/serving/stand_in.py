@@ -160,7 +160,7 @@ class StandIn:
             entries = [{str(t): {"logprob": p, "rank": 1}} for t, p in zip(prompt[1:], of_tokens, strict=True)]
             return choice | {"prompt_logprobs": [None, *entries]}
         answer: list[int] = []
-        while len(answer) < body["max_tokens"] and not set(answer) & set(body["stop_token_ids"]):
+        while len(answer) < body["max_tokens"] and not set(answer) & set(body.get("stop_token_ids", ())):
             logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1]
             if body["temperature"]:
                 key = (body["seed"] + 7919 * len(answer)) % (1 << 62)

@@ -40,7 +40,7 @@ EFFECT, DOUBLINGS = 1.0, 16
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a server of the run's model answers.
+    """Answers that a server of the run's model gives, within rounding.
 
     Args:
         rows: tokens of every row, (ROWS, LENGTH), int64.
