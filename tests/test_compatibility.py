@@ -103,6 +103,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, SERVED | {"zo_parallel": "directions"}, set()),
     ({}, SERVED | {"learning_rate": "auto"}, set()),
     ({}, SERVED | {"zo_stability_steps": 5}, set()),
+    ({}, SERVED | {"zo_feature_cache_gib": 1.0}, set()),
     ({}, SERVED | {"torch_compile": True}, set()),
     ({}, SERVED | {"generation_kwargs": "of JSON"}, set()),
     ({}, SERVED | {"cache_implementation": "static"}, set()),

@@ -70,6 +70,7 @@ SERVED: tuple[Conflict, ...] = (
         lambda case: case.argument("learning_rate") == "auto",
     ),
     _given("zo_stability_steps", "the curvature is measured in this process"),
+    _given("zo_feature_cache_gib", "the cache is one of this process's forward passes"),
     _given("torch_compile", "the servers compile the model as they were started"),
     _given("generation_kwargs", "a server takes the options of EvolutionConfig alone"),
     _given("cache_implementation", "the servers have their own cache"),

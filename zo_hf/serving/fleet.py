@@ -121,7 +121,8 @@ class _Member:
         self, server: Server, is_as_before: Callable[[Server], bool], check: Callable[[Server], None], patience: float
     ) -> None:
         self.server, self._is_as_before, self._check, self._patience = server, is_as_before, check, patience
-        self.is_lost = False
+        self.is_lost, self._since, self._reason = False, 0.0, ""
+        self._told: float | None = None  # when the log last said that it is gone
         self._waiting, self._greeting = threading.Lock(), threading.Lock()
         self._greeted: _Work | None = None
         self.threads: list[threading.Thread] = []
@@ -131,20 +132,24 @@ class _Member:
         self.threads = [thread for thread in self.threads if thread.is_alive()]
         return max(1, 2 * slots - len(self.threads))
 
+    def lose(self, reason: str) -> None:
+        """Take note that the server is gone, unless that is known."""
+        if not self.is_lost:
+            self.is_lost, self._since, self._reason, self._told = True, time.monotonic(), reason, None
+
     def greet(self, work: _Work) -> None:
         """Compare the server again if it has been started anew since the last call; raises as `wait` does."""
-        reason = "it has been started anew"
         with self._greeting:
             if self._greeted is not work:
                 try:
-                    self.is_lost = not self._is_as_before(self.server)
+                    if not self._is_as_before(self.server):
+                        self.lose("it has been started anew")
                 except (ServerLost, BadAnswer) as error:
-                    self.is_lost, reason = True, str(error)
+                    self.lose(str(error))
                 self._greeted = work
-        if self.is_lost:
-            self.wait(work, reason)
+        self.wait(work)
 
-    def wait(self, work: _Work, reason: str) -> None:
+    def wait(self, work: _Work) -> None:
         """Wait until the server is back and still serves the same model, or the work is over.
 
         Raises:
@@ -152,8 +157,6 @@ class _Member:
             ServingError: it has come back with another model.
         """
         with self._waiting:
-            begin = news = time.monotonic()
-            is_told = False
             while self.is_lost and not work.is_over:
                 # A server that is busy, or about to end, still answers at once.
                 work.pause(PAUSE)
@@ -162,22 +165,25 @@ class _Member:
                     self.is_lost = False
                 except (ServerLost, BadAnswer) as error:
                     now = time.monotonic()
-                    if now - begin > self._patience:
+                    if now - self._since > self._patience:
                         raise ServerGone(
                             f"{self.server.url} has been gone for {self._patience:g} seconds ({error}); start it again and "
                             "resume from the last checkpoint."
                         ) from error
-                    if not is_told or now - news > NEWS:
+                    if self._told is None or now - self._told > NEWS:
                         logger.warning(
                             "%s is gone (%s); waiting for it since %.0f of at most %g seconds",
                             self.server.url,
-                            error if is_told else reason,
-                            now - begin,
+                            self._reason if self._told is None else error,
+                            now - self._since,
                             self._patience,
                         )
-                        is_told, news = True, now
-            if is_told and not self.is_lost:
-                logger.warning("%s is back after %.0f seconds", self.server.url, time.monotonic() - begin)
+                        self._told = now
+                else:
+                    if self._told is not None:
+                        logger.warning(
+                            "%s is back after %.0f seconds", self.server.url, time.monotonic() - self._since
+                        )
 
 
 class Fleet:
@@ -247,15 +253,15 @@ class Fleet:
             while (point := work.take()) is not None:
                 if member.is_lost:  # as another slot of the same server has found out
                     work.add(point)
-                    member.wait(work, "it has been started anew")
+                    member.wait(work)
                     continue
                 try:
                     work.done(point, self._ask(member.server, point, asks[point.index]))
                 except (ServerLost, BadAnswer) as error:
                     self._give_back(point, work, member.server, error)
                     if isinstance(error, ServerLost):
-                        member.is_lost = True
-                        member.wait(work, str(error))
+                        member.lose(str(error))
+                        member.wait(work)
         except ServerGone as error:
             work.leave(error)
         except BaseException as error:
