@@ -4,9 +4,10 @@
 # ///
 """Teach SmolLM2-135M sentiment with a serving engine as the forward pass: a population of LoRA adapters on vLLM.
 
-    python3 run.py serve                                                    # in another terminal: vLLM on this machine
-    python recipes/served_sentiment.py --server http://127.0.0.1:8011       # a few minutes; continues if interrupted
-    python recipes/served_sentiment.py --server http://127.0.0.1:8011 --noise 100   # how exact its c are, and no training
+    python recipes/served_sentiment.py --server http://127.0.0.1:8000               # continues if interrupted
+    python recipes/served_sentiment.py --server http://127.0.0.1:8000 --noise 100   # how exact its c are, and no training
+
+docs/guides/serving.md says how to start the server.
 
 The model reads "Review: {review}", "Sentiment:", and learns the next word, " negative" or " positive". Each step takes the
 losses of a population on one batch of reviews. Before and after, the server itself answers held-out reviews with the
@@ -19,12 +20,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -71,7 +72,8 @@ def main() -> None:
     train = [encode_example(tokenizer, PROMPT_B, row["text"], words[row["label"]], LONGEST) for row in sentences.train]
     collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
     if args.noise is not None:
-        print("\n".join(noise(model, collate(train[: args.rows]), args)))
+        for line in noise(model, collate(train[: args.rows]), args):
+            print(line, flush=True)
         return
     prompts = [encode_prompt(tokenizer, PROMPT_B, text, LONGEST) for text in sentences.held_out["text"]]
     right = [words[label] for label in sentences.held_out["label"]]
@@ -146,10 +148,11 @@ def answered(trainer: ZOTrainer, prompts: list[list[int]], right: list[int]) -> 
     return part
 
 
-def noise(model: Any, batch: dict[str, Any], args: Any) -> list[str]:
-    """Return a table of c along the same directions, by servers and by this process."""
-    lines = ["| ε | c, root mean square | error of the server's c | correlation |", "|---:|---:|---:|---:|"]
-    for eps in tqdm(args.distances, unit="distance"):
+def noise(model: Any, batch: dict[str, Any], args: Any) -> Iterator[str]:
+    """Yield the lines of a table of c along the same directions, by servers and by this process."""
+    yield "| ε | c, root mean square | error of the server's c | correlation |"
+    yield "|---:|---:|---:|---:|"
+    for eps in args.distances:
         zo = ZerothOrder(model, "adapter", eps=eps, num_directions=args.noise, batched_probes=False, seed=args.seed)
         own = zo.estimate(ModelLoss(model, model.get_base_model(), batch, lambda inputs: model(**inputs).loss))
         served = ServedModel(model, Servers(args.server, args.max_loras, None, 600.0), zo)
@@ -159,8 +162,7 @@ def noise(model: Any, batch: dict[str, Any], args: Any) -> list[str]:
         exact, found = (torch.tensor(e.projected_gradients, dtype=torch.float64) for e in (own, theirs))
         error = (found - exact).square().mean().sqrt()
         correlation = torch.corrcoef(torch.stack((exact, found)))[0, 1]
-        lines.append(f"| {eps:g} | {exact.square().mean().sqrt():.3f} | {error:.4f} | {correlation:.4f} |")
-    return lines
+        yield f"| {eps:g} | {exact.square().mean().sqrt():.3f} | {error:.4f} | {correlation:.4f} |"
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def test_evaluation_is_the_servers(stand_in: StandIn, tmp_path: Path) -> None:
     since = len(stand_in.requests)
     found = served.evaluate()
     assert [len(body["prompt"]) for body in answers(stand_in, since)] == [3, 2]
+    assert not stand_in.adapters
     expected = make(tmp_path / "own", more=data, per_device_eval_batch_size=3).evaluate()
     assert found["eval_reward"] == pytest.approx(expected["eval_reward"])
     assert found["eval_completions/mean_length"] == expected["eval_completions/mean_length"]

@@ -220,6 +220,8 @@ class EvolutionTrainer(ZOTrainer):
         self._to_evaluate = self.num_examples(dataloader) if has_length(dataloader.dataset) else math.inf
         self._eval_metrics = self.new_metrics()
         output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.zo is None and self._serving is not None:
+            self._serving.close()
         self._eval_metrics.end_step()
         found = self._eval_metrics.means()
         del found["frac_reward_zero_std"]  # every prompt has one answer
