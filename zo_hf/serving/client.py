@@ -25,6 +25,7 @@ _BYTES = plain_json.MAX_BYTES
 #: Requests at a time for the prompts of one adapter, where each needs a request of its own.
 _CONCURRENT = 16
 _BUSY = (429, 502, 503, 504)
+_FORBIDDEN = (401, 403)
 _MISSING = 404
 
 
@@ -81,7 +82,7 @@ class Server:
                 f"{self.url} cannot read {folder} ({message_of(_object(text))}); set server_folder=... to a folder that "
                 "it shares with this machine."
             )
-        if status >= 400 and status not in _BUSY:
+        if status >= 400 and status not in (*_BUSY, *_FORBIDDEN):
             raise BadAnswer(message_of(_object(text)))
         self._check(status, text)
 
@@ -154,7 +155,7 @@ class Server:
         if status == _MISSING or status >= 500:
             raise BadAnswer(f"status {status}: {message_of(_object(text))}")
         if status != 200:
-            hint = f"; put its key into the variable {KEY}" if status == 401 else ""
+            hint = f"; put its key into the variable {KEY}" if status in _FORBIDDEN else ""
             raise ServingError(
                 f"{self.url} refuses a request with the status {status} ({message_of(_object(text))}){hint}."
             )

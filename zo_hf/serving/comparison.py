@@ -46,6 +46,8 @@ class Comparison:
         rows: tokens of every row, (ROWS, LENGTH), int64.
         base: log-probabilities without an adapter of every token but a row's first, (ROWS, LENGTH - 1), float32.
         adapted: the same at a point away from the present one; None compares no adapter.
+        plain: an adapter without effect. It stands for the base model, because vLLM 0.32 on the CPU gives requests without
+            an adapter the one in its last slot if they share a batch with others.
         folder: the adapter at that point, or at the present one.
         rank: r of the adapter.
     """
@@ -53,6 +55,7 @@ class Comparison:
     rows: Tensor
     base: Tensor
     adapted: Tensor | None
+    plain: Path
     folder: Path
     rank: int
 
@@ -68,20 +71,18 @@ class Comparison:
             ServingError: it serves another model, or does not take the adapter; the message says which.
             ServerLost: it does not answer.
         """
-        model, rows = server.base(), self.rows.tolist()
-        apart, size = _apart(server.log_probabilities(model.name, rows), self.base), self.base.abs().mean().item()
+        rows, plain = self.rows.tolist(), f"{name}-plain"
+        self._load(server, plain, self.plain, slots)
+        try:
+            apart, size = _apart(server.log_probabilities(plain, rows), self.base), self.base.abs().mean().item()
+        finally:
+            server.unload(plain)
         if not apart <= BASE * size:
             raise ServingError(
                 f"{server.url} serves another model than the one that is trained: log-probabilities of tokens differ by "
                 f"{apart:.2g} on average, of {size:.2g}; start it with the same weights."
             )
-        try:
-            server.load(name, str(self.folder))
-        except BadAnswer as error:
-            raise ServingError(
-                f"{server.url} does not take the adapter ({error}); start it with --max-lora-rank {self.rank} or more and "
-                f"--max-loras {slots} or more, or lower server_max_loras."
-            ) from error
+        self._load(server, name, self.folder, slots)
         if self.adapted is None:
             return
         found = server.log_probabilities(name, rows)
@@ -91,6 +92,15 @@ class Comparison:
                 f"{server.url} does not apply the whole adapter: log-probabilities of tokens differ by {apart:.2g} on "
                 f"average, of an effect of {effect:.2g}; let its --lora-target-modules be those of the adapter."
             )
+
+    def _load(self, server: Server, name: str, folder: Path, slots: int) -> None:
+        try:
+            server.load(name, str(folder))
+        except BadAnswer as error:
+            raise ServingError(
+                f"{server.url} does not take the adapter ({error}); start it with --max-lora-rank {self.rank} or more and "
+                f"--max-loras {slots} or more, or lower server_max_loras."
+            ) from error
 
 
 def comparison(model: PeftModel, files: AdapterFiles, zo: ZerothOrder | None) -> Comparison:
@@ -107,8 +117,9 @@ def comparison(model: PeftModel, files: AdapterFiles, zo: ZerothOrder | None) ->
     with _as_it_is(model):
         with model.disable_adapter():
             base = _log_probabilities(model, rows)
+        plain = files.write({name: torch.zeros_like(p) for name, p in model.named_parameters() if "lora_B" in name})
         if zo is None:
-            return Comparison(rows, base, None, files.write({}), files.rank)
+            return Comparison(rows, base, None, plain, files.write({}), files.rank)
         scale = zo.estimator.eps
         for _ in range(DOUBLINGS):
             with zo.subspace.at((Probe(0, scale),), lambda index: Stream(zo.seed, -1, index), GAUSSIAN):
@@ -117,7 +128,7 @@ def comparison(model: PeftModel, files: AdapterFiles, zo: ZerothOrder | None) ->
                     break
             scale *= 2
         with zo.subspace.at((Probe(0, scale),), lambda index: Stream(zo.seed, -1, index), GAUSSIAN):
-            return Comparison(rows, base, adapted, files.write(moved(zo.subspace)), files.rank)
+            return Comparison(rows, base, adapted, plain, files.write(moved(zo.subspace)), files.rank)
 
 
 @torch.no_grad()

@@ -117,10 +117,8 @@ class _Work:
 class _Member:
     """A server of the fleet, and whether it is gone; the arguments are those of `Fleet`."""
 
-    def __init__(
-        self, server: Server, is_as_before: Callable[[Server], bool], check: Callable[[Server], None], patience: float
-    ) -> None:
-        self.server, self._is_as_before, self._check, self._patience = server, is_as_before, check, patience
+    def __init__(self, server: Server, check: Callable[[Server], None], patience: float) -> None:
+        self.server, self._check, self._patience = server, check, patience
         self.is_lost, self._since, self._reason = False, 0.0, ""
         self._told: float | None = None  # when the log last said that it is gone
         self._waiting, self._greeting = threading.Lock(), threading.Lock()
@@ -138,12 +136,11 @@ class _Member:
             self.is_lost, self._since, self._reason, self._told = True, time.monotonic(), reason, None
 
     def greet(self, work: _Work) -> None:
-        """Compare the server again if it has been started anew since the last call; raises as `wait` does."""
+        """Check the server before anything is asked, because nobody may have noticed that it has been started anew."""
         with self._greeting:
             if self._greeted is not work:
                 try:
-                    if not self._is_as_before(self.server):
-                        self.lose("it has been started anew")
+                    self._check(self.server)
                 except (ServerLost, BadAnswer) as error:
                     self.lose(str(error))
                 self._greeted = work
@@ -192,20 +189,15 @@ class Fleet:
     Args:
         servers: at least one.
         slots: number of adapters that each holds at a time.
-        is_as_before: returns False for a server that has been started anew since its last check.
-        check: compares a server's model with the run's; called for servers that come back.
+        check: compares a server's model with the run's, if it has been started anew; called before every step, and for
+            servers that come back.
         patience: seconds to wait for a server that is gone.
     """
 
     def __init__(
-        self,
-        servers: Sequence[Server],
-        slots: int,
-        is_as_before: Callable[[Server], bool],
-        check: Callable[[Server], None],
-        patience: float,
+        self, servers: Sequence[Server], slots: int, check: Callable[[Server], None], patience: float
     ) -> None:
-        self._members = [_Member(server, is_as_before, check, patience) for server in servers]
+        self._members = [_Member(server, check, patience) for server in servers]
         self._slots = slots
         # Other runs may use the same server.
         self._run, self._loads = secrets.token_hex(4), 0

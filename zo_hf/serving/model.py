@@ -69,7 +69,7 @@ class ServedModel:
         self._slots = servers.max_loras
         #: An adapter that stays loaded on every server, so that one that has been started anew is known by its absence.
         self._marks: dict[str, str] = {}
-        self._fleet = Fleet(self._servers, servers.max_loras, self._is_as_before, self._compare, servers.timeout)
+        self._fleet = Fleet(self._servers, servers.max_loras, self._check, servers.timeout)
         lengths = []
         for server in self._servers:
             try:
@@ -86,8 +86,10 @@ class ServedModel:
         self._comparison.check(server, name, self._slots)
         self._marks[server.url] = name
 
-    def _is_as_before(self, server: Server) -> bool:
-        return self._marks[server.url] in server.adapters()
+    def _check(self, server: Server) -> None:
+        """Compare a server if it has been started anew."""
+        if self._marks[server.url] not in server.adapters():
+            self._compare(server)
 
     def at_probes(
         self, subspace: Subspace, probes: Sequence[Probe], at: At, asks: Sequence[Callable[[Server, str], T]]
