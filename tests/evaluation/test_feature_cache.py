@@ -159,7 +159,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_full_memory_costs_time_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    gib = 5 * (12 * 32 * 4 + 12 * 8) / 2**30  # of five rows
+    gib = 5 * (12 * 32 * 4 + len("input_ids") + 12 * 8) / 2**30  # of five rows
     with caplog.at_level(logging.WARNING, "zo_hf"):
         compare(tmp_path, lambda: deep(tiny_llama), zo_feature_cache_gib=gib)
     assert "zo_feature_cache_gib is used up by the features of 5 rows" in caplog.text
@@ -200,3 +200,41 @@ def test_inputs_that_carry_more_than_tokens_are_refused() -> None:
     cache = FeatureCache(model, [model.model.layers[3].mlp], 0.1)
     with cache.serving(), pytest.raises(ValueError, match="the model also gets inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions", "is_causal"])
+def test_flags_that_change_what_the_layers_in_front_give_are_refused(flag: str) -> None:
+    model = deep(tiny_llama, attn_implementation="eager")
+    cache, ids = FeatureCache(model, [model.model.layers[3].mlp], 0.1), TinyTask()[0]["input_ids"][None]
+    with cache.serving(), torch.no_grad():
+        model(input_ids=ids, use_cache=False, output_hidden_states=False)
+        with pytest.raises(ValueError, match=f"zo_feature_cache_gib .*{flag}"):
+            model(input_ids=ids, **{flag: flag != "is_causal"})
+
+
+def test_padding_between_tokens_needs_positions() -> None:
+    """A row alone is without it, and then has other positions, even if batches without padding have been compared."""
+    model = deep(tiny_llama)
+    cache, ids = FeatureCache(model, [model.model.layers[3].mlp], 0.1), TinyTask()[0]["input_ids"][None]
+    mask = torch.ones_like(ids)
+    with cache.serving(), torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        mask[0, 4:6] = 0
+        with pytest.raises(ValueError, match="between tokens that changes their positions"):
+            model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None])
+        with pytest.raises(ValueError, match="needs a token in every batch"):
+            model(input_ids=ids, attention_mask=torch.zeros_like(ids))
+
+
+def test_positions_belong_to_a_row_with_them() -> None:
+    """The bytes of ids and positions are those of a longer row's ids."""
+    model = deep(tiny_llama)
+    cache, ids = FeatureCache(model, [model.model.layers[3].mlp], 0.1), torch.tensor([[5, 7, 0, 1]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with cache.serving():
+            model(input_ids=ids[:, :2], position_ids=ids[:, 2:])
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        with cache.serving(), pytest.raises(ValueError, match="the model also gets position_ids"):
+            model(input_ids=ids, position_ids=torch.zeros(3, 1, 4, dtype=torch.long))

@@ -31,8 +31,11 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torc
 #: Inputs with a value for every token.
 _OF_TOKENS = ("input_ids", "token_type_ids", "position_ids")
 
-#: Inputs that only the loss or the head reads, which a causal model passes on to its layers, too.
-_BEHIND = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
+#: Inputs that leave features as they are: the loss, the head or the caller reads them, and a causal model passes them on.
+_BEHIND = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "return_dict")
+
+#: Flags that ask for outputs of the layers in front, which do not run.
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 _WAY_OUT = "use zo_feature_cache_gib=0"
 
@@ -119,7 +122,7 @@ class FeatureCache:
         of_rows, computed = [], 0
         for row, here in enumerate(tokens):
             alone = {name: value[row, here] for name, value in values.items()}
-            key = b"".join(value.numpy().tobytes() for value in alone.values())
+            key = b"".join(name.encode() + value.long().numpy().tobytes() for name, value in alone.items())
             if key not in found and len(alone["input_ids"]):
                 features = self._kept.get(key, self._of_last_pass.get(key))
                 if features is None:
@@ -127,6 +130,10 @@ class FeatureCache:
                     self._keep(key, features)
                 found[key] = features
             of_rows.append(found.get(key))
+        if not found:
+            raise ValueError(
+                f"zo_feature_cache_gib needs a token in every batch, and attention_mask is 0; {_WAY_OUT}."
+            )
         self._of_last_pass = found
         some = next(iter(found.values()))
         padded = some.new_zeros(*tokens.shape, some.shape[-1])
@@ -147,10 +154,17 @@ class FeatureCache:
         """
         given = dict(self._signature.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        given = {name: value for name, value in given.items() if value is not None and name not in _BEHIND}
+        output = next((name for name in _OUTPUTS if given.pop(name, None)), None)
+        if output is not None:
+            raise ValueError(
+                f"zo_feature_cache_gib leaves out the layers in front, whose outputs {output}=True asks for; {_WAY_OUT}."
+            )
+        given = {
+            name: value for name, value in given.items() if value is not None and name not in (*_BEHIND, *_OUTPUTS)
+        }
         ids, mask = given.get("input_ids"), given.pop("attention_mask", None)
-        inputs = {name: given.pop(name) for name in _OF_TOKENS if name in given}
-        other = next((name for name, value in given.items() if not isinstance(value, bool)), None)
+        inputs = {name: given.pop(name) for name in _OF_TOKENS if name in given and given[name].ndim <= 2}
+        other = next(iter(given), None)
         if other is not None or ids is None:
             raise ValueError(
                 f"zo_feature_cache_gib needs features that follow from input_ids, and the model also gets "
@@ -161,6 +175,12 @@ class FeatureCache:
                 f"zo_feature_cache_gib needs an attention_mask of shape {tuple(ids.shape)}, not {tuple(mask.shape)}; {_WAY_OUT}."
             )
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        runs = tokens[:, 0] + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+        if "position_ids" not in inputs and bool((runs > 1).any()):
+            raise ValueError(
+                "zo_feature_cache_gib computes a row without its padding, and between tokens that changes their positions; pass "
+                f"position_ids, or {_WAY_OUT}."
+            )
         return {name: value.expand(ids.shape) for name, value in inputs.items()}, tokens
 
     def _compute(self, row: Mapping[str, Tensor], masks: bool) -> Tensor:
