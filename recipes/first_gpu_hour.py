@@ -16,12 +16,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,23 +122,30 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     began = time.perf_counter()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | part.environment
     words = [sys.executable, *(word.format(output=output) if word == "{output}" else word for word in part.arguments)]
-    try:
-        done = subprocess.run(
-            words,
-            cwd=ROOT,
-            env=environment,
-            timeout=min(part.limit, seconds),
-            capture_output=True,
-            text=True,
-            check=False,
+    limit = min(part.limit, seconds)
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as texts:
+        # A group of its own, because workers that outlive a stopped part would share the GPU with the next one.
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=texts, stderr=errors, start_new_session=True
         )
-        status, printed = "passed" if done.returncode == 0 else "failed", done.stderr + done.stdout
-    except subprocess.TimeoutExpired as stopped:
-        status = f"stopped after {stopped.timeout:.0f} s"
-        printed = "".join(text.decode(errors="replace") for text in (stopped.stderr, stopped.stdout) if text)
-    file = output / "metrics.json" if output.is_dir() else output
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    end = [line for line in printed.splitlines() if line.strip()][-15:]
+        try:
+            status = "passed" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed = b""
+        for file in (errors, texts):
+            file.seek(0)
+            printed += file.read()
+    results = None
+    found = output / "metrics.json" if output.is_dir() else output
+    if found.is_file():
+        with suppress(ValueError):  # a part that was stopped may leave half a file
+            results = json.loads(found.read_text(encoding="utf-8"))
+    end = [line for line in printed.decode(errors="replace").splitlines() if line.strip()][-15:]
     return {"status": status, "seconds": time.perf_counter() - began, "results": results, "end": end}
 
 

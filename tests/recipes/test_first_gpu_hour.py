@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,33 @@ def test_a_part_that_fails_or_takes_too_long_is_reported_and_the_others_go_on(tm
     assert "no good\nso far" in table
     late = recipe.run_all(parts, "cpu", 0.0, tmp_path / "late.json")
     assert {part["status"] for part in late["parts"].values()} == {"no time left"}
+
+
+def test_a_part_leaves_no_process_and_half_a_file_or_other_bytes_are_no_error(tmp_path: Path) -> None:
+    child = "import time; time.sleep(120)"
+    begin = (
+        "import subprocess, sys; from pathlib import Path; sys.stdout.buffer.write(b'\\xff so far\\n'); "
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}]); Path(sys.argv[2]).write_text(str(child.pid)); "
+        "Path(sys.argv[1]).write_text('{'); sys.stdout.flush()"
+    )
+    pid = tmp_path / "pid"
+    part = recipe.run_part(recipe.Part("bench", ("-c", begin, "{output}", str(pid)), 60), tmp_path, 60.0)
+    assert part["status"] == "passed" and part["results"] is None
+    assert part["end"] == ["\ufffd so far"]
+    assert not _runs(int(pid.read_text()))
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process has not ended within a minute; one that nobody has waited for has."""
+    for _ in range(600):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_launches_are_counted() -> None:
