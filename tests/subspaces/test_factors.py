@@ -75,3 +75,21 @@ def test_a_fold_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     space.fold(2, {})
     for mine, theirs in zip(space.sites, expected.sites, strict=True):
         assert torch.equal(mine.parameter, theirs.parameter), mine.name
+
+
+def test_a_pass_without_probes_reads_norms_that_were_written_after_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(draws, "is_launched", lambda device: True)
+    space = _space(tiny_llama, torch.float64, 4)
+    space.attach()
+    batch = {name: value for name, value in causal_batch(ROWS).items() if name != "labels"}
+    with torch.no_grad():
+        space.model(**batch)
+        norm = space.model.model.norm
+        ones = torch.ones(1, 1, len(norm.weight), dtype=torch.float64)
+        before = norm(ones)
+        norm.weight.add_(1.0)
+        after = norm(ones)
+    space.detach()
+    torch.testing.assert_close(after - before, torch.ones_like(after), rtol=1e-4, atol=1e-4)

@@ -239,20 +239,20 @@ class LowRank(Folded):
             self._at_origin = before
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
+        # What all layers read at the new point is not made in their forwards, so that a compiled one stays the same.
         super()._enter_point(stream_of, distribution)
-        self._take_point()
+        self._refresh_factors()
+        for vectors in self._vectors.values():
+            vectors.refresh()
 
     def _refresh_point(self) -> None:
         if not self.probes and self._clean_is_stale:
             super()._refresh_point()
-            self._take_point()
+            self._refresh_factors()
 
-    def _take_point(self) -> None:
-        """Make what all layers read at the new point; not in their forwards, so that a compiled one stays the same."""
+    def _refresh_factors(self) -> None:
         for factors in self._factors.values():
             factors.refresh()
-        for vectors in self._vectors.values():
-            vectors.refresh()
 
     def _dtype_of(self, site: Site) -> torch.dtype:
         """Return the dtype in which a weight is multiplied."""
@@ -391,15 +391,22 @@ class LowRank(Folded):
     def _moved_vectors(self, site: Site, parameter: Tensor | None) -> Tensor:
         """Return a parameter of one dimension at the points of all groups, (groups, d)."""
         assert parameter is not None
+        together = self._moved_together(site)
+        return self._coordinate_blocks.at_point(site.name) + parameter.detach() if together is None else together
+
+    def _moved_together(self, site: Site) -> Tensor | None:
+        """Return a parameter that has been moved with all others, (groups, d); None if it has not."""
         block = self._coordinate_blocks.of(site.name)
         vectors = self._vectors.get(block)
-        if vectors is not None and site.name in vectors and block.tangent is None and not self._is_differentiable:
-            return vectors.of(site.name)
-        return self._coordinate_blocks.at_point(site.name) + parameter.detach()
+        if vectors is None or site.name not in vectors or block.tangent is not None or self._is_differentiable:
+            return None
+        # Only a probe keeps the weights from being written: a pass without probes reads them as they are now.
+        return vectors.of(site.name) if self.probes else None
 
     def _in_coordinates_dtype(self, site: Site, parameter: Tensor, group: int) -> Tensor:
-        if len(site.shape) == 1:
-            return self._moved_vectors(site, parameter)[group]
+        together = self._moved_together(site)
+        if together is not None:
+            return together[group]
         value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
             return value + self._coordinate_blocks.at_point(site.name)[group]
