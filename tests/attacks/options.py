@@ -25,7 +25,7 @@ from tests.trainer.runs import make_trainer
 from zo_hf import ZerothOrder
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.estimators import ESTIMATORS
-from zo_hf.method_info import Choice, Flag, Name, Pattern, Real, Texts, Values, Whole
+from zo_hf.method_info import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole
 from zo_hf.rules import RULES
 from zo_hf.settings import Settings
 from zo_hf.subspaces import SUBSPACES
@@ -176,7 +176,7 @@ def _refused(values: Values, value: Any, name: str) -> bool | None:
         return None if isinstance(value, bool | np.bool_) else True
     if isinstance(values, Choice | Name):
         return None if isinstance(value, str | bool) else True
-    assert isinstance(values, Pattern | Texts)
+    assert isinstance(values, Pattern | Texts | OneOrMore)
     return None if isinstance(value, str | list | tuple) else True
 
 

@@ -90,7 +90,7 @@ def test_each_format_trains_reports_and_leaves_a_model_that_answers(
     assert ("the tokenizer has none" in shown) == (kind in ("messages", "chats"))
     assert all(line in shown for line in ("18 to train on, 2 held out", "\nbefore ", "\nafter ", "MiB peak"))
     found = metrics(tmp_path / "out")
-    assert found["forward_passes"] == 4 and found["loss"] != found["loss_before"]
+    assert found["forward_passes"] == 6 and found["loss"] != found["loss_before"]
     assert "zeroth-order-optimization" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "run.png").is_file()
     first = answer(tmp_path / "out", capsys)
@@ -165,7 +165,7 @@ def test_a_yaml_file_has_the_options(words: Any, tmp_path: Path, capsys: pytest.
     del argv[argv.index("--max_steps") : argv.index("--max_steps") + 2]
     cli.main(argv)
     found = metrics(tmp_path / "out")
-    assert found["forward_passes"] == 2 and found["held_out_rows"] == 0 and "loss" not in found
+    assert found["forward_passes"] == 4 and found["held_out_rows"] == 0 and "loss" not in found
     file.write_text("evaluation_fraction: 0\n")
     assert "unknown option 'evaluation_fraction'; write 'eval_fraction'" in refused(words(config=file), capsys)
 

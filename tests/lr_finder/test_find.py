@@ -193,7 +193,7 @@ def test_directions_for_rows_allow_a_larger_rate_unless_batches_are_the_noise(
     one, many = (found(*engine(Bowl(1.0), **options), noise, 10, 200, rows=8) for options in ({}, BY_ROWS))
     assert (one.groups, many.groups) == (1, 8)
     lines = zip(one.probes.lines, many.probes.lines, strict=True)
-    assert all(a.near == pytest.approx(b.near, rel=1e-6) and a.far == b.far for a, b in lines)
+    assert all((a.near, a.far) == pytest.approx((b.near, b.far), rel=1e-6) for a, b in lines)
     assert least < many.learning_rate / one.learning_rate < most
     assert "for 8 groups of rows" in table(many) and "groups of rows" not in table(one)
 

@@ -16,7 +16,7 @@ from zo_hf.directions import ELEMENTWISE, Distribution
 from zo_hf.memory.quantized import features_out, scale_count
 from zo_hf.quantization.layer import TILE as QUANTIZED_TILE
 from zo_hf.rng import Decoder, NoiseLayout, Stream, StreamOf
-from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
+from zo_hf.subspaces import Adapter, Full, LowRank, Subspace, fold_pieces
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.full import TILE
@@ -85,15 +85,21 @@ class TracedLowRank(LowRank):
             self._bases[name] = basis.t().contiguous().t()
 
     def fold_largest_tile(self) -> None:
-        """Allocate what a fold allocates for the largest weight, which has the largest tiles."""
-        site = max(self.sites, key=lambda site: site.parameter.numel())
+        """Allocate what a fold allocates for its largest tile, which may hold rows of several weights."""
+        sites = sorted(self.sites, key=lambda site: -site.parameter.numel())
         if self._requantizes:
-            elements = min(QUANTIZED_TILE, site.parameter.numel())
+            elements = min(QUANTIZED_TILE, sites[0].parameter.numel())
             _at_once = [torch.empty(elements) for _ in range(REQUANTIZING_COPIES)]
-        weight = site.parameter.detach()
-        rows = max(1, TILE // (weight.numel() // len(weight)))
+        room, pieces = fold_pieces.tile_elements(sites[0].parameter.device), []
+        for site in sites:
+            weight = site.parameter.detach()
+            length = weight.numel() // len(weight)
+            rows = min(len(weight), room // length) if pieces else min(len(weight), max(1, room // length))
+            if rows:
+                pieces.append(self._piece(weight[:rows], 0, site, 1.0))
+                room -= rows * length
         with torch.no_grad():
-            self._fold_into(weight[:rows], 0, site, 0, 1.0)
+            fold_pieces.write(pieces, Stream(self.seed, 0))
 
 
 class TracedAdapter(Adapter):

@@ -119,7 +119,7 @@ METHODS = {
     ),
     "qalora": Method(_lora(use_qalora=True, qalora_group_size=4)),
     "adamss": Method(_at_attention("AdamssConfig", r=8)),
-    "adaption prompt": Method(_ADAPTION, float64=False, batchable=False),
+    "adaption prompt": Method(_ADAPTION, float64=False),
     "beft": Method(_at_attention("BeftConfig", target_modules=["v_proj"])),
     "boft": Method(_at_attention("BOFTConfig", boft_block_size=4)),
     "c3a": Method(_at_attention("C3AConfig", block_size=8), float64=False, lr=0.6),
