@@ -6,7 +6,8 @@ allocates only its result and the largest scratch. Everything else is the code t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -86,20 +87,16 @@ class TracedLowRank(LowRank):
 
     def fold_largest_tile(self) -> None:
         """Allocate what a fold allocates for its largest tile, which may hold rows of several weights."""
-        sites = sorted(self.sites, key=lambda site: -site.parameter.numel())
         if self._requantizes:
-            elements = min(QUANTIZED_TILE, sites[0].parameter.numel())
+            elements = min(QUANTIZED_TILE, max(site.parameter.numel() for site in self.sites))
             _at_once = [torch.empty(elements) for _ in range(REQUANTIZING_COPIES)]
-        room, pieces = fold_pieces.tile_elements(sites[0].parameter.device), []
-        for site in sites:
-            weight = site.parameter.detach()
-            length = weight.numel() // len(weight)
-            rows = min(len(weight), room // length) if pieces else min(len(weight), max(1, room // length))
-            if rows:
-                pieces.append(self._piece(weight[:rows], 0, site, 1.0))
-                room -= rows * length
         with torch.no_grad():
-            fold_pieces.write(pieces, Stream(self.seed, 0))
+            sizes = [sum(part.rows.numel() for part in tile) for tile in self._tiles()]
+            largest = next(islice(self._tiles(), sizes.index(max(sizes)), None))
+            fold_pieces.write(largest, Stream(self.seed, 0))
+
+    def _tiles(self) -> Iterator[list[fold_pieces.Piece]]:
+        return fold_pieces.tiles(self._piece(site.parameter.detach(), 0, site, 1.0) for site in self.sites)
 
 
 class TracedAdapter(Adapter):

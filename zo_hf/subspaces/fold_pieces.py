@@ -61,15 +61,15 @@ def cut(piece: Piece) -> Iterator[Piece]:
 
 def write(pieces: Iterable[Piece], stream: Stream) -> None:
     """Fold the pieces, in half precision with stochastic rounding by bits of the stream."""
-    for together in _joined(part for piece in pieces for part in cut(piece)):
+    for together in tiles(pieces):
         _write(together, stream)
 
 
-def _joined(parts: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield lists of parts that fit into a tile and share their devices and dtypes."""
+def tiles(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield lists of parts of pieces that fit into a tile and share their devices and dtypes."""
     waiting: dict[tuple, list[Piece]] = {}
     elements: Counter[tuple] = Counter()
-    for part in parts:
+    for part in (part for piece in pieces for part in cut(piece)):
         kind = part.rows.device, part.rows.dtype, part.left.dtype
         if elements[kind] + part.rows.numel() > tile_elements(part.rows.device) and elements[kind]:
             yield waiting.pop(kind)
