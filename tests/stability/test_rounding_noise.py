@@ -86,3 +86,13 @@ def test_a_run_in_half_precision_logs_its_noise(tmp_path: Path, dtype: torch.dty
     assert entries[0]["zo/forward_passes"] == (5 if dtype == torch.float32 else 17)
     if dtype == torch.bfloat16:
         assert 0 < entries[0]["zo/rounding_noise"] < float("inf")
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(5, [5]), (16, [5, 7, 9, 11, 13, 15]), (17, [17]), (19, [17, 19])])
+def test_a_budget_is_not_exceeded_for_it(tmp_path: Path, limit: int, expected: list[int]) -> None:
+    """5, 2, 2 without the measurement, and 17, 2, 2 with it."""
+    options = {"max_steps": 100, "logging_steps": 1, "zo_max_forward_passes": limit}
+    trainer = trained(tmp_path, seeded(tiny_opt, torch.bfloat16), **options)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["zo/forward_passes"] for entry in entries] == expected
+    assert all(("zo/rounding_noise" in entry) == (limit >= 17) for entry in entries)

@@ -27,6 +27,8 @@ from zo_hf.rng import Stream, StreamOf
 logger = logging.getLogger(__name__)
 
 DIRECTIONS = 3
+#: What a measurement costs: four points along each of them.
+FORWARD_PASSES = 4 * DIRECTIONS
 #: The part of c from which on a run is warned.
 NOISY = 0.1
 

@@ -140,12 +140,12 @@ class Budget(TrainerCallback):
             planned = limit if self._replaces_max_steps else min(limit, planned)
         return int(SHARE * planned)
 
-    def pays_for(self, batches: int) -> bool:
-        """Return whether the budget pays for a step of `batches` micro-batches."""
+    def pays_for(self, batches: int, beside: int = 0) -> bool:
+        """Return whether the budget pays for a step of `batches` micro-batches, and for other forward passes beside it."""
         budget = self.args.zo_max_forward_passes
         if budget is None or not batches:
             return True
-        return self._spent() + self._cost(batches) <= budget
+        return self._spent() + beside + self._cost(batches) <= budget
 
     def on_train_begin(
         self, args: ZOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -33,7 +33,7 @@ from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.serving import ServedModel
 from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
-from zo_hf.stability.rounding_noise import warn_of_rounding
+from zo_hf.stability.rounding_noise import FORWARD_PASSES, warn_of_rounding
 from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trainer import changes, learning_rate, setup
 from zo_hf.trainer.budget import Budget
@@ -419,7 +419,7 @@ class ZOTrainer(SavingTrainer):
         closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches)
         if self.zo.at_start_of_step:
             self._check_ranks(inputs, self.zo)
-            if self.zo.step == 0:
+            if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
         with nullcontext() if self._features is None else self._features.serving():
             self.zo.probe(closure, weight)
