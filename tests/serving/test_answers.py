@@ -63,6 +63,7 @@ def changed(path: str, value: Any) -> Any:
         changed("choices.0.prompt_logprobs.1.9", -1.0),
         changed("choices.0.prompt_logprobs.1.9", {"logprob": "-1"}),
         changed("choices.0.prompt_logprobs.1.9", {"logprob": 1.0}),
+        changed("choices.0.prompt_logprobs.1.9", {"logprob": -1e308}),
         changed("choices.0.prompt_logprobs.1.9", {"logprob": float("nan")}),
         changed("choices.0.prompt_logprobs.1.9", {"logprob": True}),
     ],
@@ -137,9 +138,12 @@ def test_wrong_addresses(url: str) -> None:
         Server(url, 1.0)
 
 
-def test_no_password_in_an_address() -> None:
+@pytest.mark.parametrize(
+    "url", ["http://me:X@host", "http://me:X@host?a=1", "http://me:X#@host:80", "http://me:X@host:port"]
+)
+def test_no_password_in_an_address(url: str) -> None:
     with pytest.raises(
         ValueError, match="server_url has a password in it; put the server's key into the variable"
     ) as e:
-        Server("http://me:secret@host", 1.0)
+        Server(url.replace("X", "secret"), 1.0)
     assert "secret" not in str(e.value)

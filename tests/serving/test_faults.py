@@ -213,6 +213,7 @@ def test_a_server_that_leaves_out_layers(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "set_peft_model_state_dict", without_mlp)
     with serving(base) as stand_in:
         assert "does not apply the whole adapter" in message_at_start(stand_in, tmp_path)
+        assert not stand_in.adapters
 
 
 def test_no_adapters_at_run_time(tmp_path: Path) -> None:
@@ -255,6 +256,30 @@ def test_no_files_stay(tmp_path: Path) -> None:
         folders = {body["lora_path"] for path, body in stand_in.requests if path == LOAD}
         assert len(folders) == 14 and all(Path(folder).is_relative_to(tmp_path) for folder in folders)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_training_that_does_not_begin_leaves_nothing(tmp_path: Path) -> None:
+    with serving(base) as right, serving(other) as wrong:
+        trainer = make(tmp_path / "run", [right.url, wrong.url], server_folder=str(tmp_path))
+        with pytest.raises(ServingError, match=f"{wrong.url} serves another model"):
+            trainer.train()
+        assert not right.adapters and not wrong.adapters
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["run"])
+
+
+@pytest.mark.parametrize("key", ["se\ncret", "secret\u20ac"])
+def test_no_message_repeats_a_key(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with serving(base) as stand_in:
+        message = message_at_start(stand_in, tmp_path)
+    assert "the variable VLLM_API_KEY has a character" in message and "cret" not in message
+
+
+def test_a_key_may_end_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "of a test\n")
+    with serving(base) as stand_in:
+        Server(stand_in.url, 5.0).base()
+    assert stand_in.headers[0]["Authorization"] == "Bearer of a test"
 
 
 def test_an_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from zo_hf.serving.errors import BadAnswer
-from zo_hf.untrusted.fields import brief, is_number, is_object, is_text, list_of, maybe, shown, whole
+from zo_hf.untrusted.fields import brief, is_object, is_text, list_of, maybe, number, shown, whole
 
-#: A logarithm of a probability may be above 0 by what half precision rounds.
-_MOST = 0.01
+#: A logarithm of a probability may be above 0 by what half precision rounds. Servers write about -1e4 for a probability of 0.
+_is_logarithm = number(-1e6, 0.01)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _of_prompt(choice: Any, row: Sequence[int]) -> list[float]:
     for token, entry in zip(row[1:], entries[1:], strict=True):
         of_token: Any = entry.get(str(token)) if is_object(entry) else None
         value: Any = of_token.get("logprob") if is_object(of_token) else None
-        if not is_number(value) or value > _MOST:
+        if not _is_logarithm(value):
             raise BadAnswer(f"prompt_logprobs has {brief(value)} as the logarithm of a token's probability")
         found.append(float(value))
     return found

@@ -42,6 +42,8 @@ class Server:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self._timeout = url, timeout
+        if "@" in url:  # first, because no other message may repeat a password
+            raise ValueError(f"server_url has a password in it; put the server's key into the variable {KEY} instead.")
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -51,8 +53,6 @@ class Server:
             raise ValueError(
                 f"server_url={url!r} is no address of a server; give one such as 'http://127.0.0.1:8000'."
             )
-        if parts.username is not None:
-            raise ValueError(f"server_url has a password in it; put the server's key into the variable {KEY} instead.")
         self._host, self._port, self._is_safe = parts.hostname, port, parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")
 
@@ -167,9 +167,7 @@ class Server:
             ServerLost: there is none within the time.
             BadAnswer: it is too long.
         """
-        headers = {"Content-Type": "application/json"}
-        if KEY in os.environ:
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        headers = {"Content-Type": "application/json"} | _authorization()
         kind = http.client.HTTPSConnection if self._is_safe else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self._timeout)
         deadline = time.monotonic() + self._timeout
@@ -193,6 +191,20 @@ class Server:
             raise ServerLost(str(error) or type(error).__name__) from error
         finally:
             connection.close()
+
+
+def _authorization() -> dict[str, str]:
+    """Return the header with the server's key, if there is one.
+
+    Raises:
+        ServingError: the key cannot stand in a header.
+    """
+    if KEY not in os.environ:
+        return {}
+    key = os.environ[KEY].strip()
+    if not (key.isascii() and key.isprintable()):  # http.client would repeat it in its message
+        raise ServingError(f"the variable {KEY} has a character that no key of a server has; correct it.")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _object(text: bytes) -> dict[str, Any]:

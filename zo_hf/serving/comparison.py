@@ -10,6 +10,7 @@ adapter, which vLLM does in silence for `--lora-target-modules`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from zo_hf.estimators.probe import Probe
 from zo_hf.rng import Stream
 from zo_hf.serving.adapter_files import AdapterFiles
 from zo_hf.serving.client import Server
-from zo_hf.serving.errors import BadAnswer, ServingError
+from zo_hf.serving.errors import BadAnswer, ServerLost, ServingError
 from zo_hf.serving.points import moved
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Comparison:
     rank: int
 
     def check(self, server: Server, name: str, slots: int) -> None:
-        """Compare a server, and leave the adapter loaded.
+        """Compare a server, and leave the adapter loaded unless that raises.
 
         Args:
             server: the server.
@@ -85,8 +86,15 @@ class Comparison:
         self._load(server, name, self.folder, slots)
         if self.adapted is None:
             return
-        found = server.log_probabilities(name, rows)
-        apart, effect = _apart(found, self.adapted), (self.adapted - self.base).abs().mean().item()
+        try:
+            self._check_adapter(server, server.log_probabilities(name, rows), self.adapted)
+        except Exception:
+            with contextlib.suppress(ServerLost, BadAnswer, ServingError):
+                server.unload(name)
+            raise
+
+    def _check_adapter(self, server: Server, found: list[list[float]], adapted: Tensor) -> None:
+        apart, effect = _apart(found, adapted), (adapted - self.base).abs().mean().item()
         if not apart <= ADAPTER * effect:
             raise ServingError(
                 f"{server.url} does not apply the whole adapter: log-probabilities of tokens differ by {apart:.2g} on "

@@ -65,21 +65,25 @@ class ServedModel:
         self._servers = [Server(url, servers.timeout) for url in servers.urls]
         self._files = AdapterFiles(model, servers.folder)
         self.vocabulary = int(model.get_base_model().config.get_text_config().vocab_size)
-        self._comparison = comparison(model, self._files, zo)
         self._slots = servers.max_loras
         #: An adapter that stays loaded on every server, so that one that has been started anew is known by its absence.
         self._marks: dict[str, str] = {}
         self._fleet = Fleet(self._servers, servers.max_loras, self._check, servers.timeout)
-        lengths = []
-        for server in self._servers:
-            try:
-                self._compare(server)
-                lengths.append(server.base().longest)
-            except (ServerLost, BadAnswer) as error:
-                raise ServingError(
-                    f"{server.url} does not work ({error}); start it, or correct server_url."
-                ) from error
+        try:
+            self._comparison = comparison(model, self._files, zo)
+            lengths = [self._begin(server) for server in self._servers]
+        except BaseException:
+            self.close()
+            raise
         self.longest = min((length for length in lengths if length is not None), default=None)
+
+    def _begin(self, server: Server) -> int | None:
+        """Compare a server, and return the number of tokens that a prompt and its answer may have."""
+        try:
+            self._compare(server)
+            return server.base().longest
+        except (ServerLost, BadAnswer) as error:
+            raise ServingError(f"{server.url} does not work ({error}); start it, or correct server_url.") from error
 
     def _compare(self, server: Server) -> None:
         name = self._fleet.name()
