@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.conftest import CAUSAL_MODELS, LENGTH, VOCABULARY, causal_batch, seeded, tiny_llama, tiny_mixtral, tiny_opt
+from tests.conftest import (
+    CAUSAL_MODELS,
+    LENGTH,
+    VOCABULARY,
+    TinyTask,
+    causal_batch,
+    seeded,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_opt,
+)
+from tests.trainer.runs import logged, trained
 from zo_hf import ZerothOrder
 from zo_hf.directions import GAUSSIAN
 from zo_hf.estimators.probe import Probe
@@ -232,3 +244,36 @@ def test_nothing_is_left_on_the_model() -> None:
     assert not model.model._forward_hooks and "forward" not in model.model.__dict__
     with torch.no_grad():
         assert loss().item() == pytest.approx(model(**batch_of()).loss.item(), rel=1e-6)
+
+
+class AllLabeled(TinyTask):
+    """Rows padded on the left, with a label for every other token."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = {name: value.clone() for name, value in super().__getitem__(index).items()}
+        row["attention_mask"][: index % 3] = 0
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+        return row
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_trainer_computes_chunks(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks that Trainer's own classes put on the model do not stand in the way."""
+    chunks, losses = [], chunked_head.ChunkedHead.losses
+    monkeypatch.setattr(chunked_head.ChunkedHead, "losses", lambda *args: chunks.append(tokens) or losses(*args))
+    found = {}
+    for tokens in (16, 1 << 30):
+        monkeypatch.setattr(chunked_head, "TOKENS", tokens)
+        options = {"zo_rows_per_direction": rows, "max_steps": 2, "gradient_accumulation_steps": 2}
+        trainer = trained(tmp_path, seeded(tiny_llama), more={"train_dataset": AllLabeled()}, **options)
+        found[tokens] = logged(trainer, "loss") + logged(trainer, "zo/projected_grad")
+    assert set(chunks) == {16}
+    assert found[16] == pytest.approx(found[1 << 30], rel=1e-3)
+
+
+def test_a_hook_on_the_model_keeps_all_logits() -> None:
+    model, checks = seeded(tiny_llama), LossChecks()
+    model.register_forward_hook(lambda _, args, output: None)
+    with torch.no_grad():
+        loss_of(model, batch_of(), checks=checks)()
+    assert checks.in_chunks is None

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.evaluation.known_losses import IGNORED, known_loss, loss_kind, losses_of_tokens
+from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import coarsest, same_but_for_order, same_but_for_rounding
 from zo_hf.parallel.shards import is_sharded_model
 
@@ -47,7 +48,7 @@ class ChunkedHead:
     def takes(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether a batch has labels for the tokens of its rows, and nothing that this class does not know."""
         ids, labels = inputs.get("input_ids"), inputs["labels"]
-        is_known = inputs.keys() <= _KNOWN_INPUTS and not self._model._forward_hooks
+        is_known = inputs.keys() <= _KNOWN_INPUTS and not may_change_outputs(self._model)
         keeps = isinstance(inputs.get("logits_to_keep"), Tensor) or not inputs.get("logits_to_keep")
         return is_known and keeps and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == labels.shape
 

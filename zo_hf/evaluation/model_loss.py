@@ -32,6 +32,7 @@ from zo_hf.evaluation.known_losses import (
     sums_of_groups,
     targets_of,
 )
+from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import same_but_for_order
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
@@ -266,7 +267,7 @@ class ModelLoss:
     @property
     def _must_compare(self) -> bool:
         """True if nothing guarantees that the model's loss still is the known function of its logits."""
-        return not self._is_stock or bool(self._model._forward_hooks) or self._checks.is_known is None
+        return not self._is_stock or may_change_outputs(self._model) or self._checks.is_known is None
 
     def _layout(self) -> tuple[tuple[str, bool], ...]:
         """Return which inputs carry the rows."""

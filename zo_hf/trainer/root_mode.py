@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from zo_hf.evaluation.output_hooks import leaves_outputs
 from zo_hf.trainer.stop_gradient import StopGradients
 
 
@@ -64,6 +65,7 @@ class RootMode:
         for root in self._roots:
             root.training = False
 
+    @leaves_outputs
     def _end(self, *_: Any) -> None:
         flags, suspended = self._before.pop()
         for root, flag in zip(self._roots, flags, strict=True):
