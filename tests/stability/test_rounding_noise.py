@@ -96,3 +96,11 @@ def test_a_budget_is_not_exceeded_for_it(tmp_path: Path, limit: int, expected: l
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["zo/forward_passes"] for entry in entries] == expected
     assert all(("zo/rounding_noise" in entry) == (limit >= 17) for entry in entries)
+
+
+def test_a_loss_that_is_not_finite_is_no_rounding(caplog: pytest.LogCaptureFixture) -> None:
+    zo, x = engine("rounds")
+    with caplog.at_level(logging.WARNING, logger="zo_hf"):
+        caplog.clear()
+        warn_of_rounding(zo, lambda: zo.model(x).square().mean() * float("nan"))
+    assert zo.rounding_noise is None and not caplog.records

@@ -75,8 +75,11 @@ def warn_of_rounding(zo: ZerothOrder, closure: Callable[[], Any], weight: float 
     """Measure `rounding_noise` of a run that may have it, keep it in `zo.rounding_noise`, and warn if it is large."""
     if not is_rough(zo) or isinstance(closure, JointLoss):
         return
-    zo.rounding_noise = noise = rounding_noise(zo, closure, weight)
-    if not noise <= NOISY:
+    noise = rounding_noise(zo, closure, weight)
+    if math.isnan(noise):  # a loss is not finite, which the step itself says
+        return
+    zo.rounding_noise = noise
+    if noise > NOISY:
         logger.warning(
             "rounding makes up about %.0f%% of c at zo_eps=%g; raise zo_eps a little, or load the model in a finer dtype",
             100 * noise,
