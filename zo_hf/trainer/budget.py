@@ -111,7 +111,7 @@ class Budget(TrainerCallback):
         return self.seconds_before + monotonic() - self._began
 
     def steps(self) -> int:
-        """Return the number of steps that the forward passes pay for, without the check of `zo_batched_probes="auto"`."""
+        """Return the number of steps that the forward passes pay for, without what the first step measures beside its probes."""
         budget = self.args.zo_max_forward_passes
         assert budget is not None
         if self._searches:
