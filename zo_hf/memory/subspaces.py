@@ -6,8 +6,7 @@ allocates only its result and the largest scratch. Everything else is the code t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from zo_hf.directions import ELEMENTWISE, Distribution
 from zo_hf.memory.quantized import features_out, scale_count
 from zo_hf.quantization.layer import TILE as QUANTIZED_TILE
 from zo_hf.rng import Decoder, NoiseLayout, Stream, StreamOf
-from zo_hf.subspaces import Adapter, Full, LowRank, Subspace, fold_pieces
+from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.full import TILE
@@ -86,17 +85,15 @@ class TracedLowRank(LowRank):
             self._bases[name] = basis.t().contiguous().t()
 
     def fold_largest_tile(self) -> None:
-        """Allocate what a fold allocates for its largest tile, which may hold rows of several weights."""
+        """Allocate what a fold allocates for the largest weight, which has the largest tiles."""
+        site = max(self.sites, key=lambda site: site.parameter.numel())
         if self._requantizes:
-            elements = min(QUANTIZED_TILE, max(site.parameter.numel() for site in self.sites))
+            elements = min(QUANTIZED_TILE, site.parameter.numel())
             _at_once = [torch.empty(elements) for _ in range(REQUANTIZING_COPIES)]
+        weight = site.parameter.detach()
+        rows = max(1, TILE // (weight.numel() // len(weight)))
         with torch.no_grad():
-            sizes = [sum(part.rows.numel() for part in tile) for tile in self._tiles()]
-            largest = next(islice(self._tiles(), sizes.index(max(sizes)), None))
-            fold_pieces.write(largest, Stream(self.seed, 0))
-
-    def _tiles(self) -> Iterator[list[fold_pieces.Piece]]:
-        return fold_pieces.tiles(self._piece(site.parameter.detach(), 0, site, 1.0) for site in self.sites)
+            self._fold_into(weight[:rows], 0, site, 0, 1.0)
 
 
 class TracedAdapter(Adapter):

@@ -66,12 +66,16 @@ def write(pieces: Iterable[Piece], stream: Stream) -> None:
 
 
 def tiles(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield lists of parts of pieces that fit into a tile and share their devices and dtypes."""
+    """Yield lists of parts of pieces that fit into a tile and share their devices and dtypes.
+
+    Where operations are not launched, a list has one part, because a joint one takes more scratch and saves nothing.
+    """
     waiting: dict[tuple, list[Piece]] = {}
     elements: Counter[tuple] = Counter()
     for part in (part for piece in pieces for part in cut(piece)):
         kind = part.rows.device, part.rows.dtype, part.left.dtype
-        if elements[kind] + part.rows.numel() > tile_elements(part.rows.device) and elements[kind]:
+        room = tile_elements(part.rows.device) if is_launched(part.rows.device) else 0
+        if elements[kind] and elements[kind] + part.rows.numel() > room:
             yield waiting.pop(kind)
             elements[kind] = 0
         waiting.setdefault(kind, []).append(part)
