@@ -224,6 +224,8 @@ def _packed_blocks(key: int, name: str, blocks: Tensor) -> Tensor:
     tensor = tensor_key(name)
     low = torch.full_like(blocks, tensor & 0xFFFFFFFF)
     high = torch.full_like(blocks, tensor >> 32)
+    if not is_launched(blocks.device):  # frees the counters before the words are packed
+        return pack(philox4x32((blocks & 0xFFFFFFFF, blocks >> 32, low, high), key))
     return _random_blocks((blocks & 0xFFFFFFFF, blocks >> 32, low, high), [key])
 
 
