@@ -28,6 +28,7 @@ from zo_hf.serving.adapter_files import AdapterFiles
 from zo_hf.serving.client import Server
 from zo_hf.serving.errors import BadAnswer, ServerLost, ServingError
 from zo_hf.serving.points import moved
+from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -154,13 +155,10 @@ def _apart(found: list[list[float]], own: Tensor) -> float:
 @contextmanager
 def _as_it_is(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and give back modes and `requires_grad`, which PEFT sets when it enables."""
-    modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
-        yield
+        with in_evaluation_mode(model):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)

@@ -28,6 +28,7 @@ from zo_hf.rng import Stream, draw_slice
 from zo_hf.rng.draw import draw_half_words
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rng.single_thread import single_thread
+from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
 from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.subspaces.subspace import first_input
 
@@ -58,17 +59,15 @@ def measure_bases(
     bases: dict[str, Tensor] = {}
     device = next(iter(inputs.values())).device
     generators = GlobalGenerators.now(device)
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.callback(generators.restore)
-        stack.callback(_set_modes, modes)
+        stack.enter_context(in_evaluation_mode(model))
         for name, modules in layers.items():
             for module in modules:
                 handle = module.register_forward_pre_hook(_hook(bases, name, rank, stream), with_kwargs=True)
                 stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(single_thread())
-        model.eval()
         try:
             model(**inputs)
         except Exception as error:
@@ -128,8 +127,3 @@ def _random_tokens(model: nn.Module, stream: Stream) -> dict[str, Tensor]:
         name: ((word[:count] << 16 | word[count:]) % vocabulary).view(_ROWS, length).to(device)
         for name, word in words.items()
     }
-
-
-def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

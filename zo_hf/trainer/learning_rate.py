@@ -30,6 +30,7 @@ from zo_hf.lr_finder.predicted_loss import CONSTANT, Schedule
 from zo_hf.lr_finder.report import one_line
 from zo_hf.lr_finder.step_groups import Batch
 from zo_hf.parallel.ranks import Grid
+from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
 from zo_hf.trainer.argument_values import check_learning_rate
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.config import ZOConfig, number_or_auto
@@ -178,17 +179,13 @@ def step_batches(
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Enter a context with the model in evaluation mode; its exit restores the modes and the random generators."""
-    modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
-            model.eval()
+        with torch.random.fork_rng(), in_evaluation_mode(model):
             yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def search(
