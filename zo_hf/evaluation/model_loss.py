@@ -36,7 +36,7 @@ from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import same_but_for_order
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
-WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass
@@ -206,7 +206,7 @@ class ModelLoss:
 
     def _copied(self, copies: int) -> dict[str, Any]:
         """Return a batch of `copies` times the rows."""
-        return {k: self._repeat(k, v, copies) for k, v in self._inputs.items()} if copies > 1 else dict(self._inputs)
+        return repeated(self._inputs, self.rows, copies)
 
     @property
     def kept(self) -> Tensor | None:
@@ -272,18 +272,34 @@ class ModelLoss:
     def _layout(self) -> tuple[tuple[str, bool], ...]:
         """Return which inputs carry the rows."""
         names = [name for name in self._inputs if name not in ("logits_to_keep", "shift_labels")]
-        return tuple((name, self._carries_rows(name, self._inputs[name])) for name in sorted(names))
+        return tuple((name, _carries_rows(name, self._inputs[name], self.rows)) for name in sorted(names))
 
-    def _carries_rows(self, name: str, value: Any) -> bool:
-        # The list of logit positions is shared by all rows, even if it has as many entries as there are rows.
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.rows and name != "logits_to_keep"
 
-    def _repeat(self, name: str, value: Any, copies: int) -> Any:
-        if name in WITHIN_ROWS:
-            raise NotBatchable(f"{name} describes the sequences of this batch, which is free of padding")
-        if not self._carries_rows(name, value):
-            return value
-        return value.repeat(copies, *([1] * (value.ndim - 1)))
+def repeated(inputs: Mapping[str, Any], rows: int, copies: int) -> dict[str, Any]:
+    """Return a batch `copies` times, end to end.
+
+    Args:
+        inputs: the batch.
+        rows: its rows.
+        copies: the number of copies.
+
+    Raises:
+        NotBatchable: an input describes the sequences within a row.
+    """
+    within = next((name for name in inputs if name in _WITHIN_ROWS), None)
+    if within is not None and copies > 1:
+        raise NotBatchable(f"{within} describes the sequences of this batch, which is free of padding")
+    return {
+        name: value.repeat(copies, *[1] * (value.ndim - 1))
+        if copies > 1 and _carries_rows(name, value, rows)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _carries_rows(name: str, value: Any, rows: int) -> bool:
+    # The list of logit positions is shared by all rows, even if it has as many entries as there are rows.
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows and name != "logits_to_keep"
 
 
 def _has_stock_forward(model: PreTrainedModel) -> bool:

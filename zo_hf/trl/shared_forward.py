@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_hf.estimators.probe import NotBatchable
-from zo_hf.evaluation.model_loss import WITHIN_ROWS
+from zo_hf.evaluation.model_loss import repeated
 from zo_hf.evaluation.row_losses import LossByRows
 from zo_hf.trl.token_outputs import TokenOutputs, token_outputs
 
@@ -94,16 +94,10 @@ class SharedForward:
         if found is None:
             if self.copy:
                 raise NotBatchable("the loss calls the model differently at every probe")
-            copies = {name: self._repeated(name, value) for name, value in inputs.items()}
+            copies = repeated(inputs, self._rows, self._copies)
             found = self._parts(token_outputs(model, unwrapped, copies) if is_fused else model(**copies))
             self._seen.append((key, found))
         return found[self.copy]
-
-    def _repeated(self, name: str, value: Any) -> Any:
-        if name in WITHIN_ROWS:
-            raise NotBatchable(f"{name} describes the sequences of this batch, which is free of padding")
-        carries = isinstance(value, Tensor) and value.ndim > 0 and len(value) == self._rows
-        return value.repeat(self._copies, *[1] * (value.ndim - 1)) if carries else value
 
     def _parts(self, outputs: Any) -> list[Any]:
         if isinstance(outputs, TokenOutputs):
