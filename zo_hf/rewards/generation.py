@@ -16,6 +16,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.evaluate import At
 from zo_hf.evaluation.precision import rounding
 from zo_hf.rewards.config import EvolutionConfig
+from zo_hf.rewards.prompts import up_to_end
 from zo_hf.rewards.sampling import sampler
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Generator:
         """
         start = batch["input_ids"].shape[1]
         processors = sampler(self._config, step, [first + row for row in rows], start)
-        return [self._cut(tokens) for tokens in self._tokens(batch, rows, processors).tolist()]
+        return [up_to_end(tokens, self.ends) for tokens in self._tokens(batch, rows, processors).tolist()]
 
     def answers_of_members(
         self,
@@ -109,10 +110,6 @@ class Generator:
         with self._context():
             found = self._model().generate(**inputs, generation_config=generation, logits_processor=processors)
         return found[:, inputs["input_ids"].shape[1] :]
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-        return tokens[:end]
 
     def _note_failure(self, error: Exception) -> None:
         if isinstance(error, NotBatchable) and self._config.zo_batched_probes is True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +80,8 @@ class PromptCollator:
 def completion_of(prompt: Any, text: str) -> Any:
     """Return a generated text as reward functions get it: as a message if the prompt consists of messages."""
     return [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+
+
+def up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Return the tokens of an answer up to the first one that ends it, that one included."""
+    return tokens[: next((place for place, token in enumerate(tokens, 1) if token in ends), None)]

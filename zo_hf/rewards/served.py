@@ -13,6 +13,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.evaluate import At
 from zo_hf.rewards.config import EvolutionConfig
+from zo_hf.rewards.prompts import up_to_end
 from zo_hf.rng import Purpose, Stream
 from zo_hf.serving import ServedModel
 
@@ -38,7 +39,7 @@ class ServedGenerator:
         """Return the answers of the model as it is; the arguments are those of `Generator.answers`."""
         served = self._served()
         found = served.as_it_is(served.completions(self._prompts(batch, rows), self._options(rows, first, step)))
-        return [self._cut(tokens) for tokens in found]
+        return [up_to_end(tokens, self.ends) for tokens in found]
 
     def answers_of_members(
         self,
@@ -53,7 +54,11 @@ class ServedGenerator:
         served, each = self._served(), len(rows) // len(probes)
         of_members = [rows[member * each : (member + 1) * each] for member in range(len(probes))]
         asks = [served.completions(self._prompts(batch, r), self._options(r, first, zo.step)) for r in of_members]
-        return [self._cut(tokens) for found in served.at_probes(zo.subspace, probes, at, asks) for tokens in found]
+        return [
+            up_to_end(tokens, self.ends)
+            for found in served.at_probes(zo.subspace, probes, at, asks)
+            for tokens in found
+        ]
 
     def _prompts(self, batch: Mapping[str, Any], rows: Sequence[int]) -> list[list[int]]:
         """Return the tokens of prompts, without the padding on their left."""
@@ -76,7 +81,3 @@ class ServedGenerator:
             streams = (Stream(config.seed, step, first + row, Purpose.SAMPLING) for row in rows)
             options["seed"] = [stream.key >> 1 for stream in streams]  # servers take 63 bits
         return options
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-        return tokens[:end]
