@@ -22,11 +22,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+from common.reward_runs import config, run
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
-from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
+from zo_hf.rewards import EvolutionTrainer
 from zo_hf.tasks.assets import default_model
 
 PROMPTS = 16
@@ -78,28 +78,6 @@ def prompts(names: str, count: int, seed: int) -> Dataset:
     return Dataset.from_list([row | {"prompt": PROMPT.format(**row)} for row in rows])
 
 
-def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
-    """Return the arguments of the run."""
-    defaults: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": PROMPTS,
-        "per_device_eval_batch_size": 64,
-        "population": 2 * PROMPTS,
-        "generations_per_prompt": 2,
-        "reward_weights": [1.0, 0.0, 0.0],
-        "zo_exclude_modules": r".*(embed|norm).*",
-        "zo_eps": 5e-3,
-        "learning_rate": 5e-3,
-        "max_completion_length": TOKENS,
-        "logging_steps": 5,
-        "save_steps": 5,
-        "save_only_trajectory": True,
-        "save_total_limit": 1,
-        "report_to": [],
-    }
-    return EvolutionConfig(str(output), **defaults | options)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/json_reward"), help="folder of the runs")
@@ -113,7 +91,18 @@ def main() -> None:
     trainer = EvolutionTrainer(
         model,
         [form, parses, is_right],
-        config(output, arguments.steps, seed=arguments.seed),
+        config(
+            output,
+            PROMPTS,
+            save_steps=5,
+            max_steps=arguments.steps,
+            seed=arguments.seed,
+            per_device_eval_batch_size=64,
+            reward_weights=[1.0, 0.0, 0.0],
+            zo_eps=5e-3,
+            learning_rate=5e-3,
+            max_completion_length=TOKENS,
+        ),
         train_dataset=prompts(TRAIN_NAMES, 4000, arguments.seed),
         eval_dataset=prompts(HELD_OUT_NAMES, arguments.held_out, arguments.seed + 1),
         processing_class=AutoTokenizer.from_pretrained(default_model()),
@@ -125,12 +114,7 @@ def main() -> None:
         print(f"{when}: {result['parses']:.3f} parse, {result['is_right']:.3f} are right", flush=True)
         return result
 
-    results: dict[str, Any] = {"steps": arguments.steps, "before": measured("zero-shot")}
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    results["after"] = measured(f"after {arguments.steps} steps")
-    results["log"] = trainer.state.log_history
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    run(trainer, measured)
 
 
 if __name__ == "__main__":

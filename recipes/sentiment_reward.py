@@ -19,14 +19,13 @@ is always " a", and all rewards are 0.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from common.reward_runs import config, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
-from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
+from zo_hf.rewards import EvolutionTrainer
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.classify import accuracy, label_scores, majority_accuracy
 from zo_hf.tasks.data import embedded_reviews
@@ -57,25 +56,6 @@ def as_prompts(rows: Any, prompt: Prompt) -> Any:
     )
 
 
-def config(output: Path, steps: int, **options: Any) -> EvolutionConfig:
-    """Return the arguments of the run."""
-    defaults: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": PROMPTS,
-        "per_device_eval_batch_size": PROMPTS,
-        "population": 2 * PROMPTS,
-        "generations_per_prompt": 2,
-        "zo_exclude_modules": r".*(embed|norm).*",
-        "max_completion_length": 1,
-        "logging_steps": 10,
-        "save_steps": 10,
-        "save_only_trajectory": True,
-        "save_total_limit": 1,
-        "report_to": [],
-    }
-    return EvolutionConfig(str(output), **defaults | options)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/sentiment_reward"), help="folder of the runs")
@@ -99,7 +79,16 @@ def main() -> None:
     trainer = EvolutionTrainer(
         model,
         exact_match,
-        config(output, arguments.steps, seed=arguments.seed, **options),
+        config(
+            output,
+            PROMPTS,
+            save_steps=10,
+            max_steps=arguments.steps,
+            seed=arguments.seed,
+            per_device_eval_batch_size=PROMPTS,
+            max_completion_length=1,
+            **options,
+        ),
         train_dataset=as_prompts(sentences.train, prompt),
         eval_dataset=as_prompts(sentences.held_out, prompt),
         processing_class=tokenizer,
@@ -111,14 +100,9 @@ def main() -> None:
         print(f"{when}: the right word {generated:.3f}, the likelier of the two words {of_the_two:.3f}", flush=True)
         return {"generated": generated, "of_the_two_words": of_the_two}
 
-    results: dict[str, Any] = {"majority": majority_accuracy(labels), "steps": arguments.steps}
-    print(f"majority {results['majority']:.3f}", flush=True)
-    results["before"] = measured("zero-shot")
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    results["after"] = measured(f"after {arguments.steps} steps")
-    results["log"] = trainer.state.log_history
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    majority = majority_accuracy(labels)
+    print(f"majority {majority:.3f}", flush=True)
+    run(trainer, measured, majority=majority)
 
 
 if __name__ == "__main__":
