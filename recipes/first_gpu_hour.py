@@ -30,10 +30,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM
 
-from zo_hf import ZerothOrder
-from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.cli import bench
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -90,7 +88,7 @@ def parts(device: str, small: bool) -> list[Part]:
         Part("launches", (__file__, "--device", device, "--count-launches", "{output}", *["--small"] * small), 60),
     ]
     if small:
-        made.append(_bench("bench tiny", device, "tiny", (*VARIANTS, *DENSE), ("--rounds", "1", "--rows", "2")))
+        made.append(_bench("bench tiny", device, "tiny", (*VARIANTS, *DENSE), ("--rounds", "1")))
     else:
         made += [
             _bench("bench opt-1.3b", device, "opt-1.3b", (*VARIANTS, *DENSE)),
@@ -109,11 +107,15 @@ def parts(device: str, small: bool) -> list[Part]:
 
 def _bench(name: str, device: str, shape: str, variants: Sequence[str], more: Sequence[str] = ()) -> Part:
     """Return a part that runs `zo-hf bench`."""
-    size = ("--rows", "16", "--length", "64") if shape != "tiny" else ("--length", "8")
-    dtype = "float32" if device == "cpu" else "bfloat16"
     chosen = ("--variants", *variants) if variants else ()
-    arguments = ("--shape", shape, "--dtype", dtype, "--device", device, *size, *more, *chosen)
+    arguments = (*_setup(device, shape), *more, *chosen)
     return Part(name, ("-m", "zo_hf.cli.main", "bench", *arguments, "--output", "{output}"), 90)
+
+
+def _setup(device: str, shape: str) -> tuple[str, ...]:
+    """Return the options of `zo-hf bench` for a shape on a device."""
+    size = ("--rows", "16", "--length", "64") if shape != "tiny" else ("--rows", "2", "--length", "8")
+    return ("--shape", shape, "--dtype", "float32" if device == "cpu" else "bfloat16", "--device", device, *size)
 
 
 def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -150,34 +152,13 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def count_launches(device: str, small: bool) -> dict[str, dict[str, int]]:
-    """Return the kernels that a bare forward pass and a step launch; on a CPU, the operators that they call."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 2, "num_hidden_layers": 2} if small else {}
-    with torch.device(device):
-        config = OPTConfig(**sizes, word_embed_proj_dim=sizes.get("hidden_size", 768))
-        model = OPTForCausalLM._from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval()
-        ids = torch.randint(5, config.vocab_size, (4, 16) if small else (16, 64))
-        labels = torch.full_like(ids, -100)
-    labels[:, -1] = ids[:, -1]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    position = torch.tensor([ids.shape[1] - 2], device=device)
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=batch["attention_mask"], logits_to_keep=position)
-
-    counts = {"forward": _profiled(forward, device)}
-    for name, options in {"step": {}, "step by rows": {"rows_per_direction": 1, "direction": "rademacher"}}.items():
-        zo = ZerothOrder(model, "low_rank", **options)
-        optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-7))
-
-        def step(zo: ZerothOrder = zo, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss))
-            optimizer.step()
-
-        counts[name] = _profiled(step, device)
-        zo.finish()
-    return counts
+    """Return the kernels that the bench's forward pass and steps launch; on a CPU, the operators that they call."""
+    parser = CommandParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(_setup(device, "tiny" if small else "opt-125m"))
+    model, batch = bench.build(args)
+    variants = {"forward": "forward", "step": "low_rank", "step by rows": "low_rank-rows-rademacher"}
+    return {what: _profiled(bench.VARIANTS[name](model, batch), device) for what, name in variants.items()}
 
 
 def _profiled(run: Any, device: str) -> dict[str, int]:
