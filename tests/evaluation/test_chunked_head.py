@@ -18,7 +18,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    LlamaForCausalLM,
 )
 
 from tests.conftest import (
@@ -32,6 +31,7 @@ from tests.conftest import (
     tiny_mixtral,
     tiny_opt,
 )
+from tests.evaluation.test_model_loss import PenalizedForCausalLM
 from tests.trainer.runs import logged, trained
 from zo_hf import ZerothOrder
 from zo_hf.directions import GAUSSIAN
@@ -177,14 +177,6 @@ def test_a_divisor_of_all_processes_is_kept() -> None:
         whole = model(**batch, num_items_in_batch=torch.tensor(100)).loss.item()
         loss = loss_of(model, batch, num_items_in_batch=torch.tensor(100), factor=2.0)
         assert loss().item() == pytest.approx(2 * whole, rel=1e-6)
-
-
-class PenalizedForCausalLM(LlamaForCausalLM):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().forward(*args, **kwargs)
-        if outputs.loss is not None:
-            outputs.loss = outputs.loss + 0.1 * outputs.logits.square().mean()
-        return outputs
 
 
 def with_router() -> nn.Module:

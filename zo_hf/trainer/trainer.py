@@ -421,14 +421,15 @@ class ZOTrainer(SavingTrainer):
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
-        with nullcontext() if self._features is None else self._features.serving():
+        features = nullcontext if self._features is None else self._features.serving
+        with features():
             self.zo.probe(closure, weight)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         loss = 0.0
         if self.accelerator.sync_gradients:
-            with nullcontext() if self._features is None else self._features.serving():
+            with features():
                 self._estimate = self.zo.finish_estimate()
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss
