@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import assert_same_bits, seeded, tiny_llama, tiny_opt
 from zo_hf.cli import main as cli
+from zo_hf.tasks import sft_job
 from zo_hf.tasks.sft_arguments import parse_sft_arguments
 
 pytest.importorskip("trl")
@@ -95,6 +96,26 @@ def test_each_format_trains_reports_and_leaves_a_model_that_answers(
     assert (tmp_path / "out" / "run.png").is_file()
     first = answer(tmp_path / "out", capsys)
     assert first.endswith("\n") and answer(tmp_path / "out", capsys) == first, "the most probable token each time"
+
+
+def test_ctrl_c_during_the_last_evaluation_says_that_the_model_is_saved(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated, calls = sft_job._evaluated, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(sft_job, "_evaluated", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(words(write_rows(tmp_path / "rows.jsonl", "pairs")))
+    assert end.value.code == 130
+    saved = f"interrupted: the trained model is saved in {tmp_path / 'out'}, and its evaluation is not."
+    assert saved in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_held_out_loss_falls(words: Any, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_other_losses(tmp_path: Path) -> None:
     ("options", "error"),
     [
         ({"server_url": ""}, "server_url='' names no server"),
+        ({"server_url": "http://127.0.0.1:1, http://127.0.0.1:1/"}, "names a server twice; give each address once"),
         ({"server_url": 5}, "server_url=5 must be a string or a list of strings"),
         ({"server_url": [URL, "b"]}, "server_url='b' is no address of a server"),
         ({"server_url": URL, "server_max_loras": 0}, "server_max_loras=0 must be a whole number of at least 1"),

@@ -11,6 +11,7 @@ Before a run relies on it, a few positions of a batch are evaluated in both ways
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from zo_hf.evaluation.known_losses import IGNORED, known_loss, loss_kind, losses
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import coarsest, same_but_for_order, same_but_for_rounding
 from zo_hf.parallel.shards import is_sharded_model
+
+logger = logging.getLogger(__name__)
 
 #: Tokens whose logits exist at a time. A GPU would spend more time on reading the head's weight for fewer of them.
 TOKENS = 1024
@@ -75,7 +78,8 @@ class ChunkedHead:
             known = known_loss(self._model, outputs["logits"], sample, count)
             dtype = coarsest(self._model, run.dtype)
             return same_but_for_order(outputs["loss"], known) and same_but_for_rounding(run.losses, whole, dtype)
-        except Exception:  # a model that needs more than tokens, or that calls its decoder in another way
+        except Exception as error:  # a model that needs more than tokens, or that calls its decoder in another way
+            logger.debug("the head of %s does not take positions in chunks: %s", type(self._model).__name__, error)
             return False
 
     def losses(self, inputs: Mapping[str, Any], targets: Tensor, kept: Tensor | None) -> Tensor:

@@ -30,12 +30,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
+from zo_hf.tasks.console import command
 from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import quantization_of
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.run_plot import plot_losses
 from zo_hf.tasks.saved_chat import save_chat
-from zo_hf.tasks.sentiment_job import last_logged, line_printer
+from zo_hf.tasks.sentiment_job import Spent, last_logged, line_printer
 from zo_hf.tasks.sft_arguments import parse_sft_arguments, sft_classes
 from zo_hf.tasks.sft_task import SftTask, prepare
 from zo_hf.trainer.trainer import ZOTrainer
@@ -104,6 +105,21 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
     trainer.save_model()  # first of all, so that nothing that follows can lose it
+    with command(lambda: f"the trained model is saved in {config.output_dir}, and its evaluation is not"):
+        return report(task, trainer, before, Spent(training_seconds, training_memory.mib, inference_memory.mib))
+
+
+def report(task: SftTask, trainer: Any, before: dict[str, float] | None, spent: Spent) -> dict[str, Any]:
+    """Evaluate the trained model, print and write the results, and return the content of metrics.json.
+
+    Args:
+        task: the model and the rows.
+        trainer: the trainer, after training.
+        before: the evaluation before training; None without held-out rows.
+        spent: the time and the memory of the training.
+    """
+    config = trainer.args
+    print_line = line_printer(config)
     history = list(trainer.state.log_history)
     forward_passes = last_logged(history, "zo/forward_passes")
     after = _evaluated(task, trainer)
@@ -113,9 +129,9 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
             print_line("worse      the held-out loss has not fallen; try a lower --learning_rate")
     if trainer.found_learning_rate is not None:
         print_line(f"rate       {one_line(trainer.found_learning_rate)}")
-    print_line(f"cost       {forward_passes:.0f} forward passes, {training_seconds:.0f} s")
-    memory = "" if before is None else f", {inference_memory.mib:.0f} MiB in inference"
-    print_line(f"memory     {training_memory.mib:.0f} MiB peak in training{memory}")
+    print_line(f"cost       {forward_passes:.0f} forward passes, {spent.seconds:.0f} s")
+    memory = "" if before is None else f", {spent.inference_mib:.0f} MiB in inference"
+    print_line(f"memory     {spent.training_mib:.0f} MiB peak in training{memory}")
 
     metrics = {
         "model": task.model_name,
@@ -123,12 +139,12 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
         "train_rows": len(task.train.rows),
         "held_out_rows": 0 if task.held_out is None else len(task.held_out.rows),
         "forward_passes": forward_passes,
-        "training_seconds": training_seconds,
-        "training_peak_mib": training_memory.mib,
+        "training_seconds": spent.seconds,
+        "training_peak_mib": spent.training_mib,
     }
     if before is not None and after is not None:
         metrics |= {"loss_before": before["eval_loss"], "loss": after["eval_loss"]}
-        metrics["inference_peak_mib"] = inference_memory.mib
+        metrics["inference_peak_mib"] = spent.inference_mib
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
         trainer.create_model_card(model_name=folder.resolve().name)

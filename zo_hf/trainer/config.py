@@ -207,7 +207,7 @@ def addresses(server_url: str | list[str] | None) -> list[str]:
     """Return the addresses that `server_url` names: none, or at least one.
 
     Raises:
-        ValueError: the list is empty.
+        ValueError: the list is empty, or has an address twice.
     """
     if server_url is None:
         return []
@@ -215,6 +215,8 @@ def addresses(server_url: str | list[str] | None) -> list[str]:
     found = [url.strip() for url in given if url.strip()]
     if not found:
         raise ValueError(f"server_url={server_url!r} names no server; leave it out, or give an address.")
+    if len({url.rstrip("/") for url in found}) < len(found):
+        raise ValueError(f"server_url={server_url!r} names a server twice; give each address once.")
     return found
 
 
