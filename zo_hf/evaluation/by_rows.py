@@ -10,7 +10,6 @@ BY_ROWS: Mapping[str, Sequence[Any]] = {
     "estimator": ("two_point", "second_difference", "one_sided", "forward_gradient", "fzoo", "evolution"),
     "direction": ("gaussian", "rademacher", "sphere", "sparse", "layers"),
     "rule": ("none", "sign", "curvature", "muon", "power_iteration", "svrg"),
-    "batched_probes": ("auto", False),
 }
 #: Directions with which "auto" takes rows. No gain has been measured with the others, which cost more to draw or move less.
 AUTO_DIRECTIONS = ("gaussian", "rademacher")
@@ -25,6 +24,5 @@ NOT_BY_ROWS: Sequence[tuple[str, str, Sequence[Any]]] = (
     ("direction", "a step by rows has more directions than its orthogonal ones", ("orthogonal",)),
     ("direction", "it rates layers by slopes of the whole loss", ("adaptive_layers",)),
     ("rule", _UNTESTED, ()),
-    ("batched_probes", "the rows of one batch already have different probes", ()),
     ("zo_parallel", "processes that divide the rows divide their directions, too", ()),
 )

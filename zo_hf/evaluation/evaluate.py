@@ -43,6 +43,30 @@ class BatchableLoss(Protocol):
     def batched(self, copies: int) -> Tensor: ...
 
 
+class Evaluation(Protocol):
+    """The losses of one batch at the probes of a step.
+
+    Attributes:
+        device: the device of the losses.
+        subspace: perturbs the model.
+        generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+        why_not_batchable: why one forward pass cannot have all probes, as far as the loss tells; None if it may.
+    """
+
+    device: torch.device
+    subspace: Subspace
+    generators: GlobalGenerators | None
+
+    @property
+    def why_not_batchable(self) -> str | None: ...
+
+    def sequential(self) -> Tensor:
+        """Return the losses of one forward pass for each probe, (probes, ...)."""
+
+    def batched(self) -> Tensor:
+        """Return the same from one forward pass for all probes."""
+
+
 #: Enters a context in which the model computes at some probes, given them and the rows that each has in a batch; see
 #: `Subspace.at`.
 At = Callable[[Sequence[Probe], int], AbstractContextManager[None]]
@@ -146,14 +170,19 @@ class ProbeEvaluator:
         batched = self.batched if batched is None else batched
         with torch.no_grad():
             if batched is None:
-                values = self._decide(evaluation, count)
+                free_memory.watch(evaluation.device)
+                values = self.choose(evaluation, evaluation.sequential(), count)
             else:
-                values = self._batched(evaluation) if batched else evaluation.sequential()
+                values = self.in_one_batch(evaluation) if batched else evaluation.sequential()
         self.dtype = values.dtype
         return values.float() if values.device.type == "mps" else values.double()
 
-    def _batched(self, evaluation: _Evaluation) -> Tensor:
-        """Return the losses from one forward pass, or one at a time for a batch on which it fails."""
+    def in_one_batch(self, evaluation: Evaluation) -> Tensor:
+        """Return the losses from one forward pass, (probes, ...), or one at a time for a batch on which it fails.
+
+        Raises:
+            NotBatchable: `zo_batched_probes=True`, and not even the first batch can be evaluated so.
+        """
         try:
             values = evaluation.batched()
             self._has_batched = True
@@ -175,11 +204,20 @@ class ProbeEvaluator:
         # Only here, outside of the handler, has the traceback given back the memory of the failed forward pass.
         return evaluation.sequential()
 
-    def _decide(self, evaluation: _Evaluation, count: int) -> Tensor:
-        free_memory.watch(evaluation.device)
-        expected = evaluation.sequential()
-        if not isinstance(evaluation.closure, BatchableLoss):
-            self._choose(False, "the loss is not the model's own")
+    def choose(self, evaluation: Evaluation, expected: Tensor, count: int) -> Tensor:
+        """Evaluate a batch once more, in one forward pass, and choose how the run evaluates its probes.
+
+        Args:
+            evaluation: the batch.
+            expected: its losses one after another, (probes, ...). Since before, `free_memory` has watched the device.
+            count: forward passes that all processes together make on this batch.
+
+        Returns:
+            The losses of the way that is chosen, (probes, ...).
+        """
+        problem = evaluation.why_not_batchable
+        if problem is not None:
+            self._choose(False, problem)
             return expected
         if free_memory.can_say(evaluation.device):
             problem = free_memory.why_too_large(evaluation.device, len(expected))
@@ -202,7 +240,7 @@ class ProbeEvaluator:
             if after is not None:
                 after.restore()
         apart = _spread(expected).abs().max().item()
-        level = (actual.mean() - expected.mean()).abs().item()
+        level = (actual.mean(0) - expected.mean(0)).abs().max().item()
         difference = (_spread(actual) - _spread(expected)).abs().max().item()
         explained = rounding(self.dtype_of_computation(evaluation.subspace, expected.dtype))
         allowed = explained * max(1.0, expected.abs().max().item()) + 0.02 * apart
@@ -249,6 +287,11 @@ class _Evaluation:
             with self._evaluator.at(self.subspace, (probe,), self._stream_of, self._distribution):
                 values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])
         return torch.cat(values)
+
+    @property
+    def why_not_batchable(self) -> str | None:
+        """Why one forward pass cannot have all probes, as far as the loss tells; None if it may."""
+        return None if isinstance(self.closure, BatchableLoss) else "the loss is not the model's own"
 
     def batched(self) -> Tensor:
         """Return the losses of one forward pass for all probes, (probes,).
@@ -303,5 +346,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _spread(losses: Tensor) -> Tensor:
-    """Return the losses minus their mean; an estimate depends on these differences alone."""
-    return losses - losses.mean()
+    """Return losses, (probes, ...), minus their mean over probes; an estimate depends on these differences alone."""
+    return losses - losses.mean(0)

@@ -178,9 +178,32 @@ class ModelLoss:
         logits = self._logits(self._inputs)
         if group_of is not None and self.kept is not None:
             group_of = group_of[:, self.kept]
-        shares = shares_of_groups(self._model, logits, self._inputs, self._num_items, groups, group_of)
+        shares = self._shares(logits, groups, group_of)
         self._checks.grouped.add(layout)
         return shares * self._factor
+
+    def batched_by_groups(self, groups: int, copies: int) -> Tensor:
+        """Return the shares of equal groups of rows in each of `copies` probes, (copies, groups), from one forward pass.
+
+        Args:
+            groups: the number of groups in one copy of the batch.
+            copies: the number of probes.
+
+        Raises:
+            NotBatchable: the batch cannot be repeated, or the model's loss does not come apart by rows.
+        """
+        layout = self._separable_layout(self._checks.grouped)
+        if self._needs_chunks(copies):
+            shares = self._sums_in_chunks(copies * groups, copies).view(copies, groups)
+        else:
+            parts = self._logits(self._copied(copies)).chunk(copies)
+            shares = torch.stack([self._shares(part, groups) for part in parts])
+        self._checks.grouped.add(layout)
+        return shares * self._factor
+
+    def _shares(self, logits: Tensor, groups: int, group_of: Tensor | None = None) -> Tensor:
+        """Return the shares of the groups in the loss of one probe, (groups,), from its logits, (rows, ...)."""
+        return shares_of_groups(self._model, logits, self._inputs, self._num_items, groups, group_of)
 
     def _needs_chunks(self, copies: int = 1) -> bool:
         """Return whether the logits of a forward pass over `copies` of the batch are many, and can come in chunks."""

@@ -26,13 +26,15 @@ from torch import Tensor
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
-from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
-from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
+from zo_hf.evaluation import free_memory
+from zo_hf.evaluation.derivative import own_passes
+from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
+from zo_hf.evaluation.group_passes import GroupPasses
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.precision import rounding
-from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses, model_rows
+from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -325,38 +327,38 @@ class RowGroups:
         assert self.groups_per_batch is not None
         equal = not isinstance(closure, PackedLoss)
         groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch, equal)
-        packing = closure.packing(groups) if isinstance(closure, PackedLoss) and groups > 1 else None
         self._rows_per_group = closure.rows / groups
-        first, directions = self._first_group(), _directions(probes)
-
-        def points(probe: Probe) -> list[Probe]:
-            return [replace(probe, direction=(first + g) * directions + probe.direction) for g in range(groups)]
-
-        def losses(at: Sequence[Probe], loss: Callable[[], Tensor]) -> Tensor:
-            """Return a loss at these points, (1, ...), with its derivative below, (2, ...), if they ask for one."""
-            if generators is not None:
-                generators.restore()
-            rows = 1 if packing is not None else model_rows(closure) // len(at)
-            packed_in = packing if len(at) > 1 else None
-            with self._evaluator.at(self._subspace, at, stream_of, distribution, rows, packed_in):
-                return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
-
-        def shares(at: Sequence[Probe]) -> Tensor:
-            return losses(at, lambda: closure.by_groups(groups))
-
+        evaluator, drawn = self._evaluator, (stream_of, distribution, generators)
+        passes = GroupPasses(evaluator, self._subspace, closure, probes, groups, self._first_group(), *drawn)
+        if self.works is None and evaluator.batched and passes.why_not_batchable is not None:
+            raise NotBatchable(passes.why_not_batchable)
         own, whole = own_passes(probes), None
-        last = points(own[-1])
+        last = passes.points(own[-1])
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
-            whole = losses(last[-1:], lambda: one_number(closure(), self._subspace.device))
-        found = [shares(points(probe) if probe.scale or probe.derivative else points(probe)[:1]) for probe in own]
-        self._evaluator.forward_passes += len(probes)
+            whole = passes.whole(last[-1])
+        chooses = self.may_choose and len(own) > 1
+        if chooses:
+            free_memory.watch(self._subspace.device)
+        in_one_batch = self.works and evaluator.batched and len(own) == len(probes) > 1
+        found = evaluator.in_one_batch(passes) if in_one_batch else passes.sequential()
+        evaluator.forward_passes += len(probes)
         if whole is not None:
-            others, alone = shares(some_elsewhere(last)), shares(last[-1:])
-            self._evaluator.forward_passes += passes_of_check(probes)
-            dtype = self._evaluator.dtype_of_computation(self._subspace, alone.dtype)
-            self._decide(why_not_apart(found[-1], others, alone, whole, rounding(dtype)))
-        self._evaluator.dtype = found[0].dtype
-        return torch.cat(found).double()
+            others, alone = passes.shares(some_elsewhere(last)), passes.shares(last[-1:])
+            evaluator.forward_passes += passes_of_check(probes)
+            dtype = evaluator.dtype_of_computation(self._subspace, alone.dtype)
+            self._decide(why_not_apart(found[-len(alone) :], others, alone, whole, rounding(dtype)))
+        if chooses and self.works:
+            found = evaluator.choose(passes, found, len(probes))
+        evaluator.dtype = found.dtype
+        return found.double()
+
+    @property
+    def may_choose(self) -> bool:
+        """True if the next batch that comes apart is evaluated in one forward pass, too, to see whether that works.
+
+        Only a device to which operations are launched gains from it.
+        """
+        return self._evaluator.batched is None and free_memory.can_say(self._subspace.device)
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""

@@ -220,13 +220,17 @@ class Budget(TrainerCallback):
         if self._zo is None:
             return False
         groups = self._zo.row_groups
-        return self._zo.evaluator.batched is None if groups is None or groups.works is False else groups.works is None
+        if groups is None or groups.works is False:
+            return self._zo.evaluator.batched is None
+        return groups.works is None or groups.may_choose
 
     def _passes_of_check(self) -> int:
         """Return the forward passes that such a look takes, by rows if the loss comes apart."""
         probes = self._estimator().probes()
-        by_rows = self._zo is not None and self._zo.row_groups is not None and self._zo.row_groups.works is None
-        return passes_of_check(probes) if by_rows else len(probes)
+        groups = None if self._zo is None else self._zo.row_groups
+        if groups is None or groups.works is False:
+            return len(probes)
+        return (passes_of_check(probes) if groups.works is None else 0) + (len(probes) if groups.may_choose else 0)
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes
