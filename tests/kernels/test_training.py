@@ -107,6 +107,7 @@ def test_the_trainer_takes_signs_for_all_weights(tmp_path: Path) -> None:
         zo_subspace="full",
         zo_kernels="triton",
         learning_rate=1e-4,
+        use_cpu=DEVICE.type == "cpu",
         save_strategy="steps",
         save_steps=1,
     )
