@@ -4,6 +4,8 @@
     update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
     derivative:  W with tangent z  for the module that holds W, which costs a copy of one module's weights at a time
 
+Where `zo_hf.kernels` run, an update is one launch, and signs are drawn inside of the kernel that probes a linear layer.
+
 Neither a gradient nor a direction is ever held. In half precision W ± ε · z would round away most of the perturbation.
 The perturbation then is a product of its own, x · Wᵀ ± ε · x · zᵀ, and probe and update round z to the weight's dtype.
 """
