@@ -13,7 +13,7 @@ from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_opt, wei
 from tests.methods.table import DEVICE
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import trained
-from zo_hf import ZerothOrder, checkpoint
+from zo_hf import ZerothOrder, checkpoint, kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction
 from zo_hf.estimators.estimate import Estimate
@@ -37,7 +37,7 @@ def run(
             optimizer.step()
         return found, weights_of(zo.finish())
     finally:
-        ZerothOrder(nn.Linear(1, 1), "norms")  # chooses anew
+        kernels.choose("auto", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
