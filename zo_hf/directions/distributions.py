@@ -19,10 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zo_hf import kernels
 from zo_hf.directions.distribution import DirectionContext, Distribution
 from zo_hf.method_info import Method
 from zo_hf.rng import draw
-from zo_hf.rng.stream import Stream
+from zo_hf.rng.stream import Stream, tensor_key
 
 
 class Elementwise(Distribution):
@@ -54,7 +55,37 @@ class Elementwise(Distribution):
         return draw.draw_rows(stream, name, rows, values.shape[1], self)
 
 
-class Gaussian(Elementwise):
+class DrawnByKernels(Elementwise):
+    """An elementwise distribution that the kernels of `zo_hf.kernels` draw as well, with the same bits."""
+
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Return the values of 16 random bits, (65536,), in a floating dtype; None if every bit is a sign."""
+        raise NotImplementedError
+
+    def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
+        return self.draw_layouts([stream], layout, coordinates)[0]
+
+    def draw_layouts(
+        self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        if not kernels.run_on(layout.device):
+            return super().draw_layouts(streams, layout, coordinates)
+        from zo_hf.kernels.layout_noise import layout_noise
+
+        keys = [stream.key for stream in streams]
+        return layout_noise(*layout.units(), keys, self.table(layout.device)).unbind()
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
+        if not kernels.run_on(values.device):
+            return super().draw_slice(stream, name, start, values)
+        from zo_hf.kernels.slice_noise import slice_noise
+
+        stop, table = start + len(values), self.table(values.device)
+        return slice_noise(stream.key, tensor_key(name), start, stop, table, values.device)
+
+
+class Gaussian(DrawnByKernels):
     """Standard normal elements."""
 
     name = "gaussian"
@@ -65,8 +96,12 @@ class Gaussian(Elementwise):
     def decode(packed: Tensor) -> Tensor:
         return torch.index_select(_quantiles(packed.device), 0, draw.half_words(packed))
 
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _quantiles(device, dtype)
 
-class Rademacher(Elementwise):
+
+class Rademacher(DrawnByKernels):
     """Elements of +1 and -1 with equal probability."""
 
     name = "rademacher"
@@ -78,16 +113,20 @@ class Rademacher(Elementwise):
         bytes_ = packed.view(torch.uint8).to(torch.int32).flatten()
         return torch.index_select(_signs(packed.device), 0, bytes_).flatten()
 
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        return None
+
 
 @cache
-def _quantiles(device: torch.device) -> Tensor:
-    """Return the 65,536 values of a Gaussian element, float32 (65536,), ascending."""
+def _quantiles(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the 65,536 values of a Gaussian element, (65536,), ascending; half precision is rounded from float32."""
     levels = 2**16
     half = torch.tensor(
         [NormalDist().inv_cdf((i + 0.5) / levels) for i in range(levels // 2, levels)], dtype=torch.float64
     )
     half /= half.square().mean().sqrt()
-    return torch.cat((-half.flip(0), half)).to(device=device, dtype=torch.float32)
+    return torch.cat((-half.flip(0), half)).float().to(device=device, dtype=dtype)
 
 
 @cache
