@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import is_offloaded
 from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
 from zo_hf.parallel.lost_ranks import naming_lost_ranks
 from zo_hf.parallel.ranks import Ranks, share_batches
@@ -82,7 +83,8 @@ class ReplicaTrainer(Trainer):
         self._sharding.shard(model, adapter=is_adapter)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if self._sharding is None:  # a model that will be sharded may not fit on one device
+        # A model that will be sharded may not fit on one device, and offloaded weights stay where they are.
+        if self._sharding is None and not is_offloaded(model):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -92,7 +94,8 @@ class ReplicaTrainer(Trainer):
         if model is self._compiled:
             return model
         if training and model is self.model:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            placement = False if is_offloaded(model) else None
+            model = self.accelerator.prepare_model(model, placement, evaluation_mode=True)
         else:
             model = super()._wrap_model(model, training, dataloader)
         compiled: Any = self._compiled

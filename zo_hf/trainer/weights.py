@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from zo_hf.checkpoint import holds_adapter
+from zo_hf.offload import OffloadedWeight, offloaded_weights
 from zo_hf.parallel.shards import local_part, part_of, reshard
 from zo_hf.quantization import is_quantized, stored_tensors
 from zo_hf.untrusted import plain_json
@@ -55,6 +56,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     reshard(model)
     parts = stored_tensors(model, tied=True)
+    offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
     exact = is_quantized(model)
     read: set[int] = set()
     with _opened(folder) as files:
@@ -70,8 +72,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 except (RuntimeError, ValueError, KeyError, IndexError) as error:
                     raise _unfit(targets[0], folder) from error
             for name in values.keys() & parts.keys():
-                value = values[name]
-                _copy(parts[name], value[0] if isinstance(value, list) else value, name, folder, exact)
+                value = values[name][0] if isinstance(values[name], list) else values[name]
+                weight = offloaded.get(id(parts[name]))
+                _copy(parts[name] if weight is None else weight, value, name, folder, exact)
                 read.add(id(parts[name]))
     _refuse_missing(model, parts, read, folder)
 
@@ -180,12 +183,14 @@ def _groups(
     return list(groups.values())
 
 
-def _copy(part: Tensor, value: Tensor, name: str, folder: Path, exact: bool) -> None:
-    if part.is_meta:  # the first process sends the weights later
-        return
-    if value.shape != part.shape or (exact and value.dtype != part.dtype):
+def _copy(part: Tensor | OffloadedWeight, value: Tensor, name: str, folder: Path, exact: bool) -> None:
+    like = part.placeholder if isinstance(part, OffloadedWeight) else part
+    if value.shape != like.shape or (exact and value.dtype != like.dtype):
         raise _unfit(name, folder)
-    local_part(part)[0].copy_(part_of(value, part))
+    if isinstance(part, OffloadedWeight):
+        part.write(value)
+    elif not part.is_meta:  # else the first process sends the weights later
+        local_part(part)[0].copy_(part_of(value, part))
 
 
 def _unfit(name: str, folder: Path) -> ValueError:

@@ -1,0 +1,43 @@
+"""A model's tensors with their values, of which offloaded ones are read only when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from zo_hf.offload.hooks import is_offloaded, offloaded_weights
+
+
+class Values(Mapping[str, Tensor]):
+    """The values of tensors by name.
+
+    Args:
+        model: the model.
+        tensors: tensors that its modules hold, by any name.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._weights = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        weight = self._weights.get(id(tensor))
+        return tensor.detach() if weight is None else weight.value()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model with the values of its offloaded weights, which tied names share."""
+    if not is_offloaded(model):
+        return model.state_dict()
+    named = model.state_dict(keep_vars=True)
+    values = Values(model, named)
+    distinct = {id(tensor): values[name] for name, tensor in {id(t): (n, t) for n, t in named.items()}.values()}
+    return {name: distinct[id(tensor)] for name, tensor in named.items()}
