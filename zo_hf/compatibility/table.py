@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.case import Case
 from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.offloaded import OFFLOADED
 from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
@@ -27,9 +28,6 @@ from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
 from zo_hf.rules.spectral import Spectral
 from zo_hf.subspaces import Full, LowRank
-
-#: A model whose weights are kept off the device that computes.
-OFFLOADED = "weights that device_map offloads"
 
 STABILITY_RULES = ("none", "curvature")
 STABILITY_DIRECTIONS = ("gaussian", "rademacher", "sphere", Sparse.name, GivenMask.name)
@@ -473,40 +471,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         "load the model with a device_map, or without quantization",
         lambda case: {"fsdp", "quantized"} <= case.facts,
     ),
-    Conflict(
-        "zo_subspace='full'",
-        OFFLOADED,
-        "every step would write every weight to where it is kept",
-        "use zo_subspace='low_rank', which writes weights at a fold alone",
-        lambda case: "offloaded" in case.facts and case.settings.subspace == Full.name,
-    ),
-    Conflict(
-        "a quantized model",
-        OFFLOADED,
-        "a block is loaded without what its codes need beside them",
-        "load the model with a device_map that keeps all of it on the device, or without quantization",
-        lambda case: {"offloaded", "quantized"} <= case.facts,
-    ),
-    Conflict(
-        "torch_compile=True",
-        OFFLOADED,
-        "a compiled model keeps the weights that it was traced with",
-        "leave it out",
-        lambda case: "offloaded" in case.facts and bool(case.argument("torch_compile")),
-    ),
-    Conflict(
-        "fsdp=...",
-        OFFLOADED,
-        "shards are made of weights in memory",
-        "load the model without device_map, or leave fsdp out",
-        lambda case: {"offloaded", "fsdp"} <= case.facts,
-    ),
-    Conflict(
-        "several processes",
-        OFFLOADED,
-        "every process would load and write a copy of its own",
-        "start one process, or use fsdp=... without device_map",
-        lambda case: {"offloaded", "several processes"} <= case.facts,
-    ),
+    *OFFLOADED,
     *SERVED,
 )

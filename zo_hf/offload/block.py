@@ -48,7 +48,7 @@ class Block:
     @property
     def is_held(self) -> bool:
         """True if the modules hold the values, as during the forward of the block, or of one around it."""
-        return not any(held(*place) is weight.placeholder for place, weight in self._places)
+        return not any(held(*place).is_meta for place, _ in self._places)
 
     def hold(self, values: Sequence[Tensor]) -> None:
         """Let the modules hold values, one for each of `weights`."""

@@ -73,9 +73,12 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
     return named
 
 
-def held(module: nn.Module, attribute: str) -> Tensor | None:
+def held(module: nn.Module, attribute: str) -> Tensor:
     """Return what a module holds as its parameter or buffer of this name, without a class's own way to read it."""
-    return module._parameters[attribute] if attribute in module._parameters else module._buffers[attribute]
+    parameter = module._parameters.get(attribute)
+    value = module._buffers[attribute] if parameter is None else parameter
+    assert value is not None
+    return value
 
 
 def put(module: nn.Module, attribute: str, tensor: Tensor) -> None:

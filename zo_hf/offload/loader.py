@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_hf.offload.block import Block, blocks_of
-from zo_hf.offload.hooks import offload_hook
+from zo_hf.offload.hooks import offload_hook, offloaded_weights
 from zo_hf.offload.slot import Slot
 from zo_hf.offload.weight import OffloadedWeight
 
@@ -45,6 +45,7 @@ class BlockLoader:
 
     def attach(self) -> None:
         """Load blocks in front of the forwards of their modules; accelerate's hooks then only move inputs and outputs."""
+        offloaded_weights(self._model)  # puts back the placeholders that a forward pass since then has replaced
         for module in self._model.modules():
             hook = offload_hook(module)
             if hook is not None:

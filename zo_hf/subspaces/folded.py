@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, Distribution
-from zo_hf.offload import Values
+from zo_hf.offload import OffloadedWeight, Values
 from zo_hf.parallel.shards import gather, is_sharded, local_part, part_of, reshard, shard_like
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
@@ -79,7 +79,7 @@ class Folded(Subspace):
         self._state_dict_hooks: list[RemovableHandle] = []
         # Key of a site's last entry in a state dict, and the entry, which the other names of a tied weight share.
         self._last_entry: dict[str, tuple[str, weakref.ref[Tensor]]] = {}
-        self._folded_already: set[str] = set()
+        self._writes_before: dict[OffloadedWeight, int] = {}  # of a fold that has begun
         for site in self.sites:
             if site.offloaded is not None:
                 site.offloaded.reserve()
@@ -191,7 +191,7 @@ class Folded(Subspace):
         with torch.no_grad():
             for targets in self._targets():
                 self._fold_plain(targets, step, decay)
-            self._folded_already.clear()
+            self._writes_before.clear()
             for site in self.sites:
                 if site.layer is not None:
                     factor = decay.get(site.name, 1.0)
@@ -287,20 +287,17 @@ class Folded(Subspace):
         return tensors
 
     def _targets(self) -> Iterator[list[tuple[Site, Tensor]]]:
-        """Yield the sites that are not quantized with the tensors that a fold writes: those in memory, then block by block.
+        """Yield the sites that are not quantized with the tensors that a fold writes: block by block, then those in memory.
 
-        A fold that a failing disk has ended goes on with the blocks that it has not written.
+        A fold that an error has ended, as of a disk, leaves out the weights that it has written when it is called again.
         """
-        plain = [site for site in self.sites if site.layer is None and site.name not in self._folded_already]
-        yield [(site, site.parameter) for site in plain if site.offloaded is None]
-        if self.loader is None:
-            return
-        written = {site.name for site in plain if site.offloaded is None}
-        by_weight = {site.offloaded: site for site in plain if site.offloaded is not None}
-        for values in self.loader.rewrite(by_weight.keys()):
-            self._folded_already |= written
-            yield [(by_weight[weight], value) for weight, value in values.items()]
-            written = {by_weight[weight].name for weight in values}
+        sites = {site.offloaded: site for site in self.sites if site.offloaded is not None}
+        self._writes_before = self._writes_before or {weight: weight.writes for weight in sites}
+        if self.loader is not None:
+            unwritten = [weight for weight, writes in self._writes_before.items() if weight.writes == writes]
+            for values in self.loader.rewrite(unwritten):
+                yield [(sites[weight], value) for weight, value in values.items()]
+        yield [(site, site.parameter) for site in self.sites if site.layer is None and site.offloaded is None]
 
     def _fold_plain(self, targets: Iterable[tuple[Site, Tensor]], step: int, decay: Mapping[str, float]) -> None:
         """Fold into the tensors of sites that are not quantized; the other arguments are those of `fold`."""

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from zo_hf.checkpoint import holds_adapter
-from zo_hf.offload import OffloadedWeight, offloaded_weights
+from zo_hf.offload import OffloadedWeight, is_offloaded, offloaded_weights
 from zo_hf.parallel.shards import local_part, part_of, reshard
 from zo_hf.quantization import is_quantized, stored_tensors
 from zo_hf.untrusted import plain_json
@@ -96,11 +96,13 @@ def load_adapters(model: Any, folder: Path) -> None:
         source = folder / name if holds_adapter(folder / name) else folder
         missing = {key for key in trainable if name in key.split(".")}
         if source != folder or (holds_adapter(folder) and (name == "default" or len(model.peft_config) == 1)):
-            if isinstance(model, PeftModel):
+            # PEFT would place an offloaded model anew, without the values of its weights.
+            if isinstance(model, PeftModel) and not is_offloaded(model):
                 result = model.load_adapter(str(source), name, is_trainable=True)
             else:
                 saved = load_peft_weights(str(source), device="cpu")
-                saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+                if not isinstance(model, PeftModel):
+                    saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
                 result = set_peft_model_state_dict(model, saved, name)
             # Layers may share a tensor, which the file then holds under one of its names.
             parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -1,0 +1,71 @@
+"""Two blocks of a model are in the memory of the device at a time, and each is loaded once for all probes of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import causal_batch
+from tests.offload.models import as_arrays, in_memory, saved
+from zo_hf import ZerothOrder
+from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.memory.trace import MemoryTrace
+from zo_hf.offload import OffloadedWeight, offloaded_weights
+
+WIDE: dict[str, Any] = {"hidden_size": 128, "ffn_dim": 512, "word_embed_proj_dim": 128, "num_hidden_layers": 10}
+
+
+def step(zo: ZerothOrder, optimizer: torch.optim.Optimizer) -> None:
+    batch = causal_batch(rows=1, length=4)
+    zo.estimate(ModelLoss(zo.model, zo.model, batch, lambda inputs: zo.model(**inputs).loss))
+    optimizer.step()
+
+
+def peak_of_steps(model: Any) -> int:
+    """Bytes of all tensors alive at a time during three steps and a fold, beside those that were there before."""
+    zo = ZerothOrder(model, "low_rank", rank=1, fold_steps=2, seed=0)
+    optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3))
+    step(zo, optimizer)
+    kept = [weight.kept() for weight in offloaded_weights(model).values()]  # on the disk, whatever torch counts
+    with MemoryTrace([*kept, *(p for p in model.parameters() if not p.is_meta)]) as trace:
+        for _ in range(3):
+            step(zo, optimizer)
+    return trace.peak
+
+
+def test_two_blocks_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", **WIDE)
+    model = as_arrays(base)
+    layer = sum(p.numel() * p.element_size() for p in model.model.decoder.layers[0].parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    without, beyond = peak_of_steps(in_memory(base)), peak_of_steps(model)
+    assert 9 * layer < size
+    assert beyond - without < 2.2 * layer
+    assert beyond > 2 * layer
+
+
+@pytest.mark.parametrize(("batched", "passes"), [(True, 1), (False, 2)])
+def test_a_block_is_loaded_once_for_a_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: bool, passes: int
+) -> None:
+    model = as_arrays(saved(tmp_path / "base", num_hidden_layers=4))
+    zo = ZerothOrder(model, "low_rank", rows_per_direction=0, batched_probes=batched, fold_steps=3, seed=0)
+    optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3))
+    for _ in range(4):
+        step(zo, optimizer)
+    read: Counter[OffloadedWeight] = Counter()
+    real = OffloadedWeight.value
+
+    def counted(self: OffloadedWeight) -> torch.Tensor:
+        read[self] += 1
+        return real(self)
+
+    monkeypatch.setattr(OffloadedWeight, "value", counted)
+    step(zo, optimizer)
+    of_layers = {w for name, w in offloaded_weights(model).items() if ".layers." in name}
+    assert len(of_layers) == 4 * 16
+    assert {read[weight] for weight in of_layers} == {passes}
