@@ -12,6 +12,7 @@ import torch
 from tests.conftest import causal_batch
 from tests.offload.models import as_arrays, in_memory, saved
 from zo_hf import ZerothOrder
+from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.memory.trace import MemoryTrace
 from zo_hf.offload import OffloadedWeight, offloaded_weights
@@ -48,6 +49,34 @@ def test_two_blocks_are_in_memory_at_a_time(tmp_path: Path) -> None:
     assert beyond > 2 * layer
 
 
+def test_the_head_is_loaded_once_for_all_chunks_of_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_head, "TOKENS", 8)
+    base, batch = saved(tmp_path / "base"), causal_batch()
+    batch["labels"] = batch["input_ids"]
+    losses = []
+    for model in (in_memory(base), as_arrays(base)):
+        zo = ZerothOrder(model, "low_rank", rows_per_direction=0, batched_probes=True, seed=0)
+        loss = ModelLoss(model, model, batch, lambda inputs, model=model: model(**inputs).loss)
+        zo.estimate(loss)
+        read = count_reads(monkeypatch)
+        losses.append(zo.estimate(loss).loss)
+    head = offloaded_weights(model)["lm_head.weight"]
+    assert loss._checks.in_chunks and losses[0] == losses[1]
+    assert read[head] == 2  # tied to the embedding
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[OffloadedWeight]:
+    read: Counter[OffloadedWeight] = Counter()
+    real = OffloadedWeight.value
+
+    def counted(self: OffloadedWeight) -> torch.Tensor:
+        read[self] += 1
+        return real(self)
+
+    monkeypatch.setattr(OffloadedWeight, "value", counted)
+    return read
+
+
 @pytest.mark.parametrize(("batched", "passes"), [(True, 1), (False, 2)])
 def test_a_block_is_loaded_once_for_a_forward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: bool, passes: int
@@ -57,14 +86,7 @@ def test_a_block_is_loaded_once_for_a_forward_pass(
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3))
     for _ in range(4):
         step(zo, optimizer)
-    read: Counter[OffloadedWeight] = Counter()
-    real = OffloadedWeight.value
-
-    def counted(self: OffloadedWeight) -> torch.Tensor:
-        read[self] += 1
-        return real(self)
-
-    monkeypatch.setattr(OffloadedWeight, "value", counted)
+    read = count_reads(monkeypatch)
     step(zo, optimizer)
     of_layers = {w for name, w in offloaded_weights(model).items() if ".layers." in name}
     assert len(of_layers) == 4 * 16

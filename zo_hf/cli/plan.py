@@ -156,11 +156,13 @@ def _line(row: Row) -> str:
         for size, width in ((row.weights, 9), (row.state, 8), (row.working, 9), (row.total, 9))
     )
     headroom = f"{'yes' if row.fits else 'no ':<3} {abs(row.headroom) / GB:7.2f} {'left' if row.fits else 'missing'}"
-    return f"{_title(row):<22}{row.base:<12}{_count(row.moves):>8}{sizes}   {headroom}"
+    crosses = f", {row.crosses / GB:.1f} to load a step" if row.crosses else ""
+    return f"{_title(row):<22}{row.base:<12}{_count(row.moves):>8}{sizes}   {headroom}{crosses}"
 
 
 def _title(row: Row) -> str:
-    return f"{row.setup.kind}, checkpointing" if row.setup.checkpointing else row.setup.kind
+    more = ", checkpointing" * row.setup.checkpointing + ", streamed" * row.setup.streamed
+    return row.setup.kind + more
 
 
 def _count(number: int) -> str:
@@ -195,6 +197,8 @@ def _assumptions(result: Plan) -> list[str]:
         f"LoRA: rank {given.lora_rank} on {targets}, weights in float32",
         "int8, nf4: bitsandbytes on all linear layers except the head, the rest in "
         f"{given.dtype}; nf4 double: the scales are quantized too",
+        "streamed: every weight is in the CPU's memory or on the disk; two layers and the largest other module are on the "
+        "GPU; a fold loads all of it once more, and writes it back",
         f"backward: Trainer in {given.dtype} mixed precision (trained weights, their gradients and AdamW's two moments "
         "in float32), fused AdamW, logits at every position",
         f"overhead in every total: {given.overhead / GB:.1f} GB for the CUDA context, libraries and the allocator, "

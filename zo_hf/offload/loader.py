@@ -3,7 +3,8 @@
     forward of a layer:   its block is loaded, unless it has been already → the layer computes → the next block is loaded
     fold:                 a block is loaded → changed → written back → the next one
 
-Two blocks are on the device at a time. The next block is the one that came after this one the last time.
+Two layers are on the device at a time, and one of the modules outside of them. The next layer is the one that came after this
+one the last time.
 """
 
 from __future__ import annotations
@@ -36,10 +37,8 @@ class BlockLoader:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers, self._alone = blocks_of(model)
-        self._sizes: dict[torch.device, int] = {}
-        for layer in self._layers:
-            self._sizes[layer.device] = max(layer.nbytes, self._sizes.get(layer.device, 0))
         self._slots: dict[torch.device, list[Slot]] = {}
+        self._others: dict[torch.device, Slot] = {}
         self._after: dict[Block, Block] = {}
         self._last: Block | None = None
 
@@ -68,7 +67,7 @@ class BlockLoader:
             hook = offload_hook(module)
             if hook is not None:
                 hook.offload = True
-        self._slots, self._after, self._last = {}, {}, None
+        self._slots, self._others, self._after, self._last = {}, {}, {}, None
 
     @contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
@@ -78,14 +77,12 @@ class BlockLoader:
             return
         slot = self._slot_with(block)
         try:
-            block.hold(_copies(block) if slot is None else slot.take())
+            block.hold(slot.take())
             yield
         finally:
             block.let_go()
-            if slot is not None:
-                slot.give_back()
-        if slot is not None:
-            self._begin_next(block)
+            slot.give_back()
+        self._begin_next(block)
 
     def rewrite(self, weights: Collection[OffloadedWeight]) -> Iterator[dict[OffloadedWeight, Tensor]]:
         """Yield the values of weights, on the device, a block at a time; what the caller makes of them is written back.
@@ -100,44 +97,53 @@ class BlockLoader:
                 continue
             slot = self._slot_with(block)
             try:
-                values = dict(zip(block.weights, _copies(block) if slot is None else slot.take(), strict=True))
+                values = dict(zip(block.weights, slot.take(), strict=True))
                 yield {weight: values[weight] for weight in mine}
                 for weight in mine:
                     weight.write(values[weight])
             finally:
-                if slot is not None:
-                    slot.give_back()
-                    slot.block = None  # what is there now may never have been written
+                slot.give_back()
+                slot.block = None  # what is there now may never have been written
             missing -= set(mine)
 
-    def _slot_with(self, block: Block) -> Slot | None:
-        """Return the slot that has a layer's block, loaded if need be; None for other blocks, and without a free slot."""
+    def _slot_with(self, block: Block) -> Slot:
+        """Return memory with the block's values, or with values on their way."""
         if block not in self._layers:
-            return None
-        slot = self._free_slot(block)
-        if slot is None:
-            return None
-        if not slot.has(block):
-            slot.fill(block)
-        slots = self._slots[block.device]
-        slots.remove(slot)
-        slots.append(slot)
+            return self._other_slot(block)
         if self._last is not None:
             self._after[self._last] = block
         self._last = block
+        slot = self._free_slot(block)
+        if slot is None:  # a layer inside of two others
+            slot = Slot(block.device, block.nbytes, None)
+        else:
+            self._slots[block.device].remove(slot)
+            self._slots[block.device].append(slot)
+        if not slot.has(block):
+            slot.fill(block)
+        return slot
+
+    def _other_slot(self, block: Block) -> Slot:
+        """Return memory with the values of a module outside of the layers; it keeps them until another one is called."""
+        slot = self._others.get(block.device)
+        if slot is None or not slot.has(block):
+            slot = None
+            self._others.pop(block.device, None)  # its memory is free before new one is taken
+            slot = self._others[block.device] = Slot(block.device, block.nbytes, None)
+            slot.fill(block)
         return slot
 
     def _free_slot(self, block: Block) -> Slot | None:
-        """Return the slot that has the block, or else the free one that has waited longest; None if none is free."""
+        """Return the slot that has a layer, or else the free one that has waited longest; None if none is free."""
         if block.device not in self._slots:
             copies = torch.cuda.Stream(block.device) if block.device.type == "cuda" else None
-            size = self._sizes[block.device]
+            size = max(layer.nbytes for layer in self._layers if layer.device == block.device)
             self._slots[block.device] = [Slot(block.device, size, copies) for _ in range(2)]
         free = [slot for slot in self._slots[block.device] if not slot.in_use]
         return next((slot for slot in free if slot.has(block)), free[0] if free else None)
 
     def _begin_next(self, block: Block) -> None:
-        """Begin to load the block that came after this one the last time."""
+        """Begin to load the layer that came after this one the last time."""
         following = self._after.get(block)
         if following is not None:
             slot = self._free_slot(following)
@@ -151,7 +157,3 @@ def _loading_forward(
     forward = functools.partial(type(block.module).forward, block.module) if previous is None else previous
     with loader.loaded(block):
         return forward(*args, **kwargs)
-
-
-def _copies(block: Block) -> list[Tensor]:
-    return [weight.value().to(block.device, copy=True) for weight in block.weights]
