@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.conftest import causal_batch
 from tests.offload.models import as_arrays, in_memory, saved
 from zo_hf import ZerothOrder
 from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.memory import Assumptions, plan
+from zo_hf.memory.setups import Setup
 from zo_hf.memory.trace import MemoryTrace
 from zo_hf.offload import OffloadedWeight, offloaded_weights
 
@@ -91,3 +94,21 @@ def test_a_block_is_loaded_once_for_a_forward_pass(
     of_layers = {w for name, w in offloaded_weights(model).items() if ".layers." in name}
     assert len(of_layers) == 4 * 16
     assert {read[weight] for weight in of_layers} == {passes}
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_the_plan_counts_what_a_step_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    base = saved(tmp_path / "base", dtype=torch.bfloat16, num_hidden_layers=5)
+    given = Assumptions(batch_size=4, sequence_length=12, rows_per_direction=rows, overhead=0)
+    (planned,) = plan(AutoConfig.from_pretrained(base), "1GB", given, [Setup("low_rank", "half", streamed=True)]).rows
+    model = as_arrays(base)
+    zo = ZerothOrder(model, "low_rank", rows_per_direction=rows, batched_probes=not rows, seed=0)
+    loss = ModelLoss(model, model, causal_batch(), lambda inputs: model(**inputs).loss)
+    for _ in range(2):  # from then on the first layer is loaded after the last one
+        zo.estimate(loss)
+    read = count_reads(monkeypatch)
+    zo.estimate(loss)
+    assert planned.crosses == sum(count * weight.nbytes for weight, count in read.items())
+    weights = {name: weight.nbytes for name, weight in offloaded_weights(model).items()}
+    layer = sum(size for name, size in weights.items() if ".layers.0." in name)
+    assert planned.weights == 2 * layer + weights["lm_head.weight"]

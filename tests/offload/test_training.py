@@ -44,8 +44,11 @@ def test_every_way_to_offload_gives_the_same_bits(tmp_path: Path, way: str) -> N
     assert all(parameter.is_meta for parameter in model.model.decoder.layers.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mixtral])
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(tiny_llama, torch.bfloat16), (tiny_gpt2, torch.float32), (tiny_mixtral, torch.bfloat16)],
+    ids=["llama", "gpt2", "mixtral"],
+)
 def test_every_architecture_does(tmp_path: Path, build: Any, dtype: torch.dtype) -> None:
     assert_same_run(tmp_path, on_disk, saved(tmp_path / "base", build, dtype))
 

@@ -18,6 +18,7 @@ format of the model's weights:
     adapter               bfloat16        1.3M    16.07    0.09     0.49    17.66   yes    6.34 left
     adapter               nf4             1.3M     6.04    0.09     0.49     7.62   yes   16.38 left
     adapter               nf4 double      1.3M     5.72    0.09     0.49     7.30   yes   16.70 left
+    low_rank, streamed    bfloat16        6.8M     1.92    0.52     0.49     3.93   yes   20.07 left, 32.1 to load a step
 
     for comparison, with a backward pass:
     LoRA, checkpointing   bfloat16        3.4M    16.07    0.04     7.43    24.55   no     0.55 missing
@@ -29,6 +30,7 @@ format of the model's weights:
     state    memory kept from step to step: coordinates, directions, gradients, optimizer
     working  memory beyond that at the peak of a step: activations, logits, scratch
     total    the sum, with the overhead; "fits" shows how much GPU memory is left, or missing
+    streamed weights stay off the GPU, and are loaded layer by layer: so many GB in a step
 
 The code that trains runs one step of each setup on tensors with a shape and without values. The sizes of all storages
 alive at a time are added up. In float32 on a CPU, the result agrees with the peak of torch's allocator to within one
