@@ -58,15 +58,18 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
     for module, hook in hooks.items():
         if not isinstance(hook.weights_map, WeightsOfHook):
             _adopt(module, hook, known)
-    named = _named(model, hooks)
+    tables = _tables(model, hooks)
     for target, source in _ties(model):
-        if (target in named) != (source in named):
+        if (target in tables) != (source in tables):
             raise ValueError(
                 f"device_map puts {target} and {source} on different devices, and they are one weight; give both the same one."
             )
-        if target in named and named[target] is not named[source]:
-            _tie(model, target, named[source])
-    named = _named(model, hooks)
+        if target in tables:
+            (table, name), (other_table, other_name) = tables[target], tables[source]
+            if table[name] is not other_table[other_name]:
+                other_table[other_name].places += table[name].places
+                table[name] = other_table[other_name]
+    named = {name: table[local] for name, (table, local) in tables.items()}
     for weight in named.values():
         for module, attribute in weight.places:
             put(module, attribute, weight.placeholder)
@@ -159,27 +162,24 @@ def _read_by(source: Any) -> tuple[Mapping[str, Tensor], str, OffloadedWeightsLo
     return source, prefix, source
 
 
-def _named(model: nn.Module, hooks: Mapping[nn.Module, AlignDevicesHook]) -> dict[str, OffloadedWeight]:
-    names = {module: name for name, module in model.named_modules()}
+def _tables(
+    model: nn.Module, hooks: Mapping[nn.Module, AlignDevicesHook]
+) -> dict[str, tuple[dict[str, OffloadedWeight], str]]:
+    """Return the table that holds each offloaded weight, and its name there, by its name in the model."""
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     return {
-        f"{names[module]}.{local}" if names[module] else local: weight
+        names[module] + local: (hook.weights_map.weights, local)
         for module, hook in hooks.items()
-        for local, weight in hook.weights_map.weights.items()
+        for local in hook.weights_map.weights
     }
 
 
 def _ties(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the names of weights that a model of transformers ties, in pairs."""
+    """Yield the names of parameters that a model of transformers ties, in pairs."""
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            for target, source in (module.all_tied_weights_keys or {}).items():
-                yield (f"{prefix}.{target}", f"{prefix}.{source}") if prefix else (target, source)
-
-
-def _tie(model: nn.Module, name: str, weight: OffloadedWeight) -> None:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    hook = offload_hook(module)
-    assert hook is not None
-    hook.weights_map.weights[attribute] = weight
-    weight.places.append((module, attribute))
+            for pair in (module.all_tied_weights_keys or {}).items():
+                target, source = (f"{prefix}.{name}" if prefix else name for name in pair)
+                if {target, source} <= present:  # an adapter's layer around one has another name
+                    yield target, source

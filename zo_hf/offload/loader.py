@@ -67,6 +67,9 @@ class BlockLoader:
             hook = offload_hook(module)
             if hook is not None:
                 hook.offload = True
+        for slots in self._slots.values():
+            for slot in slots:
+                slot.close()
         self._slots, self._others, self._after, self._last = {}, {}, {}, None
 
     @contextmanager

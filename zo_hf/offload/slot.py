@@ -64,6 +64,11 @@ class Slot:
             torch.cuda.current_stream(self._device).wait_event(self._arrived)
         return self.block.views(self._memory)
 
+    def close(self) -> None:
+        """Wait for a copy that is under way, because the memory may be given to others next."""
+        if self._copies is not None:
+            self._arrived.synchronize()
+
     def give_back(self) -> None:
         """End the use of the tensors, by operations that the device may still have to run."""
         self.in_use = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -33,11 +33,20 @@ class Values(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a model with the values of its offloaded weights, which tied names share."""
+def whole_state_dict(model: nn.Module, among: Collection[nn.Module] | None = None) -> dict[str, Tensor]:
+    """Return the state dict of a model with the values of its offloaded weights, which tied names share.
+
+    Args:
+        model: the model.
+        among: if given, weights of other modules stay on the meta device.
+    """
     if not is_offloaded(model):
         return model.state_dict()
     named = model.state_dict(keep_vars=True)
-    values = Values(model, named)
-    distinct = {id(tensor): values[name] for name, tensor in {id(t): (n, t) for n, t in named.items()}.values()}
+    wanted = model.modules() if among is None else among
+    read = {id(p) for module in wanted for p in (*module._parameters.values(), *module._buffers.values())}
+    values, distinct = Values(model, named), {}
+    for name, tensor in named.items():
+        if id(tensor) not in distinct:
+            distinct[id(tensor)] = values[name] if id(tensor) in read else tensor.detach()
     return {name: distinct[id(tensor)] for name, tensor in named.items()}

@@ -93,9 +93,10 @@ class ReplicaTrainer(Trainer):
             self._shard(model)
         if model is self._compiled:
             return model
+        if is_offloaded(model):  # what comes next would move it to the device
+            self.accelerator.device_placement = False
         if training and model is self.model:
-            placement = False if is_offloaded(model) else None
-            model = self.accelerator.prepare_model(model, placement, evaluation_mode=True)
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
         else:
             model = super()._wrap_model(model, training, dataloader)
         compiled: Any = self._compiled
