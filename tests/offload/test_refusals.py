@@ -42,6 +42,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "torch_compile",
         lambda base: make_trainer(base.parent / "run", on_disk(base), torch_compile=True),
     ),
+    "a model that the user has compiled": (
+        "torch.compile",
+        lambda base: make_trainer(base.parent / "run", torch.compile(on_disk(base))),
+    ),
     "no folder for the trained weights": (
         "offload_folder",
         lambda base: trained(base.parent / "run", without_folder(base)),

@@ -101,6 +101,7 @@ class BlockLoader:
             slot = self._slot_with(block)
             try:
                 values = dict(zip(block.weights, slot.take(), strict=True))
+                self._begin_next(block)
                 yield {weight: values[weight] for weight in mine}
                 for weight in mine:
                     weight.write(values[weight])

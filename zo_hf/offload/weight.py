@@ -56,8 +56,8 @@ class OffloadedWeight:
 
     def value(self) -> Tensor:
         """Return the present value, on the CPU; read it only."""
-        if self._own is not None and self.writes:
-            return self._own
+        if self.writes:
+            return self.kept()
         return self._source[self._key].detach().to("cpu", self.placeholder.dtype)
 
     def write(self, value: Tensor) -> None:
@@ -85,9 +85,8 @@ class OffloadedWeight:
 
     def copy(self) -> Tensor:
         """Return a copy of the value that takes as little of the CPU's memory as the value itself: in memory, or in a file."""
-        return (torch.empty_like(self.placeholder, device="cpu") if self._in_memory else self._room()).copy_(
-            self.value()
-        )
+        room = torch.empty_like(self.placeholder, device="cpu") if self._in_memory else self._room()
+        return room.copy_(self.value())
 
     def kept(self) -> Tensor:
         """Return the present value where it is kept: in the CPU's memory, or in the file of this process."""

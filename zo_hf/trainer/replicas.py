@@ -110,8 +110,16 @@ class ReplicaTrainer(Trainer):
         """Keep a model that the user has compiled for the forward passes, and return the model inside.
 
         The wrapper hides names, signatures and whether the model is a PEFT model.
+
+        Raises:
+            ValueError: the model has offloaded weights.
         """
         self._compiled = model if isinstance(model, nn.Module) and is_compiled_module(model) else None
+        if self._compiled is not None and is_offloaded(model._orig_mod):
+            raise ValueError(
+                "torch.compile keeps the weights that a model was traced with, and device_map offloads them; pass the model "
+                "that is not compiled."
+            )
         return model if self._compiled is None else model._orig_mod
 
     @contextmanager
