@@ -161,6 +161,7 @@ def test_files_of_the_model_stay_as_they_are_and_nothing_else_stays(tmp_path: Pa
     trainer = make_trainer(tmp_path / "run", model, **RUN)
     trainer.evaluate()
     trainer.train()
+    trainer.evaluate()
     assert any(weight.writes for weight in offloaded_weights(trainer.model).values())
     trainer.model.save_pretrained(tmp_path / "saved")  # transformers' own, which reads what accelerate's hooks hold
     trainer.save_model(str(tmp_path / "saved by the trainer"))

@@ -7,19 +7,20 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 
 from zo_hf.offload.hooks import is_offloaded, offloaded_weights
+from zo_hf.offload.weight import OffloadedWeight
 
 
 class Values(Mapping[str, Tensor]):
     """The values of tensors by name.
 
     Args:
-        model: the model.
-        tensors: tensors that its modules hold, by any name.
+        weights: the model's offloaded weights, found before the tensors: that ties them again.
+        tensors: tensors that the model's modules hold, by any name.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, OffloadedWeight], tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._weights = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
+        self._weights = {id(weight.placeholder): weight for weight in weights.values()}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -42,10 +43,10 @@ def whole_state_dict(model: nn.Module, among: Collection[nn.Module] | None = Non
     """
     if not is_offloaded(model):
         return model.state_dict()
-    named = model.state_dict(keep_vars=True)
+    weights, named = offloaded_weights(model), model.state_dict(keep_vars=True)
     wanted = model.modules() if among is None else among
     read = {id(p) for module in wanted for p in (*module._parameters.values(), *module._buffers.values())}
-    values, distinct = Values(model, named), {}
+    values, distinct = Values(weights, named), {}
     for name, tensor in named.items():
         if id(tensor) not in distinct:
             distinct[id(tensor)] = values[name] if id(tensor) in read else tensor.detach()

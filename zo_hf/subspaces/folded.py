@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, Distribution
-from zo_hf.offload import OffloadedWeight, Values
+from zo_hf.offload import OffloadedWeight, Values, offloaded_weights
 from zo_hf.parallel.shards import gather, is_sharded, local_part, part_of, reshard, shard_like
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
@@ -208,8 +208,8 @@ class Folded(Subspace):
         decay, cpu = decay or {}, torch.device("cpu")
         state: dict[str, Tensor] = {}
         plain: dict[int, Site] = {}
-        named = self.model.state_dict(keep_vars=True)
-        values = Values(self.model, named)
+        weights, named = offloaded_weights(self.model), self.model.state_dict(keep_vars=True)
+        values = Values(weights, named)
         for site in self.sites:
             if site.layer is None:
                 plain[id(site.parameter)] = site

@@ -55,8 +55,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             names the first one. Nothing has been written if the file has no part of a weight.
     """
     reshard(model)
-    parts = stored_tensors(model, tied=True)
     offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
+    parts = stored_tensors(model, tied=True)
     exact = is_quantized(model)
     read: set[int] = set()
     with _opened(folder) as files:

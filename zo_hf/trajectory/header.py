@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zo_hf.engine import ZerothOrder
-from zo_hf.offload import Values
+from zo_hf.offload import Values, offloaded_weights
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.parallel.shards import class_name
 from zo_hf.quantization import stored_tensors
@@ -135,7 +135,9 @@ def weights_hash(model: nn.Module, leave_out: Collection[Tensor] = ()) -> str:
         leave_out: tensors that the hash does not cover.
     """
     left_out = {id(tensor) for tensor in leave_out}
-    return tensors_hash(Values(model, {n: t for n, t in stored_tensors(model).items() if id(t) not in left_out}))
+    weights = offloaded_weights(model)
+    stored = {name: tensor for name, tensor in stored_tensors(model).items() if id(tensor) not in left_out}
+    return tensors_hash(Values(weights, stored))
 
 
 def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[Tensor], path: object) -> None:
