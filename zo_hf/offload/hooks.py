@@ -93,7 +93,7 @@ def put(module: nn.Module, attribute: str, tensor: Tensor) -> None:
 def computing_device(module: nn.Module, tensor: Tensor) -> torch.device:
     """Return the device on which a module computes with a tensor of its own, which may be offloaded."""
     hook = offload_hook(module) if tensor.is_meta else None
-    return tensor.device if hook is None else torch.device(hook.execution_device)
+    return tensor.device if hook is None else _device_of(hook)
 
 
 def computing_devices(model: nn.Module) -> list[torch.device]:
@@ -140,15 +140,19 @@ def _adopt(module: nn.Module, hook: AlignDevicesHook, known: dict[int, Offloaded
         if weight is None:
             in_memory = loader is None or prefix + name in loader.state_dict
             folder = None if loader is None else loader.save_folder
-            device = torch.device(hook.execution_device)
-            weight = OffloadedWeight(
-                tensor, source, prefix + name, device, in_memory, None if folder is None else str(folder)
-            )
+            folder = None if folder is None else str(folder)
+            weight = OffloadedWeight(tensor, source, prefix + name, _device_of(hook), in_memory, folder)
             known[id(tensor)] = weight
         path, _, attribute = name.rpartition(".")
         weight.places.append((module.get_submodule(path), attribute))
         found[name] = weight
     hook.weights_map = WeightsOfHook(found)
+
+
+def _device_of(hook: AlignDevicesHook) -> torch.device:
+    """Return the device that a hook loads weights onto, with its index, as tensors have it."""
+    named = hook.execution_device
+    return torch.device("cuda", torch.cuda.current_device()) if str(named) == "cuda" else torch.device(named)
 
 
 def _read_by(source: Any) -> tuple[Mapping[str, Tensor], str, OffloadedWeightsLoader | None]:

@@ -46,7 +46,6 @@ class Subspace:
         probes: probes of the current forward pass; empty outside of `at`.
         clip_factor: product of the factors by which the estimate of this step has been clipped.
         reads: the parameters that probes have read, and where.
-        loader: loads the blocks of a model with offloaded weights; None for other models.
         still: names of sites that do not move, because no probe has read their parameters yet. `settle` fills it.
     """
 
@@ -68,6 +67,8 @@ class Subspace:
     moves_quantized = False
     #: True if weights that are kept off the device may move.
     moves_offloaded = False
+    #: Loads the blocks of a model with offloaded weights; None for other models.
+    loader: BlockLoader | None = None
     #: The groups of sequences packed into the present batch, if they are not rows.
     packing: Packing | None = None
     _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
@@ -84,7 +85,8 @@ class Subspace:
         self.seed = seed
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.quantized = quantized_layers(model)
-        self.loader = BlockLoader(model) if is_offloaded(model) else None
+        if is_offloaded(model):
+            self.loader = BlockLoader(model)
         self.sites = self._find_sites(among)
         offloaded = next((site.name for site in self.sites if site.offloaded is not None), None)
         if offloaded is not None and not self.moves_offloaded:
