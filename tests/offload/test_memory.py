@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import offload_state_dict
 from transformers import AutoConfig
 
-from tests.conftest import causal_batch
+from tests.conftest import causal_batch, seeded, tiny_opt
 from tests.offload.models import as_arrays, in_memory, saved
+from tests.parallel.launch import Running
 from zo_hf import ZerothOrder
 from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.model_loss import ModelLoss
@@ -112,3 +115,43 @@ def test_the_plan_counts_what_a_step_loads(tmp_path: Path, monkeypatch: pytest.M
     weights = {name: weight.nbytes for name, weight in offloaded_weights(model).items()}
     layer = sum(size for name, size in weights.items() if ".layers.0." in name)
     assert planned.weights == 2 * layer + weights["lm_head.weight"]
+
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+import torch
+from accelerate import disk_offload
+from tests.conftest import tiny_opt
+from tests.offload.test_memory import HUGE
+from tests.trainer.runs import trained
+
+way, folder, run, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+trained(run + "-before", tiny_opt(), max_steps=1)  # so that libraries have taken their memory
+used = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + limit, used + limit))
+with torch.device("meta"):
+    model = tiny_opt(**HUGE)
+if way == "disk":
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+else:
+    model.to_empty(device="cpu")
+trained(run, model, max_steps=3, zo_fold_steps=2, per_device_train_batch_size=2)
+"""
+
+HUGE: dict[str, Any] = {"hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 1024, "num_hidden_layers": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's own memory")
+def test_a_process_that_may_take_half_of_the_models_memory_trains_it(tmp_path: Path) -> None:
+    model = seeded(tiny_opt, **HUGE)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    offload_state_dict(tmp_path / "arrays", model.state_dict())
+    del model
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    for way, ends in (("memory", False), ("disk", True)):
+        process = Running(script, tmp_path / f"{way}.log", way, tmp_path / "arrays", tmp_path / way, size // 2)
+        assert (process.wait(300) == 0) == ends, process.said()
+        assert ("allocate memory" in process.said()) != ends, process.said()
