@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from tests.conftest import (
     assert_same_bits,
     causal_batch,
+    seeded,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
@@ -79,6 +81,23 @@ def test_two_stacks_of_layers_do(tmp_path: Path) -> None:
         losses = []
         for _ in range(5):
             losses.append(zo.estimate(lambda model=model: model(**batch).loss).loss)
+            optimizer.step()
+        found.append((losses, values_of(zo.finish())))
+    assert found[0][0] == found[1][0]
+    assert_same_bits(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_plain_module_with_buffers_does(buffers: bool) -> None:
+    x, y = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for way in (lambda model: model, lambda model: cpu_offload(model, torch.device("cpu"), offload_buffers=buffers)):
+        model = way(seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Tanh())))
+        zo = ZerothOrder(model, "low_rank", fold_steps=2, seed=0)
+        optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-2))
+        losses = []
+        for _ in range(5):
+            losses.append(zo.estimate(lambda model=model: (model(x) - y).square().mean()).loss)
             optimizer.step()
         found.append((losses, values_of(zo.finish())))
     assert found[0][0] == found[1][0]

@@ -69,14 +69,14 @@ def blocks_of(model: nn.Module) -> tuple[list[Block], list[Block]]:
     A module inside of a layer is a block, too, in case that the layer's forward is not what calls it.
     """
     weights = dict.fromkeys(offloaded_weights(model).values())
-    hooks = {module: hook for module in model.modules() if (hook := offload_hook(module)) is not None}
+    # A hook of computed buffers alone, such as rotary embeddings, loads nothing.
+    hooks = {module: hook for module in model.modules() if (hook := offload_hook(module)) and len(hook.weights_map)}
     layers = [
         Block(layer, set(layer.modules()), weights) for layer in _layers(model) if hooks.keys() & layer.modules()
     ]
     alone = [
         Block(module, set(module.modules()) if hook.place_submodules else {module}, weights)
         for module, hook in hooks.items()
-        if len(hook.weights_map)
     ]
     return layers, alone
 
