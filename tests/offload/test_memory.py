@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from tests.conftest import causal_batch, seeded, tiny_opt
 from tests.offload.models import as_arrays, in_memory, saved
 from tests.parallel.launch import Running
+from tests.trainer.runs import At, trained
 from zo_hf import ZerothOrder
 from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.model_loss import ModelLoss
@@ -69,6 +70,20 @@ def test_the_head_is_loaded_once_for_all_chunks_of_logits(tmp_path: Path, monkey
     head = offloaded_weights(model)["lm_head.weight"]
     assert loss._checks.in_chunks and losses[0] == losses[1]
     assert read[head] == 2  # tied to the embedding
+
+
+def test_layers_whose_features_are_known_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = as_arrays(saved(tmp_path / "base", num_hidden_layers=4))
+    read = count_reads(monkeypatch)
+    looks = At({8, 10}, lambda state, **_: read.copy())  # the data have 8 batches
+    options: dict[str, Any] = {"zo_target_modules": r".*layers[.]3[.].*", "zo_feature_cache_gib": 1.0}
+    trained(tmp_path / "run", model, more={"callbacks": [looks]}, max_steps=10, zo_fold_steps=50, **options)
+    first, last = looks.results
+    later = {name: last[weight] - first[weight] for name, weight in offloaded_weights(model).items()}
+    front = {name for name in later if any(f".layers.{layer}." in name for layer in (0, 1, 2))}
+    assert len(front) == 3 * 16 and not any(later[name] for name in front)
+    assert all(first[offloaded_weights(model)[name]] for name in front)
+    assert later["lm_head.weight"]
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[OffloadedWeight]:
