@@ -24,7 +24,7 @@ FLOORS = (
     ("case", "compatibility", "settings"),
     ("rules", "evaluation"),
     ("subspaces",),
-    ("parallel",),
+    ("parallel", "offload"),
     ("directions", "estimators"),
     ("rng", "kernels", "quantization", "untrusted", "method_info", "version"),
 )

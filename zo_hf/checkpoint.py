@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import whole_state_dict
 from zo_hf.parallel.checksum import saved_hash
 from zo_hf.parallel.shards import is_sharded, local_part, part_of, reshard
 from zo_hf.settings import SAVED_DEFAULTS
@@ -273,9 +274,11 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
             f"the state in {folder} is not one of this method; resume from another checkpoint."
         ) from error
     with torch.no_grad():
-        for path, tensors in targets.items():
-            _copy(read[path], tensors)
+        if folder / COORDINATES_FILE in read:
+            _copy(read[folder / COORDINATES_FILE], coordinates)
     if isinstance(subspace, Folded):
+        if folder / BASE_FILE in read:
+            subspace.load_base(read[folder / BASE_FILE])
         subspace.draw_bases(state["drawn_at"])
         subspace.coordinates_changed()
         if state["at_origin"]:
@@ -311,7 +314,7 @@ def check_weights(model: nn.Module, folder: Path) -> None:
         ValueError: the weights differ.
     """
     written = read_state(folder).get("weights")
-    found = None if written is None else weights_hash_of(model, model.state_dict())
+    found = None if written is None else weights_hash_of(model, whole_state_dict(model))
     if found is not None and found != written:
         raise ValueError(
             f"{folder} does not give the weights that were saved there: its weights, the dtype or class of this model, or "

@@ -18,6 +18,7 @@ format of the model's weights:
     adapter               bfloat16        1.3M    16.07    0.09     0.49    17.66   yes    6.34 left
     adapter               nf4             1.3M     6.04    0.09     0.49     7.62   yes   16.38 left
     adapter               nf4 double      1.3M     5.72    0.09     0.49     7.30   yes   16.70 left
+    low_rank, streamed    bfloat16        6.8M     1.92    0.52     0.49     3.93   yes   20.07 left, 32.1 to load a step
 
     for comparison, with a backward pass:
     LoRA, checkpointing   bfloat16        3.4M    16.07    0.04     7.43    24.55   no     0.55 missing
@@ -29,6 +30,7 @@ format of the model's weights:
     state    memory kept from step to step: coordinates, directions, gradients, optimizer
     working  memory beyond that at the peak of a step: activations, logits, scratch
     total    the sum, with the overhead; "fits" shows how much GPU memory is left, or missing
+    streamed weights stay off the GPU, and are loaded layer by layer: so many GB in a step
 
 The code that trains runs one step of each setup on tensors with a shape and without values. The sizes of all storages
 alive at a time are added up. In float32 on a CPU, the result agrees with the peak of torch's allocator to within one
@@ -156,11 +158,13 @@ def _line(row: Row) -> str:
         for size, width in ((row.weights, 9), (row.state, 8), (row.working, 9), (row.total, 9))
     )
     headroom = f"{'yes' if row.fits else 'no ':<3} {abs(row.headroom) / GB:7.2f} {'left' if row.fits else 'missing'}"
-    return f"{_title(row):<22}{row.base:<12}{_count(row.moves):>8}{sizes}   {headroom}"
+    crosses = f", {row.crosses / GB:.1f} to load a step" if row.crosses else ""
+    return f"{_title(row):<22}{row.base:<12}{_count(row.moves):>8}{sizes}   {headroom}{crosses}"
 
 
 def _title(row: Row) -> str:
-    return f"{row.setup.kind}, checkpointing" if row.setup.checkpointing else row.setup.kind
+    more = ", checkpointing" * row.setup.checkpointing + ", streamed" * row.setup.streamed
+    return row.setup.kind + more
 
 
 def _count(number: int) -> str:
@@ -195,6 +199,8 @@ def _assumptions(result: Plan) -> list[str]:
         f"LoRA: rank {given.lora_rank} on {targets}, weights in float32",
         "int8, nf4: bitsandbytes on all linear layers except the head, the rest in "
         f"{given.dtype}; nf4 double: the scales are quantized too",
+        "streamed: every weight is in the CPU's memory or on the disk; two layers and the largest other module are on the "
+        "GPU; a fold loads all of it once more, and writes it back",
         f"backward: Trainer in {given.dtype} mixed precision (trained weights, their gradients and AdamW's two moments "
         "in float32), fused AdamW, logits at every position",
         f"overhead in every total: {given.overhead / GB:.1f} GB for the CUDA context, libraries and the allocator, "

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.case import Case
 from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.offloaded import OFFLOADED
 from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
 from zo_hf.directions.masked import Masked
@@ -470,5 +471,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         "load the model with a device_map, or without quantization",
         lambda case: {"fsdp", "quantized"} <= case.facts,
     ),
+    *OFFLOADED,
     *SERVED,
 )

@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from zo_hf.evaluation.known_losses import IGNORED, known_loss, loss_kind, losses_of_tokens
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import coarsest, same_but_for_order, same_but_for_rounding
+from zo_hf.offload import computing_devices, is_offloaded
 from zo_hf.parallel.shards import is_sharded_model
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,9 @@ class ChunkedHead:
             loss_kind(model) is ForCausalLMLoss
             and _path_of_decoder(model) is not None
             and next(model.parameters(recurse=False), None) is None  # no subspace would enter where they are read
-            and "_hf_hook" not in model.__dict__
+            and ("_hf_hook" not in model.__dict__ or is_offloaded(model))  # whose hook moves inputs, and nothing else
             and not is_sharded_model(model)
-            and len({parameter.device for parameter in model.parameters()}) == 1
+            and len(computing_devices(model)) == 1
             and not is_compiled_module(self._forward)
         )
 

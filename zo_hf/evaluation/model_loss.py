@@ -34,6 +34,7 @@ from zo_hf.evaluation.known_losses import (
 )
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import same_but_for_order
+from zo_hf.offload import computing_devices
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
 _WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -336,7 +337,7 @@ def _has_stock_forward(model: PreTrainedModel) -> bool:
 
 
 def _is_on_several_devices(model: nn.Module) -> bool:
-    return len({parameter.device for parameter in model.parameters()}) > 1
+    return len(computing_devices(model)) > 1
 
 
 def only_labeled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], in_front: int = 0) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Row:
         working: memory beyond that at the peak of a step: activations, logits, scratch.
         overhead: assumed size of the CUDA context and the allocator's overhead.
         headroom: GPU memory that is left; negative if the setup does not fit.
+        crosses: weights that are copied to the GPU in a step, from where they are kept.
     """
 
     setup: Setup
@@ -37,6 +38,7 @@ class Row:
     working: int
     overhead: int
     headroom: int
+    crosses: int = 0
 
     @property
     def total(self) -> int:
@@ -67,9 +69,9 @@ class Plan:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
-    def row(self, kind: str, base: str = "half", checkpointing: bool = False) -> Row:
+    def row(self, kind: str, base: str = "half", checkpointing: bool = False, streamed: bool = False) -> Row:
         """Return the row of one setup, named as in `zo_hf.memory.setups.SETUPS`."""
-        return next(row for row in self.rows if row.setup == Setup(kind, base, checkpointing))
+        return next(row for row in self.rows if row.setup == Setup(kind, base, checkpointing, streamed))
 
 
 def plan(
@@ -119,4 +121,5 @@ def _row(setup: Setup, footprint: Footprint, given: Assumptions, available: int)
         footprint.working,
         given.overhead,
         available - total,
+        footprint.crosses,
     )

@@ -15,10 +15,11 @@ from transformers.utils import is_peft_available
 
 from zo_hf.memory.assumptions import OPTIMIZER_COPIES, Assumptions
 from zo_hf.memory.measure import Usage, backward, inference, zeroth_order
-from zo_hf.memory.model import build, fill, shortened, size_in_bytes, tensors
+from zo_hf.memory.model import build, fill, layers, shortened, size_in_bytes, tensors
 from zo_hf.memory.quantized import computed_in, quantizable_layers, saved_bytes
 from zo_hf.memory.subspaces import TracedAdapter, TracedFull, TracedLowRank, TracedScales
 from zo_hf.memory.trace import without_values
+from zo_hf.subspaces.peft_methods import base_model, is_peft
 
 HALF, FLOAT32 = "half", "float32"
 INT8, NF4, NF4_DOUBLE = "int8", "nf4", "nf4 double"
@@ -32,11 +33,13 @@ class Setup:
         kind: inference, a value of `zo_subspace`, or a method with a backward pass.
         base: format of the weights: "half" (the assumed dtype), "float32", "int8", "nf4" or "nf4 double".
         checkpointing: True for activation checkpointing, in a method with a backward pass.
+        streamed: True for weights that are kept off the device, see `zo_hf.offload`.
     """
 
     kind: str
     base: str
     checkpointing: bool = False
+    streamed: bool = False
 
     @property
     def uses_adapter(self) -> bool:
@@ -62,6 +65,7 @@ SETUPS = (
     *(Setup("norms", base) for base in (HALF, NF4)),
     *(Setup("scales", base) for base in (INT8, NF4)),
     *(Setup("adapter", base) for base in (HALF, INT8, NF4, NF4_DOUBLE)),
+    *(Setup(kind, HALF, streamed=True) for kind in ("low_rank", "adapter")),
     Setup("LoRA", HALF),
     Setup("LoRA", HALF, checkpointing=True),
     Setup("QLoRA", NF4_DOUBLE),
@@ -77,15 +81,17 @@ class Footprint:
 
     Args:
         moves: number of coordinates, or of trained weights.
-        weights: the model's parameters and buffers, including an adapter.
+        weights: the model's parameters and buffers on the device, including an adapter.
         state: further memory kept from step to step, including the optimizer's.
         working: memory beyond that at the peak of a step.
+        crosses: weights that are copied to the device in a step.
     """
 
     moves: int
     weights: int
     state: int
     working: int
+    crosses: int = 0
 
 
 # Numbers of layers of the two models from which a deeper model is extrapolated.
@@ -112,7 +118,10 @@ def footprints(config: PretrainedConfig, given: Assumptions, setups: Sequence[Se
             usages = [usage[_key(setup)] for usage in traced]
             usage = usages[0] if len(usages) == 1 else _extrapolated(usages[0], usages[1], depth)
             weights = size - (saved_bytes(linear.values(), setup.base) if setup.is_quantized else 0)
-            result[setup] = _footprint(setup, weights, usage, given)
+            crosses = 0
+            if setup.streamed:
+                weights, crosses = _streamed(model, given)
+            result[setup] = _footprint(setup, weights, usage, given, crosses)
     return result
 
 
@@ -176,12 +185,31 @@ def _extrapolated(few: Usage, more: Usage, depth: int) -> Usage:
     return Usage(at_depth(few.moves, more.moves), at_depth(few.state, more.state), phases)
 
 
-def _footprint(setup: Setup, weights: int, usage: Usage, given: Assumptions) -> Footprint:
+def _streamed(model: Any, given: Assumptions) -> tuple[int, int]:
+    """Return the bytes on the device at a time, and those that cross to it in a step, if every weight is offloaded.
+
+    Two layers are there, the largest of the other modules, an adapter, and what is computed and not stored.
+    """
+    stack = layers(base_model(model))
+    inside = {module for layer in stack for module in layer.modules()}
+    adapter = {p for p in model.parameters() if p.requires_grad} if is_peft(model) else set()
+
+    def crossing(module: nn.Module) -> int:
+        return size_in_bytes([p for p in module.parameters(recurse=False) if p not in adapter])
+
+    of_layers = [sum(map(crossing, layer.modules())) for layer in stack]
+    of_others = [crossing(module) for module in model.modules() if module not in inside]
+    there = 2 * max(of_layers) + max(of_others) + size_in_bytes([*adapter, *model.buffers()])
+    passes = 1 if given.batched and not given.rows_per_direction else given.probes
+    return there, passes * (sum(of_layers) + sum(of_others))
+
+
+def _footprint(setup: Setup, weights: int, usage: Usage, given: Assumptions, crosses: int) -> Footprint:
     optimizer = "adamw" if setup.needs_backward else given.optimizer
     if setup.kind in ("inference", "full"):  # the seeded SGD of `full` has no state
         optimizer = "sgd"
     kept = 4 * usage.moves * OPTIMIZER_COPIES[optimizer]
-    return Footprint(usage.moves, weights, usage.state + kept, max(usage.phases) - usage.state)
+    return Footprint(usage.moves, weights, usage.state + kept, max(usage.phases) - usage.state, crosses)
 
 
 def _usage(model: Any, linear: dict[str, nn.Module], setup: Setup, given: Assumptions) -> Usage:

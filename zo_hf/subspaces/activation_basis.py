@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_hf.directions import GAUSSIAN
+from zo_hf.offload import computing_device
 from zo_hf.rng import Stream, draw_slice
 from zo_hf.rng.draw import draw_half_words
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -122,7 +123,7 @@ def _random_tokens(model: nn.Module, stream: Stream) -> dict[str, Tensor]:
     names = ["input_ids", *(["decoder_input_ids"] if inner.config.is_encoder_decoder else [])]
     count = _ROWS * length
     words = {name: draw_half_words(stream, name, 0, 2 * count).to(torch.int64) for name in names}
-    device = embedding.weight.device
+    device = computing_device(embedding, embedding.weight)
     return {
         name: ((word[:count] << 16 | word[count:]) % vocabulary).view(_ROWS, length).to(device)
         for name, word in words.items()

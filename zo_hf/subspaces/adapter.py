@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zo_hf.directions import Distribution
 from zo_hf.method_info import Method
+from zo_hf.offload import bring_in, check_values
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform, stochastic_round
 from zo_hf.subspaces.blocks import CoordinateBlocks
@@ -54,6 +55,8 @@ class Adapter(Subspace):
         seed: int = 0,
     ) -> None:
         refuse_what_needs_gradients(model)
+        check_values(model)
+        bring_in(model, {name for name, parameter in model.named_parameters() if parameter.requires_grad})
         among = of_active_adapter(model) if among is None else among
         super().__init__(model, target_modules, exclude_modules, among, seed)
         self.default_eps, self.default_learning_rate = family(model).eps, family(model).learning_rate

@@ -44,7 +44,7 @@ class Core(LowRank):
             rows, columns = site.matrix_shape
             left = self._orthonormal(stream, f"{name}/left", rows) * ((rows * columns) ** 0.5 / self.rank)
             right = self._orthonormal(stream, name, columns)
-            dtype, device = self._dtype_of(site), site.parameter.device
+            dtype, device = self._dtype_of(site), site.device
             coordinate_dtype = self.coordinates[name].dtype
             self._left_bases[name] = left.to(coordinate_dtype).to(device)
             right = right.to(dtype if dtype in HALF else coordinate_dtype).to(device)

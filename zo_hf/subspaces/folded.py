@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, Distribution
-from zo_hf.parallel.shards import gather, is_sharded, local_part, reshard, shard_like
+from zo_hf.offload import OffloadedWeight, Values, offloaded_weights
+from zo_hf.parallel.shards import gather, is_sharded, local_part, part_of, reshard, shard_like
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform
@@ -56,6 +57,8 @@ class Folded(Subspace):
             weights. It is None before a fold and without quantized weights.
     """
 
+    moves_offloaded = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,6 +79,10 @@ class Folded(Subspace):
         self._state_dict_hooks: list[RemovableHandle] = []
         # Key of a site's last entry in a state dict, and the entry, which the other names of a tied weight share.
         self._last_entry: dict[str, tuple[str, weakref.ref[Tensor]]] = {}
+        self._writes_before: dict[OffloadedWeight, int] = {}  # of a fold that has begun
+        for site in self.sites:
+            if site.offloaded is not None:
+                site.offloaded.reserve()
 
     def _begin(self) -> None:
         self._coordinate_blocks = CoordinateBlocks(self.coordinates)
@@ -170,7 +177,7 @@ class Folded(Subspace):
 
     def _present(self, site: Site, name: str, step: int, decay: float) -> dict[str, Tensor]:
         """Return what a fold would write, on the weight's device, or on the CPU if there is no memory for it."""
-        device = site.parameter.device
+        device = site.device
         try:
             return self._folded(site, name, step, decay, device)
         except torch.OutOfMemoryError:
@@ -182,7 +189,9 @@ class Folded(Subspace):
         reshard(self.model)
         errors = []
         with torch.no_grad():
-            self._fold_plain([site for site in self.sites if site.layer is None], step, decay)
+            for targets in self._targets():
+                self._fold_plain(targets, step, decay)
+            self._writes_before.clear()
             for site in self.sites:
                 if site.layer is not None:
                     factor = decay.get(site.name, 1.0)
@@ -199,6 +208,8 @@ class Folded(Subspace):
         decay, cpu = decay or {}, torch.device("cpu")
         state: dict[str, Tensor] = {}
         plain: dict[int, Site] = {}
+        weights, named = offloaded_weights(self.model), self.model.state_dict(keep_vars=True)
+        values = Values(weights, named)
         for site in self.sites:
             if site.layer is None:
                 plain[id(site.parameter)] = site
@@ -206,12 +217,14 @@ class Folded(Subspace):
                 entries = self._folded(site, "weight", step, decay.get(site.name, 1.0), cpu)
                 state |= {site.name.removesuffix("weight") + part: tensor for part, tensor in entries.items()}
         done: dict[int, Tensor] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        for name, tensor in named.items():
             if name in state:
                 continue
             if id(tensor) not in done:
-                owner, value = plain.get(id(tensor)), tensor
-                if owner is not None:
+                owner = plain.get(id(tensor))
+                if owner is None:
+                    value = values[name]
+                else:
                     value = self._folded(owner, name, step, decay.get(owner.name, 1.0), cpu)[name]
                 done[id(tensor)] = gather(local_part(value)[0], tensor)
             state[name] = done[id(tensor)]
@@ -226,12 +239,17 @@ class Folded(Subspace):
             name: key of the copy; those of a quantized weight's parts are the format's.
             step: step of the fold.
             decay: factor on the old weight.
-            device: device of the copies; a shard stays where it is, because processes exchange shards there.
+            device: device of the copies; a shard stays where it is, because processes exchange shards there, and an
+                offloaded weight on the CPU.
         """
         if site.layer is not None:
             storage = {key: part.to(device, copy=True) for key, part in site.layer.storage().items()}
             self._fold_quantized(storage, site, step, decay)
             return site.layer.state_entries(storage)
+        if site.offloaded is not None:
+            copy = site.offloaded.copy()
+            self._fold_into(copy, 0, site, step, decay)
+            return {name: copy}
         part, first = local_part(site.parameter)
         sharded = is_sharded(site.parameter)
         part = part.to(part.device if sharded else device, copy=True)
@@ -241,10 +259,24 @@ class Folded(Subspace):
     def base_state(self) -> dict[str, Tensor]:
         """Return the weights as of the last fold, by name. Every process must call this method, see `gather`."""
         reshard(self.model)
-        return {name: gather(local_part(tensor)[0], tensor) for name, tensor in self.base_tensors().items()}
+        offloaded = {site.name: site.offloaded for site in self.sites if site.offloaded is not None}
+        return {
+            name: offloaded[name].kept() if name in offloaded else gather(local_part(tensor)[0], tensor)
+            for name, tensor in self.base_tensors().items()
+        }
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        """Write the weights as of the last fold, by name."""
+        offloaded = {site.name: site.offloaded for site in self.sites if site.offloaded is not None}
+        for name, tensor in self.base_tensors().items():
+            if name in offloaded:
+                offloaded[name].write(base[name])
+            else:
+                local_part(tensor)[0].copy_(part_of(base[name], tensor))
 
     def base_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that a fold writes, live, by name."""
+        """Return the tensors that a fold writes, live, by name; offloaded ones are on the meta device."""
         tensors: dict[str, Tensor] = {}
         for site in self.sites:
             if site.layer is None:
@@ -254,10 +286,23 @@ class Folded(Subspace):
                 tensors |= {prefix + name: part for name, part in site.layer.storage().items()}
         return tensors
 
-    def _fold_plain(self, sites: Iterable[Site], step: int, decay: Mapping[str, float]) -> None:
-        """Fold into the parameters of sites that are not quantized; the arguments are those of `fold`."""
-        for site in sites:
-            part, first = local_part(site.parameter)
+    def _targets(self) -> Iterator[list[tuple[Site, Tensor]]]:
+        """Yield the sites that are not quantized with the tensors that a fold writes: block by block, then those in memory.
+
+        A fold that an error has ended, as of a disk, leaves out the weights that it has written when it is called again.
+        """
+        sites = {site.offloaded: site for site in self.sites if site.offloaded is not None}
+        self._writes_before = self._writes_before or {weight: weight.writes for weight in sites}
+        if self.loader is not None:
+            unwritten = [weight for weight, writes in self._writes_before.items() if weight.writes == writes]
+            for values in self.loader.rewrite(unwritten):
+                yield [(sites[weight], value) for weight, value in values.items()]
+        yield [(site, site.parameter) for site in self.sites if site.layer is None and site.offloaded is None]
+
+    def _fold_plain(self, targets: Iterable[tuple[Site, Tensor]], step: int, decay: Mapping[str, float]) -> None:
+        """Fold into the tensors of sites that are not quantized; the other arguments are those of `fold`."""
+        for site, tensor in targets:
+            part, first = local_part(tensor)
             self._fold_into(part, first, site, step, decay.get(site.name, 1.0))
 
     def _fold_into(self, target: Tensor, first: int, site: Site, step: int, decay: float) -> None:

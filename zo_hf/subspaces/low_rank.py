@@ -102,7 +102,7 @@ class LowRank(Folded):
                 shape = self._coordinate_shape(site.matrix_shape)
             elif site.layer is not None:
                 raise ValueError(f"zo_rank={rank} is not below the width of {site.name}; choose a smaller rank.")
-            zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=p.device)
+            zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=site.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._bases: dict[str, Tensor] = {}
         self._wide_bases: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ class LowRank(Folded):
         by_device: dict[torch.device, dict[str, torch.Size]] = {}
         for name, site in self.factored.items():
             shape = torch.Size((site.matrix_shape[1], self.rank))
-            by_device.setdefault(site.parameter.device, {})[name] = shape
+            by_device.setdefault(site.device, {})[name] = shape
         stream = Stream(self.seed, step, purpose=Purpose.BASIS)
         for device, shapes in by_device.items():
             layout = NoiseLayout(shapes, device)
@@ -433,8 +433,8 @@ class LowRank(Folded):
         }
 
     @torch.no_grad()
-    def _fold_plain(self, sites: Iterable[Site], step: int, decay: Mapping[str, float]) -> None:
-        parts = ((*local_part(site.parameter), site) for site in sites)
+    def _fold_plain(self, targets: Iterable[tuple[Site, Tensor]], step: int, decay: Mapping[str, float]) -> None:
+        parts = ((*local_part(tensor), site) for site, tensor in targets)
         pieces = (self._piece(part, first, site, decay.get(site.name, 1.0)) for part, first, site in parts)
         fold_pieces.write(pieces, Stream(self.seed, step, purpose=Purpose.ROUNDING))
 

@@ -23,7 +23,9 @@ class MovedVectors:
     def __init__(self, block: CoordinateBlock, sites: Sequence[Site]) -> None:
         self._block = block
         self._parameters = {
-            site.name: site.parameter for site in sites if len(site.shape) == 1 and not is_sharded(site.parameter)
+            site.name: site.parameter
+            for site in sites
+            if len(site.shape) == 1 and not is_sharded(site.parameter) and site.offloaded is None
         }
         offsets = block.layout.offsets
         self._first = min((offsets[name] for name in self._parameters), default=0)

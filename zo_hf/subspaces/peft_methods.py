@@ -73,6 +73,13 @@ def base_model(model: nn.Module) -> nn.Module:
     return model if peft_model is None else peft_model.get_base_model()
 
 
+def embeddings_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model's embeddings and output layer, which PEFT may save beside an adapter."""
+    inner: Any = base_model(model)
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return [part for layer in ends if layer is not None for part in layer.modules()]
+
+
 def active_adapter(model: nn.Module) -> str | None:
     """Return the name of the active adapter, the first one if there are several; None without an adapter."""
     peft_model = _peft_model(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zo_hf.offload import OffloadedWeight, offloaded_weights
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.quantization import QuantizedLayer
 from zo_hf.subspaces.readers import ParameterReaders
@@ -24,15 +25,22 @@ class Site:
 
     Args:
         name: first name of the parameter in `model.named_parameters()`; tied weights have one site.
-        parameter: the parameter itself, or the codes of a quantized weight.
+        parameter: the parameter itself, or the codes of a quantized weight; on the meta device if it is offloaded.
         uses: the modules that read the parameter in their forward, with its name there, dotted if a child holds it.
         layer: reads and writes a quantized weight; None if the parameter is not quantized.
+        offloaded: reads and writes a weight that is not on the device that computes; None if the parameter is there.
     """
 
     name: str
     parameter: nn.Parameter
     uses: tuple[tuple[nn.Module, str], ...]
     layer: QuantizedLayer | None = None
+    offloaded: OffloadedWeight | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes with the parameter."""
+        return self.parameter.device if self.offloaded is None else self.offloaded.device
 
     @property
     def shape(self) -> torch.Size:
@@ -91,6 +99,7 @@ def find_sites(
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
     quantized = quantized or {}
+    offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
     for module_name, module in model.named_modules():
         parameters = dict(module._parameters)
         if module in quantized and parameters.get("weight") is None:
@@ -109,7 +118,7 @@ def find_sites(
             first.setdefault(key, (name, parameter))
             uses.setdefault(key, []).extend(readers.of(module, attribute))
     sites = [
-        Site(name, parameter, tuple(uses[key]), layers.get(key))
+        Site(name, parameter, tuple(uses[key]), layers.get(key), offloaded.get(id(parameter)))
         for key, (name, parameter) in first.items()
         if (target is None or _matches(name, target)) and (exclude is None or not _matches(name, exclude))
     ]
@@ -164,8 +173,10 @@ def _without_what_cannot_move(model: nn.Module, sites: list[Site], chosen: bool)
                 stay[site.name] = "PEFT writes it into the attention's weights"
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
                 stay[site.name] = "an embedding with max_norm writes its weight in its forward"
-            elif site.parameter.is_meta:
-                raise _cannot_move(site.name, "it is offloaded to the meta device; load the model without offloading")
+            elif site.parameter.is_meta and site.offloaded is None:
+                raise _cannot_move(
+                    site.name, "it is on the meta device and has no value; load the model with its weights"
+                )
     movable = [site for site in sites if site.name not in stay]
     if stay and (chosen or not movable):
         raise _cannot_move(*next(iter(stay.items())))

@@ -15,6 +15,7 @@ from zo_hf.directions import GAUSSIAN, DirectionContext, Distribution, layers_of
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.method_info import Method
+from zo_hf.offload import BlockLoader, is_offloaded
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
@@ -64,6 +65,10 @@ class Subspace:
     are_weights = True
     #: True if the weights of quantized layers may move.
     moves_quantized = False
+    #: True if weights that are kept off the device may move.
+    moves_offloaded = False
+    #: Loads the blocks of a model with offloaded weights; None for other models.
+    loader: BlockLoader | None = None
     #: The groups of sequences packed into the present batch, if they are not rows.
     packing: Packing | None = None
     _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
@@ -80,7 +85,15 @@ class Subspace:
         self.seed = seed
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.quantized = quantized_layers(model)
+        if is_offloaded(model):
+            self.loader = BlockLoader(model)
         self.sites = self._find_sites(among)
+        offloaded = next((site.name for site in self.sites if site.offloaded is not None), None)
+        if offloaded is not None and not self.moves_offloaded:
+            raise ValueError(
+                f"zo_subspace={self.name!r} would write {offloaded} in every step, and it is offloaded; use "
+                "zo_subspace='low_rank', which writes weights at a fold alone."
+            )
         self.coordinates: dict[str, nn.Parameter] = {}
         self.probes: Sequence[Probe] = ()
         self.rows_per_probe = 0
@@ -140,9 +153,13 @@ class Subspace:
         self._with_bias = position_bias.layers_with_bias(self.model, self._holders)
         position_bias.enter(self._with_bias, self)
         self.reads.begin()
+        if self.loader is not None:
+            self.loader.attach()  # outermost, so that a module holds its weights when the subspace enters its forward
 
     def detach(self) -> None:
         """Restore every forward to its state before `attach`."""
+        if self.loader is not None:
+            self.loader.detach()
         self.reads.end()
         position_bias.leave(self._with_bias)
         for module in self._entered():

@@ -12,6 +12,7 @@ from zo_hf import kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import computing_devices
 from zo_hf.trainer.budget import BudgetedTrainer
 from zo_hf.trainer.optimizer import ClassAndArguments, is_schedule_free, rest_on_weights
 
@@ -30,7 +31,7 @@ class OptimizerHooks(BudgetedTrainer):
             "fsdp": self._sharding is not None,
             "optimizers": self.optimizer is not None,
             "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs is not None,
-            "kernels": kernels.would_run_on(next(self.model.parameters()).device, self.args.zo_kernels),
+            "kernels": kernels.would_run_on(computing_devices(self.model)[0], self.args.zo_kernels),
             "schedule-free": is_schedule_free(self.optimizer or (self.optimizer_cls_and_kwargs or (None,))[0]),
         }
         return frozenset(name for name, holds in facts.items() if holds)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from zo_hf import kernels
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import is_offloaded
 from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
 from zo_hf.parallel.lost_ranks import naming_lost_ranks
 from zo_hf.parallel.ranks import Ranks, share_batches
@@ -83,7 +84,8 @@ class ReplicaTrainer(Trainer):
         self._sharding.shard(model, adapter=is_adapter)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if self._sharding is None:  # a model that will be sharded may not fit on one device
+        # A model that will be sharded may not fit on one device, and offloaded weights stay where they are.
+        if self._sharding is None and not is_offloaded(model):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -92,6 +94,8 @@ class ReplicaTrainer(Trainer):
             self._shard(model)
         if model is self._compiled:
             return model
+        if is_offloaded(model):  # what comes next would move it to the device
+            self.accelerator.device_placement = False
         if training and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         else:
@@ -107,8 +111,16 @@ class ReplicaTrainer(Trainer):
         """Keep a model that the user has compiled for the forward passes, and return the model inside.
 
         The wrapper hides names, signatures and whether the model is a PEFT model.
+
+        Raises:
+            ValueError: the model has offloaded weights.
         """
         self._compiled = model if isinstance(model, nn.Module) and is_compiled_module(model) else None
+        if self._compiled is not None and is_offloaded(model._orig_mod):
+            raise ValueError(
+                "torch.compile keeps the weights that a model was traced with, and device_map offloads them; pass the model "
+                "that is not compiled."
+            )
         return model if self._compiled is None else model._orig_mod
 
     @contextmanager

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from zo_hf import checkpoint
+from zo_hf.offload import is_offloaded, whole_state_dict
 from zo_hf.parallel.shards import gathered_state_dict
-from zo_hf.subspaces.peft_methods import is_peft
+from zo_hf.subspaces.peft_methods import embeddings_of, is_peft
 from zo_hf.trainer import changes
 from zo_hf.trainer.checkpoints import (
     RunFiles,
@@ -108,6 +109,9 @@ class SavingTrainer(DescribedTrainer):
             state_dict = self.zo.folded_state_dict()
         if self._sharding is not None and state_dict is None:
             state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
+        if state_dict is None and is_offloaded(self.model):
+            among = embeddings_of(self.model) if is_peft(self.model) else None
+            state_dict = whole_state_dict(self.model, among)
         check_finite(self.model, state_dict)
         if self._files.staging is not None:
             self._files.note_weights(self.model, state_dict)

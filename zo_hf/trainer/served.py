@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.known_losses import known_loss, loss_kind
+from zo_hf.offload import computing_devices
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.serving import ServedModel, Servers
 from zo_hf.serving.adapter_files import check_servable
@@ -109,7 +110,7 @@ class ServedLosses:
 def _check_loss(model: nn.Module, inner: Any) -> None:
     """Refuse a model that adds terms of its own to the loss, such as the balance of a router."""
     rows: Sequence[int] = range(min(8, inner.config.get_text_config().vocab_size))
-    ids = torch.tensor([list(rows)], device=next(model.parameters()).device)
+    ids = torch.tensor([list(rows)], device=computing_devices(model)[0])
     outputs = model(input_ids=ids, labels=ids)
     own, known = outputs["loss"].item(), known_loss(inner, outputs["logits"], {"labels": ids}, None).item()
     if not math.isclose(own, known, rel_tol=1e-3):

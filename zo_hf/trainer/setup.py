@@ -12,6 +12,7 @@ from torch import nn
 from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import check_values, is_offloaded
 from zo_hf.parallel.ranks import Grid, make_grid
 from zo_hf.quantization import coded_layers, is_quantized, quantized_layers
 from zo_hf.settings import Settings
@@ -41,6 +42,8 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         "fsdp": fsdp_settings(args) is not None,
         "quantized": is_quantized(model),
         "adapter on a quantized model": is_peft(model) and bool(quantized_layers(model)),
+        "offloaded": is_offloaded(model),
+        "several processes": args.world_size > 1,
     }
     check(Case(settings, vars(args), frozenset(name for name, holds in facts.items() if holds)))
     if is_quantized(model):
@@ -48,14 +51,10 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
     elif settings.subspace == Scales.name:
         Scales.check(quantized_layers(model), model)
     settings.estimator_kind.check_model(model)
-    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
-    if offloaded and not weights_arrive_later():
-        raise ValueError(
-            f"{offloaded[0]} is offloaded to the meta device; load the model with a device_map that keeps all weights "
-            "in memory."
-        )
+    if not weights_arrive_later():
+        check_values(model)
     refuse_sharded_at_loading(model)
-    if not offloaded and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
+    if not weights_arrive_later() and (args.zo_target_modules is not None or args.zo_exclude_modules is not None):
         find_sites(model, args.zo_target_modules, args.zo_exclude_modules, quantized=quantized_layers(model))
 
 

@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from zo_hf.checkpoint import holds_adapter
+from zo_hf.offload import OffloadedWeight, is_offloaded, offloaded_weights
 from zo_hf.parallel.shards import local_part, part_of, reshard
 from zo_hf.quantization import is_quantized, stored_tensors
 from zo_hf.untrusted import plain_json
@@ -54,6 +55,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             names the first one. Nothing has been written if the file has no part of a weight.
     """
     reshard(model)
+    offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
     parts = stored_tensors(model, tied=True)
     exact = is_quantized(model)
     read: set[int] = set()
@@ -70,8 +72,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 except (RuntimeError, ValueError, KeyError, IndexError) as error:
                     raise _unfit(targets[0], folder) from error
             for name in values.keys() & parts.keys():
-                value = values[name]
-                _copy(parts[name], value[0] if isinstance(value, list) else value, name, folder, exact)
+                value = values[name][0] if isinstance(values[name], list) else values[name]
+                weight = offloaded.get(id(parts[name]))
+                _copy(parts[name] if weight is None else weight, value, name, folder, exact)
                 read.add(id(parts[name]))
     _refuse_missing(model, parts, read, folder)
 
@@ -93,11 +96,13 @@ def load_adapters(model: Any, folder: Path) -> None:
         source = folder / name if holds_adapter(folder / name) else folder
         missing = {key for key in trainable if name in key.split(".")}
         if source != folder or (holds_adapter(folder) and (name == "default" or len(model.peft_config) == 1)):
-            if isinstance(model, PeftModel):
+            # PEFT would place an offloaded model anew, without the values of its weights.
+            if isinstance(model, PeftModel) and not is_offloaded(model):
                 result = model.load_adapter(str(source), name, is_trainable=True)
             else:
                 saved = load_peft_weights(str(source), device="cpu")
-                saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+                if not isinstance(model, PeftModel):
+                    saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
                 result = set_peft_model_state_dict(model, saved, name)
             # Layers may share a tensor, which the file then holds under one of its names.
             parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -180,12 +185,14 @@ def _groups(
     return list(groups.values())
 
 
-def _copy(part: Tensor, value: Tensor, name: str, folder: Path, exact: bool) -> None:
-    if part.is_meta:  # the first process sends the weights later
-        return
-    if value.shape != part.shape or (exact and value.dtype != part.dtype):
+def _copy(part: Tensor | OffloadedWeight, value: Tensor, name: str, folder: Path, exact: bool) -> None:
+    like = part.placeholder if isinstance(part, OffloadedWeight) else part
+    if value.shape != like.shape or (exact and value.dtype != like.dtype):
         raise _unfit(name, folder)
-    local_part(part)[0].copy_(part_of(value, part))
+    if isinstance(part, OffloadedWeight):
+        part.write(value)
+    elif not part.is_meta:  # else the first process sends the weights later
+        local_part(part)[0].copy_(part_of(value, part))
 
 
 def _unfit(name: str, folder: Path) -> ValueError:

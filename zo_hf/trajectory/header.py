@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import Values, offloaded_weights
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.parallel.shards import class_name
 from zo_hf.quantization import stored_tensors
@@ -103,13 +104,13 @@ def describe_base(
     """
     unwrapped: Any = base_model(model)
     config = getattr(unwrapped, "config", None)
-    first = next(iter(subspace.sites)).parameter
+    first = next(iter(subspace.sites))
     leave_out = subspace.start.values() if isinstance(subspace, Adapter) else ()
     return {
         "name": getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
         "class": class_name(unwrapped),
-        "dtype": str(getattr(unwrapped, "dtype", first.dtype)).removeprefix("torch."),
+        "dtype": str(getattr(unwrapped, "dtype", first.parameter.dtype)).removeprefix("torch."),
         "device": first.device.type,
         "quantization": _quantization(config),
         "weights": (base_hash or weights_hash(model, leave_out)) if with_weights else None,
@@ -134,7 +135,9 @@ def weights_hash(model: nn.Module, leave_out: Collection[Tensor] = ()) -> str:
         leave_out: tensors that the hash does not cover.
     """
     left_out = {id(tensor) for tensor in leave_out}
-    return tensors_hash({name: t for name, t in stored_tensors(model).items() if id(t) not in left_out})
+    weights = offloaded_weights(model)
+    stored = {name: tensor for name, tensor in stored_tensors(model).items() if id(tensor) not in left_out}
+    return tensors_hash(Values(weights, stored))
 
 
 def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[Tensor], path: object) -> None:

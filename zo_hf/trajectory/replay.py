@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
+from zo_hf.offload import computing_devices, whole_state_dict
 from zo_hf.subspaces import Adapter, Full
 from zo_hf.subspaces.peft_methods import is_peft
 from zo_hf.trajectory.checks import (
@@ -81,7 +82,7 @@ def replay(model: nn.Module, path: str | Path, until: int | None = None, progres
     parameters = moved_parameters(model, trajectory)
     if moves_adapter(trajectory):
         check_start(model, trajectory, read_start(trajectory))
-    device, then = next(model.parameters()).device.type, trajectory.header["base"].get("device")
+    device, then = computing_devices(model)[0].type, trajectory.header["base"].get("device")
     if device != then:
         logger.warning("the run was on %s and this replay is on %s: the last place of a sum may differ", then, device)
     frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
@@ -112,7 +113,7 @@ def _compare(trained: nn.Module, trajectory: Trajectory) -> None:
     # An adapter's weights have another dtype in a checkpoint than after training.
     if written is None or state.get("trajectory") != trajectory.crcs[-1] or is_peft(trained):
         return
-    if checkpoint.weights_hash_of(trained, trained.state_dict()) != written:
+    if checkpoint.weights_hash_of(trained, whole_state_dict(trained)) != written:
         logger.warning(
             "the replay gives other weights than the run wrote into %s; on the same kind of device, with the same version "
             "of torch and without FSDP they are equal to the bit",

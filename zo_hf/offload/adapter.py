@@ -1,0 +1,84 @@
+"""Adapters of PEFT on a model with offloaded weights.
+
+PEFT makes an adapter's weights on the device of the layer that it wraps. Of an offloaded layer that is the meta device, where
+their values are lost. Here the layers hold stand-ins while PEFT looks at them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_hf.offload.hooks import offload_hook, offloaded_weights, put
+from zo_hf.offload.weight import OffloadedWeight
+
+
+def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
+    """Return a model of PEFT around a model with offloaded weights; the adapter's weights are on the device that computes.
+
+    Args:
+        model: the model, as `from_pretrained(..., device_map=..., offload_folder=...)` returns it.
+        peft_config: the configuration of the adapter.
+        options: more arguments of `peft.get_peft_model`.
+
+    Raises:
+        ValueError: the adapter would be made of the values of offloaded weights; the message says what to use instead.
+    """
+    import peft
+
+    stand_ins = {weight: _stand_in(weight) for weight in offloaded_weights(model).values()}
+    try:
+        for weight, stand_in in stand_ins.items():
+            for place in weight.places:
+                put(*place, stand_in)
+        wrapped = peft.get_peft_model(model, peft_config, **options)  # type: ignore[arg-type]
+        for weight, stand_in in stand_ins.items():  # PEFT has frozen them
+            weight.placeholder.requires_grad_(stand_in.requires_grad)
+    finally:
+        for weight in stand_ins:
+            for place in weight.places:
+                put(*place, weight.placeholder)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{name} is made of weights that are offloaded; use init_lora_weights=True without DoRA, or load the model "
+                "without offloading."
+            )
+    return wrapped
+
+
+def bring_in(model: nn.Module, names: set[str]) -> None:
+    """Bring offloaded weights into the memory of the device that computes, for good.
+
+    Args:
+        model: the model.
+        names: names of the weights.
+
+    Raises:
+        ValueError: a weight is in a layer with weights that stay offloaded; the message names it.
+    """
+    weights = offloaded_weights(model)
+    brought = {name: weights[name] for name in names & weights.keys()}
+    for name, weight in brought.items():
+        value = nn.Parameter(weight.value().to(weight.device, copy=True), weight.placeholder.requires_grad)
+        for module, attribute in weight.places:
+            hook = offload_hook(module)
+            if hook is None or set(hook.weights_map.weights.values()) - set(brought.values()):
+                raise ValueError(
+                    f"{name} is in a layer with weights that stay offloaded; give it the device that computes in device_map."
+                )
+            put(module, attribute, value)
+    for weight in brought.values():
+        for module, _ in weight.places:
+            hook = offload_hook(module)
+            if hook is not None:
+                hook.offload, hook.weights_map = False, None
+
+
+def _stand_in(weight: OffloadedWeight) -> Tensor:
+    """Return a tensor like a weight that takes no memory, and spoils whatever is computed of it."""
+    like = weight.placeholder
+    nan = torch.full((), torch.nan, device=weight.device).to(like.dtype).expand(like.shape)
+    return nn.Parameter(nan, like.requires_grad) if isinstance(like, nn.Parameter) else nan
