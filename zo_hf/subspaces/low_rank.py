@@ -368,7 +368,8 @@ class LowRank(Folded):
 
         The module itself does the lookup, because some modules scale their output or shift their ids.
         """
-        factors = self._left_at_point(weight.name)
+        merged, dtype = self._merged(weight, None), output.dtype
+        factors = self._left_at_point(weight.name) if merged is None else merged.of(weight.name, dtype)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
@@ -376,7 +377,12 @@ class LowRank(Folded):
         thin = looked_up_per_group(module, factors, args, kwargs)
         if thin is None:
             thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
-        correction = thin.to(output.dtype) @ self.basis(weight.name).t().to(output.dtype)
+        basis = self.basis(weight.name) if merged is None else self._wide_bases[weight.name]
+        thin, right = thin.to(dtype), basis.t().to(dtype)
+        if merged is not None and thin.shape[:-1] == output.shape[:-1]:
+            output.view(-1, output.shape[-1]).addmm_(thin.flatten(0, -2), right)
+            return output
+        correction = thin @ right
         return output.add_(correction) if correction.shape == output.shape else output + correction
 
     def _moved_parameter(self, site: Site, parameter: Tensor | None, group: int) -> Tensor:
@@ -407,9 +413,9 @@ class LowRank(Folded):
         together = self._moved_together(site)
         if together is not None:
             return together[group]
-        value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
-            return value + self._coordinate_blocks.at_point(site.name)[group]
+            return parameter.detach() + self._coordinate_blocks.at_point(site.name)[group]
+        value = parameter.detach().to(self.coordinates[site.name].dtype)
         left = self._left_at_point(site.name)[group]
         moved = torch.addmm(site.as_matrix(value), left, self.basis(site.name).t().to(left.dtype))
         return (moved.t() if site.transposed else moved).reshape(value.shape)

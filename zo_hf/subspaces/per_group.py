@@ -200,12 +200,15 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
     weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
+    # One kernel that computes in float32 and writes half precision; derivatives know no `out`.
+    has_tangent = any(forward_ad.unpack_dual(value).tangent is not None for value in own.values())
+    out = None if half is None or has_tangent else torch.empty_like(normal, dtype=half)
     if weight is not None and bias is not None:
-        normal = torch.addcmul(bias, normal, weight)
+        normal = torch.addcmul(bias, normal, weight, out=out)
     elif weight is not None:
-        normal = normal * weight
+        normal = torch.mul(normal, weight, out=out)
     elif bias is not None:
-        normal = normal + bias
+        normal = torch.add(normal, bias, out=out)
     return (normal if half is None else normal.to(half)).view(x.shape)
 
 
