@@ -418,9 +418,7 @@ class ZOTrainer(SavingTrainer):
         labels = labels_on_host(inputs)
         inputs = self._prepare_inputs(inputs)
         micro_batches = self.current_gradient_accumulation_steps
-        closure, weight = self._losses.of(
-            model, inputs, num_items_in_batch, micro_batches, labels_on_host=labels
-        )
+        closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches, labels_on_host=labels)
         if self.zo.at_start_of_step:
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
