@@ -212,17 +212,41 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     return (normal if half is None else normal.to(half)).view(x.shape)
 
 
+def compare_ahead(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Compare the two ways for a module before its forward, where that may be compiled: a compiler cannot compare.
+
+    Args:
+        module: the module.
+        parameters: those that will differ between groups, by name.
+    """
+    if any(value.ndim != 1 for value in parameters.values()):
+        return
+    like = next(iter(parameters.values()))
+    for dimensions in (2, 3):
+        x = like.new_empty(1, *[1] * (dimensions - 2), len(like))
+        if _may_broadcast(module, x):
+            _broadcasts(module, parameters, x)
+
+
 def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> bool:
-    """Return whether one call gives what a call per group gives, as found once for a class, from random tensors."""
+    """Return whether one call gives what a call per group gives, as found once for a class, from random tensors.
+
+    Args:
+        module: the module.
+        parameters: those of any number of groups, (..., d), by name.
+        x: the input, (..., d).
+    """
     key = type(module).forward, x.ndim
     if key not in _BROADCASTS:
+        if torch.compiler.is_compiling():
+            return False
         generator = torch.Generator().manual_seed(0)
 
         def random(like: Tensor, *shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
         sample = random(x, 4, *[3] * (x.ndim - 2), x.shape[-1])
-        stacked = {name: random(value, 2, value.shape[1]) for name, value in parameters.items()}
+        stacked = {name: random(value, 2, value.shape[-1]) for name, value in parameters.items()}
         try:
             whole = _in_one_call(module, stacked, sample)
             parts = [
