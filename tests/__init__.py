@@ -3,3 +3,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Without a GPU, kernels run in Triton's interpreter, which has to be chosen before anything imports Triton.
+if os.environ.get("ZO_HF_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"

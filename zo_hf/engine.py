@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from zo_hf import kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import check, rows_per_direction
 from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, unit_vectors
@@ -95,6 +96,8 @@ class ZerothOrder:
         is_auto = settings.rows_per_direction == "auto"
         if subspace is None:
             subspace = settings.make_subspace(model)
+        if not replays:
+            kernels.choose(settings.kernels, subspace.device)
         rows, one_grid = rows_per_direction(case), ranks is None or ranks.grid.directions == 1
         if is_auto and not (one_grid and subspace.takes_groups_cheaply):
             rows = 0

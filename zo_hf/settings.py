@@ -18,6 +18,7 @@ from zo_hf.directions import DISTRIBUTIONS, Distribution
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.estimators.options import EstimatorOptions
+from zo_hf.kernels import CHOICES as KERNELS
 from zo_hf.method_info import Choice, Flag, Real, Whole, canonical_name, option, shown
 from zo_hf.rules import RULES, Rule
 from zo_hf.rules.options import RuleOptions
@@ -28,7 +29,7 @@ from zo_hf.untrusted.fields import brief, fits_type
 
 #: Settings that may differ when a run is resumed or replayed. Batched probes give the same losses. Checkpoints and logs
 #: name the parameters that move.
-_NOT_SAVED = ("batched_probes", "common_random_numbers", "target_modules", "exclude_modules")
+_NOT_SAVED = ("batched_probes", "common_random_numbers", "kernels", "target_modules", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
         "False saves about 0.1 ms per probe, and lets each probe draw its own.",
         Flag(),
         "True is the default",
+    )
+    kernels: str = option(
+        "auto",
+        "The code that draws noise, folds, and probes and updates zo_subspace full: auto, torch or triton. triton runs kernels "
+        "that do in one launch what torch does in many; it needs Triton and a CUDA device. auto does so where both are there, "
+        "and torch never does. The kernels have not yet run on a GPU.",
+        Choice(KERNELS),
+        "'torch' needs no Triton",
     )
     seed: int = option(0, "The seed of every random number.", Whole(0), "0 is the default")
 

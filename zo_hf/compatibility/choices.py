@@ -27,9 +27,19 @@ def rows_per_direction(case: Case) -> int:
 
 
 def auto_direction(case: Case) -> str:
-    """Return what "auto" stands for: signs for rows, which cost an eighth to draw, and otherwise MeZO's Gaussian."""
+    """Return what "auto" stands for: signs where they save time, and otherwise MeZO's Gaussian.
+
+    For rows they cost an eighth to draw. All weights have a kernel that probes along signs without making a tensor of them.
+    """
+    settings = case.settings
+    has_kernel = (
+        "kernels" in case.facts
+        and settings.subspace == Full.name
+        and not settings.estimator_kind.needs_tangents
+        and not settings.moves_along_coordinates
+    )
     # HiZOO learns from the squares of a direction's entries, which signs do not have.
-    return "rademacher" if rows_per_direction(case) and case.settings.rule == "none" else "gaussian"
+    return "rademacher" if (rows_per_direction(case) or has_kernel) and settings.rule == "none" else "gaussian"
 
 
 def directions_of_rows(case: Case, rows: int) -> int:

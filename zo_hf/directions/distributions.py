@@ -19,10 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zo_hf import kernels
 from zo_hf.directions.distribution import DirectionContext, Distribution
 from zo_hf.method_info import Method
 from zo_hf.rng import draw
-from zo_hf.rng.stream import Stream
+from zo_hf.rng.stream import Stream, tensor_key
 
 
 class Elementwise(Distribution):
@@ -39,16 +40,30 @@ class Elementwise(Distribution):
         """Turn packed blocks, int64 of shape (n, 2), into float32 of shape (n * elements_per_block,)."""
         raise NotImplementedError
 
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Return what kernels look 16 random bits up in, (65536,), in a floating dtype; None if every bit is a sign."""
+        raise NotImplementedError
+
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
-        return layout.draw(stream, self)
+        return self.draw_layouts([stream], layout, coordinates)[0]
 
     def draw_layouts(
         self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
+        if kernels.run_on(layout.device):
+            from zo_hf.kernels.layout_noise import layout_noise
+
+            return layout_noise(*layout.units(), [s.key for s in streams], self.table(layout.device)).unbind()
         return layout.draw_all(streams, self).unbind()
 
     def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
-        return draw.draw_slice(stream, name, start, start + len(values), self, values.device)
+        stop, device = start + len(values), values.device
+        if kernels.run_on(device):
+            from zo_hf.kernels.slice_noise import slice_noise
+
+            return slice_noise(stream.key, tensor_key(name), start, stop, self.table(device), device)
+        return draw.draw_slice(stream, name, start, stop, self, device)
 
     def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
         return draw.draw_rows(stream, name, rows, values.shape[1], self)
@@ -65,6 +80,10 @@ class Gaussian(Elementwise):
     def decode(packed: Tensor) -> Tensor:
         return torch.index_select(_quantiles(packed.device), 0, draw.half_words(packed))
 
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _quantiles(device, dtype)
+
 
 class Rademacher(Elementwise):
     """Elements of +1 and -1 with equal probability."""
@@ -78,16 +97,20 @@ class Rademacher(Elementwise):
         bytes_ = packed.view(torch.uint8).to(torch.int32).flatten()
         return torch.index_select(_signs(packed.device), 0, bytes_).flatten()
 
+    @staticmethod
+    def table(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        return None
+
 
 @cache
-def _quantiles(device: torch.device) -> Tensor:
-    """Return the 65,536 values of a Gaussian element, float32 (65536,), ascending."""
+def _quantiles(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the 65,536 values of a Gaussian element, (65536,), ascending; half precision is rounded from float32."""
     levels = 2**16
     half = torch.tensor(
         [NormalDist().inv_cdf((i + 0.5) / levels) for i in range(levels // 2, levels)], dtype=torch.float64
     )
     half /= half.square().mean().sqrt()
-    return torch.cat((-half.flip(0), half)).to(device=device, dtype=torch.float32)
+    return torch.cat((-half.flip(0), half)).float().to(device=device, dtype=dtype)
 
 
 @cache

@@ -24,7 +24,7 @@ class DirectionOptions(Options):
         "one length. orthogonal makes the directions of a step orthogonal to each other. sparse moves small weights only "
         "(Sparse-MeZO). layers moves a few random layers in each step (LeZO). adaptive_layers draws layers with large "
         "projected gradients more often (AdaLeZO). auto, which ZOConfig takes by default, is rademacher with a direction "
-        "for every row and zo_rule none, and gaussian elsewhere.",
+        "for every row and zo_rule none, and gaussian elsewhere. Where the kernels of zo_kernels run, it is rademacher for zo_subspace full, too.",
         Name(),
         "'gaussian' is MeZO's",
     )

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zo_hf import kernels
 from zo_hf.rng.philox import philox4x32
 from zo_hf.rng.philox_wide import philox_blocks
 from zo_hf.rng.stream import Stream, tensor_key
@@ -175,6 +176,10 @@ class NoiseLayout:
             parts.append(torch.nn.functional.pad(flat, (0, -shape.numel() % 128)))
         return torch.cat(parts)
 
+    def units(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the number of every 128 elements within their tensor, and the low and high word of its key: (units,)."""
+        return self._blocks(128)
+
     def draw(self, stream: Stream, decoder: Decoder) -> Tensor:
         """Draw noise for all tensors, float32 of shape (size,)."""
         return self.draw_all([stream], decoder)[0]
@@ -237,6 +242,10 @@ def _random_blocks(counter: Sequence[Tensor], keys: Sequence[int]) -> Tensor:
         keys: keys of the streams.
     """
     c0, c1, c2, c3 = counter
+    if kernels.run_on(c0.device):
+        from zo_hf.kernels.random_blocks import random_blocks
+
+        return random_blocks(counter, keys)
     if is_launched(c0.device):
         return philox_blocks(torch.stack((c0, c2)), torch.stack((c3, c1)), keys).flatten(0, 1)
     drawn = [pack(philox4x32((c0, c1, c2, c3), key)) for key in keys]

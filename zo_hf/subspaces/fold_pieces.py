@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zo_hf import kernels
 from zo_hf.rng import Stream
 from zo_hf.rng.draw import Place, draw_half_words_of, is_launched
 from zo_hf.rng.rounding import TILE, stochastic_round
+from zo_hf.rng.stream import tensor_key
 from zo_hf.subspaces.functional import HALF
 
 # Elements folded at a time where operations are launched: scratch of 170 MB, on which a kernel takes longer than its launch.
@@ -61,8 +63,24 @@ def cut(piece: Piece) -> Iterator[Piece]:
 
 def write(pieces: Iterable[Piece], stream: Stream) -> None:
     """Fold the pieces, in half precision with stochastic rounding by bits of the stream."""
-    for together in tiles(pieces):
+    for together in tiles(_left_to_torch(pieces, stream)):
         _write(together, stream)
+
+
+def _left_to_torch(pieces: Iterable[Piece], stream: Stream) -> Iterator[Piece]:
+    """Fold the pieces for which there is a kernel, and yield the others."""
+    for piece in pieces:
+        if _has_kernel(piece) and piece.rows.device == piece.left.device and piece.rows.dtype != torch.float64:
+            from zo_hf.kernels.fold import fold
+
+            key, tensor = stream.key, tensor_key(piece.name)
+            fold(piece.rows, piece.left, piece.right, piece.decay, key, tensor, piece.first)
+        else:
+            yield piece
+
+
+def _has_kernel(piece: Piece) -> bool:
+    return kernels.run_on(piece.left.device) and piece.left.dtype == torch.float32
 
 
 def tiles(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -107,5 +125,13 @@ def _write(pieces: Sequence[Piece], stream: Stream) -> None:
 
 
 def _update(piece: Piece) -> Tensor:
-    """Return left · rightᵀ, of the shape of the rows."""
-    return piece.left if piece.right is None else piece.left @ piece.right.t()
+    """Return left · rightᵀ, of the shape of the rows; by the kernel where it folds, so that a copy elsewhere has its bits."""
+    if piece.right is None:
+        return piece.left
+    if not _has_kernel(piece):
+        return piece.left @ piece.right.t()
+    from zo_hf.kernels.fold import fold
+
+    update = piece.left.new_zeros(piece.rows.shape)
+    fold(update, piece.left, piece.right, decay=1.0, key=0, tensor=0, first=0)
+    return update

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from zo_hf.directions import Distribution
+from zo_hf import kernels
+from zo_hf.directions import Distribution, Rademacher
+from zo_hf.directions.distributions import Elementwise
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.method_info import Method
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform, stochastic_round
+from zo_hf.rng.stream import tensor_key
 from zo_hf.subspaces.functional import HALF
 from zo_hf.subspaces.per_group import functional_call_per_group
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
@@ -93,6 +96,12 @@ class Full(Subspace):
         rows = x.numel() // features_in
         require_equal_parts(x, groups)
         parts = x.reshape(groups, rows // groups, features_in).to(dtype)
+        if (
+            isinstance(self._distribution, Rademacher)
+            and features_in % 32 == 0
+            and _has_kernel(parts, weight.parameter)
+        ):
+            return self._linear_in_kernel(module, weight, bias, parts).view(*x.shape[:-1], features_out)
         output = parts.new_empty(groups, rows // groups, features_out)
         tile = max(1, TILE // features_in)
         for start in range(0, features_out, tile):
@@ -117,6 +126,20 @@ class Full(Subspace):
         elif module.bias is not None:
             output += module.bias.to(dtype)
         return output.view(*x.shape[:-1], features_out)
+
+    def _linear_in_kernel(self, module: nn.Linear, weight: Site, bias: Site | None, x: Tensor) -> Tensor:
+        """Compute the same for signs, of which no tensor is made. x: (probes, rows, n) -> (probes, rows, m)"""
+        from zo_hf.kernels.perturbed_linear import perturbed_linear
+
+        offset = module.bias if bias is None else bias.parameter
+        return perturbed_linear(
+            x.contiguous(),
+            weight.parameter.detach(),
+            None if offset is None else offset.detach(),
+            (tensor_key(weight.name), None if bias is None else tensor_key(bias.name)),
+            [self._stream_of(probe.direction).key for probe in self.probes],
+            [probe.scale for probe in self.probes],
+        )
 
     def _lookup(self, weight: Site, output: Tensor, ids: Tensor) -> Tensor:
         """Add scale · z[ids] to the output, (..., n), for each group of the batch; ids: (...)."""
@@ -192,6 +215,9 @@ class Full(Subspace):
         if site.name in self.still or not self.distribution.moves(self.pending[0][0], site.name):
             return
         flat = parameter.data.view(-1)
+        if isinstance(self.distribution, Elementwise) and _has_kernel(flat):
+            self._apply_in_kernel(flat, site.name, learning_rate, decay, self.distribution)
+            return
         for start in range(0, len(flat), TILE):
             stop = min(start + TILE, len(flat))
             before = value = flat[start:stop]
@@ -205,9 +231,32 @@ class Full(Subspace):
                 noise = draw_in_weight_dtype(stream, site.name, start, before, self.distribution)
                 value.add_(noise, alpha=-learning_rate * coefficient)
             if flat.dtype in HALF:
-                rounding = Stream(self.seed, self.pending[0][0].step, purpose=Purpose.ROUNDING)
-                uniform = draw_uniform(rounding, site.name, start, stop, flat.device)
+                uniform = draw_uniform(self._rounding, site.name, start, stop, flat.device)
                 flat[start:stop] = stochastic_round(value, flat.dtype, uniform)
+
+    def _apply_in_kernel(
+        self, flat: Tensor, name: str, learning_rate: float, decay: float, distribution: Elementwise
+    ) -> None:
+        """Do the same to all elements of a parameter, (d,), in one launch."""
+        from zo_hf.kernels.seeded_update import seeded_update
+
+        seeded_update(
+            flat,
+            tensor_key(name),
+            [stream.key for stream, _ in self.pending],
+            [-learning_rate * coefficient for _, coefficient in self.pending],
+            decay,
+            self._rounding.key,
+            distribution.table(flat.device, flat.dtype),
+        )
+
+    @property
+    def _rounding(self) -> Stream:
+        return Stream(self.seed, self.pending[0][0].step, purpose=Purpose.ROUNDING)
+
+
+def _has_kernel(*tensors: Tensor) -> bool:
+    return all(kernels.run_on(tensor.device) and tensor.dtype in (torch.float32, *HALF) for tensor in tensors)
 
 
 def draw_in_weight_dtype(stream: Stream, name: str, start: int, values: Tensor, distribution: Distribution) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from zo_hf import kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
@@ -29,6 +30,7 @@ class OptimizerHooks(BudgetedTrainer):
             "fsdp": self._sharding is not None,
             "optimizers": self.optimizer is not None,
             "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs is not None,
+            "kernels": kernels.would_run_on(next(self.model.parameters()).device, self.args.zo_kernels),
             "schedule-free": is_schedule_free(self.optimizer or (self.optimizer_cls_and_kwargs or (None,))[0]),
         }
         return frozenset(name for name, holds in facts.items() if holds)
