@@ -319,9 +319,14 @@ class LowRank(Folded):
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
+        x_rows, merged = x.reshape(rows, -1).to(output.dtype), self._merged(weight, bias)
         if self.packing is None:
             require_equal_parts(x, groups)
-        thin, factors = self._thin_product(output, x.reshape(rows, -1).to(output.dtype), weight, bias)
+            if merged is not None and weight is not None:
+                basis = self._wide_bases[weight.name].to(output.dtype)
+                if merged.add_product(output.view(rows, -1), x_rows, weight.name, basis, bias is not None):
+                    return output
+        thin, factors = self._thin_product(output, x_rows, weight, bias)
         factors = factors.transpose(1, 2)
         if self.packing is not None:
             output.view(rows, -1).addmm_(self.packing.in_blocks(thin, x), factors.flatten(0, 1))
