@@ -49,6 +49,7 @@ class Case:
         lora: the rank of a LoRA adapter around the model; 0 for none.
         rows: True for a direction for every row of the batch.
         folds: True to count a fold and a state dict as well, which take long.
+        kernels: True to count with those of zo_hf, for which Triton must be installed.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Case:
     lora: int = 0
     rows: bool = False
     folds: bool = False
+    kernels: bool = False
 
     def at_depth(self, layers: int | None = None) -> dict[str, tuple[int, int, int]]:
         """Return launches, reads and uploads of every part, for the model's own number of layers or another one."""
@@ -72,7 +74,7 @@ class Case:
 
     def detailed(self, layers: int) -> dict[str, Counts]:
         """Count a model of so many layers, by operation."""
-        with fake_cuda() as counts:
+        with fake_cuda(self.kernels) as counts:
             with torch.device(CUDA):
                 inner = MODELS[self.model][1](layers).eval()
                 model = _with_lora(inner, self.lora) if self.lora else inner

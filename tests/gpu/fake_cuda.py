@@ -9,15 +9,17 @@ GPU. Every operation is counted as it reaches the device:
     upload      a copy from memory of the host that is not pinned, for which the host waits, too
 
 What a read returns is made up, see `_made_up`. Attention counts as one launch, as flash attention is. Torch's foreach
-operations count as many launches as the arguments of their kernels have room for.
+operations count as many launches as the arguments of their kernels have room for. A kernel of zo_hf counts as one, and writes
+nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from zo_hf.directions import distributions
+from zo_hf.kernels import launch
 from zo_hf.rng import philox_wide
 
 CUDA = torch.device("cuda", 0)
@@ -73,15 +76,22 @@ class Counts:
         return self.launches.total(), self.reads.total(), self.uploads.total()
 
 
+#: The files of kernels that are launched.
+_KERNELS = ("fold", "layout_noise", "perturbed_linear", "random_blocks", "seeded_update", "slice_noise")
+
+
 @contextmanager
-def fake_cuda() -> Iterator[Counts]:
-    """Let code in this context use `CUDA`, and count what it does there."""
+def fake_cuda(kernels: bool = False) -> Iterator[Counts]:
+    """Let code in this context use `CUDA`, and count what it does there; with kernels or without them."""
     _set_device_guard()
     counts = Counts()
     # Cached tensors, by their device.
     tables = (distributions._quantiles, distributions._signs, philox_wide._multipliers, philox_wide._weyl)
+    tables += (launch.on_device,)
     state = torch.get_rng_state()  # a real device keeps its generator's state on the host, too
     with (
+        mock.patch("zo_hf.kernels.choice.is_installed", lambda: kernels),
+        _counted_kernels(counts) if kernels else nullcontext(),
         mock.patch("torch.cuda.get_rng_state", lambda device: state),
         mock.patch("torch.cuda.set_rng_state", lambda new, device: None),
         mock.patch.object(nn.Module, "to", lambda module, *where, **more: module),  # made where it stays
@@ -95,6 +105,19 @@ def fake_cuda() -> Iterator[Counts]:
         finally:
             for table in tables:
                 table.cache_clear()
+
+
+@contextmanager
+def _counted_kernels(counts: Counts) -> Iterator[None]:
+    def launched(kernel: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        assert all(_is_cuda(argument) for argument in arguments if isinstance(argument, Tensor))
+        counts.launches[kernel.fn.__name__.removeprefix("_")] += 1
+
+    with ExitStack() as stack:
+        for name in _KERNELS:
+            module = importlib.import_module(f"zo_hf.kernels.{name}")
+            stack.enter_context(mock.patch.object(module, "launch", launched))
+        yield
 
 
 class _Count(TorchDispatchMode):

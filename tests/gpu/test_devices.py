@@ -40,8 +40,8 @@ def _tiny_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(philox_wide, "ROUNDS", 1)  # the others do the same
 
 
-def _check(combination: Combination, batched: bool) -> None:
-    with fake_cuda():
+def _check(combination: Combination, batched: bool, kernels: bool = False) -> None:
+    with fake_cuda(kernels):
         made = subject(combination, batched=batched, device=CUDA)
         for _ in range(3):  # with a fold after the second
             made.step()
@@ -67,3 +67,10 @@ def test_every_entry_of_the_registries(combination: Combination) -> None:
 )
 def test_probes_in_one_batch(subspace: str) -> None:
     _check(Combination("two_point", "none", "gaussian", subspace), batched=True)
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
+def test_with_kernels(subspace: str, direction: str) -> None:
+    pytest.importorskip("triton")
+    _check(Combination("two_point", "none", direction, subspace), batched=True, kernels=True)

@@ -70,3 +70,26 @@ def test_a_fold_of_opt() -> None:
     launches, reads, _ = Case(OPT, {}, folds=True).at_depth()["fold"]
     assert launches <= 1381
     assert reads == 0
+
+
+@pytest.mark.slow
+def test_a_step_of_full_with_kernels() -> None:
+    """Two for a matrix: one for all probes and one for the update. The rest beyond a bare forward's belongs to vectors."""
+    pytest.importorskip("triton")
+    case = Case(OPT, {"subspace": "full", "direction": "rademacher"}, kernels=True)
+    one, two = (case.detailed(layers) for layers in (1, 2))
+    more = two["step"].launches - one["step"].launches
+    matrices, vectors = 6, 10
+    assert more["perturbed_linear"] == matrices
+    assert more["seeded_update"] == matrices + vectors
+    assert more.total() - (two["forward"].launches - one["forward"].launches).total() <= 68
+    assert two["step"].total[1:] == one["step"].total[1:]
+
+
+@pytest.mark.slow
+def test_a_fold_of_opt_with_kernels() -> None:
+    """One launch a weight."""
+    pytest.importorskip("triton")
+    launches, reads, _ = Case(OPT, {}, folds=True, kernels=True).at_depth()["fold"]
+    assert launches <= 284
+    assert reads == 0
