@@ -31,6 +31,13 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
 }
 
 
+def matrices(model: str) -> int:
+    """Return the number of weight matrices of a model."""
+    depth, build = MODELS[model]
+    with torch.device("meta"):
+        return sum(parameter.ndim == 2 for parameter in build(depth).parameters())
+
+
 def _opt(**options: Any) -> nn.Module:
     return OPTForCausalLM._from_config(OPTConfig(**options), dtype=torch.bfloat16)
 
