@@ -12,9 +12,10 @@
 ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
 FROM ${BASE}
 
-# The image's Python belongs to the distribution, so packages go into a virtual environment, which needs python3-venv.
+# The image's Python belongs to the distribution, so packages go into a virtual environment, which needs python3-venv. Triton
+# compiles what launches its kernels, with a C compiler and Python's headers.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # run.py installs here exactly as it does on a desk, but with the torch of the image, which it holds in place.
@@ -24,6 +25,7 @@ ENV ZO_HF_VENV=/opt/venv \
     PYTHONUNBUFFERED=1 \
     LOGNAME=zo \
     XDG_CACHE_HOME=/cache \
+    TRITON_CACHE_DIR=/cache/triton \
     HF_HOME=/cache/huggingface
 
 # What decides which packages are installed comes first, so that a change of the code does not repeat it.

@@ -66,25 +66,8 @@ def parts(device: str, small: bool) -> list[Part]:
     """Return what a run consists of, the most important first."""
     files = ("tests/device",) if small else ("tests/device", "tests/rng", "tests/methods/test_engine.py")
     made = [
-        Part(
-            "tests",
-            (
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:warnings",
-                "-m",
-                "",
-                "--dist",
-                "loadfile",
-                "-n",
-                "2" if small else "8",
-                *files,
-            ),
-            120,
-            {"ZO_HF_TEST_DEVICE": device},
-        ),
+        _tests("tests", device, files, 2 if small else 8, 120, "-m", ""),
+        *([] if small else [_tests("kernels", device, ("tests/kernels",), 8, 60)]),
         Part("launches", (__file__, "--device", device, "--count-launches", "{output}", *["--small"] * small), 60),
     ]
     if small:
@@ -103,6 +86,13 @@ def parts(device: str, small: bool) -> list[Part]:
     on_cpu = ("--use_cpu", "true") if device == "cpu" else ()
     made.append(Part("demo", (*demo, *on_cpu, *(few if small else ())), 240))
     return made
+
+
+def _tests(name: str, device: str, files: Sequence[str], processes: int, limit: float, *more: str) -> Part:
+    """Return a part that runs tests on a device."""
+    spread = ("--dist", "loadfile", "-n", str(processes))
+    command = ("-m", "pytest", "-q", "-p", "no:warnings", *more, *spread, *files)
+    return Part(name, command, limit, {"ZO_HF_TEST_DEVICE": device})
 
 
 def _bench(name: str, device: str, shape: str, variants: Sequence[str], more: Sequence[str] = ()) -> Part:

@@ -265,6 +265,7 @@ ARGUMENTS: dict[str, Any] = {
     "zo_normalize": True,
     "zo_batched_probes": False,
     "zo_common_random_numbers": False,
+    "zo_kernels": "torch",
     "zo_target_modules": ".*fc1.*",
     "zo_exclude_modules": ".*fc1.*",
     "zo_max_forward_passes": 10,

@@ -91,7 +91,7 @@ def fake_cuda(kernels: bool = False) -> Iterator[Counts]:
     tables += (launch.on_device,)
     state = torch.get_rng_state()  # a real device keeps its generator's state on the host, too
     with (
-        mock.patch("zo_hf.kernels.choice.is_installed", lambda: kernels),
+        mock.patch("zo_hf.kernels.choice.why_not_on", lambda device: None if kernels else "there is no device"),
         _counted_kernels(counts) if kernels else nullcontext(),
         mock.patch("torch.cuda.get_rng_state", lambda device: state),
         mock.patch("torch.cuda.set_rng_state", lambda new, device: None),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
+from tests.methods.table import DEVICE
 from zo_hf import ZerothOrder, kernels
 from zo_hf.kernels import choice
 
@@ -30,6 +33,7 @@ def test_where_they_run(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(choice, "is_installed", lambda: is_installed)
+    monkeypatch.setattr(choice, "why_not_on", lambda device: None)
     assert kernels.would_run_on(device, chosen) == runs
 
 
@@ -48,6 +52,42 @@ def test_triton_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"^zo_kernels='triton' needs weights on a CUDA device, and they are on cpu; "
     ):
         ZerothOrder(nn.Linear(2, 2), kernels="triton")
+
+
+def _fails(*_: object) -> torch.Tensor:
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (_fails, "RuntimeError: Failed to find C compiler"),
+        (lambda *_: torch.zeros(1, 2, dtype=torch.int64), "it draws other numbers than it should"),
+    ],
+    ids=["no compiler", "other numbers"],
+)
+def test_torch_takes_the_place_of_kernels_that_do_not_work(
+    draw: Callable, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning under "auto"; "triton" is refused."""
+    random_blocks = pytest.importorskip("zo_hf.kernels.random_blocks")
+    monkeypatch.setattr(random_blocks, "random_blocks", draw)
+    choice.why_not_on.cache_clear()
+    try:
+        assert choice.why_not_on(CPU) == choice.why_not_on(CPU) == reason
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        with pytest.raises(ValueError, match=rf"does not run on cpu \({reason}\); use zo_kernels='torch'"):
+            kernels.choose("triton", CPU)
+        monkeypatch.setattr(choice, "why_not_on", lambda device: reason)
+        assert not kernels.would_run_on(CUDA, "auto")
+    finally:
+        monkeypatch.undo()
+        choice.why_not_on.cache_clear()
+
+
+def test_a_kernel_that_works_draws_the_published_numbers() -> None:
+    pytest.importorskip("triton")
+    assert choice.why_not_on(DEVICE) is None
 
 
 def test_an_unknown_choice_is_refused() -> None:

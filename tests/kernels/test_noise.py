@@ -11,6 +11,7 @@ from tests.methods.table import DEVICE
 from tests.rng.test_philox import COUNTER, philox_on_integers
 from zo_hf.directions import ELEMENTWISE, Elementwise
 from zo_hf.rng import NoiseLayout, Stream, draw_half_words, draw_rows, draw_slice
+from zo_hf.rng.stream import tensor_key
 
 pytest.importorskip("triton")
 
@@ -32,7 +33,7 @@ def test_blocks_are_those_of_python_integers(counters: list[tuple[int, ...]], ke
     assert [tuple(word % 2**32 for word in block) for block in words] == expected
 
 
-def test_a_word_that_all_counters_share_needs_no_copies(chosen: None) -> None:
+def test_a_word_that_all_counters_share_needs_no_copies() -> None:
     from zo_hf.kernels.random_blocks import random_blocks
 
     number, same = torch.arange(600, device=DEVICE), torch.tensor([7], device=DEVICE)
@@ -74,8 +75,6 @@ def test_what_torch_decodes(chosen: None) -> None:
     start = 2**35 + 5
     found = draw_half_words(STREAM, "w", start, start + 900, DEVICE)
     blocks = [(start // 8 + i) for i in range(114)]
-    from zo_hf.rng.stream import tensor_key
-
     tensor, key = tensor_key("w"), STREAM.key
     bits = [
         word >> shift & 0xFFFF

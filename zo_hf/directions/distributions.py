@@ -40,9 +40,27 @@ class Elementwise(Distribution):
         """Turn packed blocks, int64 of shape (n, 2), into float32 of shape (n * elements_per_block,)."""
         raise NotImplementedError
 
+    def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
+        return layout.draw(stream, self)
+
+    def draw_layouts(
+        self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        return layout.draw_all(streams, self).unbind()
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
+        return draw.draw_slice(stream, name, start, start + len(values), self, values.device)
+
+    def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
+        return draw.draw_rows(stream, name, rows, values.shape[1], self)
+
+
+class DrawnByKernels(Elementwise):
+    """An elementwise distribution that the kernels of `zo_hf.kernels` draw as well, with the same bits."""
+
     @staticmethod
     def table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """Return what kernels look 16 random bits up in, (65536,), in a floating dtype; None if every bit is a sign."""
+        """Return the values of 16 random bits, (65536,), in a floating dtype; None if every bit is a sign."""
         raise NotImplementedError
 
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -51,25 +69,23 @@ class Elementwise(Distribution):
     def draw_layouts(
         self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
-        if kernels.run_on(layout.device):
-            from zo_hf.kernels.layout_noise import layout_noise
+        if not kernels.run_on(layout.device):
+            return super().draw_layouts(streams, layout, coordinates)
+        from zo_hf.kernels.layout_noise import layout_noise
 
-            return layout_noise(*layout.units(), [s.key for s in streams], self.table(layout.device)).unbind()
-        return layout.draw_all(streams, self).unbind()
+        keys = [stream.key for stream in streams]
+        return layout_noise(*layout.units(), keys, self.table(layout.device)).unbind()
 
     def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
-        stop, device = start + len(values), values.device
-        if kernels.run_on(device):
-            from zo_hf.kernels.slice_noise import slice_noise
+        if not kernels.run_on(values.device):
+            return super().draw_slice(stream, name, start, values)
+        from zo_hf.kernels.slice_noise import slice_noise
 
-            return slice_noise(stream.key, tensor_key(name), start, stop, self.table(device), device)
-        return draw.draw_slice(stream, name, start, stop, self, device)
-
-    def draw_rows(self, stream: Stream, name: str, rows: Tensor, values: Tensor) -> Tensor:
-        return draw.draw_rows(stream, name, rows, values.shape[1], self)
+        stop, table = start + len(values), self.table(values.device)
+        return slice_noise(stream.key, tensor_key(name), start, stop, table, values.device)
 
 
-class Gaussian(Elementwise):
+class Gaussian(DrawnByKernels):
     """Standard normal elements."""
 
     name = "gaussian"
@@ -85,7 +101,7 @@ class Gaussian(Elementwise):
         return _quantiles(device, dtype)
 
 
-class Rademacher(Elementwise):
+class Rademacher(DrawnByKernels):
     """Elements of +1 and -1 with equal probability."""
 
     name = "rademacher"

@@ -2,8 +2,8 @@
 
     y = x · Wᵀ + s · x · zᵀ + b + s · z_b        s: the signed distance of the probe that a row belongs to
 
-Both products share the reads of x and W, and rows of both signs share the draw of z. W ± ε · z is never formed, because
-rounding to half precision would change z. Reference: `zo_hf.subspaces.full.Full._linear`, up to the rounding of its sums.
+Both products share the reads of x and W, and the rows of a tile, of either sign, share the draw of z. W ± ε · z is never
+formed, because rounding to half precision would change z. Reference: `zo_hf.subspaces.full.Full._linear`, up to the rounding of its sums.
 """
 
 from __future__ import annotations

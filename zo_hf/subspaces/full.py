@@ -4,6 +4,8 @@
     update:  W ← W - η · c · z     by `SeededSGD`, which draws z again
     derivative:  W with tangent z  for the module that holds W, which costs a copy of one module's weights at a time
 
+Where `zo_hf.kernels` run, an update is one launch, and signs are drawn inside of the kernel that probes a linear layer.
+
 Neither a gradient nor a direction is ever held. In half precision W ± ε · z would round away most of the perturbation.
 The perturbation then is a product of its own, x · Wᵀ ± ε · x · zᵀ, and probe and update round z to the weight's dtype.
 """
@@ -19,7 +21,7 @@ from torch.autograd import forward_ad
 
 from zo_hf import kernels
 from zo_hf.directions import Distribution, Rademacher
-from zo_hf.directions.distributions import Elementwise
+from zo_hf.directions.distributions import DrawnByKernels
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.method_info import Method
 from zo_hf.rng import Purpose, Stream, StreamOf
@@ -215,7 +217,7 @@ class Full(Subspace):
         if site.name in self.still or not self.distribution.moves(self.pending[0][0], site.name):
             return
         flat = parameter.data.view(-1)
-        if isinstance(self.distribution, Elementwise) and _has_kernel(flat):
+        if isinstance(self.distribution, DrawnByKernels) and _has_kernel(flat):
             self._apply_in_kernel(flat, site.name, learning_rate, decay, self.distribution)
             return
         for start in range(0, len(flat), TILE):
@@ -235,7 +237,7 @@ class Full(Subspace):
                 flat[start:stop] = stochastic_round(value, flat.dtype, uniform)
 
     def _apply_in_kernel(
-        self, flat: Tensor, name: str, learning_rate: float, decay: float, distribution: Elementwise
+        self, flat: Tensor, name: str, learning_rate: float, decay: float, distribution: DrawnByKernels
     ) -> None:
         """Do the same to all elements of a parameter, (d,), in one launch."""
         from zo_hf.kernels.seeded_update import seeded_update

@@ -57,6 +57,7 @@ _ARGUMENTS = (
     "zo_parallel",
     "zo_batched_probes",
     "zo_common_random_numbers",
+    "zo_kernels",
     "zo_stability_action",
 )
 #: Those on which a schedule of the learning rate depends; the number of steps may follow from the data.
