@@ -85,6 +85,11 @@ def test_torch_takes_the_place_of_kernels_that_do_not_work(
         choice.why_not_on.cache_clear()
 
 
+def test_old_gpus_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choice._failure(CUDA) == "its compute capability is below 8.0"
+
+
 def test_a_kernel_that_works_draws_the_published_numbers() -> None:
     pytest.importorskip("triton")
     assert choice.why_not_on(DEVICE) is None

@@ -18,21 +18,23 @@ from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.settings import Settings
+from zo_hf.subspaces import per_group
+from zo_hf.subspaces.factors import Factors
 
 pytest.importorskip("triton")
 
 
 def run(
-    choice: str, subspace: str, dtype: torch.dtype, **options: Any
+    choice: str, subspace: str, dtype: torch.dtype, steps: int = 2, **options: Any
 ) -> tuple[list[Estimate], dict[str, torch.Tensor]]:
-    """The estimates of three steps, with a fold after the second, and the weights after them."""
+    """The estimates of some steps, and the weights after them."""
     model = seeded(tiny_opt, dtype, num_hidden_layers=1).to(DEVICE)
     zo = ZerothOrder(model, subspace, kernels=choice, seed=1, **options)
     optimizer = sgd(zo, lr=1e-2, weight_decay=1e-2)
     batch = {name: tensor.to(DEVICE) for name, tensor in causal_batch(2, 5).items()}
     try:
         found = []
-        for _ in range(3):
+        for _ in range(steps):
             found.append(zo.estimate(lambda: model(**batch).loss))
             optimizer.step()
         return found, weights_of(zo.finish())
@@ -42,9 +44,16 @@ def run(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
-def test_low_rank_steps_and_folds_have_the_same_bits(dtype: torch.dtype, direction: str) -> None:
-    """With one term in the product of factors, which no order of summation can change."""
-    options = {"rank": 1, "fold_steps": 2, "direction": direction, "num_directions": 2}
+def test_low_rank_steps_and_folds_have_the_same_bits(
+    dtype: torch.dtype, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one term in the product of factors, which no order of summation can change.
+
+    Kernels for corrections and norms, which a CPU does not take, sum in another order.
+    """
+    monkeypatch.setattr(Factors, "add_product", lambda *_: False)
+    monkeypatch.setattr(per_group, "_by_kernel", lambda *_: None)
+    options = {"steps": 3, "rank": 1, "fold_steps": 2, "direction": direction, "num_directions": 2}
     found, weights = run("triton", "low_rank", dtype, **options)
     expected, expected_weights = run("torch", "low_rank", dtype, **options)
     assert found == expected

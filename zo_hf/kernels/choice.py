@@ -68,17 +68,24 @@ def is_interpreted() -> bool:
 @cache
 def why_not_on(device: torch.device) -> str | None:
     """Return why kernels do not run on a device, after a trial of one, and warn; None if they do."""
+    reason = _failure(device)
+    if reason is not None:
+        logger.warning("Triton's kernels do not run on %s, and torch takes their place (%s).", device, reason)
+    return reason
+
+
+def _failure(device: torch.device) -> str | None:
+    # The tiles of a product need the shared memory of newer GPUs.
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its compute capability is below 8.0"
     from zo_hf.kernels.random_blocks import random_blocks
 
     try:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         words = random_blocks([zero] * 4, [0]).view(torch.int32).flatten().tolist()
-        reason = None if tuple(word % 2**32 for word in words) == _KNOWN else "it draws other numbers than it should"
-    except Exception as error:  # Triton finds no compiler, no driver, or too old a GPU
-        reason = f"{type(error).__name__}: {error}"
-    if reason is not None:
-        logger.warning("Triton's kernels do not run on %s, and torch takes their place (%s).", device, reason)
-    return reason
+    except Exception as error:  # Triton finds no compiler, or no driver
+        return f"{type(error).__name__}: {error}"
+    return None if tuple(word % 2**32 for word in words) == _KNOWN else "it draws other numbers than it should"
 
 
 def _check(device: torch.device) -> None:
