@@ -196,7 +196,9 @@ class ZerothOrder:
                 more, drawn = self.row_groups.evaluate_more, (self._stream, self.distribution)
                 self._measure_curvature(lambda at: more(closure, at, *drawn, weight, generators))
                 return found
-        losses = self._own_losses(closure, self._probes(), generators) * weight
+        losses = self._own_losses(closure, self._probes(), generators)
+        if isinstance(weight, Tensor) or weight != 1.0:  # a product is a launch
+            losses = losses * weight
         self._losses = losses if self._losses is None else self._losses + losses
         self._measure_curvature(lambda at: self._own_losses(closure, at, generators) * weight)
         if self.rule.candidates:

@@ -70,9 +70,9 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
     )
     kernels: str = option(
         "auto",
-        "The code that draws noise, folds, and probes and updates zo_subspace full: auto, torch or triton. triton runs kernels "
-        "that do in one launch what torch does in many; it needs Triton and a CUDA device of compute capability 8.0. auto "
-        "does so where both are there, and torch never does. The kernels have not yet run on a GPU.",
+        "The code that draws noise, folds, moves layers and norms, and updates zo_subspace full: auto, torch or triton. triton "
+        "runs kernels that do in one launch what torch does in many; it needs Triton and a CUDA device of compute capability "
+        "8.0. auto does so where both are there, and torch never does. The kernels have not yet run on a GPU.",
         Choice(KERNELS),
         "'torch' needs no Triton",
     )

@@ -22,20 +22,21 @@ CASES: Mapping[str, Sequence[Case]] = {
 WITH_KERNELS: Mapping[str, Sequence[Case]] = {
     "`low_rank`, kernels": [
         Case("OPT-125M", {}, folds=True, kernels=True),
-        Case("OPT-1.3B", {}, kernels=True),
-        Case("Llama-8B", {}, kernels=True),
+        Case("OPT-1.3B", {}, folds=True, kernels=True),
+        Case("Llama-8B", {}, folds=True, kernels=True),
     ],
     "`full`, Gaussian, kernels": [Case("OPT-125M", {"subspace": "full"}, kernels=True)],
     "`full`, Rademacher, kernels": [Case("OPT-125M", SIGNS, kernels=True), Case("Llama-8B", SIGNS, kernels=True)],
 }
+COLUMNS = "bare forward | step | × forward | evaluation | fold | checkpoint | reads, uploads of a step"
 
 if __name__ == "__main__":
-    print("| | model | bare forward | step | × forward | evaluation | fold | reads, uploads of a step |")
-    print("|---|---|---:|---:|---:|---:|---:|---|")
+    print(f"| | model | {COLUMNS} |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
     for name, cases in (*CASES.items(), *(WITH_KERNELS.items() if is_installed() else ())):
         for case in cases:
             found = case.at_depth()
             (forward, *_), (step, reads, uploads) = found["forward"], found["step"]
-            fold = f"{found['fold'][0]:,}" if "fold" in found else ""
-            parts = f"{step / forward:.2f} | {found['evaluation'][0]:,} | {fold} | {reads}, {uploads}"
+            fold, checkpoint = (f"{found[part][0]:,}" if part in found else "" for part in ("fold", "state dict"))
+            parts = f"{step / forward:.2f} | {found['evaluation'][0]:,} | {fold} | {checkpoint} | {reads}, {uploads}"
             print(f"| {name} | {case.model} | {forward:,} | {step:,} | {parts} |", flush=True)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from tests.gpu.fake_cuda import CUDA, Counts, fake_cuda
 from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Folded, Full
@@ -28,6 +29,13 @@ MODELS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "OPT-1.3B": (24, lambda n: _opt(**_OPT_1B, num_hidden_layers=n)),
     "Llama-8B": (32, lambda n: _llama(**_LLAMA_8B, vocab_size=128256, num_hidden_layers=n)),
 }
+
+
+def matrices(model: str) -> int:
+    """Return the number of weight matrices of a model."""
+    depth, build = MODELS[model]
+    with torch.device("meta"):
+        return sum(parameter.ndim == 2 for parameter in build(depth).parameters())
 
 
 def _opt(**options: Any) -> nn.Module:
@@ -86,10 +94,15 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
 
 
-def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
-    """Return a batch whose last token is its label, on the device."""
-    ids = torch.zeros(rows, length, dtype=torch.int64, device=CUDA)
+def batch() -> dict[str, Tensor]:
+    """Return a batch on the device."""
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=CUDA)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)}
+
+
+def last_labels() -> Tensor:
+    """Return the labels of a batch whose last token is its label, as the data loader leaves them on the host."""
+    return torch.full((ROWS, LENGTH), IGNORED).index_fill_(1, torch.tensor([LENGTH - 1]), 0)
 
 
 def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str, Counts]:
@@ -101,7 +114,7 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
             action()
         found[part] = Counts(counts.launches.copy(), counts.reads.copy(), counts.uploads.copy())
 
-    inputs = batch()
+    inputs, labels = batch(), last_labels()
     # The rows of all probes, as in a step.
     both = {k: v.repeat(1 if case.rows else 2, 1) for k, v in inputs.items() if k != "labels"}
     where = torch.tensor([LENGTH - 2], device=CUDA)
@@ -116,8 +129,10 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
     checks = LossChecks(is_known=True)
 
     def step() -> None:
-        inputs_of_step = inputs | {"use_cache": False}
-        zo.estimate(ModelLoss(model, inner, inputs_of_step, lambda given: model(**given).loss, checks=checks))
+        whole = inputs | {"use_cache": False}
+        zo.estimate(
+            ModelLoss(model, inner, whole, lambda given: model(**given).loss, checks=checks, labels_on_host=labels)
+        )
         optimizer.step()
 
     for _ in range(2):  # the first one draws and compares more

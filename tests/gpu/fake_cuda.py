@@ -77,7 +77,8 @@ class Counts:
 
 
 #: The files of kernels that are launched.
-_KERNELS = ("fold", "layout_noise", "perturbed_linear", "random_blocks", "seeded_update", "slice_noise")
+_KERNELS = ("fold", "layout_noise", "low_rank_product", "moved_norm", "perturbed_linear", "random_blocks")
+_KERNELS += ("seeded_update", "slice_noise")
 
 
 @contextmanager

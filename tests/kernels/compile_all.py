@@ -50,6 +50,8 @@ def main(capability: int) -> None:
     launch.launch = _compile
     from zo_hf.kernels.fold import fold
     from zo_hf.kernels.layout_noise import layout_noise
+    from zo_hf.kernels.low_rank_product import add_low_rank_product
+    from zo_hf.kernels.moved_norm import moved_norm
     from zo_hf.kernels.perturbed_linear import perturbed_linear
     from zo_hf.kernels.random_blocks import random_blocks
     from zo_hf.kernels.seeded_update import seeded_update
@@ -66,6 +68,9 @@ def main(capability: int) -> None:
         fold(torch.zeros(64, 48, dtype=dtype), torch.zeros(64, 4), torch.zeros(48, 4), 1.0, 1, 2, 0)
         x, weight = torch.zeros(2, 64, 128, dtype=dtype), torch.zeros(256, 128, dtype=dtype)
         perturbed_linear(x, weight, weight[:, 0].contiguous(), (1, 2), [3, 3], [0.1, -0.1])
+        rows, factors = x.view(128, 128), torch.zeros(2, 256, 8, dtype=dtype)
+        add_low_rank_product(rows.new_zeros(128, 256), rows, factors[0, :128], factors, 4)
+        moved_norm(rows, torch.zeros(2, 128), torch.zeros(2, 128), 1e-5, True)
 
 
 if __name__ == "__main__":

@@ -27,5 +27,5 @@ def test_every_kernel_compiles(capability: int, tmp_path: object) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 1 + 4 + 3 * 4
+    assert len(lines) == 1 + 4 + 3 * 6
     assert all(int(shared) <= SHARED for _, _, shared in lines)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from tests.conftest import causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_opt
 from zo_hf.directions import GAUSSIAN
+from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
+from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.rng import Stream
 from zo_hf.rng import draw as draws
-from zo_hf.subspaces import LowRank
+from zo_hf.subspaces import LowRank, per_group
 from zo_hf.subspaces.factors import width_of
 
 ROWS = 2
@@ -93,3 +95,30 @@ def test_a_pass_without_probes_reads_norms_that_were_written_after_the_last_one(
         after = norm(ones)
     space.detach()
     torch.testing.assert_close(after - before, torch.ones_like(after), rtol=1e-4, atol=1e-4)
+
+
+def _coordinates_after_a_run(build) -> dict[str, Tensor]:
+    """Coordinates and weights after twenty steps, with a fold in between."""
+    model = seeded(build, torch.float64, num_hidden_layers=1)
+    zo = ZerothOrder(model, "low_rank", batched=True, fold_steps=12, seed=3, eps=1e-2)
+    optimizer, checks = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3)), LossChecks()
+    batch = causal_batch(ROWS)
+    for _ in range(20):
+        zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks))
+        optimizer.step()
+    found = {name: coordinate.detach().clone() for name, coordinate in zo.subspace.coordinates.items()}
+    zo.finish()
+    return found | {f"{name} as a weight": p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_run_is_that_of_a_cpu(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what the losses of transformers leave, which are float32 whatever the model is."""
+    expected = _coordinates_after_a_run(build)
+    monkeypatch.setattr(draws, "is_launched", lambda device: True)
+    monkeypatch.setattr(per_group, "_BROADCASTS", {})
+    found = _coordinates_after_a_run(build)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=2e-6), name
+    assert all(value.any() for name, value in found.items() if not name.endswith("as a weight"))

@@ -10,7 +10,7 @@ function on the same logits before it relies on it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.chunked_head import ChunkedHead
 from zo_hf.evaluation.known_losses import (
-    IGNORED,
     divisor_of,
     known_loss,
     loss_kind,
@@ -32,6 +31,7 @@ from zo_hf.evaluation.known_losses import (
     sums_of_groups,
     targets_of,
 )
+from zo_hf.evaluation.labeled_positions import labeled_positions
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import same_but_for_order
 from zo_hf.offload import computing_devices
@@ -72,6 +72,7 @@ class ModelLoss:
         in_front: number of logit positions that precede those of the input.
         checks: what the run's earlier batches have shown about the model; None begins anew.
         divides: False computes all logits at once, for a head whose perturbation every chunk would draw again.
+        labels_on_host: the labels of the batch on the CPU, if they are there as well; then no device is asked for them.
 
     Attributes:
         inputs: the batch, see above.
@@ -89,6 +90,7 @@ class ModelLoss:
         in_front: int = 0,
         checks: LossChecks | None = None,
         divides: bool = True,
+        labels_on_host: Tensor | None = None,
     ) -> None:
         self._forward, self._model, self._sequential, self._factor = forward, model, sequential, factor
         self._num_items, self._in_front, self._divides = num_items_in_batch, in_front, divides
@@ -97,7 +99,7 @@ class ModelLoss:
         # A forward of the user's own may compute a term from all logits, even one that is 0 in the first batch.
         self._is_stock = _has_stock_forward(model)
         if self._is_stock and self._checks.is_known is not False:
-            self._inputs = only_labeled_logits(model, inputs, in_front)
+            self._inputs = only_labeled_logits(model, inputs, in_front, labels_on_host)
         self.rows = len(inputs["labels"])
 
     def __call__(self) -> Tensor:
@@ -151,14 +153,14 @@ class ModelLoss:
         """
         layout = self._separable_layout(self._checks.layouts)
         if self._needs_chunks(copies):
-            sums = self._sums_in_chunks(copies, copies)
-            self._checks.layouts.add(layout)
-            return sums * self._factor
-        parts = self._logits(self._copied(copies)).chunk(copies)
-        if self._checks.sums_in_half:
-            parts = tuple(part.float() for part in parts)
+            losses = self._sums_in_chunks(copies, copies)
+        else:
+            parts = self._logits(copies=copies).chunk(copies)
+            if self._checks.sums_in_half:
+                parts = tuple(part.float() for part in parts)
+            losses = torch.stack([self._loss(part) for part in parts])
         self._checks.layouts.add(layout)
-        return torch.stack([self._loss(part) for part in parts]) * self._factor
+        return losses if self._factor == 1 else losses * self._factor
 
     def by_groups(self, groups: int, group_of: Tensor | None = None) -> Tensor:
         """Return the shares of `groups` groups in the loss, (groups,), from one forward pass.
@@ -176,7 +178,7 @@ class ModelLoss:
             shares = self._sums_in_chunks(groups)
             self._checks.grouped.add(layout)
             return shares * self._factor
-        logits = self._logits(self._inputs)
+        logits = self._logits()
         if group_of is not None and self.kept is not None:
             group_of = group_of[:, self.kept]
         shares = self._shares(logits, groups, group_of)
@@ -228,9 +230,10 @@ class ModelLoss:
         losses = ChunkedHead(self._forward, self._model).losses(without, targets, self.kept)
         return sums_of_groups(losses, groups) / divisor
 
-    def _copied(self, copies: int) -> dict[str, Any]:
-        """Return a batch of `copies` times the rows."""
-        return repeated(self._inputs, self.rows, copies)
+    def _copied(self, copies: int, without: Container[str] = ()) -> dict[str, Any]:
+        """Return a batch of `copies` times the rows, without some of the inputs."""
+        inputs = {name: value for name, value in self._inputs.items() if name not in without}
+        return repeated(inputs, self.rows, copies)
 
     @property
     def kept(self) -> Tensor | None:
@@ -238,20 +241,22 @@ class ModelLoss:
         kept = self._inputs.get("logits_to_keep")
         return kept if isinstance(kept, Tensor) else None
 
-    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the logits of one forward pass, (rows, ...), after a comparison of its loss where that is due.
+    def _logits(self, copies: int = 1) -> Tensor:
+        """Return the logits of one forward pass over `copies` of the batch, (copies · rows, ...).
+
+        Where it is due, the loss of the pass is compared before.
 
         Raises:
             NotBatchable: the model's loss is not the known function of its logits.
         """
         compares, count = self._must_compare, None
-        inputs = dict(inputs)
-        if self._model.config.is_encoder_decoder:
-            # It makes the decoder's inputs from the labels. Many ignore the count, so the comparison is with the count.
+        makes_inputs_of_labels = self._model.config.is_encoder_decoder
+        without = () if compares or makes_inputs_of_labels else ("labels", "shift_labels")
+        inputs = self._copied(copies, without)
+        if makes_inputs_of_labels:
+            # Many ignore the count, so the comparison is with the count.
             count = self._num_items if compares else None
             inputs |= {} if count is None else {"num_items_in_batch": count}
-        elif not compares:
-            inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         outputs = self._forward(**inputs)
         if compares:
             self._note_precision(outputs["loss"])
@@ -340,11 +345,13 @@ def _is_on_several_devices(model: nn.Module) -> bool:
     return len(computing_devices(model)) > 1
 
 
-def only_labeled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], in_front: int = 0) -> dict[str, Any]:
+def only_labeled_logits(
+    model: PreTrainedModel, inputs: Mapping[str, Any], in_front: int = 0, labels_on_host: Tensor | None = None
+) -> dict[str, Any]:
     """Return inputs with which a causal model computes logits only at positions that predict a label.
 
     All rows share one list of positions: those that any row of the batch needs. The inputs stay as they are if the
-    model does not support this, or if most positions carry a label. `in_front` is as in `ModelLoss`.
+    model does not support this, or if most positions carry a label. `in_front` and `labels_on_host` are as in `ModelLoss`.
     """
     inputs = dict(inputs)
     accepted = inspect.signature(model.forward).parameters
@@ -358,9 +365,8 @@ def only_labeled_logits(model: PreTrainedModel, inputs: Mapping[str, Any], in_fr
         or _is_on_several_devices(model)  # the positions and the tensor they index would be on different devices
     ):
         return inputs
-    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
-    positions = (shifted != IGNORED).any(0).nonzero().flatten()
-    if 0 < len(positions) <= shifted.shape[1] // 2:
-        inputs["logits_to_keep"] = positions + in_front
-        inputs["shift_labels"] = shifted[:, positions].contiguous()
+    found = labeled_positions(inputs["labels"], labels_on_host)
+    if found is not None:
+        positions, targets = found
+        inputs |= {"logits_to_keep": positions + in_front if in_front else positions, "shift_labels": targets}
     return inputs

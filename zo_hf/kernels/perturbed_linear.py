@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_hf.kernels.choice import is_interpreted
 from zo_hf.kernels.launch import launch, on_device, signed
 from zo_hf.kernels.philox import signs, words
+from zo_hf.kernels.products import dtype_of_products
 
 
 def perturbed_linear(
@@ -70,7 +70,7 @@ def perturbed_linear(
         SIZE=size,
         HAS_BIAS=bias is not None,
         MOVES_BIAS=key_of_bias is not None,
-        PRODUCT=_dtype_of_products(x.dtype),
+        PRODUCT=dtype_of_products(x.dtype),
         num_stages=2,
     )
     return output
@@ -81,13 +81,6 @@ def _sharing(keys: Sequence[int]) -> int:
     shared = next((i for i, key in enumerate(keys) if key != keys[0]), len(keys))
     runs = [set(keys[i : i + shared]) for i in range(0, len(keys), shared)]
     return shared if len(keys) % shared == 0 and all(len(run) == 1 for run in runs) else 1
-
-
-def _dtype_of_products(dtype: torch.dtype) -> tl.dtype:
-    """Return the dtype of the products' factors; the interpreter holds bfloat16 as integers, and would multiply those."""
-    if is_interpreted():
-        return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 @triton.jit

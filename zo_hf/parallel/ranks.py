@@ -187,7 +187,7 @@ class Ranks:
         """
         # Ranks may have different numbers of probes, but a collective needs equal shapes.
         most = max(len(replace(self.grid, rank=rank).own(probes)) for rank in range(self.grid.directions))
-        padded = torch.nn.functional.pad(losses, (0, most - len(losses)))
+        padded = losses if len(losses) == most else torch.nn.functional.pad(losses, (0, most - len(losses)))
         # To the host, which reads them next, in one transfer that it waits for.
         return self.grid.mean_losses(self.all_gather(padded).cpu(), probes)
 

@@ -107,9 +107,9 @@ class CoordinateBlock:
 
     @staticmethod
     def _is_grouped(probes: Sequence[Probe], distribution: Distribution) -> bool:
-        """Return True if every probe is around the present values, along a direction drawn as a whole."""
+        """Return True if several probes are all around the present values, along directions drawn as a whole."""
         plain = all(p.scale and p.direction >= 0 and not p.at_snapshot and not p.derivative for p in probes)
-        return len(probes) > 2 and plain and not isinstance(distribution, UnitVectors)
+        return len(probes) > 1 and plain and not isinstance(distribution, UnitVectors)
 
     def take_snapshot(self) -> None:
         """Store the present values of the coordinates in `snapshot`."""

@@ -3,7 +3,8 @@
     y = x · Wᵀ + [x · V/√r, 1, 0] · [B + εU, b + εu, 0]ᵀ        (rows, width) · (width, m)
 
 A layer's factor is B + εU with its bias as one more column. Eight columns, or a multiple, keep every row aligned to 16 bytes
-in half precision. Then a layer launches two kernels beside its own: a thin product, and a product that adds to y.
+in half precision. Then a layer launches two operations beside its own: a thin product, and a product that adds to y. Where
+Triton runs, both are one kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zo_hf import kernels
 from zo_hf.subspaces.blocks import CoordinateBlock
 
 _ALIGNED = 8
@@ -63,6 +65,29 @@ class Factors:
             self._ones[dtype] = torch.zeros(width_of(self._rank), dtype=dtype, device=self._block.layout.device)
             self._ones[dtype][self._rank] = 1.0
         return self._ones[dtype]
+
+    def add_product(self, output: Tensor, x: Tensor, name: str, basis: Tensor, has_bias: bool) -> bool:
+        """Add a layer's correction to its output by a kernel, if there is one.
+
+        Args:
+            output: y of all groups, (groups · rows, m), contiguous.
+            x: inputs of the layer, (groups · rows, n), in the dtype of `output`.
+            name: name of the layer's weight.
+            basis: V, (n, width), in the dtype of `output`.
+            has_bias: True if the layer's bias moves as well.
+
+        Returns:
+            False if there is none for this device and dtype; then nothing is done.
+        """
+        # A compiler would stop at the launch of a kernel, and fuses by itself.
+        if torch.compiler.is_compiling() or output.dtype == torch.float64 or not kernels.run_on(output.device):
+            return False
+        from zo_hf.kernels.low_rank_product import add_low_rank_product
+
+        x = x if x.stride(1) == 1 else x.contiguous()
+        column = self._rank if has_bias else -1
+        add_low_rank_product(output, x, basis, self.of(name, output.dtype), column)
+        return True
 
     def _fill(self, dtype: torch.dtype) -> None:
         point, made = self._block.point, self._made.get(dtype)

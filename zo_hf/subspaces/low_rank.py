@@ -319,9 +319,14 @@ class LowRank(Folded):
         output: (..., m), written in place; x: (..., n)
         """
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
+        x_rows, merged = x.reshape(rows, -1).to(output.dtype), self._merged(weight, bias)
         if self.packing is None:
             require_equal_parts(x, groups)
-        thin, factors = self._thin_product(output, x.reshape(rows, -1).to(output.dtype), weight, bias)
+            if merged is not None and weight is not None:
+                basis = self._wide_bases[weight.name].to(output.dtype)
+                if merged.add_product(output.view(rows, -1), x_rows, weight.name, basis, bias is not None):
+                    return output
+        thin, factors = self._thin_product(output, x_rows, weight, bias)
         factors = factors.transpose(1, 2)
         if self.packing is not None:
             output.view(rows, -1).addmm_(self.packing.in_blocks(thin, x), factors.flatten(0, 1))
@@ -368,7 +373,8 @@ class LowRank(Folded):
 
         The module itself does the lookup, because some modules scale their output or shift their ids.
         """
-        factors = self._left_at_point(weight.name)
+        merged, dtype = self._merged(weight, None), output.dtype
+        factors = self._left_at_point(weight.name) if merged is None else merged.of(weight.name, dtype)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
@@ -376,7 +382,12 @@ class LowRank(Folded):
         thin = looked_up_per_group(module, factors, args, kwargs)
         if thin is None:
             thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
-        correction = thin.to(output.dtype) @ self.basis(weight.name).t().to(output.dtype)
+        basis = self.basis(weight.name) if merged is None else self._wide_bases[weight.name]
+        thin, right = thin.to(dtype), basis.t().to(dtype)
+        if merged is not None and thin.shape[:-1] == output.shape[:-1]:
+            output.view(-1, output.shape[-1]).addmm_(thin.flatten(0, -2), right)
+            return output
+        correction = thin @ right
         return output.add_(correction) if correction.shape == output.shape else output + correction
 
     def _moved_parameter(self, site: Site, parameter: Tensor | None, group: int) -> Tensor:
@@ -407,9 +418,9 @@ class LowRank(Folded):
         together = self._moved_together(site)
         if together is not None:
             return together[group]
-        value = parameter.detach().to(self.coordinates[site.name].dtype)
         if site.name not in self.factored:
-            return value + self._coordinate_blocks.at_point(site.name)[group]
+            return parameter.detach() + self._coordinate_blocks.at_point(site.name)[group]
+        value = parameter.detach().to(self.coordinates[site.name].dtype)
         left = self._left_at_point(site.name)[group]
         moved = torch.addmm(site.as_matrix(value), left, self.basis(site.name).t().to(left.dtype))
         return (moved.t() if site.transposed else moved).reshape(value.shape)

@@ -30,6 +30,7 @@ class MovedVectors:
         offsets = block.layout.offsets
         self._first = min((offsets[name] for name in self._parameters), default=0)
         self._made: Tensor | None = None
+        self._weights: Tensor | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
@@ -49,10 +50,11 @@ class MovedVectors:
         point = self._block.point
         assert point is not None
         vectors = point[:, self._first :]
-        parameters = vectors.new_zeros(vectors.shape[1])
-        views = [self._of(parameters, name) for name in self._parameters]
+        if self._weights is None:
+            self._weights = vectors.new_zeros(vectors.shape[1])
+        views = [self._of(self._weights, name) for name in self._parameters]
         torch._foreach_copy_(views, [parameter.detach() for parameter in self._parameters.values()])
-        return vectors + parameters
+        return vectors + self._weights
 
     def _of(self, vectors: Tensor, name: str) -> Tensor:
         start = self._block.layout.offsets[name] - self._first

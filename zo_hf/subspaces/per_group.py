@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.cache_utils import Cache
 
+from zo_hf import kernels
 from zo_hf.estimators.probe import NotBatchable
+from zo_hf.rng import draw
 from zo_hf.subspaces.functional import HALF, Entry, functional_call, map_tensors, upcast_from, with_parameters
 
 #: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
@@ -186,6 +188,9 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
         x: the input, (groups · size, ..., d).
     """
 
+    by_kernel = _by_kernel(module, parameters, x)
+    if by_kernel is not None:
+        return by_kernel
     groups = len(next(iter(parameters.values())))
     parts = x.reshape(groups, -1, *x.shape[1:])
     own = {name: value.reshape(groups, *[1] * (x.ndim - 1), -1) for name, value in parameters.items()}
@@ -200,26 +205,81 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
     weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
+    # One kernel that computes in float32 and writes half precision; derivatives know no `out`.
+    has_tangent = any(forward_ad.unpack_dual(value).tangent is not None for value in own.values())
+    out = None if half is None or has_tangent else torch.empty_like(normal, dtype=half)
     if weight is not None and bias is not None:
-        normal = torch.addcmul(bias, normal, weight)
+        normal = torch.addcmul(bias, normal, weight, out=out)
     elif weight is not None:
-        normal = normal * weight
+        normal = torch.mul(normal, weight, out=out)
     elif bias is not None:
-        normal = normal + bias
+        normal = torch.add(normal, bias, out=out)
     return (normal if half is None else normal.to(half)).view(x.shape)
 
 
+def _by_kernel(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+    """Compute the output of a norm of torch in one launch; the arguments are those of `_in_one_call`.
+
+    Returns:
+        None if there is no kernel for it.
+    """
+    if type(module).forward not in _NEEDS_SHAPE or torch.compiler.is_compiling():
+        return None
+    names = {name for name, value in module._parameters.items() if value is not None}
+    if "weight" not in names or names != parameters.keys():
+        return None
+    moved = list(parameters.values())
+    has_tangent = any(forward_ad.unpack_dual(value).tangent is not None for value in moved)
+    is_float = x.dtype in (*HALF, torch.float32) and all(value.dtype == torch.float32 for value in moved)
+    is_launched_here = draw.is_launched(x.device) and kernels.run_on(x.device)
+    if has_tangent or not is_float or not is_launched_here:
+        return None
+    from zo_hf.kernels.moved_norm import moved_norm
+
+    # Read by name, as the forward does, because a read shows that a parameter reaches the loss.
+    norm: Any = with_parameters(module, parameters)
+    bias = norm.bias if "bias" in names else None
+    # torch takes ε from the dtype in which it computes.
+    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+    rows, centers = x.reshape(-1, x.shape[-1]).contiguous(), type(module).forward is nn.LayerNorm.forward
+    return moved_norm(rows, norm.weight, bias, eps, centers).view(x.shape)
+
+
+def compare_ahead(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Compare the two ways for a module before its forward, where that may be compiled: a compiler cannot compare.
+
+    Args:
+        module: the module.
+        parameters: those that will differ between groups, by name.
+    """
+    if any(value.ndim != 1 for value in parameters.values()):
+        return
+    like = next(iter(parameters.values()))
+    for dimensions in (2, 3):
+        x = like.new_empty(1, *[1] * (dimensions - 2), len(like))
+        if _may_broadcast(module, x):
+            _broadcasts(module, parameters, x)
+
+
 def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> bool:
-    """Return whether one call gives what a call per group gives, as found once for a class, from random tensors."""
+    """Return whether one call gives what a call per group gives, as found once for a class, from random tensors.
+
+    Args:
+        module: the module.
+        parameters: those of any number of groups, (..., d), by name.
+        x: the input, (..., d).
+    """
     key = type(module).forward, x.ndim
     if key not in _BROADCASTS:
+        if torch.compiler.is_compiling():
+            return False
         generator = torch.Generator().manual_seed(0)
 
         def random(like: Tensor, *shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
         sample = random(x, 4, *[3] * (x.ndim - 2), x.shape[-1])
-        stacked = {name: random(value, 2, value.shape[1]) for name, value in parameters.items()}
+        stacked = {name: random(value, 2, value.shape[-1]) for name, value in parameters.items()}
         try:
             whole = _in_one_call(module, stacked, sample)
             parts = [

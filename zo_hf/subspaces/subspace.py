@@ -23,6 +23,7 @@ from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
+from zo_hf.subspaces.per_group import compare_ahead
 from zo_hf.subspaces.reads import ReadWatch, must_read
 from zo_hf.subspaces.sites import Pattern, Site, find_sites, is_decayed
 
@@ -150,6 +151,8 @@ class Subspace:
             previous = module.__dict__.get(key)
             # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
             module.__dict__[key] = Entry(_entered_forward, self, module, previous)
+        for module, sites in self._holders.items():
+            compare_ahead(module, {name: self.coordinates[site.name] for name, site in sites.items()})
         self._with_bias = position_bias.layers_with_bias(self.model, self._holders)
         position_bias.enter(self._with_bias, self)
         self.reads.begin()

@@ -53,6 +53,7 @@ class MicroBatchLosses:
         num_items: Tensor | int | None,
         micro_batches: int,
         counts: bool = True,
+        labels_on_host: Tensor | None = None,
     ) -> tuple[Callable[[], Any], float | Tensor]:
         """Return the closure of a micro-batch's loss, and its weight.
 
@@ -62,6 +63,7 @@ class MicroBatchLosses:
             num_items: the step's number of labels, see Trainer; None if it is unknown.
             micro_batches: number of micro-batches of the step.
             counts: False if the loss leaves no metrics, as in a search before training.
+            labels_on_host: the labels on the CPU, if they were there before the batch was moved.
         """
         weight = self._weight(model, inputs, num_items, micro_batches)  # may change what the closure passes on
         calls = self._calls(model, num_items, counts)
@@ -69,7 +71,7 @@ class MicroBatchLosses:
         if calls.entries is not None and not self._knows_rows:
             self._find_rows(inputs, calls.entries)
         self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
-        return self._closure(model, inputs, num_items, calls), weight
+        return self._closure(model, inputs, num_items, calls, labels_on_host), weight
 
     def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
         """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""
@@ -88,7 +90,12 @@ class MicroBatchLosses:
         return LossCalls(compute_loss, self._trainer, self._detach_test, counts)
 
     def _closure(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, sequential: LossCalls
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        sequential: LossCalls,
+        labels_on_host: Tensor | None = None,
     ) -> Callable[[], Any]:
         """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
         trainer, unwrapped = self._trainer, self._unwrapped(model)
@@ -133,6 +140,7 @@ class MicroBatchLosses:
             self._checks,
             # Every chunk would draw the noise of the head again.
             divides=not isinstance(trainer.zo.subspace, Full),
+            labels_on_host=labels_on_host,
         )
 
     def _weight(

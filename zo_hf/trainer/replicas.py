@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from zo_hf import kernels
 from zo_hf.engine import ZerothOrder
@@ -22,11 +21,12 @@ from zo_hf.parallel.shards import is_sharded, is_sharded_model
 from zo_hf.quantization import stored_tensors
 from zo_hf.trainer.common_arguments import common_arguments, common_data, common_weights, name_of_checkpoint
 from zo_hf.trainer.fsdp import Sharding, fsdp_settings
+from zo_hf.trainer.host_batches import HostBatchTrainer
 from zo_hf.trainer.setup import grid_of
 from zo_hf.trajectory.header import weights_hash
 
 
-class ReplicaTrainer(Trainer):
+class ReplicaTrainer(HostBatchTrainer):
     """Overrides the hooks of Trainer that concern processes; every process holds the whole model, or shards of it.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.engine import ZerothOrder
@@ -97,7 +97,13 @@ class ServedLosses:
         _check_loss(trainer.model, model)
 
     def of(
-        self, model: Any, inputs: dict[str, Any], num_items: Any, micro_batches: int, counts: bool = True
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items: Any,
+        micro_batches: int,
+        counts: bool = True,
+        labels_on_host: Tensor | None = None,
     ) -> tuple[ServedLoss, float]:
         """Return the loss of a micro-batch, and its weight; the arguments are those of `MicroBatchLosses.of`."""
         trainer = self._trainer

@@ -44,6 +44,7 @@ from zo_hf.trainer.checkpoints import (
     check_saveable,
 )
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.host_batches import labels_on_host
 from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
@@ -414,9 +415,10 @@ class ZOTrainer(SavingTrainer):
                 "passes; call train(), or compute_loss for a loss alone."
             )
         self._root_mode.enter(model, self.model)
+        labels = labels_on_host(inputs)
         inputs = self._prepare_inputs(inputs)
         micro_batches = self.current_gradient_accumulation_steps
-        closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches)
+        closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches, labels_on_host=labels)
         if self.zo.at_start_of_step:
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):

@@ -1,0 +1,44 @@
+"""Batches that stay on the host until their step begins, where their labels can be read without a wait for the device.
+
+accelerate's data loader moves a batch to the device before anyone sees it. Trainer moves it as well, if it has not been
+moved, when a step begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+
+class HostBatchTrainer(Trainer):
+    """Overrides the hooks of Trainer that move batches, and what they count of the labels."""
+
+    args: Any
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return Trainer's data loader, which leaves batches on the host."""
+        dataloader = super().get_train_dataloader()
+        # A dispatcher sends the batches of the first process to the others, and needs them on the device.
+        if isinstance(dataloader, DataLoaderShard) and self.args.world_size == 1:
+            dataloader.device = None
+        return dataloader
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        are_here = all(labels_on_host(batch) is not None for batch in batch_samples)
+        count = super()._get_num_items_in_batch(batch_samples, torch.device("cpu") if are_here else device)
+        if not isinstance(count, Tensor) or count.device == device:
+            return count
+        # Not `to`, which copies from the host and waits.
+        return torch.full(count.shape, count.item(), dtype=count.dtype, device=device)
+
+
+def labels_on_host(batch: Any) -> Tensor | None:
+    """Return the labels of a batch if they are on the CPU; None if they are not, or if there are none."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels if isinstance(labels, Tensor) and labels.device.type == "cpu" else None
