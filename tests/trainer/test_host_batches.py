@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.conftest import causal_batch, seeded, tiny_opt
 from tests.trainer.runs import make_trainer, trained
+from zo_hf import ZOTrainer
 from zo_hf.evaluation import model_loss
 from zo_hf.trainer.host_batches import labels_on_host
 
@@ -19,6 +20,13 @@ def test_batches_stay_on_the_host(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, seeded(tiny_opt, num_hidden_layers=1))
     loader = trainer.get_train_dataloader()
     assert isinstance(loader, DataLoaderShard) and loader.device is None
+
+
+@pytest.mark.parametrize("method", ["get_batch_samples", "training_step", "_prepare_inputs"])
+def test_a_subclass_that_sees_a_batch_first_finds_it_on_the_device(method: str, tmp_path: Path) -> None:
+    kind = type("Own", (ZOTrainer,), {method: lambda self, *given: getattr(ZOTrainer, method)(self, *given)})
+    loader = make_trainer(tmp_path, seeded(tiny_opt, num_hidden_layers=1), kind).get_train_dataloader()
+    assert isinstance(loader, DataLoaderShard) and loader.device == torch.device("cpu")
 
 
 def test_labels_of_a_batch() -> None:

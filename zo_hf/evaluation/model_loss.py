@@ -199,7 +199,7 @@ class ModelLoss:
         if self._needs_chunks(copies):
             shares = self._sums_in_chunks(copies * groups, copies).view(copies, groups)
         else:
-            parts = self._logits(self._copied(copies)).chunk(copies)
+            parts = self._logits(copies).chunk(copies)
             shares = torch.stack([self._shares(part, groups) for part in parts])
         self._checks.grouped.add(layout)
         return shares * self._factor

@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+#: Methods of Trainer that get a batch before Trainer has moved it.
+_FIRST_WITH_BATCHES = ("get_batch_samples", "training_step", "_prepare_inputs")
+
 
 class HostBatchTrainer(Trainer):
     """Overrides the hooks of Trainer that move batches, and what they count of the labels."""
@@ -25,9 +28,15 @@ class HostBatchTrainer(Trainer):
         """Return Trainer's data loader, which leaves batches on the host."""
         dataloader = super().get_train_dataloader()
         # A dispatcher sends the batches of the first process to the others, and needs them on the device.
-        if isinstance(dataloader, DataLoaderShard) and self.args.world_size == 1:
+        is_alone = isinstance(dataloader, DataLoaderShard) and self.args.world_size == 1
+        if is_alone and not any(map(self._is_overridden, _FIRST_WITH_BATCHES)):
             dataloader.device = None
         return dataloader
+
+    def _is_overridden(self, method: str) -> bool:
+        """Return whether a method of Trainer is a subclass's own, which may compute with the model's device."""
+        owner = next(kind for kind in type(self).__mro__ if method in vars(kind))
+        return owner.__module__.split(".")[0] not in ("transformers", "zo_hf")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         are_here = all(labels_on_host(batch) is not None for batch in batch_samples)
