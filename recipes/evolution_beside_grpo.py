@@ -41,7 +41,7 @@ GENERATIONS = 8  # of GRPO, for each prompt
 RATES = {"evolution": (2e-3, 5e-3, 1e-2), "grpo": (1e-5, 3e-5, 1e-4)}
 STEPS = {"evolution": 4, "grpo": 1}  # for each of --steps
 EPS = 5e-3
-MEASUREMENTS = {"evolution": 12, "grpo": 6}  # in a run, after its beginning
+MEASUREMENTS = {"development": 1, "test": 8}  # in a run, after its beginning
 DEVELOPMENT = 10  # of the training names
 SPLITS = {
     "train": TRAIN_NAMES.split()[:-DEVELOPMENT],
@@ -109,7 +109,7 @@ class Measure(TrainerCallback):
     """
 
     def __init__(self, run: Run, tokenizer: Any) -> None:
-        self._every = math.ceil(run.steps / MEASUREMENTS[run.method])
+        self._every = math.ceil(run.steps / MEASUREMENTS[run.split])
         texts = prompts(" ".join(SPLITS[run.split]), run.rows, 1)["prompt"][:]
         self._inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         self._tokenizer = tokenizer

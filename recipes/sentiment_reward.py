@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from common.reward_runs import checkpoints, config, plot, run
+from common.sentiment_answers import as_prompts, exact_match
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from zo_hf import ZOConfig, ZOTrainer
@@ -51,19 +52,6 @@ OPTIONS: dict[bool, dict[str, Any]] = {
     False: {"zo_eps": 5e-3, "learning_rate": 5e-3},
     True: {"zo_eps": 1e-2, "learning_rate": 1e-2, "temperature": 2.0},
 }
-
-
-def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """Return 1 for the right word, and 0 for any other text."""
-    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
-
-
-def as_prompts(rows: Any, prompt: Prompt) -> Any:
-    """Return sentences as prompts, each with its right answer."""
-    return rows.map(
-        lambda row: {"prompt": prompt.fill(row["text"]), "answer": prompt.verbalizers[row["label"]]},
-        remove_columns=rows.column_names,
-    )
 
 
 def by_reward(
