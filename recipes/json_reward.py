@@ -52,7 +52,7 @@ def main() -> None:
             eval_steps=5,
             reward_weights=[1.0, 0.0, 0.0],
             zo_eps=5e-3,
-            learning_rate=5e-3,
+            learning_rate=1e-2,
             max_completion_length=TOKENS,
         ),
         train_dataset=prompts(TRAIN_NAMES, 4000, arguments.seed),

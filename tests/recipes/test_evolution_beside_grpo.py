@@ -29,7 +29,7 @@ def test_it_tunes_and_measures_both(model_folder: Path, tmp_path: Path, monkeypa
         recipe.main()
 
     monkeypatch.setattr(recipe.subprocess, "run", in_this_process)
-    argv = ["recipe", "--model", str(model_folder), "--steps", "2", "--tuning-steps", "1", "--rows", "4"]
+    argv = ["recipe", "--model", str(model_folder), "--steps", "2", "--rows", "4"]
     for _ in range(2):  # the second time, nothing runs
         monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", "--output", str(tmp_path)])
         recipe.main()
