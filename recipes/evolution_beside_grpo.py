@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 ANSWERS = 32
 GENERATIONS = 8  # of GRPO, for each prompt
-RATES = {"evolution": (2e-3, 5e-3, 1e-2, 2e-2), "grpo": (1e-5, 3e-5, 1e-4)}
+RATES = {"evolution": (2e-3, 5e-3, 1e-2), "grpo": (1e-5, 3e-5, 1e-4)}
 STEPS = {"evolution": 4, "grpo": 1}  # for each of --steps
 EPS = 5e-3
 MEASUREMENTS = {"development": 1, "test": 12}  # in a run, after its beginning

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=4, help="half of the population (%(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="reviews of a step (%(default)s)")
     parser.add_argument("--held-out", type=int, default=64, help="reviews that are answered at the end (%(default)s)")
-    parser.add_argument("--eps", type=float, default=3e-2, help="distance of the population (%(default)s)")
+    parser.add_argument("--eps", type=float, help="distance of the population (3e-2; with --reward, 2e-1)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of Adam (%(default)s)")
     parser.add_argument("--max-loras", type=int, default=8, help="the servers' --max-loras (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sentences and directions (%(default)s)")
@@ -89,7 +89,7 @@ def main() -> None:
         "max_steps": args.steps,
         "per_device_train_batch_size": args.rows,
         "zo_rows_per_direction": 0,
-        "zo_eps": args.eps,
+        "zo_eps": args.eps if args.eps is not None else 2e-1 if args.reward else 3e-2,
         "optim": "adamw_torch",
         "learning_rate": args.learning_rate,
         "save_steps": 10,
