@@ -8,8 +8,8 @@
     python recipes/evolution_beside_grpo.py --steps 2 --rows 16 --seeds 1   # a short look
 
 The task is that of json_reward.py: a reward for the form of a JSON answer. A step of either trainer has 32 answers: 16 prompts
-with a pair of members each, or 4 prompts with 8 answers each. EvolutionTrainer takes four times as many steps, because the same tokens cost it about a fifth of
-the time: the curves can be compared at equal tokens and at equal times. GRPO samples at temperature 1, and members of a population
+with a pair of members each, or 4 prompts with 8 answers each. EvolutionTrainer takes four times as many steps, because the same tokens cost it about a quarter
+of the time: the curves can be compared at equal tokens and at equal times. GRPO samples at temperature 1, and members of a population
 answer with their likeliest tokens, as either trainer does by default. Each trains once at every rate, and its likeliest answers
 are measured on prompts of a development split. The best rate of each trains again for every seed, and is measured on test
 prompts. Names of the three splits differ.
