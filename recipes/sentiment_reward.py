@@ -15,7 +15,7 @@ answered by a pair of members of its own. --output gets a folder for each run, w
 a plot of all runs.
 
 With --loss, ZOTrainer minimizes the cross entropy of the right word out of the whole vocabulary, with as many forward passes of
-as many rows, and with the options of `zo-hf train`.
+as many rows, and with the other options of `zo-hf train`.
 
 With --two-words, it reads "{review} It was" and can only generate " terrible" or " great". Without that restriction its word
 is always " a", and all rewards are 0.
@@ -45,6 +45,7 @@ SAVE_STEPS = 10
 EVAL_STEPS = 50
 WORDS = range(8, 13)  # of a sentence
 LONGEST = 64  # tokens of a prompt
+LOSS_RATE = 2e-5  # that of `zo-hf train`, 1e-4, diverges with a loss over the whole vocabulary
 
 #: Options without and with --two-words. One of the two words is far likelier for every review, so that no member ever
 #: takes the other one unless it samples.
@@ -82,7 +83,9 @@ def by_loss(
 
     return ZOTrainer(
         model,
-        ZOConfig(**RECIPE | checkpoints(SAVE_STEPS) | options | {"output_dir": str(output)}),
+        ZOConfig(
+            **RECIPE | checkpoints(SAVE_STEPS) | options | {"output_dir": str(output), "learning_rate": LOSS_RATE}
+        ),
         train_dataset=encoded(sentences.train),
         eval_dataset=encoded(sentences.held_out),
         data_collator=LabelWordCollator(tokenizer, model),
