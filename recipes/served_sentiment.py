@@ -5,13 +5,15 @@
 """Teach SmolLM2-135M sentiment with a serving engine as the forward pass: a population of LoRA adapters on vLLM.
 
     python recipes/served_sentiment.py --server http://127.0.0.1:8000               # continues if interrupted
+    python recipes/served_sentiment.py --server http://127.0.0.1:8000 --reward      # by a reward for the generated word
     python recipes/served_sentiment.py --server http://127.0.0.1:8000 --noise 100   # how exact its c are, and no training
 
 docs/guides/serving.md says how to start the server.
 
 The model reads "Review: {review}", "Sentiment:", and learns the next word, " negative" or " positive". Each step takes the
-losses of a population on one batch of reviews. Before and after, the server itself answers held-out reviews with the
-adapter. Without --server, this process evaluates the population.
+losses of a population on one batch of reviews. With --reward, the population answers the reviews, and a member gets 1 for the
+right word and 0 for any other. Before and after, the server itself answers held-out reviews with the adapter. Without
+--server, this process evaluates the population.
 
 With --noise N, it compares c along N directions with this process, at several distances.
 """
@@ -25,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.sentiment_answers import as_prompts, exact_match
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from zo_hf import ZerothOrder, ZOConfig, ZOTrainer
 from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.rewards import EvolutionConfig, EvolutionTrainer
 from zo_hf.serving import ServedModel, Servers
 from zo_hf.serving.losses import ServedLoss
 from zo_hf.tasks.assets import default_model
@@ -54,10 +58,11 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=4, help="half of the population (%(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="reviews of a step (%(default)s)")
     parser.add_argument("--held-out", type=int, default=64, help="reviews that are answered at the end (%(default)s)")
-    parser.add_argument("--eps", type=float, default=3e-2, help="distance of the population (%(default)s)")
+    parser.add_argument("--eps", type=float, help="distance of the population (3e-2; with --reward, 2e-1)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of Adam (%(default)s)")
     parser.add_argument("--max-loras", type=int, default=8, help="the servers' --max-loras (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sentences and directions (%(default)s)")
+    parser.add_argument("--reward", action="store_true", help="learn from a reward for the generated word")
     parser.add_argument("--noise", type=int, help="number of directions along which to compare c")
     distances = [1e-3, 1e-2, 3e-2, 1e-1]
     parser.add_argument("--distances", type=float, nargs="+", default=distances, help="of --noise (%(default)s)")
@@ -78,31 +83,33 @@ def main() -> None:
     prompts = [encode_prompt(tokenizer, PROMPT_B, text, LONGEST) for text in sentences.held_out["text"]]
     right = [words[label] for label in sentences.held_out["label"]]
 
-    trainer = ZOTrainer(
-        model,
-        ZOConfig(
-            str(args.output),
-            server_url=args.server,
-            **({"server_max_loras": args.max_loras} if args.server else {}),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.rows,
-            zo_num_directions=args.directions,
-            zo_rows_per_direction=0,
-            zo_eps=args.eps,
-            optim="adamw_torch",
-            learning_rate=args.learning_rate,
-            save_steps=10,
-            save_only_trajectory=True,
-            logging_steps=5,
-            use_cpu=True,
-            report_to=[],
-            seed=args.seed,
-        ),
-        train_dataset=Dataset.from_list(train),
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[StepTimes()],
-    )
+    options: dict[str, Any] = {
+        "output_dir": str(args.output),
+        "server_url": args.server,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.rows,
+        "zo_rows_per_direction": 0,
+        "zo_eps": args.eps if args.eps is not None else 2e-1 if args.reward else 3e-2,
+        "optim": "adamw_torch",
+        "learning_rate": args.learning_rate,
+        "save_steps": 10,
+        "save_only_trajectory": True,
+        "logging_steps": 5,
+        "use_cpu": True,
+        "report_to": [],
+        "seed": args.seed,
+    }
+    if args.server:
+        options["server_max_loras"] = args.max_loras
+    common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [StepTimes()]}
+    trainer: ZOTrainer
+    if args.reward:
+        data = as_prompts(sentences.train, PROMPT_B)
+        evolution = EvolutionConfig(**options, population=2 * args.directions, max_completion_length=1)
+        trainer = EvolutionTrainer(model, exact_match, evolution, train_dataset=data, **common)
+    else:
+        config = ZOConfig(**options, zo_num_directions=args.directions)
+        trainer = ZOTrainer(model, config, train_dataset=Dataset.from_list(train), data_collator=collate, **common)
     results: dict[str, Any] = {}
     if args.server:
         results["before"] = answered(trainer, prompts, right)

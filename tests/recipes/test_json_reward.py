@@ -22,6 +22,7 @@ def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkey
     assert results["steps"] == 5 and results["log"][0]["step"] == 5
     for when in ("before", "after"):
         assert set(results[when]) == {"form", "parses", "is_right"} and not results[when]["parses"]
+    assert results["curve"] == [[0, 0.0], [5, 0.0]] and (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize(

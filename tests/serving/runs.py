@@ -26,6 +26,7 @@ def lora(**options: Any) -> nn.Module:
 def make(folder: Path | str, url: Any = None, model: nn.Module | None = None, **options: Any) -> ZOTrainer:
     """A trainer of losses, with or without servers."""
     options = {"zo_fold_steps": None, "zo_num_directions": 2, "learning_rate": 1e-1, "max_steps": 3} | options
+    options = {"zo_eps": 1e-2} | options  # the default is another one with servers
     options |= {"zo_rows_per_direction": 0, "per_device_train_batch_size": 4}
     if url is not None:
         options = {"server_url": url, "server_max_loras": 2, "server_timeout": 30.0} | options

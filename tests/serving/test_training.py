@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,10 @@ def test_a_row_that_is_too_long_is_refused_before_it_is_sent(tmp_path: Path) -> 
         trainer = make(tmp_path, short.url)
         with pytest.raises(RuntimeError, match="a row has 13 tokens with what is generated, and the servers take 12"):
             trainer.train()
+
+
+def test_servers_get_a_larger_distance_unless_one_is_given(tmp_path: Path) -> None:
+    config = make(tmp_path, zo_eps="auto").args
+    assert config.settings().eps is None  # the subspace's
+    assert replace(config, server_url="http://127.0.0.1:8000").settings().eps == 1e-1
+    assert replace(config, server_url="http://127.0.0.1:8000", zo_eps=3e-2).settings().eps == 3e-2

@@ -63,7 +63,7 @@ class EstimatorOptions(Options):
         None,
         "Distance of a probe along the direction. auto takes MeZO's values. They are 1e-3 for weights (low_rank, full, "
         "and PEFT methods that train weights) and 1e-2 for LoRA, DoRA, IA3 and other adapters. They are 1e-1 for prefixes "
-        "and prompts.",
+        "and prompts. With server_url, auto is 1e-1, because servers in bfloat16 resolve no less.",
         Real(0, LONGEST_PROBE, above=True, also=(None,)),
         "use 'auto' for the subspace's default",
     )

@@ -17,6 +17,9 @@ from zo_hf.trainer.argument_values import check_arguments
 
 _OF_SETTINGS = {setting.name: setting for setting in fields(Settings)}
 _AUTO = "auto"
+#: Distance of a probe that servers evaluate: at that of other LoRA adapters, 1e-2, a server in bfloat16 rounds most of c away
+#: (docs/guides/serving.md).
+SERVED_EPS = 1e-1
 
 
 def _setting(name: str, **default: Any) -> Any:
@@ -191,13 +194,15 @@ class ZOConfig(Seq2SeqTrainingArguments):
         """
         values = {name: getattr(self, f"zo_{name}") for name in _OF_SETTINGS if name != "seed"}
         eps = number_or_auto("zo_eps", values["eps"])
+        if eps in (None, _AUTO):
+            eps = None if self.server_url is None else SERVED_EPS
         rows = values["rows_per_direction"]
         if isinstance(rows, str) and rows.isdecimal():  # from the command line
             values["rows_per_direction"] = int(rows)
         is_auto = isinstance(self.zo_direction, str) and self.zo_direction == _AUTO
         if is_auto:
             values["direction"] = _OF_SETTINGS["direction"].default
-        settings = Settings(**values | {"eps": None if isinstance(eps, str) else eps, "seed": self.seed})
+        settings = Settings(**values | {"eps": eps, "seed": self.seed})
         case = Case(settings, vars(self))
         if settings.rows_per_direction == _AUTO and not rows_per_direction(case):
             return replace(settings, rows_per_direction=0)
