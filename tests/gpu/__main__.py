@@ -25,6 +25,10 @@ WITH_KERNELS: Mapping[str, Sequence[Case]] = {
         Case("OPT-1.3B", {}, folds=True, kernels=True),
         Case("Llama-8B", {}, folds=True, kernels=True),
     ],
+    "`low_rank`, a direction for every row, kernels": [
+        Case("OPT-125M", {}, rows=True, kernels=True),
+        Case("Llama-8B", {}, rows=True, kernels=True),
+    ],
     "`full`, Gaussian, kernels": [Case("OPT-125M", {"subspace": "full"}, kernels=True)],
     "`full`, Rademacher, kernels": [Case("OPT-125M", SIGNS, kernels=True), Case("Llama-8B", SIGNS, kernels=True)],
 }

@@ -116,11 +116,10 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
 
     inputs, labels = batch(), last_labels()
     # The rows of all probes, as in a step.
-    both = {k: v.repeat(1 if case.rows else 2, 1) for k, v in inputs.items() if k != "labels"}
+    both = {k: v.repeat(2, 1) for k, v in inputs.items() if k != "labels"}
     where = torch.tensor([LENGTH - 2], device=CUDA)
-    passes = 2 if case.rows else 1  # one for each sign
-    count("forward", lambda: [model(**both, use_cache=False, logits_to_keep=where) for _ in range(passes)])
-    options = {"subspace": "low_rank", "rows_per_direction": int(case.rows), "batched_probes": not case.rows}
+    count("forward", lambda: model(**both, use_cache=False, logits_to_keep=where))
+    options = {"subspace": "low_rank", "rows_per_direction": int(case.rows), "batched_probes": True}
     zo = ZerothOrder(model, **options | dict(case.settings))
     if zo.row_groups is not None:
         zo.row_groups.works = True  # the first batch decides by values
