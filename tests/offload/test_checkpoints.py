@@ -58,6 +58,7 @@ def test_an_adapter_resumes(tmp_path: Path) -> None:
 def test_the_log_replays_on_the_disk_and_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = saved(tmp_path / "base", dtype=torch.bfloat16)
     trainer = trained(tmp_path / "run", on_disk(base), save_strategy="steps", save_steps=8, **RUN)
+    caplog.clear()  # what the run has said, if another test lets it speak
     with caplog.at_level(logging.WARNING, "zo_hf"):
         used = on_disk(base)
         with torch.no_grad():

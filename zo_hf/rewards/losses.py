@@ -38,7 +38,13 @@ class RewardLosses:
         self.metrics: RewardMetrics = trainer.new_metrics()
 
     def of(
-        self, model: Any, inputs: dict[str, Any], num_items: Any, micro_batches: int, counts: bool = True
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        num_items: Any,
+        micro_batches: int,
+        counts: bool = True,
+        labels_on_host: Tensor | None = None,
     ) -> tuple[PopulationLoss, float]:
         """Return the loss of a micro-batch, and its weight.
 
@@ -48,6 +54,7 @@ class RewardLosses:
             num_items: unused.
             micro_batches: number of micro-batches of the step.
             counts: unused.
+            labels_on_host: unused.
         """
         self._micro_batch = 0 if self._trainer.zo.at_start_of_step else self._micro_batch + 1
         grid, each = self._ranks.grid, self._trainer._train_batch_size
