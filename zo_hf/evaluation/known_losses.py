@@ -28,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
+from zo_hf.subspaces.functional import HALF, to_float
+
 IGNORED = -100
 
 # transformers derives the loss from the class name, and falls back to the causal loss for these names.
@@ -49,6 +51,9 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
+
+#: Losses that transformers computes in the dtype of the logits; it makes float32 of the logits of the others.
+IN_DTYPE_OF_LOGITS: tuple[Callable, ...] = (ForSequenceClassificationLoss, mean_cross_entropy)
 
 #: Losses that are a mean over the labels of a batch, and ignore `num_items_in_batch`.
 MEANS: tuple[Callable, ...] = (ForSequenceClassificationLoss, ForTokenClassification, mean_cross_entropy)
@@ -140,7 +145,7 @@ def shares_of_groups(
 ) -> Tensor:
     """Return the shares of groups in `known_loss`, (groups,): equal groups of consecutive rows, or of positions.
 
-    The other arguments are those of `known_loss`. Half-precision logits of tokens are summed in float32.
+    The other arguments are those of `known_loss`. Losses of half-precision logits are computed in float32.
 
     Args:
         groups: the number of groups.
@@ -150,6 +155,8 @@ def shares_of_groups(
     config = model.config
     if kind is ForSequenceClassificationLoss:
         labels = inputs["labels"].to(logits.device)
+        if logits.dtype in HALF:
+            labels, logits = to_float(labels), logits.float()
         if config.problem_type is None:
             ForSequenceClassificationLoss(labels, logits, config)  # decides on the type of the whole batch
         parts = zip(labels.chunk(groups), logits.chunk(groups), strict=True)

@@ -23,10 +23,10 @@ from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation import chunked_head
 from zo_hf.evaluation.chunked_head import ChunkedHead
 from zo_hf.evaluation.known_losses import (
+    IN_DTYPE_OF_LOGITS,
     divisor_of,
     known_loss,
     loss_kind,
-    mean_cross_entropy,
     shares_of_groups,
     sums_of_groups,
     targets_of,
@@ -35,6 +35,7 @@ from zo_hf.evaluation.labeled_positions import labeled_positions
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import same_but_for_order
 from zo_hf.offload import computing_devices
+from zo_hf.subspaces.functional import HALF, to_float
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
 _WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -48,7 +49,7 @@ class LossChecks:
         is_known: True if the model's loss is the known function; None before the first comparison.
         layouts: which inputs carry the rows, for every kind of batch that has been evaluated in one forward pass.
         grouped: the same for batches whose loss came apart by rows.
-        sums_in_half: True for an encoder-decoder that sums its loss in half precision, where differences are lost.
+        sums_in_half: True for a model that computes its loss in half precision, where differences are lost.
         in_chunks: True if the losses of tokens may be computed in chunks; None before the first batch that needs it.
     """
 
@@ -111,7 +112,7 @@ class ModelLoss:
             return self._first()
         if self._checks.is_known and self._checks.sums_in_half:
             _, _, logits = self._seen()
-            return self._loss(logits.float()) * self._factor
+            return self._loss(logits) * self._factor
         return self._sequential(dict(self._inputs))
 
     def _first(self) -> Tensor:
@@ -122,7 +123,7 @@ class ModelLoss:
             self._checks.is_known = same_but_for_order(own, self._loss(logits))
             self._note_precision(own)
             if self._checks.is_known and self._checks.sums_in_half:
-                return self._loss(logits.float()) * self._factor
+                return self._loss(logits) * self._factor
         except Exception:  # a model that takes logits_to_keep, and then compares their number with all labels
             self._checks.is_known = False
         if loss is not None and (self._checks.is_known or "logits_to_keep" not in self._inputs):
@@ -155,9 +156,7 @@ class ModelLoss:
         if self._needs_chunks(copies):
             losses = self._sums_in_chunks(copies, copies)
         else:
-            parts = self._logits(copies=copies).chunk(copies)
-            if self._checks.sums_in_half:
-                parts = tuple(part.float() for part in parts)
+            parts = self._logits(copies).chunk(copies)
             losses = torch.stack([self._loss(part) for part in parts])
         self._checks.layouts.add(layout)
         return losses if self._factor == 1 else losses * self._factor
@@ -268,12 +267,15 @@ class ModelLoss:
 
     def _note_precision(self, own: Tensor) -> None:
         """Note whether differences of the model's own loss, (), are lost in its dtype."""
-        is_half = own.dtype in (torch.float16, torch.bfloat16)
-        self._checks.sums_in_half = is_half and loss_kind(self._model) is mean_cross_entropy
+        is_half = own.dtype in HALF
+        self._checks.sums_in_half = is_half and loss_kind(self._model) in IN_DTYPE_OF_LOGITS
 
     def _loss(self, logits: Tensor) -> Tensor:
         """Return the loss of one probe from its logits, (rows, ...)."""
-        return known_loss(self._model, logits, self._inputs, self._num_items)
+        inputs = self._inputs
+        if self._checks.sums_in_half:
+            logits, inputs = logits.float(), {**inputs, "labels": to_float(inputs["labels"])}
+        return known_loss(self._model, logits, inputs, self._num_items)
 
     def _separable_layout(self, evaluated: set[tuple[tuple[str, bool], ...]]) -> tuple[tuple[str, bool], ...]:
         """Return which inputs carry the rows.
