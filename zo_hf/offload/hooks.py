@@ -122,7 +122,7 @@ def check_values(model: nn.Module) -> None:
     if weights:
         raise ValueError(
             f"{missing} was made for a layer whose weights device_map offloads, and has no value; wrap the model with "
-            "zo_hf.offload.get_peft_model, which takes the arguments of PEFT's."
+            "zo_hf.offload.get_peft_model, which takes the arguments of PEFT's, and add no adapter later."
         )
     raise ValueError(
         f"{missing} is on the meta device and has no value; load the model by from_pretrained, with device_map=... and "
