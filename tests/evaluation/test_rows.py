@@ -271,7 +271,7 @@ def logged_run(folder: Path, **options: Any) -> list[float]:
         ({"zo_direction": "sphere"}, 0),
         ({"zo_direction": "layers"}, 0),
         ({"zo_stability_steps": 2}, 1),
-        ({"zo_batched_probes": True}, 0),
+        ({"zo_batched_probes": True}, 1),
     ],
 )
 def test_auto_takes_a_direction_for_every_row_where_the_method_allows_it(

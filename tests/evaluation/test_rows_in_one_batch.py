@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
+from tests.evaluation.test_packed_rows import flat, sentences
 from tests.evaluation.test_rows import EPS, MODELS, ROWS, SUBSPACES, loss_of
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import logged, trained, with_lora
@@ -92,6 +93,14 @@ def test_a_loss_of_rows_that_cannot_be_repeated_is_refused() -> None:
         zo.estimate(lambda: RowLosses(model(causal_batch(ROWS)["input_ids"]).logits.mean((1, 2))))
 
 
+def test_packed_sequences_cannot_be_repeated_with_directions_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(tiny_llama)
+    zo = ZerothOrder(model, eps=EPS, seed=0, rows_per_direction=1, batched=True)
+    with caplog.at_level(logging.WARNING):
+        assert len(zo.estimate(loss_of(model, flat(sentences()))).projected_gradients) == 1
+    assert "all rows of a step share its directions: sequences with directions of their own are packed" in caplog.text
+
+
 def test_a_batch_that_fails_in_one_pass_is_evaluated_in_two(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +152,24 @@ class TestAuto:
         with caplog.at_level(logging.INFO):
             assert self.rows_of_passes()[-1] == ROWS
         assert "chose False: in one batch the losses differ by" in caplog.text
+
+    def test_processes_with_different_batches_ask_each_other_as_often(self, launches: dict[str, str | None]) -> None:
+        """Else one of them would wait forever, where the first row of another holds several sequences."""
+        asked = []
+        for batch in (flat(sentences()), causal_batch(ROWS)):
+            model = seeded(tiny_llama)
+            zo = ZerothOrder(model, eps=EPS, seed=0, rows_per_direction=1)
+            answers: list[bool] = []
+
+            def ask(answer: torch.Tensor, answers: list[bool] = answers) -> bool:
+                answers.append(bool(answer))
+                return False  # the other process cannot
+
+            zo.evaluator.all_reduce_and = ask
+            zo.estimate(loss_of(model, batch))
+            assert zo.evaluator.batched is False
+            asked.append(answers)
+        assert asked == [[False], [True]]
 
     def test_the_budget_pays_for_the_comparison(self, launches: dict[str, str | None], tmp_path: Path) -> None:
         run = trained(tmp_path, zo_max_forward_passes=7 + 2 * 3, max_steps=-1)

@@ -16,7 +16,10 @@ from tests.trainer.runs import trained
 from zo_hf import ZerothOrder, checkpoint, kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import auto_direction
+from zo_hf.directions import Gaussian, Rademacher
+from zo_hf.directions.distributions import DrawnByKernels
 from zo_hf.estimators.estimate import Estimate
+from zo_hf.rng import Stream
 from zo_hf.settings import Settings
 from zo_hf.subspaces import per_group
 from zo_hf.subspaces.factors import Factors
@@ -77,6 +80,46 @@ def test_full_steps_along_signs_agree() -> None:
         assert here.projected_gradients == pytest.approx(there.projected_gradients, rel=1e-3, abs=1e-4)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-5)
+
+
+class Larger(Gaussian):
+    """Three times the numbers of its base; the class that has kernels draws others."""
+
+    name = "larger"
+
+    def draw_slice(self, stream: Stream, name: str, start: int, values: torch.Tensor) -> torch.Tensor:
+        return 3.0 * super().draw_slice(stream, name, start, values)
+
+
+class Opposite(Rademacher):
+    """The other sign."""
+
+    name = "opposite"
+
+    @staticmethod
+    def decode(packed: torch.Tensor) -> torch.Tensor:
+        return -Rademacher.decode(packed)
+
+
+@pytest.mark.parametrize("kind", [Larger, Opposite])
+def test_a_class_that_derives_from_one_with_kernels_moves_along_what_it_probed(
+    kind: type[DrawnByKernels], chosen: None
+) -> None:
+    layer, x, outputs = nn.Linear(32, 4, bias=False).to(DEVICE), torch.eye(32, device=DEVICE), []
+    layer.weight.data.zero_()
+    zo = ZerothOrder(layer, "full", direction=kind(), kernels="triton", eps=1.0, max_projected_grad=0.0, seed=0)
+    optimizer = sgd(zo, lr=1.0)
+
+    def loss() -> torch.Tensor:
+        outputs.append(layer(x).detach())
+        return outputs[-1].sum()
+
+    (c,) = zo.estimate(loss).projected_gradients
+    optimizer.step()
+    kernels.choose("torch", DEVICE)
+    z = kind().draw_slice(Stream(0, 0, 0), "weight", 0, layer.weight.detach().flatten()).view(4, 32)
+    torch.testing.assert_close((outputs[0] - outputs[1]).t() / 2, z)
+    torch.testing.assert_close(-layer.weight.detach() / c, z)
 
 
 class Loss:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import assert_same_bits, causal_batch, weights_of
 from tests.offload.models import as_arrays, in_memory, on_disk, saved, values_of
 from tests.offload.test_training import RUN, lora
 from tests.parallel.launch import Running
 from tests.trainer.runs import SaveAt, logged, make_trainer, trained
-from zo_hf.offload import OffloadedWeight, get_peft_model
+from zo_hf.offload import OffloadedWeight, get_peft_model, whole_state_dict
 from zo_hf.trajectory import replay
 
 
@@ -42,17 +44,26 @@ def test_a_checkpoint_has_the_files_of_one_in_memory_and_resumes_with_the_same_b
             assert_same_bits(values_of(resumed.model), weights_of(plain.model))
 
 
-def test_an_adapter_resumes(tmp_path: Path) -> None:
+def prompt(model: nn.Module, wrap: Any) -> nn.Module:
+    from peft import PromptTuningConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return wrap(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("adapter", [lora, prompt])
+def test_an_adapter_resumes(tmp_path: Path, adapter: Any) -> None:
     base = saved(tmp_path / "base")
     more = {"callbacks": [SaveAt(5)]}
-    whole = trained(tmp_path / "whole", lora(on_disk(base), get_peft_model), more=more, **RUN)
+    whole = trained(tmp_path / "whole", adapter(on_disk(base), get_peft_model), more=more, **RUN)
     resumed = trained(
         tmp_path / "resumed",
-        lora(on_disk(base), get_peft_model),
+        adapter(on_disk(base), get_peft_model),
         resume=str(tmp_path / "whole" / "checkpoint-5"),
         **RUN,
     )
-    assert_same_bits(values_of(resumed.model), values_of(whole.model))
+    assert_same_bits(whole_state_dict(resumed.model), whole_state_dict(whole.model))
 
 
 def test_the_log_replays_on_the_disk_and_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.conftest import tiny_opt
 from tests.offload.models import on_disk, saved
@@ -29,6 +29,16 @@ def half_tied(base: Path) -> Any:
     everything = {"model.decoder.embed_tokens": "cpu", "model.decoder.embed_positions": "cpu"}
     everything |= {"model.decoder.layers": "cpu", "model.decoder.final_layer_norm": "cpu", "lm_head": "disk"}
     return on_disk(base, everything)
+
+
+def with_a_new_head(base: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(
+        base, device_map={"": "disk"}, offload_folder=base.parent / "offload", num_labels=2
+    )
+
+
+def with_adapter(kind: type[peft.PeftConfig] = peft.LoraConfig, **options: Any) -> Callable[[Path], Any]:
+    return lambda base: get_peft_model(on_disk(base), kind(task_type="CAUSAL_LM", **options))
 
 
 def a_subspace_that_writes(base: Path) -> None:
@@ -54,9 +64,17 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "zo_hf.offload.get_peft_model",
         lambda base: make_trainer(base.parent / "run", lora(on_disk(base), peft.get_peft_model)),
     ),
-    "an adapter made of the weights": (
-        "init_lora_weights",
-        lambda base: get_peft_model(on_disk(base), peft.LoraConfig(target_modules=["fc1"], use_dora=True)),
+    "DoRA": ("init_lora_weights", with_adapter(target_modules=["fc1"], use_dora=True)),
+    "factors of the weights": ("init_lora_weights", with_adapter(target_modules=["fc1"], init_lora_weights="pissa")),
+    "biases that move": ("bias", with_adapter(target_modules=["fc1"], bias="all")),
+    "a copy of a module": (
+        "modules_to_save",
+        with_adapter(target_modules=["fc1"], modules_to_save=["final_layer_norm"]),
+    ),
+    "a prefix": ("device_map", with_adapter(peft.PrefixTuningConfig, num_virtual_tokens=2)),
+    "a head without values": (
+        "score.weight",
+        lambda base: make_trainer(base.parent / "run", with_a_new_head(base)),
     ),
     "half of a tied pair": ("lm_head.weight", lambda base: make_trainer(base.parent / "run", half_tied(base))),
 }

@@ -126,6 +126,21 @@ def test_an_adapter_around_them_does(tmp_path: Path, way: str) -> None:
     assert_same_bits(weights_of(again), weights_of(plain.model))
 
 
+def test_an_adapter_of_a_parameter_does(tmp_path: Path) -> None:
+    """PEFT computes such a parameter anew inside of the layer, which then holds no tensor of its name."""
+    import peft
+
+    base, ends = saved(tmp_path / "base", tiny_mixtral), []
+    for way, wrap in ((in_memory, peft.get_peft_model), (on_disk, get_peft_model)):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+            model = wrap(way(base), config)
+        ends.append(trained(tmp_path / way.__name__, model, **RUN))
+    assert logged(ends[1], "loss") == logged(ends[0], "loss")
+    assert_same_bits(values_of(ends[1].model), weights_of(ends[0].model))
+
+
 def test_an_adapter_that_was_offloaded_comes_into_memory(tmp_path: Path) -> None:
     import peft
     from accelerate import disk_offload

@@ -40,6 +40,11 @@ class Elementwise(Distribution):
         """Turn packed blocks, int64 of shape (n, 2), into float32 of shape (n * elements_per_block,)."""
         raise NotImplementedError
 
+    @property
+    def has_kernels(self) -> bool:
+        """True if kernels draw it; a class that derives from a named distribution may draw other numbers."""
+        return DrawnByKernels in type(self).__bases__
+
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
         return layout.draw(stream, self)
 
@@ -63,13 +68,18 @@ class DrawnByKernels(Elementwise):
         """Return the values of 16 random bits, (65536,), in a floating dtype; None if every bit is a sign."""
         raise NotImplementedError
 
+    @property
+    def has_kernels(self) -> bool:
+        """True if kernels draw it; a class that derives from a named distribution may draw other numbers."""
+        return DrawnByKernels in type(self).__bases__
+
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
         return self.draw_layouts([stream], layout, coordinates)[0]
 
     def draw_layouts(
         self, streams: Sequence[Stream], layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]
     ) -> Sequence[Tensor]:
-        if not kernels.run_on(layout.device):
+        if not (self.has_kernels and kernels.run_on(layout.device)):
             return super().draw_layouts(streams, layout, coordinates)
         from zo_hf.kernels.layout_noise import layout_noise
 
@@ -77,7 +87,7 @@ class DrawnByKernels(Elementwise):
         return layout_noise(*layout.units(), keys, self.table(layout.device)).unbind()
 
     def draw_slice(self, stream: Stream, name: str, start: int, values: Tensor) -> Tensor:
-        if not kernels.run_on(values.device):
+        if not (self.has_kernels and kernels.run_on(values.device)):
             return super().draw_slice(stream, name, start, values)
         from zo_hf.kernels.slice_noise import slice_noise
 

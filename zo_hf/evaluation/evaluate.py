@@ -215,15 +215,10 @@ class ProbeEvaluator:
         Returns:
             The losses of the way that is chosen, (probes, ...).
         """
-        problem = evaluation.why_not_batchable
-        if problem is not None:
-            self._choose(False, problem)
+        problem = evaluation.why_not_batchable or free_memory.why_too_large(evaluation.device, len(expected))
+        if not self.all_reduce_and(torch.tensor(problem is None, device=expected.device)):
+            self._choose(False, problem or "another process has another loss, or lacks the memory")
             return expected
-        if free_memory.can_say(evaluation.device):
-            problem = free_memory.why_too_large(evaluation.device, len(expected))
-            if not self.all_reduce_and(torch.tensor(problem is None, device=expected.device)):
-                self._choose(False, problem or "another process lacks the memory")
-                return expected
         after = None if evaluation.generators is None else GlobalGenerators.now(evaluation.device)
         try:
             actual = evaluation.batched()

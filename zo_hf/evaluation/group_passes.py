@@ -99,6 +99,8 @@ class GroupPasses:
     @property
     def why_not_batchable(self) -> str | None:
         """Why one forward pass cannot have all probes, as far as the loss tells; None if it may."""
+        if isinstance(self._closure, PackedLoss):
+            return "sequences with directions of their own are packed into its rows"
         return None if isinstance(self._closure, BatchableByGroups) else "the loss is not the model's own"
 
     def batched(self) -> Tensor:
@@ -108,7 +110,7 @@ class GroupPasses:
             NotBatchable: the model or the loss cannot do it, or the loss has drawn random numbers.
         """
         if not isinstance(self._closure, BatchableByGroups):
-            raise NotBatchable("the loss is not the model's own")
+            raise NotBatchable(self.why_not_batchable)
         if self.generators is not None:
             self.generators.restore()
         points = [point for probe in self._probes for point in self.points(probe)]

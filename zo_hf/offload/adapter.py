@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from zo_hf.offload.hooks import offload_hook, offloaded_weights, put
 from zo_hf.offload.weight import OffloadedWeight
 
+_WAY_OUT = (
+    "use LoRA with init_lora_weights=True and without DoRA, bias, modules_to_save and trainable_token_indices, or load the "
+    "model without offloading"
+)
+
 
 def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
     """Return a model of PEFT around a model with offloaded weights; the adapter's weights are on the device that computes.
@@ -24,16 +29,25 @@ def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
         options: more arguments of `peft.get_peft_model`.
 
     Raises:
-        ValueError: the adapter would be made of the values of offloaded weights; the message says what to use instead.
+        ValueError: the adapter would be made of offloaded weights, or would move them; the message says what to use instead.
     """
     import peft
 
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if peft_config.peft_type == peft.PeftType.PREFIX_TUNING and devices and devices <= {"cpu", "disk"}:
+        raise ValueError(
+            "PEFT puts a prefix on a device that device_map names beside 'cpu' and 'disk', and it names none; use prompt "
+            "tuning, or let device_map keep a module on the device that computes."
+        )
     stand_ins = {weight: _stand_in(weight) for weight in offloaded_weights(model).values()}
     try:
         for weight, stand_in in stand_ins.items():
             for place in weight.places:
                 put(*place, stand_in)
-        wrapped = peft.get_peft_model(model, peft_config, **options)  # type: ignore[arg-type]
+        try:
+            wrapped = peft.get_peft_model(model, peft_config, **options)  # type: ignore[arg-type]
+        except RuntimeError as error:  # of a decomposition, for example
+            raise ValueError(f"PEFT makes this adapter of weights that are offloaded; {_WAY_OUT}.") from error
         for weight, stand_in in stand_ins.items():  # PEFT has frozen them
             weight.placeholder.requires_grad_(stand_in.requires_grad)
     finally:
@@ -41,11 +55,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
             for place in weight.places:
                 put(*place, weight.placeholder)
     for name, parameter in wrapped.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise ValueError(
-                f"{name} is made of weights that are offloaded; use init_lora_weights=True without DoRA, or load the model "
-                "without offloading."
-            )
+        if parameter.requires_grad and (parameter.is_meta or not bool(parameter.isfinite().all())):
+            raise ValueError(f"{name} is offloaded, or made of weights that are; {_WAY_OUT}.")
     return wrapped
 
 

@@ -48,7 +48,8 @@ class Block:
     @property
     def is_held(self) -> bool:
         """True if the modules hold the values, as during the forward of the block, or of one around it."""
-        return not any(held(*place).is_meta for place, _ in self._places)
+        tensors = [held(*place) for place, _ in self._places]
+        return not any(tensor is not None and tensor.is_meta for tensor in tensors)
 
     def hold(self, values: Sequence[Tensor]) -> None:
         """Let the modules hold values, one for each of `weights`."""

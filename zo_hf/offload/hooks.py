@@ -49,7 +49,8 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
     one. A call outside of a forward pass puts back those that were there at the first call.
 
     Raises:
-        ValueError: a weight is offloaded, and a weight that is tied to it is not; the message names both.
+        ValueError: a weight is offloaded, and a weight that is tied to it is not, or it has no value where accelerate reads
+            it; the message names them.
     """
     hooks = {module: hook for module in model.modules() if (hook := offload_hook(module)) is not None}
     if not hooks:
@@ -70,18 +71,24 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
                 other_table[other_name].places += table[name].places
                 table[name] = other_table[other_name]
     named = {name: table[local] for name, (table, local) in tables.items()}
-    for weight in named.values():
+    for name, weight in named.items():
+        if not weight.has_value:
+            raise ValueError(
+                f"{name} is not in the files of the model, and device_map offloads it to the disk; give it 'cpu' or the device "
+                "that computes in device_map."
+            )
         for module, attribute in weight.places:
             put(module, attribute, weight.placeholder)
     return named
 
 
-def held(module: nn.Module, attribute: str) -> Tensor:
-    """Return what a module holds as its parameter or buffer of this name, without a class's own way to read it."""
+def held(module: nn.Module, attribute: str) -> Tensor | None:
+    """Return what a module holds as its parameter or buffer of this name, without a class's own way to read it.
+
+    It holds nothing there while the parameter is computed from another one, see `torch.nn.utils.parametrize`.
+    """
     parameter = module._parameters.get(attribute)
-    value = module._buffers[attribute] if parameter is None else parameter
-    assert value is not None
-    return value
+    return module._buffers.get(attribute) if parameter is None else parameter
 
 
 def put(module: nn.Module, attribute: str, tensor: Tensor) -> None:
@@ -115,7 +122,7 @@ def check_values(model: nn.Module) -> None:
     if weights:
         raise ValueError(
             f"{missing} was made for a layer whose weights device_map offloads, and has no value; wrap the model with "
-            "zo_hf.offload.get_peft_model, which takes the arguments of PEFT's."
+            "zo_hf.offload.get_peft_model, which takes the arguments of PEFT's, and add no adapter later."
         )
     raise ValueError(
         f"{missing} is on the meta device and has no value; load the model by from_pretrained, with device_map=... and "
@@ -138,10 +145,12 @@ def _adopt(module: nn.Module, hook: AlignDevicesHook, known: dict[int, Offloaded
             )
         weight = known.get(id(tensor))
         if weight is None:
-            in_memory = loader is None or prefix + name in loader.state_dict
+            key = prefix + name
+            in_memory = loader is None or key in loader.state_dict
             folder = None if loader is None else loader.save_folder
             folder = None if folder is None else str(folder)
-            weight = OffloadedWeight(tensor, source, prefix + name, _device_of(hook), in_memory, folder)
+            weight = OffloadedWeight(tensor, source, key, _device_of(hook), in_memory, folder)
+            weight.has_value = loader is None or in_memory or key in loader.index
             known[id(tensor)] = weight
         path, _, attribute = name.rpartition(".")
         weight.places.append((module.get_submodule(path), attribute))

@@ -31,6 +31,7 @@ class OffloadedWeight:
     Attributes:
         places: the modules that hold it, with its name there.
         writes: number of times that it was written.
+        has_value: False if the source lacks it, as the disk does a new head of a model.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class OffloadedWeight:
     ) -> None:
         self.placeholder, self.device = placeholder, device
         self.places: list[tuple[nn.Module, str]] = []
-        self.writes = 0
+        self.writes, self.has_value = 0, True
         self._source, self._key = source, key
         self._in_memory, self._folder = in_memory, folder
         self._own: Tensor | None = None

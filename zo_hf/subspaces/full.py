@@ -100,6 +100,7 @@ class Full(Subspace):
         parts = x.reshape(groups, rows // groups, features_in).to(dtype)
         if (
             isinstance(self._distribution, Rademacher)
+            and self._distribution.has_kernels
             and features_in % 32 == 0
             and _has_kernel(parts, weight.parameter)
         ):
@@ -217,7 +218,7 @@ class Full(Subspace):
         if site.name in self.still or not self.distribution.moves(self.pending[0][0], site.name):
             return
         flat = parameter.data.view(-1)
-        if isinstance(self.distribution, DrawnByKernels) and _has_kernel(flat):
+        if isinstance(self.distribution, DrawnByKernels) and self.distribution.has_kernels and _has_kernel(flat):
             self._apply_in_kernel(flat, site.name, learning_rate, decay, self.distribution)
             return
         for start in range(0, len(flat), TILE):

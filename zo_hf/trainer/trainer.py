@@ -49,6 +49,7 @@ from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
 from zo_hf.trainer.objectives import check_objective
+from zo_hf.trainer.offloaded_head import check_head
 from zo_hf.trainer.optimizer import (
     divides,
     give_back,
@@ -117,6 +118,7 @@ class ZOTrainer(SavingTrainer):
         if not isinstance(model, nn.Module):
             setup.check_model(self.model, args)  # model_init, or a subclass, has made it
         check_objective(self)
+        check_head(self)
         # Prepares the layers, so that an evaluation before any training gives the same as after.
         quantized_layers(self.model)
         setup.check_processes(args)

@@ -106,7 +106,8 @@ def load_adapters(model: Any, folder: Path) -> None:
                 result = set_peft_model_state_dict(model, saved, name)
             # Layers may share a tensor, which the file then holds under one of its names.
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            absent = set(result.missing_keys)
+            # PEFT reads prompts apart from the others, and still counts them as missing.
+            absent = {key for key in result.missing_keys if not key.startswith("prompt_encoder.")}
             read = {id(parameter) for key, parameter in parameters.items() if key not in absent}
             missing = {key for key in missing & absent if id(parameters[key]) not in read}
         if missing:
