@@ -1,4 +1,4 @@
-"""What does not combine with weights that accelerate keeps off the device that computes."""
+"""Conflicts with weights that accelerate keeps off the device that computes."""
 
 from __future__ import annotations
 
