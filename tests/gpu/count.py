@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.gpu.fake_cuda import CUDA, Counts, fake_cuda
 from zo_hf.engine import ZerothOrder
@@ -19,6 +20,7 @@ from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Folded, Full
+from zo_hf.subspaces.per_group import compare_ahead
 
 ROWS, LENGTH = 16, 64
 _OPT_1B = {"hidden_size": 2048, "ffn_dim": 8192, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
@@ -81,6 +83,9 @@ class Case:
 
     def detailed(self, layers: int) -> dict[str, Counts]:
         """Count a model of so many layers, by operation."""
+        # A run compares the two ways to compute a norm by values, which a device that does not exist has not.
+        norm = LlamaRMSNorm(8)
+        compare_ahead(norm, dict(norm.named_parameters()))
         with fake_cuda(self.kernels) as counts:
             with torch.device(CUDA):
                 inner = MODELS[self.model][1](layers).eval()

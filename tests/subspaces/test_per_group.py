@@ -111,3 +111,15 @@ def test_factors_of_groups_give_the_outputs_of_a_call_per_group(
     expected = logits()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[:SIZE], found[SIZE : 2 * SIZE], atol=1e-4)
+
+
+def test_a_model_without_values_decides_nothing_for_those_that_have_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(per_group, "_BROADCASTS", {})
+    with torch.device("meta"):
+        planned = LlamaRMSNorm(WIDTH)
+    per_group.compare_ahead(planned, dict(planned.named_parameters()))
+    assert not per_group._BROADCASTS
+    module = LlamaRMSNorm(WIDTH)
+    per_group.compare_ahead(module, dict(module.named_parameters()))
+    assert set(per_group._BROADCASTS.values()) == {True}
+    per_group.compare_ahead(module, {})  # a module of which nothing moves

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from transformers.cache_utils import Cache
 
@@ -252,7 +253,7 @@ def compare_ahead(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         module: the module.
         parameters: those that will differ between groups, by name.
     """
-    if any(value.ndim != 1 for value in parameters.values()):
+    if not parameters or any(value.ndim != 1 for value in parameters.values()):
         return
     like = next(iter(parameters.values()))
     for dimensions in (2, 3):
@@ -271,7 +272,8 @@ def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
     """
     key = type(module).forward, x.ndim
     if key not in _BROADCASTS:
-        if torch.compiler.is_compiling():
+        has_values = not (x.is_meta or isinstance(x, FakeTensor))  # a plan has none, and decides nothing for a run
+        if torch.compiler.is_compiling() or not has_values:
             return False
         generator = torch.Generator().manual_seed(0)
 
