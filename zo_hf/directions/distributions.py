@@ -40,11 +40,6 @@ class Elementwise(Distribution):
         """Turn packed blocks, int64 of shape (n, 2), into float32 of shape (n * elements_per_block,)."""
         raise NotImplementedError
 
-    @property
-    def has_kernels(self) -> bool:
-        """True if kernels draw it; a class that derives from a named distribution may draw other numbers."""
-        return DrawnByKernels in type(self).__bases__
-
     def draw_layout(self, stream: Stream, layout: draw.NoiseLayout, coordinates: Mapping[str, Tensor]) -> Tensor:
         return layout.draw(stream, self)
 

@@ -295,13 +295,12 @@ class _Evaluation:
             NotBatchable: the model or the loss cannot do it, or the loss has drawn random numbers.
         """
         if not isinstance(self.closure, BatchableLoss):
-            raise NotBatchable("the loss is not the model's own")
+            raise NotBatchable(self.why_not_batchable)
         self._begin()
         rows = model_rows(self.closure)
         with self._evaluator.at(self.subspace, self._probes, self._stream_of, self._distribution, rows=rows):
             losses = self.closure.batched(len(self._probes)).detach()
-        if self.generators is not None and self.generators.have_moved():
-            raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")
+        check_draws_nothing(self.generators)
         return losses
 
     def _begin(self) -> None:
@@ -310,6 +309,16 @@ class _Evaluation:
 
     def _loss(self) -> Tensor:
         return one_number(self.closure(), self.device)
+
+
+def check_draws_nothing(generators: GlobalGenerators | None) -> None:
+    """Refuse a loss of several probes that has drawn random numbers since the generators were restored.
+
+    Raises:
+        NotBatchable: it has.
+    """
+    if generators is not None and generators.have_moved():
+        raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")
 
 
 def one_number(loss: Any, device: torch.device) -> Tensor:

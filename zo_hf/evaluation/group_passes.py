@@ -18,7 +18,7 @@ from torch import Tensor
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
-from zo_hf.evaluation.evaluate import ProbeEvaluator, one_number
+from zo_hf.evaluation.evaluate import ProbeEvaluator, check_draws_nothing, one_number
 from zo_hf.evaluation.packed_loss import PackedLoss
 from zo_hf.evaluation.row_losses import GroupedLoss, model_rows
 from zo_hf.rng import StreamOf
@@ -64,13 +64,12 @@ class GroupPasses:
         self._evaluator, self.subspace, self._closure, self.generators = evaluator, subspace, closure, generators
         self._probes, self._groups, self._first = probes, groups, first
         self._drawn = stream_of, distribution
-        is_packed = isinstance(closure, PackedLoss) and groups > 1
-        self._packing = closure.packing(groups) if isinstance(closure, PackedLoss) and is_packed else None
+        self._packing = closure.packing(groups) if isinstance(closure, PackedLoss) and groups > 1 else None
         self.device = subspace.device
 
     def points(self, probe: Probe) -> list[Probe]:
         """Return the point of every group at a probe."""
-        directions = 1 + max(each.direction for each in self._probes)
+        directions = directions_of(self._probes)
         return [
             replace(probe, direction=(self._first + group) * directions + probe.direction)
             for group in range(self._groups)
@@ -117,8 +116,7 @@ class GroupPasses:
         rows = self._closure.rows // self._groups
         with self._evaluator.at(self.subspace, points, *self._drawn, rows):
             shares = self._closure.batched_by_groups(self._groups, len(self._probes)).detach()
-        if self.generators is not None and self.generators.have_moved():
-            raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")
+        check_draws_nothing(self.generators)
         return shares
 
     def _losses(self, at: Sequence[Probe], loss: Callable[[], Any]) -> Tensor:
@@ -128,3 +126,8 @@ class GroupPasses:
         packing = self._packing if len(at) > 1 else None
         with self._evaluator.at(self.subspace, at, *self._drawn, rows, packing):
             return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
+
+
+def directions_of(probes: Sequence[Probe]) -> int:
+    """Return the number of directions of a group."""
+    return 1 + max(probe.direction for probe in probes)

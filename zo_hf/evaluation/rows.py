@@ -30,7 +30,7 @@ from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
-from zo_hf.evaluation.group_passes import GroupPasses
+from zo_hf.evaluation.group_passes import GroupPasses, directions_of
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.precision import rounding
@@ -194,7 +194,7 @@ class RowGroups:
         losses = self._apart(closure, probes, stream_of, distribution, generators)
         if not self.works or losses is not None:
             return losses if self.works else None
-        first = self._first_group() * _directions(probes)
+        first = self._first_group() * directions_of(probes)
         together = [replace(probe, direction=first + probe.direction) for probe in probes]
         return self._evaluator.losses(
             self._subspace, closure, together, stream_of, distribution, len(probes), generators
@@ -384,11 +384,6 @@ def groups_of(rows: int, rows_per_direction: int | str, equal: bool = True) -> i
     if rows_per_direction == "auto":
         return _divisor(rows, 1, MOST_GROUPS, equal)
     return _divisor(rows, int(rows_per_direction), rows, equal) if rows_per_direction else 1
-
-
-def _directions(probes: Sequence[Probe]) -> int:
-    """Return the number of directions of a group."""
-    return 1 + max(probe.direction for probe in probes)
 
 
 def _divisor(rows: int, rows_per_direction: int, most: int, equal: bool = True) -> int:
