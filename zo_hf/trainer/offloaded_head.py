@@ -18,7 +18,7 @@ def check_head(trainer: Any) -> None:
     Raises:
         ValueError: it is offloaded; the message names the option and the way out.
     """
-    if not _FUSED & kinds_of_trl(trainer):
+    if _FUSED.isdisjoint(kinds_of_trl(type(trainer))):
         return
     inner: Any = base_model(trainer.model)
     head = inner.get_output_embeddings()

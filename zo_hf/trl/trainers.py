@@ -45,5 +45,6 @@ REFUSED = {
 
 def kinds_of(trainer: type) -> list[str]:
     """Return the names before `Trainer` of the classes of TRL that a class is or inherits from, the nearest first."""
-    of_trl = [kind.__name__ for kind in trainer.__mro__ if kind.__module__.partition(".")[0] == "trl"]
-    return [name.removesuffix("Trainer") for name in of_trl]
+    from zo_hf.trainer.objectives import kinds_of_trl  # not at the top: the package is imported without torch
+
+    return [name.removesuffix("Trainer") for name in kinds_of_trl(trainer)]
