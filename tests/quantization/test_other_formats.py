@@ -23,6 +23,18 @@ from zo_hf.quantization import QuantizedLayer, coded_layers, quantized_layers
 from zo_hf.subspaces import LowRank
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
+#: Layers without `in_features`, which no subspace moves, so that folds write what is around them.
+NOT_LINEAR = ("EETQ", "experts")
+WAYS: dict[str, dict[str, Any]] = {
+    "adapter": {"zo_subspace": "adapter", "zo_fold_steps": None},
+    "norms": {"zo_subspace": "norms", "zo_fold_steps": None},
+    "factors": {"zo_subspace": "low_rank", "zo_fold_steps": None},
+    "folds": {"zo_subspace": "low_rank", "zo_fold_steps": 3},
+}
+CASES = [(kind, way) for kind in FORMATS for way in ("norms", "factors")]
+CASES += [(kind, "adapter") for kind in WRAPPED] + [(kind, "folds") for kind in NOT_LINEAR]
+REFUSED = [(kind, "scales", "zo_subspace='scales'") for kind in FORMATS]
+REFUSED += [(kind, "folds", "zo_fold_steps=3") for kind in FORMATS if kind not in NOT_LINEAR]
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -38,25 +50,18 @@ def test_codes_are_recognized_and_their_scales_never_move(kind: str) -> None:
     """Transformers leaves `requires_grad` of some of these scales and codes set."""
     model = model_in(kind)
     assert len(coded_layers(model)) == (1 if kind == "experts" else 7)
-    linear = kind not in ("experts", "EETQ")  # EETQ's layers do not know their sizes
-    assert len(quantized_layers(model)) == 7 * linear
+    assert len(quantized_layers(model)) == (0 if kind in NOT_LINEAR else 7)
     parts = {name for name, p in model.named_parameters() if "scale" in name}
     for way in ("norms", "low_rank"):
         moving = ZerothOrder(model_in(kind), way).subspace.coordinates.keys()
         assert moving and not moving & parts
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("way", ["adapter", "norms", "factors"])
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_it_trains_and_no_code_changes(tmp_path: Path, kind: str, way: str) -> None:
-    model = model_in(kind)
-    if way == "adapter":
-        if kind not in WRAPPED:
-            pytest.skip("PEFT needs the format's own library, or has no adapter for it")
-        model = with_lora(model)
+    model = with_lora(model_in(kind)) if way == "adapter" else model_in(kind)
     before = coded_tensors(model)
-    options = {"zo_subspace": {"factors": "low_rank"}.get(way, way), "zo_fold_steps": None}
-    trainer = make_trainer(tmp_path, model, max_steps=4, learning_rate=1e-2, **options)
+    trainer = make_trainer(tmp_path, model, max_steps=4, learning_rate=1e-2, **WAYS[way])
     start = trainer.model.model if way == "adapter" else trainer.model
     norms = {name: p.detach().clone() for name, p in start.named_parameters() if name.endswith("norm.weight")}
     trainer.train()
@@ -99,15 +104,10 @@ def test_probes_change_no_code(kind: str) -> None:
     assert same(coded_tensors(model), before)
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"zo_fold_steps": 5}, "zo_fold_steps=5"), ({"zo_subspace": "scales"}, "zo_subspace='scales'")],
-)
-def test_what_would_write_codes_is_refused(tmp_path: Path, kind: str, options: dict[str, Any], named: str) -> None:
-    if kind in ("experts", "EETQ") and "zo_fold_steps" in options:
-        return  # folds write the other parameters, and leave these layers as they are
-    refused(named, lambda: trains(make_trainer(tmp_path, model_in(kind), **{"zo_fold_steps": None} | options)))
+@pytest.mark.parametrize(("kind", "way", "named"), REFUSED)
+def test_what_would_write_codes_is_refused(tmp_path: Path, kind: str, way: str, named: str) -> None:
+    options = WAYS.get(way, {"zo_subspace": way, "zo_fold_steps": None})
+    refused(named, lambda: trains(make_trainer(tmp_path, model_in(kind), **options)))
 
 
 @pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
@@ -123,8 +123,7 @@ def test_real_weight_only_fp8_of_torchao(tmp_path: Path, way: str) -> None:
     before = [layer.module.weight.dequantize().clone() for layer in layers]
     if way == "adapter":
         model = with_lora(model)
-    options = {"zo_subspace": {"factors": "low_rank"}.get(way, way), "zo_fold_steps": None}
-    trainer = make_trainer(tmp_path / "run", model, max_steps=3, learning_rate=1e-2, **options)
+    trainer = make_trainer(tmp_path / "run", model, max_steps=3, learning_rate=1e-2, **WAYS[way])
     trainer.train()
     assert all(torch.equal(layer.module.weight.dequantize(), old) for layer, old in zip(layers, before, strict=True))
     assert all(logged(trainer, "zo/projected_grad"))
