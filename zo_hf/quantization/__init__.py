@@ -6,6 +6,7 @@ from zo_hf.quantization.layer import QuantizedLayer
 from zo_hf.quantization.model import (
     coded_layers,
     is_quantized,
+    parts_of_codes,
     quantized_layers,
     stored_tensors,
     training_allowed,
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizedLayer",
     "coded_layers",
     "is_quantized",
+    "parts_of_codes",
     "quantized_layers",
     "stored_tensors",
     "training_allowed",

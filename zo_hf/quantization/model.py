@@ -33,12 +33,12 @@ def quantized_layers(model: nn.Module) -> dict[nn.Module, QuantizedLayer]:
 def coded_layers(model: nn.Module) -> dict[nn.Module, int]:
     """Return all layers whose weights are stored as codes, and the number of weights of each.
 
-    These are the layers of `quantized_layers` and others with integer parameters, such as GGUF's. Of layers without
-    `in_features` and `out_features`, the codes are counted.
+    These are the layers of `quantized_layers` and others with codes in parameters, such as EETQ's and the experts of MXFP4.
+    Of layers without `in_features` and `out_features`, the codes are counted.
     """
     layers = {module: layer.shape.numel() for module, layer in quantized_layers(model).items()}
     for module in model.modules():
-        codes = sum(p.numel() for p in module.parameters(recurse=False) if not p.is_floating_point())
+        codes = sum(p.numel() for p in module.parameters(recurse=False) if _is_coded(p))
         if module not in layers and codes:
             layers[module] = codes
     return layers
@@ -57,13 +57,40 @@ def _quantized_layer(module: nn.Module) -> QuantizedLayer | None:
         is_plain_int8 = type(weight).__name__ == "Int8Tensor" and weight.scale.shape == (*weight.shape[:1], 1)
         shifted = is_plain_int8 and weight.zero_point is not None and bool(weight.zero_point.any())
         readable = is_plain_int8 and not shifted and weight.act_quant_kwargs is None
-        return TorchAOInt8(module) if readable and isinstance(module, nn.Linear) else QuantizedLayer(module)
-    # GPTQ, AWQ and similar formats have layer classes of their own, with codes in buffers and without a weight.
+        if readable and isinstance(module, nn.Linear):
+            return TorchAOInt8(module)
+    # Formats that can only be read have layer classes of their own, or a plain Linear with scales beside the codes.
     sizes = [module.__dict__.get(name) for name in ("in_features", "out_features")]
     is_leaf = not module._modules and all(isinstance(size, int) for size in sizes)
+    return QuantizedLayer(module) if is_leaf and _holds_codes(module, weight) else None
+
+
+def _holds_codes(module: nn.Module, weight: Any) -> bool:
+    """Return True if a linear layer's weight, or what it has in place of a weight, consists of codes."""
+    if weight is not None:
+        return _is_coded(weight)
+    # GPTQ and AWQ have their codes in integer buffers, HQQ and GGUF in integer parameters.
     tensors = [*module._buffers.values(), *module._parameters.values()]
-    has_codes = any(not tensor.is_floating_point() for tensor in tensors if tensor is not None)
-    return QuantizedLayer(module) if is_leaf and weight is None and has_codes else None
+    return any(_is_coded(tensor) for tensor in tensors if tensor is not None)
+
+
+def _is_coded(tensor: Tensor) -> bool:
+    """Return True for codes: integers, 8-bit floats, and the classes of tensors by which torchao and quanto decode them."""
+    is_wrapper = type(tensor).__module__.startswith(("torchao.", "optimum.quanto."))
+    return is_wrapper or tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def parts_of_codes(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that make up coded weights: codes, and the scales and maps that decode them.
+
+    Some classes of layers leave `requires_grad` of such parameters set, although a step would corrupt the weight.
+    """
+    parts: set[int] = set()
+    for module in model.modules():
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        if any(_is_coded(parameter) for parameter in own.values()):
+            parts |= {id(parameter) for name, parameter in own.items() if not name.endswith("bias")}
+    return parts
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -258,7 +258,8 @@ class LowRank(Folded):
         """Return the dtype in which a weight is multiplied."""
         if site.layer is None:
             return site.parameter.dtype
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point() and p.element_size() > 1)
+        return next(dtypes, torch.float32)
 
     def basis(self, name: str) -> Tensor:
         """Return V / √r of one matrix, (n, r), in the dtype of the product."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zo_hf.offload import OffloadedWeight, offloaded_weights
 from zo_hf.parallel.shards import is_sharded
-from zo_hf.quantization import QuantizedLayer
+from zo_hf.quantization import QuantizedLayer, parts_of_codes
 from zo_hf.subspaces.readers import ParameterReaders
 
 Pattern = str | Sequence[str] | None
@@ -98,7 +98,7 @@ def find_sites(
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
-    quantized = quantized or {}
+    quantized, coded = quantized or {}, parts_of_codes(model)
     offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
     for module_name, module in model.named_modules():
         parameters = dict(module._parameters)
@@ -109,7 +109,7 @@ def find_sites(
                 continue
             if attribute == "weight" and module in quantized:
                 layers[id(parameter)] = quantized[module]
-            elif not parameter.requires_grad or not parameter.is_floating_point():
+            elif not parameter.requires_grad or not parameter.is_floating_point() or id(parameter) in coded:
                 continue
             if allowed is not None and id(parameter) not in allowed:
                 continue
