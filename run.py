@@ -328,6 +328,7 @@ def serve(arguments):
 
     try:
         request = vllm_server.requested(arguments)
+        vllm_server.refuse_what_cannot_start(request)
     except vllm_server.Refused as refused:
         raise Failure(str(refused)) from None
     venv, has_cuda = vllm_dir(), vllm_server.cuda_devices() > 0

@@ -181,7 +181,7 @@ def test_refuses_a_port_that_is_taken(run: Any, commands: list[list[str]], capsy
 
 @pytest.mark.parametrize("has_cuda", [False, True])
 def test_flags_of_a_server_that_trains(tmp_path: Path, has_cuda: bool) -> None:
-    request = vllm_server.requested([str(_model(tmp_path / "model")), "--max-loras", "4", f"--port={_free_port()}"])
+    request = vllm_server.requested([str(_model(tmp_path / "model")), "--max-loras", "4", "--port=8123"])
     words, variables = vllm_server.command(request, request.model or "", has_cuda)
     assert words[2:4] == ["serve", str(tmp_path / "model")] and words[-3:-1] == ["--max-loras", "4"]
     assert "--enable-lora" in words and variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
@@ -193,7 +193,7 @@ def test_flags_of_a_server_that_trains(tmp_path: Path, has_cuda: bool) -> None:
 
 
 def test_the_embedded_model_is_served_in_float32(tmp_path: Path) -> None:
-    request = vllm_server.requested([f"--port={_free_port()}"])
+    request = vllm_server.requested(["--port=8123"])
     words, variables = vllm_server.command(request, "folder", True)
     assert words[words.index("--dtype") + 1] == "float32" and variables["HF_HUB_OFFLINE"] == "1"
     assert "--model" not in vllm_server.how_to_use(request)

@@ -46,28 +46,28 @@ class Request:
     Attributes:
         model: the folder of a model or its name on the hub; None for the embedded default.
         options: arguments of `vllm serve`, which stand behind those of this file and so win.
-        url: address of the server.
+        host, port: where the server is reached.
         max_loras: adapters that share a batch.
     """
 
     model: str | None
     options: tuple[str, ...]
-    url: str
+    host: str
+    port: int
     max_loras: str
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
 
 def requested(arguments: list[str]) -> Request:
     """Read `[MODEL] [ARGS…]`.
 
     Raises:
-        Refused: there is no such model, the port is no port or is taken, or this Python or system cannot run vLLM.
+        Refused: there is no such model, or an argument has no value that a server can take.
     """
-    if os.name != "posix":
-        raise Refused(
-            "vLLM has no builds for Windows; run this under WSL, or train through a server on another machine"
-        )
-    if sys.version_info < OLDEST_PYTHON:
-        raise Refused("vLLM {} needs Python {}.{} or newer; run this with such a one".format(VERSION, *OLDEST_PYTHON))
     has_model = bool(arguments) and not arguments[0].startswith("-")
     model = _model(arguments[0]) if has_model else None
     options = tuple(arguments[has_model:])
@@ -80,7 +80,29 @@ def requested(arguments: list[str]) -> Request:
     max_loras = _value(options, "--max-loras", MAX_LORAS)
     if not max_loras.isdigit() or int(max_loras) < 1:
         raise Refused(f"--max-loras takes a number of adapters, at least 1, not {max_loras!r}")
-    return Request(model, options, _free_address(host, int(port)), max_loras)
+    # A server on all addresses is asked on this machine's own.
+    return Request(model, options, "127.0.0.1" if host == "0.0.0.0" else host, int(port), max_loras)
+
+
+def refuse_what_cannot_start(request: Request) -> None:
+    """Raise if this Python or system does not run vLLM, or if another program has the port.
+
+    Raises:
+        Refused: so it is.
+    """
+    if os.name != "posix":
+        raise Refused(
+            "vLLM has no builds for Windows; run this under WSL, or train through a server on another machine"
+        )
+    if sys.version_info < OLDEST_PYTHON:
+        raise Refused("vLLM {} needs Python {}.{} or newer; run this with such a one".format(VERSION, *OLDEST_PYTHON))
+    try:
+        socket.create_connection((request.host, request.port), timeout=1).close()
+    except OSError:  # nobody listens there
+        return
+    raise Refused(
+        f"a program listens on port {request.port} of {request.host} already; end it, or choose another port with --port"
+    )
 
 
 def _model(name: str) -> str:
@@ -105,15 +127,6 @@ def _value(options: tuple[str, ...], name: str, default: str) -> str:
         elif word.startswith(name + "="):
             value = word[len(name) + 1 :]
     return value
-
-
-def _free_address(host: str, port: int) -> str:
-    host = "127.0.0.1" if host == "0.0.0.0" else host
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-    except OSError:  # nobody listens there
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    raise Refused(f"a program listens on port {port} of {host} already; end it, or choose another port with --port")
 
 
 def cuda_devices() -> int:
