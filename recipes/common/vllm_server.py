@@ -166,8 +166,13 @@ def command(request: Request, folder: str, has_cuda: bool) -> tuple[list[str], d
     flags, variables = [*FLAGS], {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
     if not has_cuda:
         flags += [*CPU_FLAGS, "--lora-target-modules", *CPU_TARGETS]
-        # The trainer and others need the cores, too, so no thread is bound to one.
-        variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # The trainer and others need the cores, too, so no thread is bound to one. Nothing is compiled: not every machine has
+        # a C++ compiler, and with one the first request would wait for it.
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCH_COMPILE_DISABLE": "1",
+        }
     if request.model is None:
         flags += EMBEDDED_FLAGS
         variables["HF_HUB_OFFLINE"] = "1"
