@@ -4,6 +4,7 @@
     python3 run.py demo [ARGS…]            fine-tune the embedded default model with forward passes only
     python3 run.py launch SCRIPT [ARGS…]   run a recipe through `accelerate launch`
     python3 run.py test [ARGS…]            run the tests, on up to four cores; ARGS go to pytest (-m slow, -n 0, -k NAME, …)
+    python3 run.py serve [MODEL] [ARGS…]   start vLLM as the forward pass (docs/guides/serving.md); ARGS go to `vllm serve`
     python3 run.py gpu [ARGS…]             run on a GPU what needs one: tests, kernel counts, benchmarks and the demo
     python3 run.py check                   ruff check, ruff format --check, mypy
     python3 run.py docs [--serve]          build the documentation into site/; --serve shows it and follows changes
@@ -13,9 +14,11 @@ The first run makes a virtual environment in .venv beside this file and installs
 editable, in the versions of constraints.txt. Later runs find that done and start at once.
 
 `demo` is `launch recipes/opt_sst2.py --offline`; a file name in ARGS is relative to where you are.
+`serve` installs vLLM into an environment of its own, .venv-vllm. MODEL is a folder or a name on the hub.
 
 Environment:
     ZO_HF_VENV           another folder for the virtual environment
+    ZO_HF_VLLM_VENV      another folder for that of `serve`
     ZO_HF_SYSTEM_TORCH   set to 1: use the torch that this Python already has (container images, clusters)
     OMP_NUM_THREADS      CPU threads of a process that `launch` starts (default: what torch would take)
     PIP_…                as pip reads it. On Linux the usual torch is the CUDA build, several GB with what it
@@ -36,6 +39,7 @@ MIN_PYTHON = (3, 10)
 ROOT = os.path.dirname(os.path.abspath(__file__))
 RECIPE = os.path.join("recipes", "opt_sst2.py")
 STAMP = "zo_hf-install.json"
+VLLM_STAMP = "zo_hf-vllm.json"
 EXTRAS = {
     "demo": ["demo", "peft"],
     "launch": ["demo", "peft"],
@@ -105,19 +109,20 @@ def installed_extras(venv):
     return set(stamp.get("extras", []))
 
 
-def clean_environment():
+def clean_environment(venv=None):
+    venv = venv or venv_dir()
     env = dict(os.environ)
     # These would send packages, or Python itself, elsewhere than the virtual environment.
     for name in ("PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX"):
         env.pop(name, None)
-    env["PATH"] = bin_dir(venv_dir()) + os.pathsep + env.get("PATH", os.defpath)
-    env["VIRTUAL_ENV"] = venv_dir()
+    env["PATH"] = bin_dir(venv) + os.pathsep + env.get("PATH", os.defpath)
+    env["VIRTUAL_ENV"] = venv
     return env
 
 
-def create_venv(venv):
+def create_venv(venv, variable="ZO_HF_VENV", flags=(), anew=False):
     works = False
-    if os.path.exists(venv_python(venv)):
+    if not anew and os.path.exists(venv_python(venv)):
         query = "import sys; print('{}.{}'.format(*sys.version_info[:2])); import pip"
         try:
             reply = subprocess.run(
@@ -129,7 +134,7 @@ def create_venv(venv):
     if works:
         return
     if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(os.path.join(venv, "pyvenv.cfg")):
-        raise Failure(f"{venv} has files in it but is no virtual environment. Set ZO_HF_VENV to another folder.")
+        raise Failure(f"{venv} has files in it but is no virtual environment. Set {variable} to another folder.")
     try:
         import ensurepip  # noqa: F401
         import venv as _  # noqa: F401
@@ -139,14 +144,11 @@ def create_venv(venv):
             "On Debian and Ubuntu: sudo apt install python{}.{}-venv".format(*sys.version_info[:2])
         ) from None
     say("making a virtual environment in " + venv)
-    command = [sys.executable, "-m", "venv", "--clear"]
-    if use_system_torch():
-        command.append("--system-site-packages")
-    code = subprocess.run([*command, venv], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "venv", "--clear", *flags, venv], check=False).returncode
     if code:
         raise Failure(
             f"no virtual environment could be made in {venv} (exit code {code}, see above). Is there room on the disk, "
-            "and may you write there? ZO_HF_VENV chooses another folder."
+            f"and may you write there? {variable} chooses another folder."
         )
 
 
@@ -172,12 +174,17 @@ def constraints_file(folder):
     return copy
 
 
+def pip(venv, command):
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    return [venv_python(venv), "-m", "pip", "--disable-pip-version-check", command, "--no-input", *quiet]
+
+
 def install(extras):
     venv = venv_dir()
     present = installed_extras(venv)
     if present is not None and present >= set(extras):
         return
-    create_venv(venv)
+    create_venv(venv, flags=["--system-site-packages"] if use_system_torch() else [])
     # What was asked for before stays, so that `check` after `test` does not take anything away.
     extras = sorted(set(extras) | (present or set()))
     stamp = os.path.join(venv, STAMP)
@@ -185,9 +192,7 @@ def install(extras):
         os.remove(stamp)
     say("installing zo_hf{} into {}; this takes minutes the first time".format("[" + ",".join(extras) + "]", venv))
     with tempfile.TemporaryDirectory() as folder:
-        command = [venv_python(venv), "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
-        if not sys.stderr.isatty():
-            command.append("--quiet")
+        command = pip(venv, "install")
         target = ROOT + ("[" + ",".join(extras) + "]" if extras else "")
         command += ["-c", constraints_file(folder), "-e", target]
         code = subprocess.run(command, env=clean_environment(), check=False).returncode
@@ -204,15 +209,16 @@ def install(extras):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def become(command, cwd=None):
+def become(command, cwd=None, env=None):
     """Run the command in place of this process, so that signals reach it; never returns on POSIX."""
+    env = env or clean_environment()
     if cwd:
         os.chdir(cwd)
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":
-        os.execve(command[0], command, clean_environment())
-    return subprocess.run(command, env=clean_environment(), check=False).returncode
+        os.execve(command[0], command, env)
+    return subprocess.run(command, env=env, check=False).returncode
 
 
 def launch_flags(python):
@@ -309,6 +315,79 @@ def docs(arguments):
     return become(mkdocs, cwd=ROOT)
 
 
+# --- the serving engine -----------------------------------------------------------------------------------------------
+
+
+def vllm_dir():
+    return os.path.abspath(os.path.expanduser(os.environ.get("ZO_HF_VLLM_VENV") or os.path.join(ROOT, ".venv-vllm")))
+
+
+def serve(arguments):
+    sys.path.insert(0, os.path.join(ROOT, "recipes"))
+    from common import vllm_server
+
+    try:
+        request = vllm_server.requested(arguments)
+        vllm_server.refuse_what_cannot_start(request)
+    except vllm_server.Refused as refused:
+        raise Failure(str(refused)) from None
+    venv, has_cuda = vllm_dir(), vllm_server.cuda_devices() > 0
+    install_vllm(venv, has_cuda, vllm_server)
+    words, variables = vllm_server.command(request, request.model or embedded_model(), has_cuda)
+    say(f"starting vLLM {vllm_server.VERSION} at {request.url}; this takes a minute or more")
+    vllm_server.when_ready(request.url, lambda: say(vllm_server.how_to_use(request)))
+    return become([venv_python(venv), *words], env={**variables, **clean_environment(venv)})
+
+
+def install_vllm(venv, has_cuda, vllm_server):
+    """Install vLLM into an environment of its own, once: it wants other versions than this package."""
+    requirement = vllm_server.requirement(has_cuda)
+    wanted = {"requirement": requirement, "python": "{}.{}".format(*sys.version_info[:2]), "venv": venv}
+    stamp = os.path.join(venv, VLLM_STAMP)
+    try:
+        with open(stamp, encoding="utf-8") as file:
+            if json.load(file) == wanted and os.path.exists(venv_python(venv)):
+                return
+    except (OSError, ValueError):
+        if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(stamp):
+            raise Failure(
+                f"{venv} has files in it that `serve` did not put there. Remove it, or set ZO_HF_VLLM_VENV to another folder."
+            ) from None
+    # Builds share files, so none goes on top of another one, nor of half of itself.
+    create_venv(venv, "ZO_HF_VLLM_VENV", anew=True)
+    with open(stamp, "w", encoding="utf-8") as file:
+        json.dump({}, file)
+    say(f"installing {requirement} into {venv}; this takes minutes, once")
+    command, env = [*pip(venv, "install"), requirement], clean_environment(venv)
+    code = subprocess.run(command, env=env, check=False).returncode
+    if code and not has_cuda:
+        say("trying again with PyTorch's index, for torch's build for CPUs")
+        command += ["--extra-index-url", vllm_server.TORCH_FOR_CPUS]
+        code = subprocess.run(command, env=env, check=False).returncode
+    if code:
+        raise Failure(
+            f"pip could not install {requirement} (exit code {code}, its reason is above). Without a network, or behind a "
+            "proxy or mirror, tell pip so (PIP_PROXY, PIP_INDEX_URL)."
+        )
+    if not has_cuda:
+        subprocess.run([*pip(venv, "uninstall"), "-y", *vllm_server.UNWANTED_ON_CPUS], env=env, check=True)
+        vllm_server.name_it_vllm(os.path.join(venv, "lib", "python" + wanted["python"], "site-packages"))
+    with open(stamp, "w", encoding="utf-8") as file:
+        json.dump(wanted, file)
+
+
+def embedded_model():
+    """Return the folder of the embedded default model, after fetching it where it is missing."""
+    install(EXTRAS["launch"])
+    query = "from zo_hf.tasks.assets import default_model; print(default_model())"
+    reply = subprocess.run(
+        [venv_python(venv_dir()), "-c", query], stdout=subprocess.PIPE, env=clean_environment(), check=False, text=True
+    )
+    if reply.returncode:
+        raise Failure("the embedded default model is not to be had (see above); give one: python3 run.py serve MODEL")
+    return reply.stdout.splitlines()[-1]
+
+
 def main(arguments):
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
@@ -317,6 +396,7 @@ def main(arguments):
     commands = {
         "demo": demo,
         "launch": launch,
+        "serve": serve,
         "gpu": gpu,
         "test": test,
         "check": check,

@@ -8,7 +8,7 @@
     python recipes/served_sentiment.py --server http://127.0.0.1:8000 --reward      # by a reward for the generated word
     python recipes/served_sentiment.py --server http://127.0.0.1:8000 --noise 100   # how exact its c are, and no training
 
-docs/guides/serving.md says how to start the server.
+`python3 run.py serve` starts the server; docs/guides/serving.md says more.
 
 The model reads "Review: {review}", "Sentiment:", and learns the next word, " negative" or " positive". Each step takes the
 losses of a population on one batch of reviews. With --reward, the population answers the reviews, and a member gets 1 for the

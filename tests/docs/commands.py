@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from common import vllm_server
 from transformers import HfArgumentParser
 
 from tests.docs.pages import ROOT
@@ -82,6 +83,8 @@ def _check_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif command == "install":
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
         assert set(rest) <= set(re.findall(r"^(\w+) = \[$", project, re.MULTILINE))
+    elif command == "serve":
+        vllm_server.requested(rest)
     elif command == "docs":
         assert rest in ([], ["--serve"])
     elif command == "check":

@@ -16,7 +16,7 @@ from tests.recipes.recipe_module import recipe_module
 from tests.serving.stand_in import serving
 from zo_hf.tasks import data
 
-#: Address of a server of the embedded SmolLM2-135M; docs/guides/serving.md says how to start one.
+#: Address of a server of the embedded SmolLM2-135M, which `python3 run.py serve` starts.
 REAL = os.environ.get("ZO_HF_TEST_SERVER")
 
 
