@@ -266,7 +266,7 @@ class LowRank(Folded):
         return [*super().read_at_point(), *self._bases.values(), *self._wide.values()]
 
     def basis(self, name: str) -> Tensor:
-        """Return V / √r of one matrix, (n, r), in the dtype of the product."""
+        """Return V / √r of one matrix, (n, r), in the dtype of the product; a fold writes the next one into it."""
         return self._bases[name]
 
     def _left(self, name: str) -> Tensor:
