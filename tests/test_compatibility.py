@@ -22,7 +22,16 @@ SERVED = {"server_url": "http://127.0.0.1:8000"}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
 
 # (settings, arguments, facts): each is refused by one row, and together by all.
+GRAPH = {"cuda_graph": True, "batched_probes": True}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
+    ({"cuda_graph": True}, {}, set()),
+    (GRAPH | FULL, {}, set()),
+    (GRAPH, {"zo_feature_cache_gib": 1.0}, set()),
+    (GRAPH, {"torch_compile": True}, set()),
+    (GRAPH, {}, {"quantized"}),
+    (GRAPH, {}, {"offloaded"}),
+    (GRAPH, {}, {"fsdp"}),
+    (GRAPH, SERVED, set()),
     ({"rule": "conservative"} | FULL, {}, set()),
     ({"rule": "hizoo"}, {}, set()),
     ({"rule": "cocd"}, {}, set()),

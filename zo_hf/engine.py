@@ -21,6 +21,7 @@ from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.curvature_probes import CurvatureProbes
 from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.flat_loss import FlatLossWarning
+from zo_hf.evaluation.pass_graphs import PassGraphs
 from zo_hf.evaluation.rows import RowGroups
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.parallel.signals import make_steps_whole, whole
@@ -122,6 +123,7 @@ class ZerothOrder:
         self.normalization = ScalarNormalization() if settings.normalize else None
         self.evaluator = ProbeEvaluator(False if self.estimator.needs_tangents else settings.batched_probes)
         self.ranks = ranks if ranks is not None else Ranks()
+        self.evaluator.graphs = PassGraphs(subspace) if settings.cuda_graph and not replays else None
         self.evaluator.all_reduce_and = self.ranks.all_reduce_and
         self.step, self.skipped_steps = 0, 0
         self._optimizer: Optimizer | None = None
@@ -488,8 +490,7 @@ class ZerothOrder:
             self.subspace.next_fold = self.step, self._pending_decay
 
     def _report_step(self) -> None:
-        nothing = ((math.nan,) * self.numbers, True)
-        gradients, skipped = self._applied or nothing
+        gradients, skipped = self._applied or ((math.nan,) * self.numbers, True)
         self._applied = None
         if self.on_step is not None:
             assert self._optimizer is not None

@@ -16,6 +16,7 @@ from tests.evaluation.test_rows import EPS, MODELS, ROWS, SUBSPACES, loss_of
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import logged, trained, with_lora
 from zo_hf import RowLosses, ZerothOrder
+from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation import chunked_head, free_memory
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
 
@@ -61,7 +62,7 @@ def test_it_gives_the_numbers_of_one_pass_for_each_sign(subspace: str, name: str
     model = made()
     calls = Calls(model)
     together = two_steps(model, batch, True, subspace=subspace)
-    assert calls.rows[-1] == 2 * ROWS and calls.rows[-2] == ROWS, "the first step still decides"
+    assert calls.rows[-2:] == [2 * ROWS] * 2 and ROWS in calls.rows, "the first step still decides"
     for expected, found in zip(alone, together, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3 * max(map(abs, expected)))
     assert len(alone[1]) == ROWS
@@ -91,6 +92,25 @@ def test_a_loss_of_rows_that_cannot_be_repeated_is_refused() -> None:
         Exception, match="zo_batched_probes=True cannot evaluate the probes in one batch: the loss is not"
     ):
         zo.estimate(lambda: RowLosses(model(causal_batch(ROWS)["input_ids"]).logits.mean((1, 2))))
+
+
+def test_a_model_whose_batch_cannot_be_repeated_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(self: ModelLoss, *given: int) -> torch.Tensor:
+        raise NotBatchable("its layers see all rows at once")
+
+    monkeypatch.setattr(ModelLoss, "batched_by_groups", refuses)
+    monkeypatch.setattr(ModelLoss, "batched", refuses)
+    zo = ZerothOrder(seeded(tiny_opt), eps=EPS, seed=0, rows_per_direction=1, batched=True)
+    with pytest.raises(NotBatchable, match=r"^zo_batched_probes=True cannot .*: its layers see all rows at once; use"):
+        zo.estimate(loss_of(zo.model, causal_batch(ROWS)))
+    assert zo.step == 0
+
+
+def test_the_budget_pays_for_the_first_look_at_one_batch(tmp_path: Path) -> None:
+    run = trained(tmp_path, zo_max_forward_passes=7 + 2 * 3, max_steps=-1, zo_batched_probes=True)
+    assert run.state.global_step == 4 and logged(run, "zo/forward_passes")[-1] == 13
 
 
 def test_packed_sequences_cannot_be_repeated_with_directions_of_their_own(caplog: pytest.LogCaptureFixture) -> None:

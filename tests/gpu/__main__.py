@@ -32,12 +32,22 @@ WITH_KERNELS: Mapping[str, Sequence[Case]] = {
     "`full`, Gaussian, kernels": [Case("OPT-125M", {"subspace": "full"}, kernels=True)],
     "`full`, Rademacher, kernels": [Case("OPT-125M", SIGNS, kernels=True), Case("Llama-8B", SIGNS, kernels=True)],
 }
+#: The same with CUDA graphs of the forward pass.
+WITH_GRAPHS: Mapping[str, Sequence[Case]] = {
+    "`low_rank`, kernels, graph": [
+        Case(m, {}, kernels=True, graph=True) for m in ("OPT-125M", "OPT-1.3B", "Llama-8B")
+    ],
+    "`low_rank`, a direction for every row, kernels, graph": [
+        Case("OPT-125M", {}, rows=True, kernels=True, graph=True)
+    ],
+    "LoRA of rank 8, kernels, graph": [Case("OPT-125M", {"subspace": "adapter"}, lora=8, kernels=True, graph=True)],
+}
 COLUMNS = "bare forward | step | × forward | evaluation | fold | checkpoint | reads, uploads of a step"
 
 if __name__ == "__main__":
     print(f"| | model | {COLUMNS} |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---|")
-    for name, cases in (*CASES.items(), *(WITH_KERNELS.items() if is_installed() else ())):
+    for name, cases in (*CASES.items(), *((WITH_KERNELS | WITH_GRAPHS).items() if is_installed() else ())):
         for case in cases:
             found = case.at_depth()
             (forward, *_), (step, reads, uploads) = found["forward"], found["step"]

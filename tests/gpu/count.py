@@ -59,6 +59,7 @@ class Case:
         rows: True for a direction for every row of the batch.
         folds: True to count a fold and a state dict as well, which take long.
         kernels: True to count with those of zo_hf, for which Triton must be installed.
+        graph: True to count with a CUDA graph of the forward pass.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Case:
     rows: bool = False
     folds: bool = False
     kernels: bool = False
+    graph: bool = False
 
     def at_depth(self, layers: int | None = None) -> dict[str, tuple[int, int, int]]:
         """Return launches, reads and uploads of every part, for the model's own number of layers or another one."""
@@ -84,8 +86,8 @@ class Case:
     def detailed(self, layers: int) -> dict[str, Counts]:
         """Count a model of so many layers, by operation."""
         # A run compares the two ways to compute a norm by values, which a device that does not exist has not.
-        norm = LlamaRMSNorm(8)
-        compare_ahead(norm, dict(norm.named_parameters()))
+        for norm in (LlamaRMSNorm(8), nn.LayerNorm(8)):
+            compare_ahead(norm, dict(norm.named_parameters()))
         with fake_cuda(self.kernels) as counts:
             with torch.device(CUDA):
                 inner = MODELS[self.model][1](layers).eval()
@@ -125,6 +127,7 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
     where = torch.tensor([LENGTH - 2], device=CUDA)
     count("forward", lambda: model(**both, use_cache=False, logits_to_keep=where))
     options = {"subspace": "low_rank", "rows_per_direction": int(case.rows), "batched_probes": True}
+    options |= {"cuda_graph": case.graph}
     zo = ZerothOrder(model, **options | dict(case.settings))
     if zo.row_groups is not None:
         zo.row_groups.works = True  # the first batch decides by values

@@ -10,15 +10,16 @@ GPU. Every operation is counted as it reaches the device:
 
 What a read returns is made up, see `_made_up`. Attention counts as one launch, as flash attention is. Torch's foreach
 operations count as many launches as the arguments of their kernels have room for. A kernel of zo_hf counts as one, and writes
-nothing.
+nothing. A replay of a CUDA graph counts as one, and its capture as none.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,8 @@ def fake_cuda(kernels: bool = False) -> Iterator[Counts]:
     with (
         mock.patch("zo_hf.kernels.choice.why_not_on", lambda device: None if kernels else "there is no device"),
         _counted_kernels(counts) if kernels else nullcontext(),
+        mock.patch("zo_hf.evaluation.pass_graphs.capture", functools.partial(_captured, counts)),
+        mock.patch("zo_hf.evaluation.pass_graphs.address_of", lambda tensor: tensor.untyped_storage()._cdata),
         mock.patch("torch.cuda.get_rng_state", lambda device: state),
         mock.patch("torch.cuda.set_rng_state", lambda new, device: None),
         mock.patch.object(nn.Module, "to", lambda module, *where, **more: module),  # made where it stays
@@ -106,6 +109,19 @@ def fake_cuda(kernels: bool = False) -> Iterator[Counts]:
         finally:
             for table in tables:
                 table.cache_clear()
+
+
+def _captured(counts: Counts, run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Any, Tensor, Any]:
+    before = Counts(counts.launches.copy(), counts.reads.copy(), counts.uploads.copy())
+    losses = run()
+    assert (counts.reads, counts.uploads) == (before.reads, before.uploads), "a capture must not wait"
+    counts.launches = before.launches
+
+    class Graph:
+        def replay(self) -> None:
+            counts.launches["graph"] += 1
+
+    return Graph(), losses, None
 
 
 @contextmanager

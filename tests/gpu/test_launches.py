@@ -71,6 +71,14 @@ def test_a_direction_for_every_row_waits_no_more_often() -> None:
     assert uploads == 0
 
 
+def test_a_step_with_a_graph_launches_as_many_kernels_at_any_depth() -> None:
+    """The noise, the points of all layers, the graph and the update."""
+    one, two = (Case(OPT, {}, graph=True).detailed(layers) for layers in (1, 2))
+    assert one["step"].launches["graph"] == two["step"].launches["graph"] == 1
+    assert two["step"].launches == one["step"].launches
+    assert two["step"].total[1:] == (1, 0)
+
+
 @pytest.mark.slow
 def test_a_step_of_lora() -> None:
     counts = Case(OPT, {"subspace": "adapter"}, lora=8).counted(1)

@@ -21,7 +21,7 @@ def test_every_benchmark_is_one_that_the_command_takes(device: str, small: bool)
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     parts = [part for part in recipe.parts(device, small) if part.name.startswith("bench")]
-    assert len(parts) == (1 if small else 6)
+    assert len(parts) == (1 if small else 7)
     for part in parts:
         args = parser.parse_args([word for word in part.arguments[3:] if word not in ("--output", "{output}")])
         assert set(args.variants or ()) <= set(bench.variants(args))

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of every variant (%(default)s)")
-    names = [*VARIANTS, *(name for name in QUANTIZED_VARIANTS if name not in VARIANTS)]
+    names = list(VARIANTS | GRAPH_VARIANTS | QUANTIZED_VARIANTS)
     parser.add_argument("--variants", nargs="+", choices=names, help="variants to measure (all that apply)")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
 
@@ -273,13 +273,14 @@ def forward_exact(model: PreTrainedModel, batch: Batch) -> Step:
     return Step(step)
 
 
-def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int = 0) -> Variant:
+def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int = 0, graph: bool = False) -> Variant:
     """Return a variant that makes a whole step of the engine: probes, estimate, update.
 
     Args:
         subspace, direction: options of the engine.
         adapter: True wraps the model in a LoRA adapter.
         rows: rows that share a direction; 0 for all.
+        graph: True replays the forward pass of all probes as a CUDA graph.
     """
 
     def variant(model: PreTrainedModel, batch: Batch) -> Step:
@@ -289,7 +290,11 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
 
             inner = copy.deepcopy(model)
             model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
-        options: dict[str, Any] = {"rows_per_direction": rows, "batched_probes": not rows}
+        options: dict[str, Any] = {
+            "rows_per_direction": rows,
+            "batched_probes": graph or not rows,
+            "cuda_graph": graph,
+        }
         zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, **options)
         groups = zo.coordinates()
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
@@ -356,6 +361,12 @@ VARIANTS: dict[str, Variant] = {
     "textbook-mezo": textbook,
 }
 
+#: Those that need a GPU. Graphs read addresses, so a variant that moves the weights elsewhere must not run beside them.
+GRAPH_VARIANTS: dict[str, Variant] = {
+    "low_rank-graph": zeroth_order("low_rank", "gaussian", graph=True),
+    "low_rank-rows-graph": zeroth_order("low_rank", "rademacher", rows=1, graph=True),
+}
+
 QUANTIZED_VARIANTS: dict[str, Variant] = {
     "forward": forward,
     "forward-exact": forward_exact,
@@ -367,7 +378,9 @@ QUANTIZED_VARIANTS: dict[str, Variant] = {
 
 def variants(args: argparse.Namespace) -> dict[str, Variant]:
     """Return the variants that apply to the requested model."""
-    return VARIANTS if args.quantization is None else QUANTIZED_VARIANTS
+    if args.quantization is not None:
+        return QUANTIZED_VARIANTS
+    return VARIANTS | (GRAPH_VARIANTS if args.device.startswith("cuda") else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:

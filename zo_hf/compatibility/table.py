@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.case import Case
 from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.graphs import GRAPHS
 from zo_hf.compatibility.offloaded import OFFLOADED
 from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
@@ -472,5 +473,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda case: {"fsdp", "quantized"} <= case.facts,
     ),
     *OFFLOADED,
+    *GRAPHS,
     *SERVED,
 )

@@ -17,6 +17,7 @@ from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
+from zo_hf.evaluation.pass_graphs import NotCapturable, PassGraphs
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
@@ -96,6 +97,7 @@ class ProbeEvaluator:
         autocast_dtype: the dtype in which autocast lets the model compute; None computes in the parameters' dtype.
         all_reduce_and: turns this process's answer into the AND over all processes, which must make the same forward
             passes. It takes the answer as a tensor on the losses' device.
+        graphs: the CUDA graphs of forward passes that several probes share; None launches every operation.
         recover: makes the model usable after a forward pass that raised. It is set only where all processes make a
             forward pass together.
     """
@@ -107,6 +109,7 @@ class ProbeEvaluator:
         self.dtype = torch.float32
         self.autocast_dtype: torch.dtype | None = None
         self.all_reduce_and: Callable[[Tensor], bool] = bool
+        self.graphs: PassGraphs | None = None
         self.recover: Callable[[], None] | None = None
         self._has_batched = False
         self._has_failed = False
@@ -188,7 +191,7 @@ class ProbeEvaluator:
             self._has_batched = True
             return values
         except Exception as error:
-            if self.recover is not None:
+            if self.recover is not None or isinstance(error, NotCapturable):
                 raise  # other processes may be in the middle of the same forward pass, waiting for this one
             if isinstance(error, NotBatchable) and self._must_batch and not self._has_batched:
                 raise NotBatchable(
@@ -203,6 +206,16 @@ class ProbeEvaluator:
             self._has_failed = True
         # Only here, outside of the handler, has the traceback given back the memory of the failed forward pass.
         return evaluation.sequential()
+
+    def in_one_pass(self, loss: Any, how: tuple[int, ...], run: Callable[[Any], Tensor]) -> Tensor:
+        """Return `run(loss)`, the losses of several probes from one forward pass, launched or replayed.
+
+        Args:
+            loss: the loss of the batch.
+            how: numbers that `run` depends on.
+            run: evaluates the loss.
+        """
+        return run(loss).detach() if self.graphs is None else self.graphs.losses(loss, how, run)
 
     def choose(self, evaluation: Evaluation, expected: Tensor, count: int) -> Tensor:
         """Evaluate a batch once more, in one forward pass, and choose how the run evaluates its probes.
@@ -297,9 +310,9 @@ class _Evaluation:
         if not isinstance(self.closure, BatchableLoss):
             raise NotBatchable(self.why_not_batchable)
         self._begin()
-        rows = model_rows(self.closure)
+        rows, copies = model_rows(self.closure), len(self._probes)
         with self._evaluator.at(self.subspace, self._probes, self._stream_of, self._distribution, rows=rows):
-            losses = self.closure.batched(len(self._probes)).detach()
+            losses = self._evaluator.in_one_pass(self.closure, (copies,), lambda loss: loss.batched(copies))
         check_draws_nothing(self.generators)
         return losses
 

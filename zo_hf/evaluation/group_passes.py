@@ -113,9 +113,9 @@ class GroupPasses:
         if self.generators is not None:
             self.generators.restore()
         points = [point for probe in self._probes for point in self.points(probe)]
-        rows = self._closure.rows // self._groups
+        rows, how = self._closure.rows // self._groups, (self._groups, len(self._probes))
         with self._evaluator.at(self.subspace, points, *self._drawn, rows):
-            shares = self._closure.batched_by_groups(self._groups, len(self._probes)).detach()
+            shares = self._evaluator.in_one_pass(self._closure, how, lambda loss: loss.batched_by_groups(*how))
         check_draws_nothing(self.generators)
         return shares
 

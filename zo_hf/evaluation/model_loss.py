@@ -9,8 +9,9 @@ function on the same logits before it relies on it.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +34,16 @@ from zo_hf.evaluation.known_losses import (
 )
 from zo_hf.evaluation.labeled_positions import labeled_positions
 from zo_hf.evaluation.output_hooks import may_change_outputs
+from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.evaluation.precision import same_but_for_order
 from zo_hf.offload import computing_devices
 from zo_hf.subspaces.functional import HALF, to_float
 
 #: Inputs of padding-free batches: they describe the sequences within a row, so a copy of the row needs other values.
 _WITHIN_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+#: The divisor of the loss among the inputs of a forward pass.
+_ITEMS = "num_items_in_batch"
 
 
 @dataclass
@@ -202,6 +207,30 @@ class ModelLoss:
             shares = torch.stack([self._shares(part, groups) for part in parts])
         self._checks.grouped.add(layout)
         return shares * self._factor
+
+    def pass_inputs(self) -> tuple[dict[str, Tensor], Hashable]:
+        """Return what a forward pass for several probes reads; see `CapturableLoss`.
+
+        Raises:
+            NotCapturable: an input is neither a tensor nor a plain value.
+        """
+        given = {**self._inputs, _ITEMS: self._num_items}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in given.items() if name not in tensors}
+        for name, value in others.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise NotCapturable(
+                    f"zo_cuda_graph=True takes tensors and plain values as inputs of the model, and {name} is a "
+                    f"{type(value).__name__}; use zo_cuda_graph=False."
+                )
+        return tensors, (self.rows, self._factor, self._in_front, tuple(sorted(others.items())))
+
+    def reading(self, tensors: Mapping[str, Tensor]) -> ModelLoss:
+        """Return the same loss with other tensors in place of those of `pass_inputs`."""
+        loss = copy.copy(self)
+        loss.inputs = loss._inputs = {name: tensors.get(name, value) for name, value in self._inputs.items()}
+        loss._num_items = tensors.get(_ITEMS, self._num_items)
+        return loss
 
     def _shares(self, logits: Tensor, groups: int, group_of: Tensor | None = None) -> Tensor:
         """Return the shares of the groups in the loss of one probe, (groups,), from its logits, (rows, ...)."""

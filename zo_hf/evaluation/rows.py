@@ -33,6 +33,7 @@ from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_no
 from zo_hf.evaluation.group_passes import GroupPasses, directions_of
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
+from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.evaluation.precision import rounding
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.parallel.ranks import Ranks
@@ -302,6 +303,8 @@ class RowGroups:
         before = self._evaluator.forward_passes
         try:
             return self._by_groups(closure, *how)
+        except NotCapturable:
+            raise
         except Exception as error:  # another kind of batch, or out of memory
             if self._evaluator.recover is not None:  # other processes may be in the middle of the same forward pass
                 if self.works is not None or not isinstance(error, NotBatchable):
@@ -336,10 +339,10 @@ class RowGroups:
         last = passes.points(own[-1])
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
             whole = passes.whole(last[-1])
-        chooses = self.may_choose and len(own) > 1
+        chooses, shares_pass = self.may_choose and len(own) > 1, len(own) == len(probes) > 1
         if chooses:
             free_memory.watch(self._subspace.device)
-        in_one_batch = self.works and evaluator.batched and len(own) == len(probes) > 1
+        in_one_batch = self.works and evaluator.batched and shares_pass
         found = evaluator.in_one_batch(passes) if in_one_batch else passes.sequential()
         evaluator.forward_passes += len(probes)
         if whole is not None:
@@ -347,6 +350,9 @@ class RowGroups:
             evaluator.forward_passes += passes_of_check(probes)
             dtype = evaluator.dtype_of_computation(self._subspace, alone.dtype)
             self._decide(why_not_apart(found[-len(alone) :], others, alone, whole, rounding(dtype)))
+            if self.works and evaluator.batched and shares_pass:  # so that a refusal comes before the first step
+                found = evaluator.in_one_batch(passes)
+                evaluator.forward_passes += len(probes)
         if chooses and self.works:
             found = evaluator.choose(passes, found, len(probes))
         evaluator.dtype = found.dtype
@@ -359,6 +365,11 @@ class RowGroups:
         Only a device to which operations are launched gains from it.
         """
         return self._evaluator.batched is None and free_memory.can_say(self._subspace.device)
+
+    @property
+    def looks_again(self) -> bool:
+        """True if the next batch that comes apart is evaluated in one forward pass, too, as a choice or because it must work."""
+        return self.may_choose or (self.works is None and self._evaluator.batched is True)
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from zo_hf.directions import Distribution, UnitVectors
 from zo_hf.estimators.probe import Probe
 from zo_hf.rng import NoiseLayout, Stream, StreamOf
+from zo_hf.subspaces.kept_tensors import KeptTensors
 
 
 class CoordinateBlock:
@@ -26,6 +27,7 @@ class CoordinateBlock:
         scale: factors for the elements of every direction, (size,); None leaves directions as they are.
         learning_rates: η of every coordinate tensor, by name, for probes along the gradient.
         snapshot: earlier values of the coordinates, (size,), for probes around them.
+        kept: the tensors that hold points.
     """
 
     scale: Tensor | None = None
@@ -37,6 +39,7 @@ class CoordinateBlock:
         first = next(iter(self.coordinates.values()))
         self.dtype = first.dtype
         self.layout = NoiseLayout({name: p.shape for name, p in self.coordinates.items()}, first.device)
+        self.kept = KeptTensors()
         self.point: Tensor | None = None
         self.tangent: Tensor | None = None
         self._drawn: dict[Stream, Tensor] = {}
@@ -75,8 +78,7 @@ class CoordinateBlock:
         # The directions come again for the gradient, and those of groups of rows for the other sign before.
         drawn = list(dict.fromkeys(p.direction for p in probes if p.direction >= 0 and (p.scale or p.derivative)))
         self._kept = max(1, len(drawn))
-        if self.point is None or len(self.point) != rows:
-            self.point = torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
+        self.point = self.kept.of(rows, "point", self.dtype, lambda: self._room(rows))
         with torch.no_grad():
             views = list(self.layout.views(self.point[0]).values())
             torch._foreach_copy_(views, list(self.coordinates.values()))
@@ -104,6 +106,9 @@ class CoordinateBlock:
             tangents = [self.direction(stream_of(p.direction), distribution) for p in probes if p.derivative]
             if tangents:
                 self.tangent = torch.stack(tangents) if len(tangents) > 1 else tangents[0][None]
+
+    def _room(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
 
     @staticmethod
     def _is_grouped(probes: Sequence[Probe], distribution: Distribution) -> bool:

@@ -50,6 +50,9 @@ class Core(LowRank):
             right = right.to(dtype if dtype in HALF else coordinate_dtype).to(device)
             self._bases[name] = right.t().contiguous().t()
 
+    def read_at_point(self) -> list[Tensor]:
+        return [*super().read_at_point(), *self._left_bases.values()]
+
     def _orthonormal(self, stream: Stream, name: str, rows: int) -> Tensor:
         """Draw an orthonormal basis, float64 (rows, r), on the CPU, so that every kind of device has the same one."""
         noise = draw_slice(stream, name, 0, rows * self.rank, GAUSSIAN).view(rows, self.rank)

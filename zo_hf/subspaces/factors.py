@@ -90,11 +90,13 @@ class Factors:
         return True
 
     def _fill(self, dtype: torch.dtype) -> None:
-        point, made = self._block.point, self._made.get(dtype)
+        point = self._block.point
         assert point is not None
-        if made is None or len(made) != len(point):
-            shape = len(point), self._elements // self._rank, width_of(self._rank)
-            self._made[dtype] = made = torch.zeros(shape, dtype=dtype, device=point.device)
+        shape = len(point), self._elements // self._rank, width_of(self._rank)
+        made = self._block.kept.of(
+            len(point), "factors", dtype, lambda: torch.zeros(shape, dtype=dtype, device=point.device)
+        )
+        self._made[dtype] = made
         made[..., : self._rank].copy_(point[:, : self._elements].view(len(point), -1, self._rank))
         if self.bias_of:
             rows, elements = self._places_of_biases(point.device)

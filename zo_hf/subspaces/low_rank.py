@@ -106,6 +106,7 @@ class LowRank(Folded):
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._bases: dict[str, Tensor] = {}
         self._wide_bases: dict[str, Tensor] = {}
+        self._wide: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._begin()
         self._factors = self._make_factors()
         self._vectors = {
@@ -203,14 +204,14 @@ class LowRank(Folded):
     def _widen(self, layout: NoiseLayout, flat: Tensor) -> None:
         """Take V / √r of all matrices from a flat vector, each with columns of zeros up to the width of factors."""
         rows = flat.view(-1, self.rank)
-        wide: dict[torch.dtype, Tensor] = {}
+        for dtype in {self._dtype_of_basis(name) for name in layout.shapes}:
+            wide = self._wide.get((rows.device, dtype))  # where graphs know it to lie
+            if wide is None:
+                wide = self._wide[rows.device, dtype] = rows.new_zeros(len(rows), width_of(self.rank), dtype=dtype)
+            wide[:, : self.rank].copy_(rows)
         for name, shape in layout.shapes.items():
-            dtype = self._dtype_of_basis(name)
-            if dtype not in wide:
-                wide[dtype] = rows.new_zeros(len(rows), width_of(self.rank), dtype=dtype)
-                wide[dtype][:, : self.rank].copy_(rows)
             start = layout.offsets[name] // self.rank
-            self._wide_bases[name] = wide[dtype][start : start + shape[0]]
+            self._wide_bases[name] = self._wide[rows.device, self._dtype_of_basis(name)][start : start + shape[0]]
             self._bases[name] = self._wide_bases[name][:, : self.rank]
 
     def _dtype_of_basis(self, name: str) -> torch.dtype:
@@ -220,7 +221,7 @@ class LowRank(Folded):
 
     def _set_basis(self, name: str, basis: Tensor) -> None:
         rounded = basis.to(self._dtype_of_basis(name))
-        if name in self._wide_bases:
+        if name in self._bases:
             self._bases[name].copy_(rounded)
             return
         # Column-major, because this makes x · V about five times faster on a CPU.
@@ -261,8 +262,11 @@ class LowRank(Folded):
         dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point() and p.element_size() > 1)
         return next(dtypes, torch.float32)
 
+    def read_at_point(self) -> list[Tensor]:
+        return [*super().read_at_point(), *self._bases.values(), *self._wide.values()]
+
     def basis(self, name: str) -> Tensor:
-        """Return V / √r of one matrix, (n, r), in the dtype of the product."""
+        """Return V / √r of one matrix, (n, r), in the dtype of the product; a fold writes the next one into it."""
         return self._bases[name]
 
     def _left(self, name: str) -> Tensor:

@@ -54,7 +54,8 @@ class MovedVectors:
             self._weights = vectors.new_zeros(vectors.shape[1])
         views = [self._of(self._weights, name) for name in self._parameters]
         torch._foreach_copy_(views, [parameter.detach() for parameter in self._parameters.values()])
-        return vectors + self._weights
+        made = self._block.kept.of(len(point), "vectors", vectors.dtype, lambda: torch.empty_like(vectors))
+        return torch.add(vectors, self._weights, out=made)
 
     def _of(self, vectors: Tensor, name: str) -> Tensor:
         start = self._block.layout.offsets[name] - self._first

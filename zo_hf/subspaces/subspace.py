@@ -264,6 +264,16 @@ class Subspace:
         """The coordinates as tensors with a gradient, or None if the subspace holds neither gradient nor direction."""
         return None
 
+    def stay_in_place(self) -> None:
+        """Keep what forward passes at probes read where it is, for CUDA graphs, which read addresses."""
+        for block in self.coordinate_blocks or ():
+            block.kept.stay = True
+
+    def read_at_point(self) -> list[Tensor]:
+        """Return the tensors beside the model's own that a forward pass at the present probes reads."""
+        blocks, points = self.coordinate_blocks or (), max(1, len(self.probes))
+        return [tensor for block in blocks for tensor in block.kept.holding(points)]
+
     @property
     def takes_groups_cheaply(self) -> bool:
         """True if a forward pass with parameters of their own for many groups of rows costs about one without."""

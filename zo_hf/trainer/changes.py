@@ -56,6 +56,7 @@ _ARGUMENTS = (
     "average_tokens_across_devices",
     "zo_parallel",
     "zo_batched_probes",
+    "zo_cuda_graph",
     "zo_common_random_numbers",
     "zo_kernels",
     "zo_stability_action",

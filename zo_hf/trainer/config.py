@@ -89,6 +89,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_max_projected_grad: None | float = _setting("max_projected_grad")  # noqa: RUF036
     zo_normalize: bool = _setting("normalize")
     zo_batched_probes: Literal["auto", True, False] = _setting("batched_probes")
+    zo_cuda_graph: bool = _setting("cuda_graph")
     zo_common_random_numbers: bool = _setting("common_random_numbers")
     zo_kernels: str = _setting("kernels")
     zo_target_modules: None | str | list[str] = _setting("target_modules")  # noqa: RUF009, RUF036

@@ -1,0 +1,67 @@
+"""Conflicts with CUDA graphs of the forward pass, which repeat launches as they were captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zo_hf.case import Case
+from zo_hf.compatibility.conflict import Conflict
+
+#: Subspaces whose coordinates at all probes lie in tensors before the forward pass begins.
+CAPTURED = ("auto", "low_rank", "core", "norms", "adapter")
+
+
+def _graph(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
+    return Conflict("zo_cuda_graph=True", that, why, instead, lambda case: case.settings.cuda_graph and applies(case))
+
+
+GRAPHS: tuple[Conflict, ...] = (
+    _graph(
+        "zo_batched_probes={zo_batched_probes}",
+        "a graph is captured of the forward pass that all probes share",
+        "use zo_batched_probes=True",
+        lambda case: case.settings.batched_probes is not True,
+    ),
+    _graph(
+        "zo_subspace={zo_subspace}",
+        "its forward pass depends on numbers of the host, which a graph would freeze",
+        "use zo_subspace='low_rank'",
+        lambda case: case.subspace is None and case.settings.subspace not in CAPTURED,
+    ),
+    _graph(
+        "zo_feature_cache_gib={zo_feature_cache_gib}",
+        "the host decides for every batch which layers run",
+        "use zo_feature_cache_gib=0",
+        lambda case: bool(case.argument("zo_feature_cache_gib")),
+    ),
+    _graph(
+        "torch_compile=True",
+        "a compiled model may capture graphs of its own",
+        "leave one of them out",
+        lambda case: bool(case.argument("torch_compile")),
+    ),
+    _graph(
+        "a quantized model",
+        "its layers may wait for the device",
+        "use zo_cuda_graph=False",
+        lambda case: "quantized" in case.facts,
+    ),
+    _graph(
+        "weights that device_map offloads",
+        "the host loads them during the forward pass",
+        "use zo_cuda_graph=False",
+        lambda case: "offloaded" in case.facts,
+    ),
+    _graph(
+        "fsdp=...",
+        "processes exchange shards during the forward pass",
+        "use zo_cuda_graph=False",
+        lambda case: "fsdp" in case.facts,
+    ),
+    _graph(
+        "server_url=...",
+        "a server evaluates the model",
+        "leave one of them out",
+        lambda case: case.argument("server_url") is not None,
+    ),
+)
