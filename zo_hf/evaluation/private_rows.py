@@ -175,7 +175,9 @@ class PrivateRows:
 
     def _check_independent(self, at: _Batch, probe: Probe) -> None:
         points = [probe] * at.rows
-        alone, others = at.losses(points)[None], at.losses(some_elsewhere(points))[None]
+        found = at.losses(points), at.losses(some_elsewhere(points))
+        # A row that is not finite by itself is no sign of others.
+        alone, others = (losses.nan_to_num(0.0, 0.0, 0.0)[None] for losses in found)
         dtype = self._evaluator.dtype_of_computation(self._subspace, alone.dtype)
         problem = why_not_apart(alone, others, alone, alone.sum(1), rounding(dtype))
         if problem is not None:

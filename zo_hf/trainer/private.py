@@ -236,9 +236,9 @@ class PrivateTrainer(BudgetedTrainer):
 
     def _begin_private(self, zo: ZerothOrder) -> None:
         """Give the engine the run's secret, its batches and its guarantee."""
-        if zo.private is None:
+        if zo.private is None or self._secret is None:  # a search for the learning rate, which is refused next
             return
-        assert self._secret is not None and self._batches is not None and self._guarantee is not None
+        assert self._batches is not None and self._guarantee is not None
         zo.private.secret, zo.private.part_of = self._secret, self._batches.counted
         zo.private.guarantee, zo.private.expected_rows = self._guarantee, self._guarantee.expected_rows
 
