@@ -7,10 +7,12 @@
     python recipes/private_training.py membership             # digits: some minutes of one core
     python recipes/private_training.py sentences --model DIR  # reviews: half an hour of one core with a model of 15M weights
 
-`membership` trains a linear classifier on 100 pictures, many times with a picture that has a wrong label and many times without.
-An attacker who knows everything else reads the final loss of that picture, and says whether it was there. The area under his
-curve (AUC) is 0.5 if he guesses, and 1 if he is always right. The same account that gives epsilon gives the largest AUC that
-any attacker can reach.
+`membership` trains a linear classifier on 100 pictures, many times with a picture that is four times as
+bright and has a wrong label, and many times without.
+An attacker who knows all pictures says whether it was there. One reads its final loss. The other reads the log: he replays it,
+computes every picture's c at every step, and sums up how much likelier the numbers are with the picture than without. The area
+under his curve (AUC) is 0.5 if he guesses, and 1 if he is always right. The same account that gives epsilon gives the largest
+AUC that any attacker can reach.
 
 `sentences` trains a language model on embedded Rotten Tomatoes sentences with more and more noise, and measures loss and
 accuracy on sentences held out. The bound on c is the median |c| of sentences that are not trained on.
@@ -45,6 +47,7 @@ from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.privacy import Guarantee, Secret
 from zo_hf.privacy.accounting import default_delta
 from zo_hf.privacy.poisson import PoissonSampling
+from zo_hf.rng import Stream
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, label_scores
@@ -57,6 +60,8 @@ from zo_hf.tasks.refusals import refusals_end_the_command
 SETTINGS = ("part", "noise", "rows_per_direction", "seed", "planted", "steps", "rows", "batch", "rate", "max_c")
 #: "off" trains without privacy; 0 clips and adds no noise.
 OFF = -1.0
+#: Of the planted picture: a row unlike the others, as rows are that need protection.
+BRIGHTNESS = 4.0
 
 
 def arguments() -> argparse.Namespace:
@@ -66,7 +71,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--noise", type=float, nargs="+", help="noise multipliers; -1 is not private, 0 clips alone (default: by part)"
     )
-    add("--seeds", type=int, help="runs of each kind (default: 32 for membership, 2 for sentences)")
+    add("--seeds", type=int, help="runs of each kind (default: 16 for membership, 2 for sentences)")
     add("--steps", type=int, help="steps of a run (default: 150 for membership, 40 for sentences)")
     add("--rows", type=int, help="rows to train on (default: 100 for membership, 4096 for sentences)")
     add("--batch", type=int, help="expected rows of a step (default: 20 for membership, 16 for sentences)")
@@ -84,15 +89,15 @@ def arguments() -> argparse.Namespace:
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "membership": {
-        "noise": [OFF, 0.0, 1.0, 2.0, 4.0],
-        "seeds": 32,
+        "noise": [OFF, 2.0, 8.0],
+        "seeds": 16,
         "steps": 150,
         "rows": 100,
         "batch": 20,
         "rate": 0.04,
     },
     "sentences": {
-        "noise": [OFF, 0.0, 0.5, 1.0, 2.0],
+        "noise": [OFF, 0.5, 2.0],
         "seeds": 2,
         "steps": 40,
         "rows": 4096,
@@ -116,13 +121,21 @@ def guarantee_of(run: dict[str, Any]) -> Guarantee:
 
 
 def digits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `rows` pictures with their labels; the last picture is the planted one, whose label is wrong."""
+    """Return `rows` pictures with their labels; the last picture is the planted one, too bright and with a wrong label."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[:rows]
     pictures = torch.tensor(data.data, dtype=torch.float32)[order] / 16
     labels = torch.tensor(data.target)[order]
     labels[-1] = (labels[-1] + 5) % 10
+    pictures[-1] *= BRIGHTNESS
     return pictures, labels
+
+
+def held_out_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 500 pictures that no run trains on, with their labels."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[-500:]
+    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
 
 
 def train_classifier(run: dict[str, Any]) -> dict[str, float]:
@@ -137,30 +150,58 @@ def train_classifier(run: dict[str, Any]) -> dict[str, float]:
     if zo.private is not None:
         zo.private.secret, zo.private.expected_rows = secret, run["batch"]
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=run["rate"]))
-    sampling = PoissonSampling(secret, run["rows"], run["batch"], 1)
+    sampling, evidence = PoissonSampling(secret, run["rows"], run["batch"], 1), 0.0
     for step in range(run["steps"]):
+        known = slopes(zo, lambda: F.cross_entropy(model(pictures), labels, reduction="none"))
         rows = torch.from_numpy(sampling.rows_of(step))
         rows = rows[rows < len(labels) - 1 + run["planted"]]
-        if not len(rows):
-            rows = torch.tensor([0])
-        batch, answers = pictures[rows], labels[rows]
+        count = len(rows)
+        rows = rows if count else torch.tensor([0])  # a row that does not count
 
-        def losses(batch: torch.Tensor = batch, answers: torch.Tensor = answers) -> Any:
-            each = F.cross_entropy(model(batch), answers, reduction="none")
-            return RowLosses(each) if zo.private is not None else each.sum() / run["batch"]
+        def losses(rows: torch.Tensor = rows, count: int = count) -> Any:
+            each = F.cross_entropy(model(pictures[rows]), labels[rows], reduction="none")
+            return RowLosses(each) if zo.private is not None else each.sum() * bool(count) / run["batch"]
 
-        zo.estimate(losses)
+        if zo.private is not None:
+            zo.private.part_of = lambda *_, count=count: (0, count)
+        (number,) = zo.estimate(losses).projected_gradients
+        evidence += evidence_of(number * run["batch"], known, run)
         optimizer.step()
+    others, answers = held_out_digits()
     with torch.no_grad():
         each = F.cross_entropy(model(pictures), labels, reduction="none")
-    return {"planted_loss": float(each[-1]), "loss": float(each[:-1].mean())}
+        right = (model(others).argmax(1) == answers).float().mean()
+    losses_of = {"planted_loss": float(each[-1]), "loss": float(each[:-1].mean())}
+    return losses_of | {"accuracy": float(right), "evidence": evidence}
+
+
+def slopes(zo: ZerothOrder, losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return c of every row in the step that begins, float64 (rows,), as whoever replays the log can compute it."""
+    found = []
+    for probe in zo.estimator.probes():
+        with torch.no_grad(), zo.subspace.at((probe,), lambda i: Stream(zo.seed, zo.step, i), zo.distribution):
+            found.append(losses().double())
+    return (found[0] - found[1]) / (2 * zo.estimator.eps)
+
+
+def evidence_of(total: float, known: torch.Tensor, run: dict[str, Any]) -> float:
+    """Return the logarithm of how much likelier a step's number is with the planted row, the last, than without.
+
+    The attacker knows every row and its c, but not which rows the step has drawn: to him their sum is about normal.
+    """
+    rate = run["batch"] / run["rows"]
+    if run["noise"] != OFF:
+        known = known.clamp(-run["max_c"], run["max_c"])
+    others, planted = known[:-1], float(known[-1])
+    variance = rate * (1 - rate) * float(others.square().sum()) + (max(run["noise"], 0.0) * run["max_c"]) ** 2
+    distance = total - rate * float(others.sum())
+    moved = (distance * planted - planted * planted / 2) / max(variance, 1e-12)
+    return float(torch.logaddexp(torch.tensor(math.log(1 - rate)), torch.tensor(math.log(rate) + moved)))
 
 
 def usual_c_of_digits(args: argparse.Namespace) -> float:
     """Return the median |c| of pictures that no run trains on, at the start."""
-    data = load_digits()
-    pictures = torch.tensor(data.data, dtype=torch.float32)[-100:] / 16
-    labels = torch.tensor(data.target)[-100:]
+    pictures, labels = held_out_digits()
     model = nn.Linear(64, 10)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
@@ -191,6 +232,12 @@ def best_auc(guarantee: Guarantee, steps: int) -> float:
     return 1 - sum((a + b) / 2 for a, b in zip(missed[1:], missed[:-1], strict=True)) / 1000
 
 
+def spread_of(auc: float, count: int) -> float:
+    """Return the standard error of an AUC over `count` runs of each kind (Hanley and McNeil 1982)."""
+    q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
+    return math.sqrt((auc * (1 - auc) + (count - 1) * (q1 + q2 - 2 * auc * auc)) / count / count)
+
+
 def membership(args: argparse.Namespace, finished: FinishedRuns) -> list[dict[str, Any]]:
     """Make the missing runs; return a line of the table for every amount of noise."""
     max_c = args.max_c or usual_c_of_digits(args)
@@ -204,18 +251,19 @@ def membership(args: argparse.Namespace, finished: FinishedRuns) -> list[dict[st
         ]
         there = [run["planted"] for run in made]
         guarantee = guarantee_of(made[0]) if noise > 0 else None
-        auc = float(roc_auc_score(there, [-run["planted_loss"] for run in made]))
-        # Of a normal statistic (Hanley and McNeil 1982).
-        q1, q2, count = auc / (2 - auc), 2 * auc * auc / (1 + auc), args.seeds
-        spread = math.sqrt((auc * (1 - auc) + (count - 1) * (q1 - auc * auc + q2 - auc * auc)) / count / count)
+        auc = {
+            name: float(roc_auc_score(there, [sign * run[score] for run in made]))
+            for name, score, sign in (("AUC by loss", "planted_loss", -1), ("AUC by log", "evidence", 1))
+        }
         lines.append(
             {
                 "noise": noise,
                 "epsilon": math.inf if guarantee is None else guarantee.epsilon(args.steps),
-                "AUC": auc,
-                "error": spread,
+                **auc,
+                "error": spread_of(auc["AUC by log"], args.seeds),
                 "largest AUC": 1.0 if guarantee is None else best_auc(guarantee, args.steps),
-                "loss": mean(run["loss"] for run in made if run["planted"]),
+                "loss": mean(run["loss"] for run in made),
+                "held-out accuracy": mean(run["accuracy"] for run in made),
                 "planted loss, with": mean(run["planted_loss"] for run in made if run["planted"]),
                 "planted loss, without": mean(run["planted_loss"] for run in made if not run["planted"]),
             }
@@ -292,7 +340,8 @@ class SentenceTask:
         model = self.load()
         collate = LabelWordCollator(self.tokenizer, model)
         rows = self._encode(self.held_out.select(range(32)))
-        batches = [{k: v.to(model.device) for k, v in collate([row]).items()} for row in rows]
+        batches = [collate([row]) for row in rows]
+        batches = [{k: v.to(model.device) if torch.is_tensor(v) else v for k, v in b.items()} for b in batches]
         exclude = self.options["zo_exclude_modules"]
         return usual_c(model, "low_rank", [lambda b=b: model(**b).loss for b in batches], exclude_modules=exclude)
 
@@ -371,7 +420,7 @@ def plot(part: str, lines: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    y = "AUC" if part == "membership" else "loss"
+    y = "AUC by log" if part == "membership" else "loss"
     kinds = list(
         dict.fromkeys(line.get("rows a direction", "") for line in lines if line["noise"] not in ("untrained",))
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What a run promises to everybody whose row is in its data.
+    """Promises of a run to everybody whose row is in its data.
 
     Args:
         noise_multiplier: σ.
