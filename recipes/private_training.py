@@ -5,7 +5,7 @@
 """Measure what differentially private training costs, and whether it hides that a row was there.
 
     python recipes/private_training.py membership             # digits: some minutes of one core
-    python recipes/private_training.py sentences --model DIR  # reviews: half an hour of one core with a model of 15M weights
+    python recipes/private_training.py sentences --model DIR  # reviews: some minutes with a model of 15M weights
 
 `membership` trains a linear classifier on 100 pictures, many times with a picture that is four times as
 bright and has a wrong label, and many times without.

@@ -31,7 +31,7 @@ class PrivacyOptions(Options):
         None,
         "Largest length of a row's numbers c in private training, in loss per unit along z: with one direction, the largest "
         "magnitude of its c. Longer ones are shortened to it. Choose it from public data, or as a number that you "
-        "would also take for other data, about the median length of a row's gradient.",
+        "would also take for other data, one to four times the median length of a row's gradient.",
         Real(0, above=True, also=(None,)),
         "use the usual size of a row's c",
     )
