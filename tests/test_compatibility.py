@@ -130,6 +130,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (PRIVATE | {"rule": "svrg"}, {}, set()),
     (PRIVATE | {"basis": "activation"}, {}, set()),
     (PRIVATE | {"batched_probes": True}, {}, set()),
+    (PRIVATE | {"cuda_graph": True}, {}, set()),
     (PRIVATE, {"learning_rate": "auto"}, set()),
     (PRIVATE, STABILITY, set()),
     (PRIVATE, {"zo_feature_cache_gib": 1.0}, set()),

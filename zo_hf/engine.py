@@ -173,8 +173,7 @@ class ZerothOrder:
         self.distribution.begin()
         generators = self._generators()
         if self.private is not None:  # whose rows have a divisor of their own
-            drawn = self._stream, self.distribution
-            self.private.evaluate(closure, self._probes(), *drawn, generators, self.step)
+            self.private.evaluate(closure, self._probes(), self._stream, self.distribution, generators, self.step)
             return torch.zeros(0)
         if self.row_groups is not None:
             found = self.row_groups.evaluate(

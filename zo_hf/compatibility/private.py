@@ -87,6 +87,12 @@ PRIVATE: tuple[Conflict, ...] = (
         "leave it out",
         lambda case: case.settings.batched_probes is True,
     ),
+    _private(
+        "zo_cuda_graph=True",
+        "rows are evaluated at one probe at a time",
+        "leave it out",
+        lambda case: case.settings.cuda_graph,
+    ),
     _private("learning_rate='auto'", _LEAKS, "give a number", lambda case: case.argument("learning_rate") == "auto"),
     _private(
         "zo_stability_steps={zo_stability_steps}",

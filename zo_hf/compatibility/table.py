@@ -474,7 +474,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda case: {"fsdp", "quantized"} <= case.facts,
     ),
     *OFFLOADED,
-    *GRAPHS,
     *PRIVATE,
+    *GRAPHS,
     *SERVED,
 )
