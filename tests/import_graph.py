@@ -25,7 +25,7 @@ FLOORS = (
     ("rules", "evaluation"),
     ("subspaces",),
     ("parallel", "offload"),
-    ("directions", "estimators"),
+    ("directions", "estimators", "privacy"),
     ("rng", "kernels", "quantization", "untrusted", "method_info", "version"),
 )
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

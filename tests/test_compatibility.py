@@ -19,6 +19,7 @@ from zo_hf.subspaces import Full
 COORDINATE, TANGENTS, TWO = {"estimator": "coordinate"}, {"estimator": "forward_gradient"}, {"num_directions": 2}
 ROWS: dict[str, Any] = {"rows_per_direction": 1}
 SERVED = {"server_url": "http://127.0.0.1:8000"}
+PRIVATE: dict[str, Any] = {"dp_noise_multiplier": 1.0, "dp_max_c": 1.0}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
 
 # (settings, arguments, facts): each is refused by one row, and together by all.
@@ -120,6 +121,28 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, SERVED | {"torch_compile": True}, set()),
     ({}, SERVED | {"generation_kwargs": "of JSON"}, set()),
     ({}, SERVED | {"cache_implementation": "static"}, set()),
+    ({}, {"zo_dp_delta": 1e-5}, set()),
+    ({}, {"zo_dp_target_epsilon": 1.0}, set()),
+    ({"dp_max_c": 1.0}, {}, set()),
+    ({"dp_noise_multiplier": 1.0}, {}, set()),
+    (PRIVATE | {"dp_noise_multiplier": 0.0}, {"zo_dp_target_epsilon": 1.0}, set()),
+    (PRIVATE | {"estimator": "fzoo"} | TWO, {}, set()),
+    (PRIVATE | {"rule": "svrg"}, {}, set()),
+    (PRIVATE | {"basis": "activation"}, {}, set()),
+    (PRIVATE | {"batched_probes": True}, {}, set()),
+    (PRIVATE | {"cuda_graph": True}, {}, set()),
+    (PRIVATE, {"learning_rate": "auto"}, set()),
+    (PRIVATE, STABILITY, set()),
+    (PRIVATE, {"zo_feature_cache_gib": 1.0}, set()),
+    (PRIVATE, {"zo_max_time": 60.0}, set()),
+    (PRIVATE, {"auto_find_batch_size": True}, set()),
+    (PRIVATE, {"include_num_input_tokens_seen": "all"}, set()),
+    (PRIVATE, {"train_sampling_strategy": "group_by_length"}, set()),
+    (PRIVATE, {"zo_parallel": "directions"}, set()),
+    (PRIVATE, {"server_url": "http://127.0.0.1:8000", "zo_parallel": None}, set()),
+    (PRIVATE, {"push_to_hub": True, "hub_strategy": "all_checkpoints"}, set()),
+    (PRIVATE, {}, {"fsdp"}),
+    (PRIVATE, {"population": 16}, set()),
 ]
 
 

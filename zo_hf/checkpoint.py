@@ -4,6 +4,7 @@
     zo_state.json                  the engine's numbers, and the settings of the run
     zo_coordinates.safetensors     the coordinates
     zo_rule.safetensors            the rule's memory, if it has one
+    zo_secret                      the key of private training's noise, see `trainer/private.py`
     zo_base.safetensors            the weights as of the last fold, if the subspace folds and the coordinates are not zero
 
 At a step that folds, the coordinates are zero and the model itself is the base, so nothing large is written twice. Several

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from zo_hf import kernels
 from zo_hf.case import Case
 from zo_hf.compatibility import check, rows_per_direction
-from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, unit_vectors
+from zo_hf.directions import Distribution
 from zo_hf.estimators.estimate import Estimate, Step
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.curvature_probes import CurvatureProbes
 from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.flat_loss import FlatLossWarning
 from zo_hf.evaluation.pass_graphs import PassGraphs
+from zo_hf.evaluation.private_rows import PrivateRows
 from zo_hf.evaluation.rows import RowGroups
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.parallel.signals import make_steps_whole, whole
@@ -30,7 +31,7 @@ from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rules import ScalarNormalization
 from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
 from zo_hf.settings import Settings, method_of
-from zo_hf.subspaces import SUBSPACES, Folded, LowRank, Subspace
+from zo_hf.subspaces import SUBSPACES, Folded, Subspace
 from zo_hf.subspaces.folded import decay_of_step
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
@@ -62,6 +63,7 @@ class ZerothOrder:
     Attributes:
         on_step: called with a `Step` after every optimizer step; None calls nothing.
         curvature: measures the curvature in some steps, and keeps the results; None measures nothing.
+        private: makes the numbers of private training; None if training is not private.
         rounding_noise: the part of c that was rounding when the run began, see `zo_hf.stability.rounding_noise`.
 
     Raises:
@@ -105,21 +107,9 @@ class ZerothOrder:
         settings = replace(settings, rows_per_direction=rows)
         self.model, self.subspace, self.settings, self.seed = model, subspace, settings, settings.seed
         self.estimator = settings.make_estimator(subspace.default_eps)
-        if settings.moves_along_coordinates:
-            self.distribution: Distribution = unit_vectors(
-                subspace.coordinates, settings.num_directions, settings.coordinate_order, settings.seed
-            )
-        elif own_distribution is not None:
-            self.distribution = own_distribution
-        else:
-            self.distribution = DISTRIBUTIONS[settings.direction](
-                subspace.direction_context(settings.num_directions, settings)
-            )
+        self.distribution = settings.make_distribution(subspace, own_distribution)
         self.rule = settings.rule_kind(subspace, self.estimator, settings)
-        max_projected_grad = settings.max_projected_grad
-        if max_projected_grad is None:
-            max_projected_grad = 0.0 if self.estimator.is_scale_free else subspace.default_max_projected_grad
-        self.max_projected_grad = max_projected_grad
+        self.max_projected_grad = settings.max_projected_grad_of(subspace, self.estimator)
         self.normalization = ScalarNormalization() if settings.normalize else None
         self.evaluator = ProbeEvaluator(False if self.estimator.needs_tangents else settings.batched_probes)
         self.ranks = ranks if ranks is not None else Ranks()
@@ -137,7 +127,9 @@ class ZerothOrder:
         self._reads = SettledReads(subspace, self.ranks)
         # A step that looks back takes the directions of earlier steps, and cannot tell which of those rows have shared.
         every = settings.noise_scale_steps if self.rule.points == 1 else 0
-        self.row_groups = RowGroups(subspace, self.evaluator, self.ranks, rows, is_auto, every) if rows else None
+        mechanism, evaluates = settings.make_mechanism(), (subspace, self.evaluator, self.ranks)
+        self.private = None if mechanism is None else PrivateRows(*evaluates, self.estimator, mechanism, rows)
+        self.row_groups = RowGroups(*evaluates, rows, is_auto, every) if rows and mechanism is None else None
         self._begins_to_move: list[str] = []
         subspace.attach()
         if not replays:
@@ -145,20 +137,7 @@ class ZerothOrder:
 
     def saved_settings(self) -> dict[str, Any]:
         """The settings as resolved for this model, under the names of the options; a resumed run must have the same."""
-        low_rank = self.subspace if isinstance(self.subspace, LowRank) else None
-        along_coordinates = self.estimator.along_coordinates
-        saved = self.settings.to_saved() | {
-            "zo_subspace": self.subspace.name,
-            "zo_rank": low_rank.rank if low_rank else None,
-            "zo_fold_steps": low_rank.fold_steps if low_rank else None,
-            "zo_eps": self.estimator.eps,
-            "zo_direction": self.settings.direction if along_coordinates else self.distribution.name,
-            "zo_max_projected_grad": self.max_projected_grad,
-            "coordinates": self.subspace.dimension,
-        }
-        if isinstance(self.distribution, Layers):
-            saved["zo_active_layers"] = self.distribution.active
-        return saved
+        return self.settings.resolved(self.subspace, self.estimator, self.distribution, self.max_projected_grad)
 
     def coordinates(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer: one with weight decay, and one without it (norms and biases)."""
@@ -187,9 +166,15 @@ class ZerothOrder:
         return self.finish_estimate()
 
     def probe(self, closure: Callable[[], Any], weight: float | Tensor = 1.0) -> Tensor:
-        """Add one micro-batch to the step; returns its losses at this rank's probes, times `weight`: (probes,)."""
+        """Add one micro-batch to the step; returns its losses at this rank's probes, times `weight`: (probes,).
+
+        In private training, it returns none: (0,).
+        """
         self.distribution.begin()
         generators = self._generators()
+        if self.private is not None:  # whose rows have a divisor of their own
+            self.private.evaluate(closure, self._probes(), self._stream, self.distribution, generators, self.step)
+            return torch.zeros(0)
         if self.row_groups is not None:
             found = self.row_groups.evaluate(
                 closure, self._probes(), self._stream, self.distribution, weight, generators
@@ -303,6 +288,8 @@ class ZerothOrder:
     @property
     def groups(self) -> int:
         """Number of groups of rows with directions of their own in a step; 1 before the end of the first step."""
+        if self.private is not None:
+            return self.private.groups
         return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
 
     @property
@@ -313,10 +300,12 @@ class ZerothOrder:
     @property
     def at_start_of_step(self) -> bool:
         """True if no micro-batch of the step has been probed yet."""
-        return self._losses is None and not (self.row_groups is not None and self.row_groups.has_losses)
+        return self._losses is None and not any(rows and rows.has_losses for rows in (self.row_groups, self.private))
 
     def finish_estimate(self) -> Estimate:
         """Turn the losses that `probe` has gathered on all ranks into the gradient of this step."""
+        if self.private is not None:
+            return self._finish_private(self.private)
         probes, groups = self._probes(), self.row_groups
         here = len(self.estimator.probes())
         if groups is not None and groups.has_losses:
@@ -334,18 +323,28 @@ class ZerothOrder:
         if self.rule.points > 1:
             numbers += self.estimator.numbers_of_groups([group[-here:] for group in by_group])
         is_finite = bool(torch.tensor([*losses, *numbers]).isfinite().all())  # in float32, as the coordinates are
-        try:
-            self.apply(numbers, skipped=not is_finite)
-        except BaseException:
-            self.subspace.clear_gradient()
-            raise
-        finally:
-            self._batches = []
+        self._apply_estimate(numbers, skipped=not is_finite)
         found = tuple(numbers[: self.estimator.num_directions * len(by_group)])
         if groups is not None and is_finite and groups.noise_scale.due(self.step):
             groups.noise_scale.see(found, self.estimator.num_directions)
         self._flat_loss.see(found, self.estimator.eps)
         return Estimate(self.estimator.loss(losses[:here]), found, is_finite, tuple(curvatures))
+
+    def _finish_private(self, private: PrivateRows) -> Estimate:
+        """Turn the step's sums, with their noise, into its gradient; no loss of it is known."""
+        numbers = private.release(self.step)
+        self._begins_to_move = self._reads.settle(self.step)
+        self._apply_estimate(numbers, skipped=False)
+        return Estimate(math.nan, tuple(numbers), True)
+
+    def _apply_estimate(self, numbers: Sequence[float], skipped: bool) -> None:
+        try:
+            self.apply(numbers, skipped)
+        except BaseException:
+            self.subspace.clear_gradient()
+            raise
+        finally:
+            self._batches = []
 
     def _found_curvatures(self, losses: Sequence[float]) -> list[float]:
         """Return the curvatures that the step has measured, given the losses at its own probes."""
@@ -414,8 +413,9 @@ class ZerothOrder:
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
         self._losses, self._curvature_losses, self._batches = None, None, []
-        if self.row_groups is not None:
-            self.row_groups.discard()
+        for rows in (self.row_groups, self.private):
+            if rows is not None:
+                rows.discard()
 
     def finish(self) -> nn.Module:
         """Fold the coordinates into the weights, and remove the engine from the model.

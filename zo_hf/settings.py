@@ -1,7 +1,8 @@
 """The method of a run in one frozen record: subspace, directions, estimator, rule, and their options.
 
 `ZOConfig`, the engine, checkpoints, the header of a log and its replay share this record. Each part of a method declares
-its options, with default, help and range: `SubspaceOptions`, `EstimatorOptions`, `DirectionOptions` and `RuleOptions`.
+its options, with default, help and range: `SubspaceOptions`, `EstimatorOptions`, `DirectionOptions`, `RuleOptions` and
+`PrivacyOptions`.
 `ZOConfig` has every option under the same name with `zo_` in front.
 """
 
@@ -14,15 +15,17 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from zo_hf.directions import DISTRIBUTIONS, Distribution
+from zo_hf.directions import DISTRIBUTIONS, Distribution, Layers, unit_vectors
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.estimators.options import EstimatorOptions
 from zo_hf.kernels import CHOICES as KERNELS
 from zo_hf.method_info import Choice, Flag, Real, Whole, canonical_name, option, shown
+from zo_hf.privacy import GaussianMechanism
+from zo_hf.privacy.options import PrivacyOptions
 from zo_hf.rules import RULES, Rule
 from zo_hf.rules.options import RuleOptions
-from zo_hf.subspaces import SUBSPACES, Subspace, has_factors, subspace_kind
+from zo_hf.subspaces import SUBSPACES, LowRank, Subspace, has_factors, subspace_kind
 from zo_hf.subspaces.options import SubspaceOptions
 from zo_hf.subspaces.peft_methods import is_peft
 from zo_hf.untrusted.fields import brief, fits_type
@@ -40,7 +43,7 @@ _NOT_SAVED = (
 
 
 @dataclass(frozen=True)
-class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions):
+class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions, PrivacyOptions):
     """The options of a run's method; every value is checked, and names of methods are canonical.
 
     Raises:
@@ -124,9 +127,34 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
         """False if the estimate is never held as a tensor: with all weights along random directions."""
         return self.subspace != "full" or self.moves_along_coordinates
 
+    @property
+    def is_private(self) -> bool:
+        """True if the numbers of a step are clipped row by row, and get noise."""
+        return self.dp_noise_multiplier is not None
+
+    def make_mechanism(self) -> GaussianMechanism | None:
+        """Make the mechanism of private training; None if training is not private."""
+        if self.dp_noise_multiplier is None or self.dp_max_c is None:
+            return None
+        return GaussianMechanism(self.dp_noise_multiplier, self.dp_max_c)
+
     def make_estimator(self, eps: float) -> Estimator:
         """Make the estimator; its probes are at distance `eps` unless the settings have a distance."""
         return self.estimator_kind(eps if self.eps is None else self.eps, self.num_directions)
+
+    def make_distribution(self, subspace: Subspace, own: Distribution | None = None) -> Distribution:
+        """Make the distribution of a subspace's directions; `own` is the caller's, for directions that are not coordinates."""
+        if self.moves_along_coordinates:
+            return unit_vectors(subspace.coordinates, self.num_directions, self.coordinate_order, self.seed)
+        if own is not None:
+            return own
+        return DISTRIBUTIONS[self.direction](subspace.direction_context(self.num_directions, self))
+
+    def max_projected_grad_of(self, subspace: Subspace, estimator: Estimator) -> float:
+        """Return the largest magnitude of c, 0 for none: the option, or the subspace's default for slopes."""
+        if self.max_projected_grad is not None:
+            return self.max_projected_grad
+        return 0.0 if estimator.is_scale_free else subspace.default_max_projected_grad
 
     def subspace_of(self, model: nn.Module) -> str:
         """Return the name of the subspace; "auto" is resolved for this model."""
@@ -178,6 +206,24 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions)
             for field in fields(self)
             if field.name not in unused and field.name not in _NOT_SAVED
         }
+
+    def resolved(
+        self, subspace: Subspace, estimator: Estimator, distribution: Distribution, max_projected_grad: float
+    ) -> dict[str, Any]:
+        """Return `to_saved`, with the values that the parts made for a model have resolved."""
+        low_rank = subspace if isinstance(subspace, LowRank) else None
+        saved = self.to_saved() | {
+            "zo_subspace": subspace.name,
+            "zo_rank": low_rank.rank if low_rank else None,
+            "zo_fold_steps": low_rank.fold_steps if low_rank else None,
+            "zo_eps": estimator.eps,
+            "zo_direction": self.direction if estimator.along_coordinates else distribution.name,
+            "zo_max_projected_grad": max_projected_grad,
+            "coordinates": subspace.dimension,
+        }
+        if isinstance(distribution, Layers):
+            saved["zo_active_layers"] = distribution.active
+        return saved
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], **more: Any) -> Settings:

@@ -15,6 +15,7 @@ from zo_hf import ZOConfig
 from zo_hf.compatibility import CONFLICTS
 from zo_hf.directions.options import DirectionOptions
 from zo_hf.estimators.options import EstimatorOptions
+from zo_hf.privacy.options import PrivacyOptions
 from zo_hf.rewards import EvolutionConfig
 from zo_hf.rules.options import RuleOptions
 from zo_hf.settings import Settings
@@ -37,6 +38,7 @@ PARTS = (
     ("How losses become projected gradients", EstimatorOptions),
     ("Directions", DirectionOptions),
     ("Rules", RuleOptions),
+    ("Privacy", PrivacyOptions),
 )
 
 

@@ -18,6 +18,7 @@ def rows_per_direction(case: Case) -> int:
         and not settings.estimator_kind.is_scale_free  # their directions can share one forward pass
         and all(getattr(settings, name) in values for name, values in BY_ROWS.items())
         and all(case.argument(name) in values for name, values in RUNS_BY_ROWS.items())
+        and not settings.is_private  # more directions, more noise
         and case.argument("server_url") is None  # every row would need adapters of its own
         and case.direction_kind.name in AUTO_DIRECTIONS
     )

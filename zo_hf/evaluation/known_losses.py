@@ -165,6 +165,28 @@ def shares_of_groups(
     return sums_of_groups(losses_of_tokens(logits, targets), groups, group_of) / divisor_of(model, targets, count)
 
 
+def losses_of_rows(model: PreTrainedModel, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the loss of every row by itself, (rows,): of a loss of tokens, the mean over the row's own.
+
+    The arguments are those of `known_loss`. A row without labels has a loss of 0.
+    """
+    rows = len(logits)
+    if loss_kind(model) is ForSequenceClassificationLoss:
+        return shares_of_groups(model, logits, inputs, None, rows) * rows
+    targets = targets_of(model, inputs).to(logits.device)
+    return means_of_rows(losses_of_tokens(logits, targets), targets)
+
+
+def means_of_rows(losses: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over the tokens of every row that have a target, (rows,).
+
+    Args:
+        losses: the losses of tokens, (rows, positions).
+        targets: their targets, int64 (rows, positions).
+    """
+    return losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+
+
 def sums_of_groups(losses: Tensor, groups: int, group_of: Tensor | None = None) -> Tensor:
     """Return the sum over the tokens of every group, (groups,).
 

@@ -28,6 +28,8 @@ from zo_hf.evaluation.known_losses import (
     divisor_of,
     known_loss,
     loss_kind,
+    losses_of_rows,
+    means_of_rows,
     shares_of_groups,
     sums_of_groups,
     targets_of,
@@ -36,6 +38,7 @@ from zo_hf.evaluation.labeled_positions import labeled_positions
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.evaluation.precision import same_but_for_order
+from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.offload import computing_devices
 from zo_hf.subspaces.functional import HALF, to_float
 
@@ -232,6 +235,20 @@ class ModelLoss:
         loss._num_items = tensors.get(_ITEMS, self._num_items)
         return loss
 
+    def losses_of_rows(self) -> RowLosses:
+        """Return the loss of every row by itself, (rows,), from one forward pass; see `known_losses.losses_of_rows`.
+
+        Raises:
+            NotBatchable: the model's loss does not come apart by rows.
+        """
+        layout = self._separable_layout(self._checks.grouped)
+        if self._needs_chunks():
+            losses = means_of_rows(self._losses_in_chunks(self._inputs), targets_of(self._model, self._inputs))
+        else:
+            losses = losses_of_rows(self._model, self._logits(), self._inputs)
+        self._checks.grouped.add(layout)
+        return RowLosses(losses)
+
     def _shares(self, logits: Tensor, groups: int, group_of: Tensor | None = None) -> Tensor:
         """Return the shares of the groups in the loss of one probe, (groups,), from its logits, (rows, ...)."""
         return shares_of_groups(self._model, logits, self._inputs, self._num_items, groups, group_of)
@@ -251,12 +268,14 @@ class ModelLoss:
 
     def _sums_in_chunks(self, groups: int, copies: int = 1) -> Tensor:
         """Return the share of each of `groups` equal groups of rows in the batch's loss, or the loss of each copy of it."""
-        inputs = self._copied(copies)
-        targets = targets_of(self._model, inputs)
         divisor = divisor_of(self._model, targets_of(self._model, self._inputs), self._num_items)
+        return sums_of_groups(self._losses_in_chunks(self._copied(copies)), groups) / divisor
+
+    def _losses_in_chunks(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the losses of a batch's tokens, (rows, positions)."""
         without = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", "logits_to_keep")}
-        losses = ChunkedHead(self._forward, self._model).losses(without, targets, self.kept)
-        return sums_of_groups(losses, groups) / divisor
+        targets = targets_of(self._model, inputs)
+        return ChunkedHead(self._forward, self._model).losses(without, targets, self.kept)
 
     def _copied(self, copies: int, without: Container[str] = ()) -> dict[str, Any]:
         """Return a batch of `copies` times the rows, without some of the inputs."""

@@ -70,6 +70,18 @@ class OutputLoss:
                 return shares * self._factor
         raise NotBatchable("the loss of a batch is neither the sum nor the mean of the losses of its rows")
 
+    def losses_of_rows(self) -> RowLosses:
+        """Return the function's value for every row by itself, (rows,), from one forward pass."""
+        inputs = dict(self._inputs)
+        labels = inputs.pop("labels")
+        outputs = self._forward(**inputs)
+        parts = [
+            self._function(_rows_of(outputs, row, row + 1, self.rows), labels[row : row + 1], num_items_in_batch=None)
+            for row in range(self.rows)
+        ]
+        # A function that returns RowLosses has one for its only row.
+        return RowLosses(torch.stack([part.reshape(()) for part in parts]))
+
 
 def _rows_of(outputs: Any, start: int, stop: int, rows: int) -> Any:
     """Return the outputs of rows start to stop - 1 of a batch; what has another first dimension stays whole."""

@@ -118,6 +118,17 @@ class LossByRows:
             raise NotBatchable("the loss is not RowLosses, one for every row")
         return losses.shares(groups, self.rows)
 
+    def losses_of_rows(self) -> RowLosses:
+        """Return the loss of every row, (rows,), from one forward pass.
+
+        Raises:
+            NotBatchable: the closure returns another loss.
+        """
+        losses = self.closure()
+        if not isinstance(losses, RowLosses):
+            raise NotBatchable("the loss is not RowLosses, one for every row")
+        return losses
+
 
 def model_rows(loss: Any) -> int:
     """Return the rows that a loss which comes apart, or shares a forward pass, has in the model's inputs."""

@@ -69,6 +69,11 @@ _RANGES: dict[str, tuple[Values, str]] = {
     # Options of zeroth-order training that are not of its method.
     "zo_max_forward_passes": (Whole(1, also=_NONE), "leave it out for no limit"),
     "zo_max_time": (Real(0, above=True, also=_NONE), "leave it out for no limit, or give seconds"),
+    "zo_dp_delta": (
+        Real(0, 1, above=True, below=True, also=_NONE),
+        "leave it out for the largest power of ten below 1/n",
+    ),
+    "zo_dp_target_epsilon": (Real(0, above=True, also=_NONE), "leave it out for no limit"),
     "zo_feature_cache_gib": (Real(0, 1e6), "use 0 to keep nothing"),
     "save_only_trajectory": (Flag(), "False saves whole checkpoints"),
     "zo_parallel": (Choice(PARALLEL), "data is the default"),

@@ -86,6 +86,8 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_cocd_memory: None | int = _setting("cocd_memory")  # noqa: RUF036
     zo_svrg_batches: int = _setting("svrg_batches")
     zo_svrg_steps: int = _setting("svrg_steps")
+    zo_dp_noise_multiplier: None | float = _setting("dp_noise_multiplier")  # noqa: RUF036
+    zo_dp_max_c: None | float = _setting("dp_max_c")  # noqa: RUF036
     zo_max_projected_grad: None | float = _setting("max_projected_grad")  # noqa: RUF036
     zo_normalize: bool = _setting("normalize")
     zo_batched_probes: Literal["auto", True, False] = _setting("batched_probes")
@@ -94,6 +96,17 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_kernels: str = _setting("kernels")
     zo_target_modules: None | str | list[str] = _setting("target_modules")  # noqa: RUF009, RUF036
     zo_exclude_modules: None | str | list[str] = _setting("exclude_modules")  # noqa: RUF009, RUF036
+
+    # Privacy.
+    zo_dp_delta: None | float = option(  # noqa: RUF036
+        None,
+        "The delta at which zo/dp_epsilon is computed, in private training. Default: the largest power of ten below 1/n, for n "
+        "rows of train_dataset.",
+    )
+    zo_dp_target_epsilon: None | float = option(  # noqa: RUF036
+        None,
+        "Largest epsilon of private training; a step that would exceed it does not begin. Default: no limit.",
+    )
 
     # Budgets.
     zo_max_forward_passes: None | int = option(  # noqa: RUF036

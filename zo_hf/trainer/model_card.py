@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from zo_hf.engine import ZerothOrder
+from zo_hf.privacy import Guarantee
 from zo_hf.version import __version__
 
 TAGS = ("zo_hf", "zeroth-order-optimization")
@@ -26,6 +27,7 @@ class Training:
         steps: steps taken.
         forward_passes: forward passes spent.
         seed: the seed of all directions.
+        guarantee: what private training promises; None if training was not private, or had no noise.
     """
 
     settings: dict[str, Any]
@@ -33,6 +35,7 @@ class Training:
     steps: int
     forward_passes: int
     seed: int
+    guarantee: Guarantee | None = None
 
 
 def training_of(zo: ZerothOrder) -> Training:
@@ -40,7 +43,12 @@ def training_of(zo: ZerothOrder) -> Training:
     parts = (type(zo.estimator), type(zo.subspace), type(zo.distribution), type(zo.rule))
     abouts = [getattr(part, "about", None) for part in parts]  # a part of the user's own, and no rule, need none
     papers = dict.fromkeys(about.paper for about in abouts if about is not None and about.paper)
-    return Training(zo.saved_settings(), tuple(papers), zo.step, zo.forward_passes, zo.seed)
+    guarantee = None if zo.private is None else zo.private.guarantee
+    if guarantee is not None and not guarantee.noise_multiplier:
+        guarantee = None
+    if zo.private is not None:
+        papers |= {"DP-ZO (2401.04343)": None, "DPZero (2310.09639)": None}
+    return Training(zo.saved_settings(), tuple(papers), zo.step, zo.forward_passes, zo.seed, guarantee)
 
 
 def describe(path: Path, training: Training, learning_rate: float | None) -> None:
@@ -84,7 +92,23 @@ This model was trained with forward passes only, without backpropagation, by zo_
 Papers:
 
 {papers}
-{_END}"""
+{_promise(training)}{_END}"""
+
+
+def _promise(training: Training) -> str:
+    """Return the paragraph on privacy; "" if training was not private."""
+    guarantee = training.guarantee
+    if guarantee is None:
+        return ""
+    return f"""
+### Differential privacy
+
+Training was (ε, δ)-differentially private, ε = {guarantee.epsilon(training.steps):.4g} and δ = {guarantee.delta:g}, for every row
+of its {guarantee.rows} rows: data sets that differ by one row are neighbors. Every step took each row with probability
+{guarantee.expected_rows}/{guarantee.rows} (Poisson sampling), and added noise of {guarantee.noise_multiplier:g} times the largest
+number of a row. Choices that were made by looking at the rows, such as the learning rate, are not part of the account.
+
+"""
 
 
 def _cell(value: Any) -> str:

@@ -13,11 +13,11 @@ from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
 from zo_hf.offload import computing_devices
-from zo_hf.trainer.budget import BudgetedTrainer
 from zo_hf.trainer.optimizer import ClassAndArguments, is_schedule_free, rest_on_weights
+from zo_hf.trainer.private import PrivateTrainer
 
 
-class OptimizerHooks(BudgetedTrainer):
+class OptimizerHooks(PrivateTrainer):
     """Resolves the optimizer of a training, and leaves one behind when its coordinates are gone."""
 
     zo: ZerothOrder | None = None

@@ -126,6 +126,7 @@ class SavingTrainer(DescribedTrainer):
         rate = self._learning_rate
         found = rate.value if rate is not None and rate.is_searched else None
         optimizer, data = self._torch_optimizer(), self._position.to_saved()
+        self._save_secret(Path(output_dir))
         self._files.save_engine(
             self.zo, optimizer, self.lr_scheduler, Path(output_dir), self._budget.seconds, found, data, self._run
         )
@@ -153,6 +154,7 @@ class SavingTrainer(DescribedTrainer):
         if not resumes and not checkpoint.is_only_trajectory(path):
             return
         changes.take_over_rate(changed, optimizer, scheduler, rates, self.zo.step)
+        self._check_same_noise(changed, path)
         changes.report(changed, path)
         self._budget.seconds_before = checkpoint.read_state(path).get("seconds", 0.0)
         if self.args.should_save:

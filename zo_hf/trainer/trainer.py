@@ -203,6 +203,7 @@ class ZOTrainer(SavingTrainer):
             self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
         if zo.row_groups is not None:
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
+        self._begin_private(zo)
         given = "auto" if self._searches_only else self.args.learning_rate
         self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
         if self._serving is not None:
@@ -423,7 +424,8 @@ class ZOTrainer(SavingTrainer):
         closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches, labels_on_host=labels)
         if self.zo.at_start_of_step:
             self._check_ranks(inputs, self.zo)
-            if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
+            is_first = self.zo.step == 0 and self.zo.private is None
+            if is_first and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
         features = nullcontext if self._features is None else self._features.serving
         with features():

@@ -1,0 +1,129 @@
+"""Options that private training does not combine with: what would break its theorem, or tell of the rows beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from zo_hf.case import Case
+from zo_hf.compatibility.conflict import Conflict
+
+#: Estimators whose numbers are a row's own: no division by what other rows have.
+PRIVATE_ESTIMATORS = ("two_point", "one_sided")
+#: Options of private training that are none of `Settings`.
+_OF_RUNS = ("zo_dp_delta", "zo_dp_target_epsilon")
+
+_LEAKS = "it measures the rows without noise"
+_MULTIPLIER = "zo_dp_noise_multiplier={zo_dp_noise_multiplier}"
+
+
+def _private(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
+    return Conflict(_MULTIPLIER, that, why, instead, lambda case: case.settings.is_private and applies(case))
+
+
+def _given(name: str, why: str, instead: str, *allowed: Any) -> Conflict:
+    """Return the row of an argument that must be absent, false, or one of some values."""
+
+    def applies(case: Case) -> bool:
+        value = case.argument(name)
+        value = getattr(value, "value", value)  # of an enum of transformers
+        return bool(value) and value not in allowed
+
+    return _private(f"{name}={{{name}}}", why, instead, applies)
+
+
+def _alone(name: str) -> Conflict:
+    return Conflict(
+        f"{name}={{{name}}}",
+        "zo_dp_noise_multiplier=None",
+        "",
+        "leave it out, or give zo_dp_noise_multiplier",
+        lambda case: not case.settings.is_private and case.argument(name) is not None,
+    )
+
+
+PRIVATE: tuple[Conflict, ...] = (
+    *map(_alone, _OF_RUNS),
+    Conflict(
+        "zo_dp_max_c={zo_dp_max_c}",
+        "zo_dp_noise_multiplier=None",
+        "",
+        "leave it out, or give zo_dp_noise_multiplier",
+        lambda case: case.settings.dp_max_c is not None and not case.settings.is_private,
+    ),
+    _private(
+        "zo_dp_max_c=None",
+        "without a bound, one row could change a step by any amount",
+        "give the usual size of a row's c",
+        lambda case: case.settings.dp_max_c is None,
+    ),
+    _private(
+        "zo_dp_target_epsilon={zo_dp_target_epsilon}",
+        "without noise, epsilon is infinite",
+        "leave it out, or use noise",
+        lambda case: case.settings.dp_noise_multiplier == 0 and case.argument("zo_dp_target_epsilon") is not None,
+    ),
+    _private(
+        "zo_estimator={zo_estimator}",
+        "its numbers are not bounded row by row",
+        f"use zo_estimator={' or '.join(map(repr, PRIVATE_ESTIMATORS))}",
+        lambda case: case.settings.estimator not in PRIVATE_ESTIMATORS,
+    ),
+    _private(
+        "zo_rule={zo_rule}",
+        "the rule asks for losses of the rows without noise",
+        "use zo_rule='none'",
+        lambda case: bool(case.settings.rule_kind.candidates) or case.settings.rule_kind.points > 1,
+    ),
+    _private(
+        "zo_basis='activation'",
+        "it is made of the rows' inputs without noise",
+        "use zo_basis='random'",
+        lambda case: case.settings.basis == "activation",
+    ),
+    _private(
+        "zo_batched_probes=True",
+        "rows are evaluated at one probe at a time",
+        "leave it out",
+        lambda case: case.settings.batched_probes is True,
+    ),
+    _private(
+        "zo_cuda_graph=True",
+        "rows are evaluated at one probe at a time",
+        "leave it out",
+        lambda case: case.settings.cuda_graph,
+    ),
+    _private("learning_rate='auto'", _LEAKS, "give a number", lambda case: case.argument("learning_rate") == "auto"),
+    _private(
+        "zo_stability_steps={zo_stability_steps}",
+        _LEAKS,
+        "leave it out",
+        lambda case: bool(case.argument("zo_stability_steps")),
+    ),
+    _given(
+        "zo_feature_cache_gib", "the part of the layers that ran tells which rows were drawn before", "leave it out"
+    ),
+    _given("zo_max_time", "how long a step takes depends on its rows", "use max_steps, or zo_max_forward_passes"),
+    _given("auto_find_batch_size", "when memory is short depends on the rows", "leave it out"),
+    _given("include_num_input_tokens_seen", "it counts tokens of the rows without noise", "leave it out", "no"),
+    _given("train_sampling_strategy", "the account is that of Poisson sampling", "leave it out", "random"),
+    _given("zo_parallel", "every process needs rows of its own", "use zo_parallel='data'", "data"),
+    _given("server_url", "servers evaluate no rows by themselves", "leave it out"),
+    _private(
+        "hub_strategy={hub_strategy}",
+        "a checkpoint holds the secret that the noise follows from",
+        "use hub_strategy='every_save' or 'end'",
+        lambda case: (
+            bool(case.argument("push_to_hub"))
+            and str(getattr(case.argument("hub_strategy"), "value", case.argument("hub_strategy")))
+            in ("checkpoint", "all_checkpoints")
+        ),
+    ),
+    _private("fsdp=...", "this is not supported", "leave it out", lambda case: "fsdp" in case.facts),
+    _private(
+        "EvolutionTrainer",
+        "a population is compared by all of its rewards",
+        "use ZOTrainer",
+        lambda case: "population" in case.arguments,
+    ),
+)
