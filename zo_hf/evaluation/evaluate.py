@@ -18,6 +18,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.pass_graphs import NotCapturable, PassGraphs
+from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
@@ -312,7 +313,12 @@ class _Evaluation:
         self._begin()
         rows, copies = model_rows(self.closure), len(self._probes)
         with self._evaluator.at(self.subspace, self._probes, self._stream_of, self._distribution, rows=rows):
-            losses = self._evaluator.in_one_pass(self.closure, (copies,), lambda loss: loss.batched(copies))
+            losses = loss_or_zeros(
+                lambda: self._evaluator.in_one_pass(self.closure, (copies,), lambda loss: loss.batched(copies)),
+                (copies,),
+                self._evaluator.dtype,
+                self.device,
+            )
         check_draws_nothing(self.generators)
         return losses
 
@@ -321,7 +327,9 @@ class _Evaluation:
             self.generators.restore()
 
     def _loss(self) -> Tensor:
-        return one_number(self.closure(), self.device)
+        return loss_or_zeros(
+            lambda: one_number(self.closure(), self.device), (), self._evaluator.dtype, self.device
+        )
 
 
 def check_draws_nothing(generators: GlobalGenerators | None) -> None:

@@ -26,6 +26,7 @@ from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.evaluation.feature_cache import FeatureCache
+from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.row_losses import GroupedLoss
 from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.parallel.signals import whole
@@ -58,6 +59,7 @@ from zo_hf.trainer.optimizer import (
     retarget,
 )
 from zo_hf.trainer.overrides import NoBackward, overrides
+from zo_hf.trainer.pipeline import Pipeline
 from zo_hf.trainer.rate_watch import RateWatch
 from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
@@ -236,7 +238,9 @@ class ZOTrainer(SavingTrainer):
         self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
-        if self._sharding is not None:
+        if isinstance(self._sharding, Pipeline):
+            self._sharding.is_settled = False
+        elif self._sharding is not None:
             setup.check_shared_forwards(zo, self._ranks.grid, self.args)
         self._no_backward.watch(self.accelerator)
         if self._serving is not None:
@@ -425,16 +429,18 @@ class ZOTrainer(SavingTrainer):
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
-        features = nullcontext if self._features is None else self._features.serving
-        with features():
+        passes = self._passes(closure)
+        with passes():
             self.zo.probe(closure, weight)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         loss = 0.0
         if self.accelerator.sync_gradients:
-            with features():
+            with passes():
                 self._estimate = self.zo.finish_estimate()
+            if isinstance(self._sharding, Pipeline):
+                self._sharding.is_settled = True
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss
             if not self._estimate.is_finite:
@@ -445,6 +451,15 @@ class ZOTrainer(SavingTrainer):
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
+
+    def _passes(self, closure: Any) -> Callable[[], Any]:
+        """Return what makes the context of a step's forward passes: with features from the cache, or streaming."""
+        if self._features is not None:
+            return self._features.serving
+        # The loss of a subclass may do anything with outputs, and every stage needs them then.
+        if isinstance(self._sharding, Pipeline) and isinstance(closure, ModelLoss) and closure.is_settled:
+            return self._sharding.streaming
+        return nullcontext
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
