@@ -101,6 +101,7 @@ class ProbeEvaluator:
         graphs: the CUDA graphs of forward passes that several probes share; None launches every operation.
         recover: makes the model usable after a forward pass that raised. It is set only where all processes make a
             forward pass together.
+        expect: takes the number of forward passes that follow the next one on the same batch.
     """
 
     def __init__(self, batched: bool | str = "auto") -> None:
@@ -112,6 +113,7 @@ class ProbeEvaluator:
         self.all_reduce_and: Callable[[Tensor], bool] = bool
         self.graphs: PassGraphs | None = None
         self.recover: Callable[[], None] | None = None
+        self.expect: Callable[[int], None] = lambda more: None
         self._has_batched = False
         self._has_failed = False
         self._configs: list[PretrainedConfig] | None = None
@@ -291,7 +293,9 @@ class _Evaluation:
     def sequential(self) -> Tensor:
         """Return the losses of one forward pass for each probe, (probes,)."""
         values = []
-        for probe in own_passes(self._probes):
+        passes = own_passes(self._probes)
+        for more, probe in zip(reversed(range(len(passes))), passes, strict=True):
+            self._evaluator.expect(more)
             self._begin()
             with self._evaluator.at(self.subspace, (probe,), self._stream_of, self._distribution):
                 values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])
@@ -327,9 +331,7 @@ class _Evaluation:
             self.generators.restore()
 
     def _loss(self) -> Tensor:
-        return loss_or_zeros(
-            lambda: one_number(self.closure(), self.device), (), self._evaluator.dtype, self.device
-        )
+        return loss_or_zeros(lambda: one_number(self.closure(), self.device), (), self._evaluator.dtype, self.device)
 
 
 def check_draws_nothing(generators: GlobalGenerators | None) -> None:

@@ -91,7 +91,9 @@ class GroupPasses:
     def sequential(self) -> Tensor:
         """Return the shares at each of the probes, (probes, groups), from one forward pass for each."""
         found = []
-        for probe in own_passes(self._probes):
+        passes = own_passes(self._probes)
+        for more, probe in zip(reversed(range(len(passes))), passes, strict=True):
+            self._evaluator.expect(more)
             points = self.points(probe)
             found.append(self.shares(points if probe.scale or probe.derivative else points[:1]))
         return torch.cat(found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True)
 class LayerStack:
     """A model's layers, which call each other in turn.

@@ -12,7 +12,9 @@ class PassedOn(Exception):
     """Ends a forward pass of a stage that has sent its activations on, and does not wait for the outputs."""
 
 
-def loss_or_zeros(loss: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def loss_or_zeros(
+    loss: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return a loss, or zeros in its place if a later stage computes it; the ranks exchange losses at the end of a step.
 
     Args:

@@ -39,12 +39,14 @@ class Stage:
 
     Attributes:
         streams: True while forward passes end without outputs.
+        more: number of passes that follow the present one on the same batch, as far as that is known.
         has_failed: True if a forward pass has raised, so that the stages are no longer at the same pass.
     """
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, own: range, channel: Channel) -> None:
         self._channel, self._configs = channel, configs_with_cache(model)
         self.streams = self.has_failed = False
+        self.more = 0
         self._has_begun = False
         _replace_forward(model, self._forward)
         for index, layer in enumerate(layers):
@@ -52,6 +54,10 @@ class Stage:
                 _replace_forward(layer, functools.partial(self._skip, index == 0))
             elif index == own[-1] and not channel.is_last:
                 _replace_forward(layer, self._last_own)
+
+    def expect(self, more: int) -> None:
+        """Note how many passes follow the one that begins, on the same batch."""
+        self.more = more
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -63,7 +69,7 @@ class Stage:
         try:
             yield
         finally:
-            self.streams = False
+            self.streams, self.more = False, 0
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("use_cache"):
@@ -87,7 +93,7 @@ class Stage:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if is_first:
             self._has_begun = True
-            hidden = self._channel.receive(hidden, described=not self.streams)
+            hidden = self._channel.receive(hidden, not self.streams, ahead=self.streams and self.more > 0)
         return (hidden,) if self._channel.in_tuple else hidden
 
     def _last_own(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,9 +4,9 @@ Activations go one way, without an answer:
 
     stage 0  →  stage 1  →  …  →  last stage          rows × tokens × width numbers for every forward pass
 
-A send returns at once, so that a stage begins with its next forward pass while the last one is under way. Messages between
-two stages arrive in the order in which they were sent, and both stages make the same forward passes, so no message says
-which pass it belongs to.
+A send returns at once, so that a stage begins with its next forward pass while the last one is under way. A receive may
+begin ahead, while the stage still computes the pass before. Messages between two stages arrive in the order in which they
+were sent, and both stages make the same forward passes, so no message says which pass it belongs to.
 """
 
 from __future__ import annotations
@@ -48,11 +48,14 @@ class Channel:
         self._rank, self._last = grid.rank, grid.rank - grid.stage + grid.stages - 1
         self._group: Any = None  # all processes, if they are one pipeline
         if grid.world_size > grid.stages:
-            for first in range(0, grid.world_size, grid.stages):  # every process takes part in the making of every group
+            for first in range(
+                0, grid.world_size, grid.stages
+            ):  # every process takes part in the making of every group
                 members = list(range(first, first + grid.stages))
                 group = dist.new_group(members, timeout=timedelta(seconds=timeout))
                 self._group = group if grid.rank in members else self._group
         self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._arriving: tuple[Any, Tensor] | None = None
         self._dtype = torch.float32
         self.in_tuple = False
 
@@ -80,26 +83,27 @@ class Channel:
         self._sent.append((dist.isend(_as_bytes(tensor), self._rank + 1), tensor))
         self._ranks.count_bytes(tensor)
 
-    def receive(self, like: Tensor, described: bool) -> Tensor:
+    def receive(self, like: Tensor, described: bool, ahead: bool = False) -> Tensor:
         """Receive the activations of the stage before.
 
         Args:
             like: a tensor of their shape, on the device of this stage's layers.
             described: as for `send`.
+            ahead: True begins to receive the next ones, which have the same shape and are not described.
         """
         if described:
             kind = torch.empty(2, dtype=torch.int64, device=self._device)
             dist.recv(_as_bytes(kind), self._rank - 1)
             code, in_tuple = kind.tolist()
             self._dtype, self.in_tuple = _DTYPES[code], bool(in_tuple)
-        hidden = torch.empty(like.shape, dtype=self._dtype, device=like.device)
-        dist.recv(_as_bytes(hidden), self._rank - 1)
+        work, hidden = self._arriving or self._begin(like)
+        self._arriving = self._begin(like) if ahead else None
+        work.wait()
         return hidden
 
-    def drain(self) -> None:
-        """Wait until every message has been received."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+    def _begin(self, like: Tensor) -> tuple[Any, Tensor]:
+        hidden = torch.empty(like.shape, dtype=self._dtype, device=like.device)
+        return dist.irecv(_as_bytes(hidden), self._rank - 1), hidden
 
     def share(self, outputs: Any) -> Any:
         """Give all stages the outputs of the last one.

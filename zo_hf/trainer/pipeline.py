@@ -12,6 +12,7 @@ that hold whole models.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.layer_stack import single_stack
+from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.pipeline import Stage
 from zo_hf.offload import computing_devices
 from zo_hf.parallel.absent import has_absent, is_absent, let_go, note_holder
@@ -46,12 +50,10 @@ class Pipeline:
 
     Attributes:
         base_hash: `weights_hash` of the model when it was divided; None once its weights have changed.
-        is_settled: True if the forward passes of a step have been made with outputs, so that later ones may stream.
         stage: the stage of this process; None before the model is divided.
     """
 
     base_hash: str | None = None
-    is_settled = False
     stage: Stage | None = None
 
     def __init__(self, ranks: Ranks, device: torch.device, timeout: float) -> None:
@@ -70,7 +72,7 @@ class Pipeline:
         if has_absent(model):
             return
         grid, inner = self._ranks.grid, base_model(model)
-        layers = self._layers(model)
+        layers = self.layers_of(model)
         parts = divided(len(layers), grid.stages)
         whole = {id(p) for p in model.parameters() if adapter and p.requires_grad}
         holders = _holders(inner, layers, parts)
@@ -95,12 +97,25 @@ class Pipeline:
         own = parts[grid.stage]
         logger.info("stage %d of %d has layers %d to %d", grid.stage, grid.stages, own[0], own[-1])
 
-    def streaming(self) -> AbstractContextManager[None]:
-        """Return a context in which forward passes end without outputs, if a step has been made with outputs before."""
-        assert self.stage is not None
-        return self.stage.streaming() if self.is_settled else nullcontext()
+    def passes(self, closure: Any, zo: ZerothOrder) -> AbstractContextManager[None]:
+        """Return the context of the forward passes that evaluate a loss: streaming, once nobody looks at outputs.
 
-    def recover(self, model: Any) -> None:
+        The first passes of a run tell which function of the logits the loss is, and how to evaluate it. The loss of a
+        subclass may do anything with outputs, and every stage needs them then.
+        """
+        assert self.stage is not None
+        rows = zo.row_groups
+        by_rows = rows is not None and bool(rows.works) and not rows.may_choose
+        is_decided = zo.evaluator.batched is not None or by_rows
+        streams = isinstance(closure, ModelLoss) and closure.is_settled and is_decided
+        return self.stage.streaming() if streams else nullcontext()
+
+    def enter(self, evaluator: ProbeEvaluator, model: nn.Module) -> None:
+        """Let an evaluator know that all processes make its forward passes together."""
+        assert self.stage is not None
+        evaluator.recover, evaluator.expect = self.recover, self.stage.expect
+
+    def recover(self) -> None:
         """Go on after a forward pass that has raised, unless the other stages are in the middle of it."""
         assert self.stage is not None
         if self.stage.has_failed:
@@ -108,7 +123,12 @@ class Pipeline:
                 "a forward pass failed in one stage of the pipeline; set zo_batched_probes=False and smaller batches."
             )
 
-    def _layers(self, model: nn.Module) -> nn.ModuleList:
+    def layers_of(self, model: nn.Module) -> nn.ModuleList:
+        """Return the stack of layers that the stages divide.
+
+        Raises:
+            ValueError: there is none, or it has fewer layers than there are stages; the message says so.
+        """
         if len(computing_devices(model)) > 1:
             raise ValueError(
                 f"{_OPTION} does not combine with a model that device_map has put on several devices; load it without one."
@@ -139,7 +159,7 @@ def divided(layers: int, stages: int) -> list[range]:
     """Return the layers of every stage: equally many, and one more for the first stages if there is a remainder."""
     each, more = divmod(layers, stages)
     starts = [stage * each + min(stage, more) for stage in range(stages + 1)]
-    return [range(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def _holders(model: Any, layers: nn.ModuleList, parts: list[range]) -> dict[int, set[int]]:

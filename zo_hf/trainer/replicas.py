@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from zo_hf import kernels
 from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.feature_cache import FeatureCache
 from zo_hf.offload import is_offloaded
 from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
 from zo_hf.parallel.lost_ranks import naming_lost_ranks
@@ -37,6 +38,7 @@ class ReplicaTrainer(HostBatchTrainer):
 
     args: Any
     model: Any
+    zo: ZerothOrder | None
     _ranks = Ranks()
     _sharding: Sharding | Pipeline | None = None
     _is_compared = False
@@ -94,7 +96,9 @@ class ReplicaTrainer(HostBatchTrainer):
         count = super()._get_num_items_in_batch(batch_samples, device)
         if isinstance(count, Tensor) and self.args.world_size > 1 and self.args.average_tokens_across_devices:
             self._ranks.bytes_sent += 8  # super() has gathered every rank's count, an int64
-            count = count * self._ranks.grid.stages  # by which it has divided, although it has gathered every batch once
+            count = (
+                count * self._ranks.grid.stages
+            )  # by which it has divided, although it has gathered every batch once
         return count
 
     def store_flos(self) -> None:
@@ -111,6 +115,19 @@ class ReplicaTrainer(HostBatchTrainer):
             # The trajectory needs the base's hash, and now is the last moment that one process holds the whole model.
             self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
         self._sharding.shard(model, adapter=is_adapter)
+
+    def _check_stages(self) -> None:
+        """Refuse a model that the processes of a pipeline cannot divide, before anything else is done with it."""
+        if isinstance(self._sharding, Pipeline):
+            self._sharding.layers_of(self.model)
+
+    def _passes(self, closure: Any, features: FeatureCache | None) -> AbstractContextManager[None]:
+        """Return the context of a step's forward passes: features come from the cache, or the pipeline streams."""
+        if features is not None:
+            return features.serving()
+        if isinstance(self._sharding, Pipeline) and self.zo is not None:
+            return self._sharding.passes(closure, self.zo)
+        return nullcontext()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         # A model that will be divided may not fit on one device, and offloaded weights stay where they are.

@@ -7,10 +7,8 @@ engine's files to checkpoints. Other objects, which the hooks call, do the work.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from zo_hf.compatibility import auto_direction, check, rows_per_direction
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.evaluation.feature_cache import FeatureCache
-from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.row_losses import GroupedLoss
 from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.parallel.signals import whole
@@ -45,6 +42,7 @@ from zo_hf.trainer.checkpoints import (
     check_saveable,
 )
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.fsdp import Sharding
 from zo_hf.trainer.host_batches import labels_on_host
 from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
@@ -59,7 +57,6 @@ from zo_hf.trainer.optimizer import (
     retarget,
 )
 from zo_hf.trainer.overrides import NoBackward, overrides
-from zo_hf.trainer.pipeline import Pipeline
 from zo_hf.trainer.rate_watch import RateWatch
 from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
@@ -121,6 +118,7 @@ class ZOTrainer(SavingTrainer):
             setup.check_model(self.model, args)  # model_init, or a subclass, has made it
         check_objective(self)
         check_head(self)
+        self._check_stages()
         # Prepares the layers, so that an evaluation before any training gives the same as after.
         quantized_layers(self.model)
         setup.check_processes(args)
@@ -214,7 +212,7 @@ class ZOTrainer(SavingTrainer):
         self._features = self._feature_cache(zo)
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
-            zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
+            self._sharding.enter(zo.evaluator, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
             zo.subspace.name,
@@ -238,9 +236,7 @@ class ZOTrainer(SavingTrainer):
         self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
-        if isinstance(self._sharding, Pipeline):
-            self._sharding.is_settled = False
-        elif self._sharding is not None:
+        if isinstance(self._sharding, Sharding):
             setup.check_shared_forwards(zo, self._ranks.grid, self.args)
         self._no_backward.watch(self.accelerator)
         if self._serving is not None:
@@ -429,18 +425,15 @@ class ZOTrainer(SavingTrainer):
             self._check_ranks(inputs, self.zo)
             if self.zo.step == 0 and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
-        passes = self._passes(closure)
-        with passes():
+        with self._passes(closure, self._features):
             self.zo.probe(closure, weight)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         loss = 0.0
         if self.accelerator.sync_gradients:
-            with passes():
+            with self._passes(closure, self._features):
                 self._estimate = self.zo.finish_estimate()
-            if isinstance(self._sharding, Pipeline):
-                self._sharding.is_settled = True
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss
             if not self._estimate.is_finite:
@@ -451,15 +444,6 @@ class ZOTrainer(SavingTrainer):
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
-
-    def _passes(self, closure: Any) -> Callable[[], Any]:
-        """Return what makes the context of a step's forward passes: with features from the cache, or streaming."""
-        if self._features is not None:
-            return self._features.serving
-        # The loss of a subclass may do anything with outputs, and every stage needs them then.
-        if isinstance(self._sharding, Pipeline) and isinstance(closure, ModelLoss) and closure.is_settled:
-            return self._sharding.streaming
-        return nullcontext
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
