@@ -52,8 +52,11 @@ class Stage:
         for index, layer in enumerate(layers):
             if index not in own:
                 _replace_forward(layer, functools.partial(self._skip, index == 0))
-            elif index == own[-1] and not channel.is_last:
+                continue
+            if index == own[-1] and not channel.is_last:
                 _replace_forward(layer, self._last_own)
+            if index == 0:
+                _replace_forward(layer, self._first_of_all)
 
     def expect(self, more: int) -> None:
         """Note how many passes follow the one that begins, on the same batch."""
@@ -96,8 +99,11 @@ class Stage:
             hidden = self._channel.receive(hidden, not self.streams, ahead=self.streams and self.more > 0)
         return (hidden,) if self._channel.in_tuple else hidden
 
-    def _last_own(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _first_of_all(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._has_begun = True
+        return forward(*args, **kwargs)
+
+    def _last_own(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         in_tuple = isinstance(output, tuple)
         self._channel.send(output[0] if in_tuple else output, in_tuple, described=not self.streams)
