@@ -106,7 +106,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
             folders[processes] = tmp_path_factory.mktemp("pipeline")
             script = folders[processes] / "run.py"
             script.write_text("from tests.parallel.test_pipeline import main\n\nmain()\n")
-            run(script, processes, folders[processes], seconds=400)
+            run(script, processes, folders[processes], seconds=900)
         return folders[processes]
 
     return folder_of
@@ -218,7 +218,7 @@ def test_two_pipelines_divide_rows_or_directions(tmp_path: Path, parallel: str) 
     folder = tmp_path / "grid"
     folder.mkdir()
     (folder / "run.py").write_text(GRID)
-    run(folder / "run.py", 4, folder, parallel, seconds=400)
+    run(folder / "run.py", 4, folder, parallel, seconds=900)
     result = torch.load(folder / "result.pt")
     name = "llama by rows"
     options = ONE | {"zo_num_directions": 2} if parallel == "directions" else HALVES
