@@ -1,4 +1,4 @@
-"""What the stages of a pipeline send each other: activations to the next one, and outputs of the last one to all.
+"""Messages between the stages of a pipeline: activations to the next one, and outputs of the last one to all.
 
 Activations go one way, without an answer:
 

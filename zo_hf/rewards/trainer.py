@@ -19,8 +19,6 @@ from transformers import (
 )
 from transformers.trainer_utils import has_length
 
-from zo_hf.case import Case
-from zo_hf.compatibility import is_pipelined
 from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.rewards.config import NO_SEARCH, EvolutionConfig
 from zo_hf.rewards.generation import Generator
@@ -93,11 +91,6 @@ class EvolutionTrainer(ZOTrainer):
             )
         if fsdp_settings(args) is not None:
             raise ValueError("fsdp=... does not work with EvolutionTrainer, because it generates; leave it out.")
-        if is_pipelined(Case(args.settings(), vars(args))):
-            raise ValueError(
-                "a pipeline does not work with EvolutionTrainer, because it generates; use zo_parallel='data' without "
-                "zo_pipeline_stages."
-            )
         dispatches = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
         if isinstance(train_dataset, IterableDataset) and dispatches:
             raise ValueError(
