@@ -128,7 +128,7 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.5))
+    figure, axis = pyplot.subplots(figsize=(7, 3.5))
     for index, micro_batches in enumerate(sorted({row["micro_batches"] for row in rows})):
         for backward, style, kind in ((0.0, "o-", "one way"), (1.0, "s--", "with a backward")):
             own = [row for row in rows if row["micro_batches"] == micro_batches and row["backward"] == backward]
@@ -141,7 +141,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
             )
     axis.set(xlabel="stages", ylabel="waiting, % of a step", xscale="log", ylim=(0, 100))
     axis.set_xticks(STAGES, [str(stages) for stages in STAGES])
-    axis.legend(fontsize=7)
+    axis.minorticks_off()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
