@@ -113,6 +113,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (TANGENTS, PIPELINE, set()),
     (TANGENTS, {"zo_parallel": "data", "zo_pipeline_stages": 2}, set()),
     ({"basis": "activation"}, PIPELINE, set()),
+    (GRAPH, PIPELINE, set()),
     ({}, PIPELINE, {"fsdp"}),
     ({}, PIPELINE, {"quantized"}),
     ({}, PIPELINE | {"torch_compile": True}, set()),
