@@ -18,6 +18,7 @@ from zo_hf.subspaces import Full
 
 COORDINATE, TANGENTS, TWO = {"estimator": "coordinate"}, {"estimator": "forward_gradient"}, {"num_directions": 2}
 ROWS: dict[str, Any] = {"rows_per_direction": 1}
+PIPELINE = {"zo_parallel": "pipeline", "zo_pipeline_stages": "auto"}
 SERVED = {"server_url": "http://127.0.0.1:8000"}
 PRIVATE: dict[str, Any] = {"dp_noise_multiplier": 1.0, "dp_max_c": 1.0}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
@@ -109,6 +110,22 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, {"torch_compile": True}, {"offloaded"}),
     ({}, {}, {"offloaded", "fsdp"}),
     ({}, {}, {"offloaded", "several processes"}),
+    (FULL, PIPELINE, set()),
+    (TANGENTS, PIPELINE, set()),
+    (TANGENTS, {"zo_parallel": "data", "zo_pipeline_stages": 2}, set()),
+    ({"basis": "activation"}, PIPELINE, set()),
+    (GRAPH, PIPELINE, set()),
+    (PRIVATE, {"zo_parallel": "data", "zo_pipeline_stages": 2}, set()),
+    ({}, PIPELINE, {"fsdp"}),
+    ({}, PIPELINE, {"quantized"}),
+    ({}, PIPELINE | {"torch_compile": True}, set()),
+    ({}, PIPELINE | {"zo_feature_cache_gib": 1.0}, set()),
+    ({}, PIPELINE | {"save_only_trajectory": True}, set()),
+    ({}, PIPELINE | {"save_on_each_node": True}, set()),
+    ({}, PIPELINE | {"fp16_full_eval": True}, set()),
+    ({}, PIPELINE | {"bf16_full_eval": True}, set()),
+    ({}, PIPELINE | {"eval_use_gather_object": True}, set()),
+    ({}, PIPELINE | {"predict_with_generate": True}, set()),
     ({}, {"server_url": None, "server_folder": "/tmp"}, set()),
     ({"subspace": "low_rank"}, SERVED, set()),
     (ROWS, SERVED, set()),

@@ -201,6 +201,7 @@ NAMED = [
     ({"zo_rows_per_direction": 1}, "zo_rows_per_direction=1 does not work .* generations_per_prompt=2"),
     ({"zo_rule": "svrg"}, "zo_rule='svrg' does not work .* use zo_rule='none'"),
     ({"zo_parallel": "directions"}, "zo_parallel='directions' does not work .* use zo_parallel='data'"),
+    ({"zo_pipeline_stages": 2}, "zo_pipeline_stages=2 does not work"),
     ({"zo_stability_steps": 5}, "zo_stability_steps=5 does not work"),
     ({"torch_compile": True}, "torch_compile=True does not work"),
     ({"learning_rate": "auto"}, "learning_rate='auto' needs slopes of a loss"),

@@ -18,6 +18,7 @@ from zo_hf.compatibility.choices import directions_of_rows
 from zo_hf.compatibility.conflict import Conflict
 from zo_hf.compatibility.graphs import GRAPHS
 from zo_hf.compatibility.offloaded import OFFLOADED
+from zo_hf.compatibility.pipelined import PIPELINED
 from zo_hf.compatibility.private import PRIVATE
 from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
@@ -476,5 +477,6 @@ CONFLICTS: tuple[Conflict, ...] = (
     *OFFLOADED,
     *PRIVATE,
     *GRAPHS,
+    *PIPELINED,
     *SERVED,
 )

@@ -14,7 +14,7 @@ BY_ROWS: Mapping[str, Sequence[Any]] = {
 #: Directions with which "auto" takes rows. No gain has been measured with the others, which cost more to draw or move less.
 AUTO_DIRECTIONS = ("gaussian", "rademacher")
 #: Values of arguments of a run.
-RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data")}
+RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data", "pipeline")}
 
 _UNTESTED = "it has only been tested along directions that all rows share"
 #: Reasons against other values of an option, and the values that a reason is about; () stands for all the rest.

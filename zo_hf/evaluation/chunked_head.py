@@ -25,7 +25,7 @@ from zo_hf.evaluation.known_losses import IGNORED, known_loss, loss_kind, losses
 from zo_hf.evaluation.output_hooks import may_change_outputs
 from zo_hf.evaluation.precision import coarsest, same_but_for_order, same_but_for_rounding
 from zo_hf.offload import computing_devices, is_offloaded
-from zo_hf.parallel.shards import is_sharded_model
+from zo_hf.parallel.shards import is_divided_model
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class ChunkedHead:
             and _path_of_decoder(model) is not None
             and next(model.parameters(recurse=False), None) is None  # no subspace would enter where they are read
             and ("_hf_hook" not in model.__dict__ or is_offloaded(model))  # whose hook moves inputs, and nothing else
-            and not is_sharded_model(model)
+            and not is_divided_model(model)
             and len(computing_devices(model)) == 1
             and not is_compiled_module(self._forward)
         )

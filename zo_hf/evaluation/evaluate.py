@@ -18,6 +18,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.pass_graphs import NotCapturable, PassGraphs
+from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
@@ -100,6 +101,7 @@ class ProbeEvaluator:
         graphs: the CUDA graphs of forward passes that several probes share; None launches every operation.
         recover: makes the model usable after a forward pass that raised. It is set only where all processes make a
             forward pass together.
+        expect: takes the number of forward passes that follow the next one on the same batch.
     """
 
     def __init__(self, batched: bool | str = "auto") -> None:
@@ -111,6 +113,7 @@ class ProbeEvaluator:
         self.all_reduce_and: Callable[[Tensor], bool] = bool
         self.graphs: PassGraphs | None = None
         self.recover: Callable[[], None] | None = None
+        self.expect: Callable[[int], None] = lambda more: None
         self._has_batched = False
         self._has_failed = False
         self._configs: list[PretrainedConfig] | None = None
@@ -290,7 +293,9 @@ class _Evaluation:
     def sequential(self) -> Tensor:
         """Return the losses of one forward pass for each probe, (probes,)."""
         values = []
-        for probe in own_passes(self._probes):
+        passes = own_passes(self._probes)
+        for more, probe in zip(reversed(range(len(passes))), passes, strict=True):
+            self._evaluator.expect(more)
             self._begin()
             with self._evaluator.at(self.subspace, (probe,), self._stream_of, self._distribution):
                 values.append(loss_and_derivative(self._loss) if probe.derivative else self._loss().detach()[None])
@@ -312,7 +317,12 @@ class _Evaluation:
         self._begin()
         rows, copies = model_rows(self.closure), len(self._probes)
         with self._evaluator.at(self.subspace, self._probes, self._stream_of, self._distribution, rows=rows):
-            losses = self._evaluator.in_one_pass(self.closure, (copies,), lambda loss: loss.batched(copies))
+            losses = loss_or_zeros(
+                lambda: self._evaluator.in_one_pass(self.closure, (copies,), lambda loss: loss.batched(copies)),
+                (copies,),
+                self._evaluator.dtype,
+                self.device,
+            )
         check_draws_nothing(self.generators)
         return losses
 
@@ -321,7 +331,7 @@ class _Evaluation:
             self.generators.restore()
 
     def _loss(self) -> Tensor:
-        return one_number(self.closure(), self.device)
+        return loss_or_zeros(lambda: one_number(self.closure(), self.device), (), self._evaluator.dtype, self.device)
 
 
 def check_draws_nothing(generators: GlobalGenerators | None) -> None:

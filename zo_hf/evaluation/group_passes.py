@@ -20,6 +20,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, check_draws_nothing, one_number
 from zo_hf.evaluation.packed_loss import PackedLoss
+from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.row_losses import GroupedLoss, model_rows
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -81,16 +82,18 @@ class GroupPasses:
         Args:
             at: a point for every group, or one for all of them.
         """
-        return self._losses(at, lambda: self._closure.by_groups(self._groups))
+        return self._losses(at, lambda: self._or_zeros(lambda: self._closure.by_groups(self._groups), (self._groups,)))
 
     def whole(self, point: Probe) -> Tensor:
         """Return the loss of the batch at one point, (1,), with its derivative below if the point asks for it, (2,)."""
-        return self._losses([point], lambda: one_number(self._closure(), self.device))
+        return self._losses([point], lambda: self._or_zeros(lambda: one_number(self._closure(), self.device), ()))
 
     def sequential(self) -> Tensor:
         """Return the shares at each of the probes, (probes, groups), from one forward pass for each."""
         found = []
-        for probe in own_passes(self._probes):
+        passes = own_passes(self._probes)
+        for more, probe in zip(reversed(range(len(passes))), passes, strict=True):
+            self._evaluator.expect(more)
             points = self.points(probe)
             found.append(self.shares(points if probe.scale or probe.derivative else points[:1]))
         return torch.cat(found)
@@ -115,9 +118,15 @@ class GroupPasses:
         points = [point for probe in self._probes for point in self.points(probe)]
         rows, how = self._closure.rows // self._groups, (self._groups, len(self._probes))
         with self._evaluator.at(self.subspace, points, *self._drawn, rows):
-            shares = self._evaluator.in_one_pass(self._closure, how, lambda loss: loss.batched_by_groups(*how))
+            shares = self._or_zeros(
+                lambda: self._evaluator.in_one_pass(self._closure, how, lambda loss: loss.batched_by_groups(*how)),
+                how[::-1],
+            )
         check_draws_nothing(self.generators)
         return shares
+
+    def _or_zeros(self, loss: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        return loss_or_zeros(loss, shape, self._evaluator.dtype, self.device)
 
     def _losses(self, at: Sequence[Probe], loss: Callable[[], Any]) -> Tensor:
         if self.generators is not None:

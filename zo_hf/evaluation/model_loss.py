@@ -348,6 +348,11 @@ class ModelLoss:
         """True if nothing guarantees that the model's loss still is the known function of its logits."""
         return not self._is_stock or may_change_outputs(self._model) or self._checks.is_known is None
 
+    @property
+    def is_settled(self) -> bool:
+        """True if no evaluation of this batch looks at the values of outputs, other than for the loss."""
+        return self._checks.is_known is not None and not self._must_compare
+
     def _layout(self) -> tuple[tuple[str, bool], ...]:
         """Return which inputs carry the rows."""
         names = [name for name in self._inputs if name not in ("logits_to_keep", "shift_labels")]

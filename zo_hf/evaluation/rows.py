@@ -112,7 +112,7 @@ class RowGroups:
         self.groups_per_batch = groups_of(rows, rows_per_direction, equal=not self._packs)
         self._micro_batches = micro_batches
         if micro_batches is not None:
-            self.count = self.groups_per_batch * micro_batches * self._ranks.grid.world_size
+            self.count = self.groups_per_batch * micro_batches * self._ranks.grid.data
 
     def logs(self) -> dict[str, float]:
         """Return the entry of the training log."""
@@ -228,7 +228,7 @@ class RowGroups:
             micro_batches: micro-batches of a step, if `expect` has not been told.
         """
         assert self.groups_per_batch is not None
-        return self.count or self.groups_per_batch * micro_batches * self._ranks.grid.world_size
+        return self.count or self.groups_per_batch * micro_batches * self._ranks.grid.data
 
     def gather(self) -> list[list[float]]:
         """Return the losses of the step's groups at each of the probes, of all micro-batches and ranks in order."""
@@ -237,7 +237,8 @@ class RowGroups:
         for number, more in enumerate(self._parts[limit:]):
             parts[number % limit] += more
         self.discard()
-        everywhere = self._ranks.all_gather(parts) / self._ranks.grid.world_size  # (ranks, micro-batches, ...)
+        grid = self._ranks.grid
+        everywhere = grid.of_last_stages(self._ranks.all_gather(parts)) / grid.data  # (data, micro-batches, ...)
         losses = everywhere.permute(1, 0, 3, 2).flatten(0, 2).tolist()
         if self.count is None:
             self.count = len(losses)
@@ -375,7 +376,7 @@ class RowGroups:
         """Return the number of this micro-batch's first group in the step."""
         assert self.groups_per_batch is not None
         number = self._batch % self._micro_batches if self._micro_batches else self._batch
-        return (number * self._ranks.grid.world_size + self._ranks.grid.rank) * self.groups_per_batch
+        return (number * self._ranks.grid.data + self._ranks.grid.data_index) * self.groups_per_batch
 
     def _decide(self, problem: str | None) -> None:
         """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""

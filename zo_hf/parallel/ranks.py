@@ -6,6 +6,10 @@ these few scalars cross the network. All ranks then average the losses in the sa
 Ranks form a grid of `data` × `directions`: neighbors share a batch and evaluate different directions of the step,
 
     rank = data_index · directions + direction_index        direction i belongs to direction_index = i mod directions
+
+In a pipeline each place of this grid is taken by `stages` neighbors, which hold the model's layers one after another:
+
+    rank = (data_index · directions + direction_index) · stages + stage        the last stage has the losses
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
@@ -24,12 +28,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from zo_hf.estimators.probe import Probe
+from zo_hf.parallel.absent import is_absent
 from zo_hf.parallel.checksum import tensor_checksum
 
-PARALLEL = ("data", "directions", "both")
+PARALLEL = ("data", "directions", "both", "pipeline")
 
 # A replica check reads all coordinates and one in ROTATION of the other weights, different ones at each check.
 ROTATION = 8
+
+# Stands in a table of checksums for a weight that another stage holds.
+_ABSENT = 0
 
 
 class ReplicasDiffer(RuntimeError):
@@ -42,32 +50,45 @@ class Grid:
 
     Attributes:
         data: number of different batches in a step.
-        directions: number of ranks that share a batch.
+        directions: number of ranks, or pipelines, that evaluate a batch along directions of their own.
         rank: number of this process, from 0.
+        stages: number of ranks of a pipeline; 1 without pipelines.
     """
 
     data: int = 1
     directions: int = 1
     rank: int = 0
+    stages: int = 1
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.data * self.directions
+        return self.data * self.sharing
+
+    @property
+    def sharing(self) -> int:
+        """Number of ranks that get the same batch."""
+        return self.directions * self.stages
 
     @property
     def data_index(self) -> int:
         """Index of the batch that this rank evaluates."""
-        return self.rank // self.directions
+        return self.rank // self.sharing
 
     @property
     def direction_index(self) -> int:
         """Index of this rank in its row. The rank evaluates the directions that equal it modulo `directions`."""
-        return self.rank % self.directions
+        return self.rank // self.stages % self.directions
 
-    def own(self, probes: Sequence[Probe]) -> list[int]:
-        """Return the positions of the probes that this rank evaluates."""
-        return [i for i, probe in enumerate(probes) if probe.direction % self.directions == self.direction_index]
+    @property
+    def stage(self) -> int:
+        """Index of this rank in its pipeline."""
+        return self.rank % self.stages
+
+    def own(self, probes: Sequence[Probe], index: int | None = None) -> list[int]:
+        """Return the positions of the probes that this rank, or the ranks of another direction index, evaluate."""
+        index = self.direction_index if index is None else index
+        return [i for i, probe in enumerate(probes) if probe.direction % self.directions == index]
 
     def mean_losses(self, gathered: Tensor, probes: Sequence[Probe]) -> Tensor:
         """Average the losses of all ranks over the batches.
@@ -79,40 +100,54 @@ class Grid:
         Returns:
             (len(probes),), the same bits on every rank, because all of them add in the order of the ranks.
         """
-        mean = gathered.view(self.data, self.directions, -1).mean(0)
+        mean = self.of_last_stages(gathered).view(self.data, self.directions, -1).mean(0)
         losses = mean.new_empty(len(probes))
         for index in range(self.directions):
-            own = Grid(self.data, self.directions, index).own(probes)
+            own = self.own(probes, index)
             losses[own] = mean[index, : len(own)]
         return losses
 
+    def of_last_stages(self, gathered: Tensor) -> Tensor:
+        """Return what the last rank of every pipeline holds, (data · directions, ...), of what all ranks hold."""
+        return gathered[self.stages - 1 :: self.stages]
 
-def make_grid(parallel: str, world_size: int, rank: int, num_directions: int) -> Grid:
+
+def make_grid(parallel: str, world_size: int, rank: int, num_directions: int, stages: int | str = "auto") -> Grid:
     """Build the grid for `zo_parallel`.
 
     "data" gives every rank a batch of its own. "directions" gives all ranks the same batch. "both" shares a batch
-    among as many ranks as possible: the largest number that divides both the ranks and the directions.
+    among as many ranks as possible: the largest number that divides both the ranks and the directions. "pipeline" is "data"
+    with pipelines in place of ranks.
 
     Args:
         parallel: one of `PARALLEL`.
         world_size: number of ranks.
         rank: number of this process.
         num_directions: q, number of directions of a step.
+        stages: number of ranks of a pipeline. "auto" stands for all of them with "pipeline", and otherwise for 1.
 
     Raises:
-        ValueError: "directions" cannot divide the directions equally among the ranks.
+        ValueError: the ranks cannot be divided equally into pipelines, or "directions" cannot divide the directions equally.
     """
-    if parallel == "data":
-        return Grid(world_size, 1, rank)
-    if parallel == "both":
-        directions = math.gcd(world_size, num_directions)
-        return Grid(world_size // directions, directions, rank)
-    if num_directions % world_size:
+    if stages == "auto":
+        stages = world_size if parallel == "pipeline" else 1
+    stages = int(stages)
+    if world_size % stages:
         raise ValueError(
-            f"zo_parallel='directions' cannot divide zo_num_directions={num_directions} equally among {world_size} "
-            "processes; use a multiple, or zo_parallel='both', which also divides the data."
+            f"zo_pipeline_stages={stages} cannot divide {world_size} processes into equal pipelines; start a multiple of it."
         )
-    return Grid(1, world_size, rank)
+    pipelines = world_size // stages
+    if parallel in ("data", "pipeline"):
+        return Grid(pipelines, 1, rank, stages)
+    if parallel == "both":
+        directions = math.gcd(pipelines, num_directions)
+        return Grid(pipelines // directions, directions, rank, stages)
+    if num_directions % pipelines:
+        raise ValueError(
+            f"zo_parallel='directions' cannot divide zo_num_directions={num_directions} equally among {pipelines} "
+            f"{'processes' if stages == 1 else 'pipelines'}; use a multiple, or zo_parallel='both', which also divides the data."
+        )
+    return Grid(1, pipelines, rank, stages)
 
 
 class Ranks:
@@ -186,7 +221,7 @@ class Ranks:
             (len(probes),) on the CPU, the same bits on every rank.
         """
         # Ranks may have different numbers of probes, but a collective needs equal shapes.
-        most = max(len(replace(self.grid, rank=rank).own(probes)) for rank in range(self.grid.directions))
+        most = max(len(self.grid.own(probes, index)) for index in range(self.grid.directions))
         padded = losses if len(losses) == most else torch.nn.functional.pad(losses, (0, most - len(losses)))
         # To the host, which reads them next, in one transfer that it waits for.
         return self.grid.mean_losses(self.all_gather(padded).cpu(), probes)
@@ -195,6 +230,8 @@ class Ranks:
         self, coordinates: Mapping[str, Tensor], weights: Mapping[str, Tensor], turn: int | None, step: int
     ) -> None:
         """Compare the checksums of all coordinates, and of one in `ROTATION` of the weights or of all, between ranks.
+
+        Weights that other stages of a pipeline hold are compared among those.
 
         Args:
             coordinates: coordinate tensors, by name.
@@ -215,15 +252,21 @@ class Ranks:
         }
         if not tensors:
             return
-        sums = torch.tensor([_signed(tensor_checksum(tensor)) for tensor in tensors.values()])
+        held = [None if is_absent(tensor) else _signed(tensor_checksum(tensor)) for tensor in tensors.values()]
+        sums = torch.tensor([_ABSENT if value is None else value for value in held])
         device = next(iter(tensors.values())).device
-        if len(set(self.all_gather(_digest(sums).to(device)).tolist())) == 1:
+        # Stages hold other weights than each other, so that one number for all of them would tell nothing.
+        if self.grid.stages == 1 and len(set(self.all_gather(_digest(sums).to(device)).tolist())) == 1:
             return
-        all_sums = self.all_gather(sums.to(device)).cpu()  # (world_size, tensors)
-        first = int((all_sums != all_sums[0]).any(0).nonzero()[0])
+        all_sums = self.all_gather(sums.to(device)).cpu().T.tolist()  # (tensors, world_size)
+        differ = (i for i, values in enumerate(all_sums) if len({value for value in values if value != _ABSENT}) > 1)
+        first = next(differ, None)
+        if first is None:
+            return
         name = list(tensors)[first]
-        usual = Counter(all_sums[:, first].tolist()).most_common(1)[0][0]
-        odd = [rank for rank, value in enumerate(all_sums[:, first].tolist()) if value != usual]
+        values = {rank: value for rank, value in enumerate(all_sums[first]) if value != _ABSENT}
+        usual = Counter(values.values()).most_common(1)[0][0]
+        odd = [rank for rank, value in values.items() if value != usual]
         raise ReplicasDiffer(
             f"at step {step} rank {', '.join(map(str, odd))} of {self.grid.world_size} differs from the rest, first "
             f"in {name}; resume from the last checkpoint, and look for faulty hardware or code that changes one rank."
@@ -239,10 +282,10 @@ class Ranks:
         Raises:
             ReplicasDiffer: their batches differ.
         """
-        if self.grid.directions == 1:
+        if self.grid.sharing == 1:
             return
         sums = [_signed(tensor_checksum(leaf)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        all_sums = self.all_gather(_digest(torch.tensor(sums)).to(device)).view(self.grid.data, self.grid.directions)
+        all_sums = self.all_gather(_digest(torch.tensor(sums)).to(device)).view(self.grid.data, self.grid.sharing)
         if not bool((all_sums == all_sums[:, :1]).all()):
             raise ReplicasDiffer(
                 "zo_parallel: ranks that should share a batch were given different batches; make the training data "
@@ -250,22 +293,23 @@ class Ranks:
             )
 
 
-def share_batches(dataloader: DataLoader, grid: Grid) -> None:
-    """Give the ranks in one row of the grid the same batches, although accelerate gave each rank its own.
+def share_batches(dataloader: DataLoader, grid: Grid, sharing: int) -> None:
+    """Give neighbors among the ranks the same batches, although accelerate gave each rank its own.
 
     Args:
         dataloader: dataloader that accelerate has prepared; it is changed in place.
         grid: place of this rank.
+        sharing: number of neighbors that share batches: those in one row of the grid, or of one pipeline.
 
     Raises:
         ValueError: accelerate has divided the data in a way that cannot be changed.
     """
     for shard in (dataloader.batch_sampler, dataloader.dataset):
         if isinstance(shard, (BatchSamplerShard, IterableDatasetShard)) and shard.num_processes == grid.world_size:
-            shard.num_processes, shard.process_index = grid.data, grid.data_index
+            shard.num_processes, shard.process_index = grid.world_size // sharing, grid.rank // sharing
             return
     raise ValueError(
-        "zo_parallel: ranks cannot share batches of this train_dataset; use zo_parallel='data', a dataset with a "
+        "zo_parallel: ranks cannot share batches of this dataset; use zo_parallel='data', a dataset with a "
         "length and Trainer's sampler, or for a streamed one accelerator_config={'dispatch_batches': False}."
     )
 

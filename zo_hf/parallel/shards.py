@@ -1,4 +1,7 @@
-"""Weights that FSDP2 shards over processes: one process's part of a tensor, and the whole tensor gathered again."""
+"""Weights that are divided among processes: one process's part of a tensor, and the whole tensor gathered again.
+
+FSDP2 gives every process some rows of every tensor. A pipeline gives it some tensors as a whole, see `absent`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from zo_hf.parallel.absent import first_holder, has_absent
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -56,12 +62,40 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
 
     Args:
         part: part of this process, of the shape of its part of `like`.
-        like: tensor with the shards to gather. If it is plain, the function returns `part` itself.
+        like: tensor with the shards to gather, or a parameter of a pipeline, which the first process of all gets. If it is
+            plain, the function returns `part` itself.
     """
+    holder = first_holder(like)
+    if holder is not None:
+        return _fetched(part, like, holder)
     if not is_sharded(like):
         return part
     whole = shard_like(part, like).full_tensor()
     return whole.to("cpu" if os.environ.get("LOCAL_RANK", "0") == "0" else "meta")
+
+
+def _fetched(part: Tensor, like: Tensor, holder: int) -> Tensor:
+    """Return a whole tensor on the first process, sent by the first process that holds it, and one on meta elsewhere.
+
+    Args:
+        part: the tensor, which only holders have.
+        like: a parameter of its shape and dtype, on the device on which processes communicate.
+        holder: the rank of the first holder.
+    """
+    rank = dist.get_rank()
+    if rank == holder != 0:
+        dist.send(_as_bytes(part.to(like.device).contiguous()), 0)
+    if rank != 0:
+        return torch.empty_like(like, device="meta")
+    if holder == 0:
+        return part
+    whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    dist.recv(_as_bytes(whole), holder)
+    return whole.cpu()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1).view(torch.uint8)  # not every backend knows every dtype
 
 
 def gathered_state_dict(model: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
@@ -73,8 +107,17 @@ def gathered_state_dict(model: nn.Module, frozen: bool = True) -> dict[str, Tens
     """
     reshard(model)
     state = model.state_dict(keep_vars=True)
-    wanted = {name: t for name, t in state.items() if frozen or t.requires_grad or not is_sharded(t)}
+    wanted = {name: t for name, t in state.items() if frozen or t.requires_grad or not _is_divided(t)}
     return {name: gather(local_part(t)[0], t) for name, t in wanted.items()}
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    return is_sharded(tensor) or first_holder(tensor) is not None
+
+
+def is_divided_model(model: nn.Module) -> bool:
+    """Return True if this process holds only a part of the model."""
+    return is_sharded_model(model) or has_absent(model)
 
 
 def is_sharded_model(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
         "use zo_rule='none', 'sign', 'muon' or 'power_iteration'",
     ),
     ("zo_parallel", ("data",), "use zo_parallel='data'"),
+    ("zo_pipeline_stages", ("auto", 1), "leave it out"),
     ("zo_stability_steps", (0,), "leave it out"),
     ("torch_compile", (False,), "leave it out"),
     ("zo_feature_cache_gib", (0,), "leave it out, because generated tokens are new in every step"),

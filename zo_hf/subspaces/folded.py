@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.offload import OffloadedWeight, Values, offloaded_weights
+from zo_hf.parallel.absent import is_absent
 from zo_hf.parallel.shards import gather, is_sharded, local_part, part_of, reshard, shard_like
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
@@ -164,7 +165,7 @@ class Folded(Subspace):
         for name, site in held.items():
             key = prefix + name
             # With keep_vars=True the caller asks for the parameters themselves.
-            if key not in state or state[key] is module._parameters[name]:
+            if key not in state or state[key] is module._parameters[name] or is_absent(site.parameter):
                 continue
             last_key, last = self._last_entry.get(site.name, ("", None))
             tensor = None if last is None else last()
@@ -250,6 +251,8 @@ class Folded(Subspace):
             copy = site.offloaded.copy()
             self._fold_into(copy, 0, site, step, decay)
             return {name: copy}
+        if is_absent(site.parameter):
+            return {name: site.parameter.detach()}
         part, first = local_part(site.parameter)
         sharded = is_sharded(site.parameter)
         part = part.to(part.device if sharded else device, copy=True)
@@ -272,7 +275,7 @@ class Folded(Subspace):
         for name, tensor in self.base_tensors().items():
             if name in offloaded:
                 offloaded[name].write(base[name])
-            else:
+            elif not is_absent(tensor):
                 local_part(tensor)[0].copy_(part_of(base[name], tensor))
 
     def base_tensors(self) -> dict[str, Tensor]:
@@ -297,7 +300,8 @@ class Folded(Subspace):
             unwritten = [weight for weight, writes in self._writes_before.items() if weight.writes == writes]
             for values in self.loader.rewrite(unwritten):
                 yield [(sites[weight], value) for weight, value in values.items()]
-        yield [(site, site.parameter) for site in self.sites if site.layer is None and site.offloaded is None]
+        plain = (site for site in self.sites if site.layer is None and site.offloaded is None)
+        yield [(site, site.parameter) for site in plain if not is_absent(site.parameter)]
 
     def _fold_plain(self, targets: Iterable[tuple[Site, Tensor]], step: int, decay: Mapping[str, float]) -> None:
         """Fold into the tensors of sites that are not quantized; the other arguments are those of `fold`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.offload import OffloadedWeight, offloaded_weights
+from zo_hf.parallel.absent import is_absent
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.quantization import QuantizedLayer, parts_of_codes
 from zo_hf.subspaces.readers import ParameterReaders
@@ -190,7 +191,7 @@ def require_contiguous(sites: Iterable[Site]) -> None:
         ValueError: the memory of a parameter is not contiguous.
     """
     for site in sites:
-        if site.layer is None and not site.parameter.is_contiguous():
+        if site.layer is None and not site.parameter.is_contiguous() and not is_absent(site.parameter):
             raise _cannot_move(site.name, "its memory is not contiguous; call .contiguous() on it first")
 
 

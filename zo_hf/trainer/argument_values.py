@@ -77,6 +77,7 @@ _RANGES: dict[str, tuple[Values, str]] = {
     "zo_feature_cache_gib": (Real(0, 1e6), "use 0 to keep nothing"),
     "save_only_trajectory": (Flag(), "False saves whole checkpoints"),
     "zo_parallel": (Choice(PARALLEL), "data is the default"),
+    "zo_pipeline_stages": (Whole(1, also=("auto",)), "use 'auto' for all processes with zo_parallel='pipeline'"),
     "zo_check_steps": (Whole(0), "use 0 to never check"),
     "server_url": (OneOrMore(also=_NONE), "give an address such as 'http://127.0.0.1:8000', or a list of them"),
     "server_max_loras": (Whole(1), "give the server's --max-loras"),

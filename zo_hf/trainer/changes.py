@@ -22,7 +22,7 @@ from transformers.trainer_utils import has_length
 
 from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
-from zo_hf.parallel.shards import class_name, is_sharded_model
+from zo_hf.parallel.shards import class_name, is_divided_model
 from zo_hf.subspaces import Adapter, LowRank
 from zo_hf.subspaces.peft_methods import base_model, is_peft
 from zo_hf.trainer.config import ZOConfig
@@ -192,7 +192,7 @@ def check_run(zo: ZerothOrder, now: Mapping[str, Any], folder: Path) -> None:
     subspace = zo.subspace
     holds_base = isinstance(subspace, Adapter) or (isinstance(subspace, LowRank) and subspace.becomes_adapter)
     base = state.get("base")
-    if base is None or not holds_base or is_sharded_model(zo.model):
+    if base is None or not holds_base or is_divided_model(zo.model):
         return
     leave_out = list(subspace.start.values()) if isinstance(subspace, Adapter) else []
     if weights_hash(zo.model, leave_out) != base:

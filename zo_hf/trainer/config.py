@@ -141,9 +141,16 @@ class ZOConfig(Seq2SeqTrainingArguments):
     # Several processes.
     zo_parallel: str = option(
         "data",
-        "The work that several processes divide among them: data, directions or both. With data, each process has its "
-        "own rows, and all have the same directions. With directions, each has its own directions, and all have the same "
-        "rows. With both, the processes form a grid.",
+        "The work that several processes divide among them: data, directions, both or pipeline. With data, each process has "
+        "its own rows, and all have the same directions. With directions, each has its own directions, and all have the same "
+        "rows. With both, the processes form a grid. With pipeline, each has its own layers, for a model that does not fit "
+        "on one device.",
+    )
+    zo_pipeline_stages: None | str | int = option(  # noqa: RUF036
+        _AUTO,
+        "Number of processes that divide the model's layers among them. auto stands for all processes with "
+        "zo_parallel=pipeline, and otherwise for 1. With a smaller number there are several pipelines, which divide rows or "
+        "directions as zo_parallel says (pipeline: rows).",
     )
     zo_check_steps: int = option(
         100,
@@ -187,6 +194,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         self.learning_rate = number_or_auto("learning_rate", self.learning_rate)
+        if isinstance(self.zo_pipeline_stages, str) and self.zo_pipeline_stages.isdecimal():  # from the command line
+            self.zo_pipeline_stages = int(self.zo_pipeline_stages)
+        self.zo_pipeline_stages = _AUTO if self.zo_pipeline_stages is None else self.zo_pipeline_stages
         self.zo_eps = number_or_auto("zo_eps", _AUTO if self.zo_eps is None else self.zo_eps)
         check_arguments(self)
         settings = self.settings()

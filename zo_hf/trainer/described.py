@@ -54,7 +54,7 @@ class DescribedTrainer(OptimizerHooks):
             passes = len(self.args.settings().make_estimator(1.0).probes())
         else:
             passes = self.zo.forward_passes_per_step + self.zo.curvature_passes
-        return super().floating_point_ops(inputs) * passes // self._ranks.grid.directions // 3
+        return super().floating_point_ops(inputs) * passes // self._ranks.grid.sharing // 3
 
     def _keep_rate(self) -> None:
         group = self._torch_optimizer().param_groups[0]

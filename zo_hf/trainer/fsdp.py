@@ -25,6 +25,7 @@ from torch import distributed as dist
 
 from zo_hf.case import Case
 from zo_hf.compatibility import check
+from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.parallel.shards import is_sharded, is_sharded_model, part_of, reshard, shard_like
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,10 @@ class Sharding:
             if given is not None and is_sharded(tensor) and not is_sharded(given):
                 part = part_of(given, tensor).to(device=tensor.device, dtype=tensor.dtype, copy=True)
                 state_dict[prefix + name] = shard_like(part, tensor)
+
+    def enter(self, evaluator: ProbeEvaluator, model: nn.Module) -> None:
+        """Let an evaluator know that all processes make its forward passes together."""
+        evaluator.recover = functools.partial(self.recover, model)
 
     def recover(self, model: Any) -> None:
         """Make the model usable after an exception in its forward."""

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from zo_hf import kernels
 from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.feature_cache import FeatureCache
 from zo_hf.offload import is_offloaded
 from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
 from zo_hf.parallel.lost_ranks import naming_lost_ranks
 from zo_hf.parallel.ranks import Ranks, share_batches
-from zo_hf.parallel.shards import is_sharded, is_sharded_model
+from zo_hf.parallel.shards import is_divided_model, is_sharded
 from zo_hf.quantization import stored_tensors
 from zo_hf.trainer.common_arguments import common_arguments, common_data, common_weights, name_of_checkpoint
 from zo_hf.trainer.fsdp import Sharding, fsdp_settings
 from zo_hf.trainer.host_batches import HostBatchTrainer
+from zo_hf.trainer.pipeline import Pipeline
 from zo_hf.trainer.setup import grid_of
 from zo_hf.trajectory.header import weights_hash
 
@@ -35,8 +38,9 @@ class ReplicaTrainer(HostBatchTrainer):
 
     args: Any
     model: Any
+    zo: ZerothOrder | None
     _ranks = Ranks()
-    _sharding: Sharding | None = None
+    _sharding: Sharding | Pipeline | None = None
     _is_compared = False
     _compiled: nn.Module | None = None
 
@@ -47,25 +51,54 @@ class ReplicaTrainer(HostBatchTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed shards gradients, and there are none; launch with FSDP2, or without sharding.")
         self._ranks = Ranks(grid_of(self.args))
-        self._sharding = Sharding(fsdp, self.accelerator) if fsdp and self.accelerator.num_processes > 1 else None
+        if fsdp and self.accelerator.num_processes > 1:
+            self._sharding = Sharding(fsdp, self.accelerator)
+        elif self._ranks.grid.stages > 1:
+            self._sharding = Pipeline(self._ranks, self.args.device, self.args.ddp_timeout)
+            self._gather_from_pipelines()
         self.is_fsdp_enabled = False
         self.accelerator.scaler = None
 
     def get_tp_size(self) -> int:
-        """Return the number of ranks that get the same batch, which here evaluate different directions."""
-        return super().get_tp_size() * self._ranks.grid.directions
+        """Return the number of ranks that get the same batch, which here evaluate different directions or layers."""
+        return super().get_tp_size() * self._ranks.grid.sharing
+
+    def _gather_from_pipelines(self) -> None:
+        """Let accelerate gather the rows of every pipeline once, and not once from each of its stages."""
+        gather, stages = self.accelerator.gather, self._ranks.grid.stages
+
+        def once(tensors: Any) -> Any:
+            def of_first_stages(gathered: Tensor) -> Tensor:
+                return gathered.unflatten(0, (self.accelerator.num_processes, -1))[::stages].flatten(0, 1)
+
+            return tree_map(of_first_stages, gather(tensors))
+
+        self.accelerator.gather = once
 
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's data loader, with equal batches on ranks that share them."""
-        dataloader = super().get_train_dataloader()
-        if self._ranks.grid.directions > 1:
-            share_batches(dataloader, self._ranks.grid)
+        return self._shared(super().get_train_dataloader(), self._ranks.grid.sharing)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return Trainer's data loader, with equal batches on the stages of a pipeline."""
+        return self._shared(super().get_eval_dataloader(*args, **kwargs), self._ranks.grid.stages)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return Trainer's data loader, with equal batches on the stages of a pipeline."""
+        return self._shared(super().get_test_dataloader(*args, **kwargs), self._ranks.grid.stages)
+
+    def _shared(self, dataloader: DataLoader, sharing: int) -> DataLoader:
+        if sharing > 1:
+            share_batches(dataloader, self._ranks.grid, sharing)
         return dataloader
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         count = super()._get_num_items_in_batch(batch_samples, device)
         if isinstance(count, Tensor) and self.args.world_size > 1 and self.args.average_tokens_across_devices:
             self._ranks.bytes_sent += 8  # super() has gathered every rank's count, an int64
+            count = (
+                count * self._ranks.grid.stages
+            )  # by which it has divided, although it has gathered every batch once
         return count
 
     def store_flos(self) -> None:
@@ -78,13 +111,26 @@ class ReplicaTrainer(HostBatchTrainer):
         assert self._sharding is not None
         trainable = [p for p in model.parameters() if p.requires_grad]
         is_adapter = self.args.settings().subspace_of(model) == "adapter"
-        if self.args.should_save and not is_sharded_model(model):
+        if self.args.should_save and not is_divided_model(model):
             # The trajectory needs the base's hash, and now is the last moment that one process holds the whole model.
             self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
         self._sharding.shard(model, adapter=is_adapter)
 
+    def _check_stages(self) -> None:
+        """Refuse a model that the processes of a pipeline cannot divide, before anything else is done with it."""
+        if isinstance(self._sharding, Pipeline):
+            self._sharding.layers_of(self.model)
+
+    def _passes(self, closure: Any, features: FeatureCache | None) -> AbstractContextManager[None]:
+        """Return the context of a step's forward passes: features come from the cache, or the pipeline streams."""
+        if features is not None:
+            return features.serving()
+        if isinstance(self._sharding, Pipeline) and self.zo is not None:
+            return self._sharding.passes(closure, self.zo)
+        return nullcontext()
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        # A model that will be sharded may not fit on one device, and offloaded weights stay where they are.
+        # A model that will be divided may not fit on one device, and offloaded weights stay where they are.
         if self._sharding is None and not is_offloaded(model):
             super()._move_model_to_device(model, device)
 
@@ -94,7 +140,7 @@ class ReplicaTrainer(HostBatchTrainer):
             self._shard(model)
         if model is self._compiled:
             return model
-        if is_offloaded(model):  # what comes next would move it to the device
+        if is_offloaded(model) or is_divided_model(model):  # what comes next would move it to the device
             self.accelerator.device_placement = False
         if training and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)

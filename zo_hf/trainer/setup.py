@@ -124,8 +124,9 @@ def grid_of(args: ZOConfig) -> Grid:
     Raises:
         ValueError: the processes cannot divide the work as `zo_parallel` says.
     """
-    grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions)
-    if grid.directions > 1 and not args.average_tokens_across_devices:
+    stages: int | str = "auto" if args.zo_pipeline_stages is None else args.zo_pipeline_stages
+    grid = make_grid(args.zo_parallel, args.world_size, args.process_index, args.zo_num_directions, stages)
+    if grid.sharing > 1 and not args.average_tokens_across_devices:
         raise ValueError(
             f"zo_parallel={args.zo_parallel!r} needs average_tokens_across_devices=True, because ranks that share a batch "
             "must weigh its tokens equally; set it."

@@ -7,10 +7,8 @@ engine's files to checkpoints. Other objects, which the hooks call, do the work.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ from zo_hf.trainer.checkpoints import (
     check_saveable,
 )
 from zo_hf.trainer.config import ZOConfig
+from zo_hf.trainer.fsdp import Sharding
 from zo_hf.trainer.host_batches import labels_on_host
 from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
@@ -119,6 +118,7 @@ class ZOTrainer(SavingTrainer):
             setup.check_model(self.model, args)  # model_init, or a subclass, has made it
         check_objective(self)
         check_head(self)
+        self._check_stages()
         # Prepares the layers, so that an evaluation before any training gives the same as after.
         quantized_layers(self.model)
         setup.check_processes(args)
@@ -213,7 +213,7 @@ class ZOTrainer(SavingTrainer):
         self._features = self._feature_cache(zo)
         self._budget.watch(zo, self._ranks)
         if self._sharding is not None:
-            zo.evaluator.recover = functools.partial(self._sharding.recover, self.model)
+            self._sharding.enter(zo.evaluator, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
             zo.subspace.name,
@@ -237,7 +237,7 @@ class ZOTrainer(SavingTrainer):
         self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
-        if self._sharding is not None:
+        if isinstance(self._sharding, Sharding):
             setup.check_shared_forwards(zo, self._ranks.grid, self.args)
         self._no_backward.watch(self.accelerator)
         if self._serving is not None:
@@ -427,15 +427,14 @@ class ZOTrainer(SavingTrainer):
             is_first = self.zo.step == 0 and self.zo.private is None
             if is_first and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
                 warn_of_rounding(self.zo, closure, weight)
-        features = nullcontext if self._features is None else self._features.serving
-        with features():
+        with self._passes(closure, self._features):
             self.zo.probe(closure, weight)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         loss = 0.0
         if self.accelerator.sync_gradients:
-            with features():
+            with self._passes(closure, self._features):
                 self._estimate = self.zo.finish_estimate()
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss

@@ -31,6 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.offload import OffloadedWeight, is_offloaded, offloaded_weights
+from zo_hf.parallel.absent import is_absent
 from zo_hf.parallel.shards import local_part, part_of, reshard
 from zo_hf.quantization import is_quantized, stored_tensors
 from zo_hf.untrusted import plain_json
@@ -192,7 +193,7 @@ def _copy(part: Tensor | OffloadedWeight, value: Tensor, name: str, folder: Path
         raise _unfit(name, folder)
     if isinstance(part, OffloadedWeight):
         part.write(value)
-    elif not part.is_meta:  # else the first process sends the weights later
+    elif not (part.is_meta or is_absent(part)):  # else the first process sends them later, or another one holds them
         local_part(part)[0].copy_(part_of(value, part))
 
 

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from zo_hf import checkpoint
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Step
-from zo_hf.parallel.shards import is_sharded_model
+from zo_hf.parallel.shards import is_divided_model
 from zo_hf.subspaces import Adapter, adapter_config
 from zo_hf.subspaces.peft_methods import active_adapter
 from zo_hf.trajectory.checks import START_FILE, check_numbers, check_replayable, check_start, read_start
@@ -127,7 +127,7 @@ def begin(
     Raises:
         ValueError: the log is required, and a replay cannot rebuild the optimizer.
     """
-    whole = not is_sharded_model(zo.model)
+    whole = not is_divided_model(zo.model)
     header = build_header(zo, optimizer, from_base=whole or base_hash is not None, base_hash=base_hash)
     if required and not header["optimizer"]["replayable"]:
         raise ValueError(
