@@ -62,7 +62,7 @@ def test_details_name_rates_costs_and_failures() -> None:
     found = report(low_rank=[0.6, 0.7])
     found = ProblemReport(found.problem, found.results, found.zero_shot, {"rows": "ValueError: no"})
     text = details(found)
-    assert "| low_rank | 2 | 0.0001 (edge) | 0.350 ± 0.071 | 0.650 ± 0.071 | 1.00 | 101 |" in text
+    assert "| low_rank | 2 | 0.0001 (edge) | 0.350 ± 0.071 | 0.650 ± 0.071 | 1.00 | 100 |" in text
     assert "| majority | | | 0.690 | 0.550 | | |" in text and text.endswith("failed: rows: ValueError: no\n")
     assert page([found], "how").startswith("how\n\n| problem |")
 

