@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, finished_runs_are_kept
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import embedded_reviews

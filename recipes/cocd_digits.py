@@ -27,13 +27,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, finished_runs_are_kept
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.command_line import CommandParser

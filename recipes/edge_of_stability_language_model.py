@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, encoded_reviews, finished_runs_are_kept
+from common.experiments import encoded_reviews
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZerothOrder
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.stability.actions import ACTIONS
 from zo_hf.stability.curvature import hessian_trace
 from zo_hf.stability.monitor import StabilityMonitor

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.experiments import FinishedRuns, finished_runs_are_kept
 from torch import Tensor, nn
 
 from zo_hf import ZOConfig
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.engine import ZerothOrder
 from zo_hf.lr_finder.find import SHARE, LRFinderResult, find_learning_rate, forward_passes_of_search
 from zo_hf.rules import SeededSGD

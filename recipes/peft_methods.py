@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
+from common.experiments import StopWhenDiverged, encoded_reviews
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.subspaces.peft_methods import family
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser

@@ -32,7 +32,6 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, finished_runs_are_kept
 from datasets import Dataset
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -43,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
 
 from zo_hf import ZerothOrder, ZOConfig, ZOTrainer
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.privacy import Guarantee, Secret
 from zo_hf.privacy.accounting import default_delta

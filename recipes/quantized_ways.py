@@ -25,13 +25,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common.experiments import FinishedRuns, StopWhenDiverged, encoded_reviews, finished_runs_are_kept
+from common.experiments import StopWhenDiverged, encoded_reviews
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.trainer_callback import PrinterCallback
 
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.quantization import quantized_layers
 from zo_hf.tasks.assets import default_model

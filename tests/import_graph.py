@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "zo_hf"
 #: From top to bottom. A folder, or a file at the package's root.
 FLOORS = (
     ("cli",),
-    ("tasks", "trl"),
+    ("comparison", "tasks", "trl"),
     ("trainer", "rewards"),
     ("lr_finder", "trajectory", "serving"),
     ("stability", "checkpoint", "memory"),

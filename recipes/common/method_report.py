@@ -7,45 +7,16 @@ budget is read where this curve first reaches the end of MeZO's curve, with line
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
-REFERENCE = "mezo"
+from zo_hf.comparison.methods import REFERENCE
+from zo_hf.comparison.result import Result, draw_curve, spread
+
 LOWER_IS_BETTER = {"loss": True, "accuracy": False, "calibrated_accuracy": False}
-
-
-@dataclass(frozen=True)
-class Result:
-    """All full runs of one method.
-
-    Attributes:
-        group: the panel of the figures in which the method is drawn.
-        learning_rate: the learning rate of its best trial.
-        at_edge: True if that was the largest or the smallest rate tried.
-        runs: one run for each seed, as `common.method_runs.run` returns them.
-    """
-
-    group: str
-    learning_rate: float
-    at_edge: bool
-    runs: Sequence[Mapping[str, Any]]
-
-    def over_seeds(self, key: str) -> np.ndarray:
-        """Return a score of all runs, (seeds, evaluations)."""
-        return np.array([[score[key] for score in run["scores"]] for run in self.runs], dtype=float)
-
-    def finals(self, key: str) -> list[float]:
-        """Return a score at the end of each run."""
-        return [float(value) for value in self.over_seeds(key)[:, -1]]
-
-    def seconds_per_forward(self) -> float:
-        """Return the mean training time per forward pass, in seconds."""
-        return mean(run["seconds"] / run["forward_passes"] for run in self.runs)
 
 
 def smoothed_mean(values: np.ndarray) -> np.ndarray:
@@ -88,7 +59,7 @@ def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
         "| time / forward | MiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         f"| zero-shot | | | {start['loss']:.3f} | {start['accuracy']:.3f} | {start['calibrated_accuracy']:.3f} | | | "
-        f"| {_mib([zero_shot])} |",
+        f"| {zero_shot['peak_mib']:.0f} |",
         f"| majority | | | | {zero_shot['majority_accuracy']:.3f} | | | | | |",
     ]
     for name, result in results.items():
@@ -96,14 +67,14 @@ def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
             name,
             str(max(run["forwards_per_step"] for run in result.runs)),
             f"{result.learning_rate:.2g}" + (" (edge)" if result.at_edge else ""),
-            *(_spread(result.finals(key)) for key in ("loss", "accuracy", "calibrated_accuracy")),
+            *(spread(result.finals(key)) for key in ("loss", "accuracy", "calibrated_accuracy")),
         ]
         if reference is None:
             cells += ["-", "-", "-"]
         else:
             cells += [_percent(share_of_budget(result, reference, start, key)) for key in ("loss", "accuracy")]
             cells.append(f"{result.seconds_per_forward() / reference.seconds_per_forward():.2f}")
-        cells.append(_mib(result.runs))
+        cells.append(f"{result.peak_mib():.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -134,9 +105,9 @@ def plot(results: Mapping[str, Result], zero_shot: Mapping[str, Any], against: s
             axes.set_axis_on()
             drawn = {name: result for name, result in results.items() if result.group == group and name != REFERENCE}
             for color, (name, result) in enumerate(drawn.items()):
-                _draw(axes, result, start, against, key, f"C{color}", name)
+                draw_curve(axes, result, start, against, key, f"C{color}", name)
             if REFERENCE in results:
-                _draw(axes, results[REFERENCE], start, against, key, "black", REFERENCE)
+                draw_curve(axes, results[REFERENCE], start, against, key, "black", REFERENCE)
             axes.axhline(start[key], linestyle="--", linewidth=0.8, color="gray")
             axes.grid(alpha=0.3)
         loss_axes, accuracy_axes = panels[row : row + 2, column]
@@ -151,26 +122,5 @@ def plot(results: Mapping[str, Result], zero_shot: Mapping[str, Any], against: s
     figure.savefig(path, dpi=130)
 
 
-def _draw(
-    axes: Any, result: Result, start: Mapping[str, float], against: str, key: str, color: str, label: str
-) -> None:
-    """Draw the mean over seeds, from the start, and a band of one standard deviation on each side."""
-    values = np.pad(result.over_seeds(key), ((0, 0), (1, 0)), constant_values=start[key])
-    x = [0.0, *result.over_seeds(against).mean(axis=0)]
-    middle = values.mean(axis=0)
-    axes.plot(x, middle, color=color, label=label, linewidth=1.4)
-    if len(values) > 1:
-        spread = values.std(axis=0, ddof=1)
-        axes.fill_between(x, middle - spread, middle + spread, color=color, alpha=0.15, linewidth=0)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-def _mib(runs: Sequence[Mapping[str, Any]]) -> str:
-    return "-" if runs[0]["peak_mib"] is None else f"{mean(run['peak_mib'] for run in runs):.0f}"

@@ -70,6 +70,9 @@ COMMANDS = {
     "plan": Command("print the peak memory of every training setup of a model", has_arguments("zo_hf.cli.plan")),
     "find-lr": Command("find a learning rate for `zo-hf train` before training", has_main("zo_hf.cli.find_lr")),
     "methods": Command("list all methods with their papers and costs", has_arguments("zo_hf.cli.methods")),
+    "evaluate-methods": Command(
+        "compare methods fairly over a suite of tasks", has_main("zo_hf.cli.evaluate_methods")
+    ),
     "bench": Command("compare speed and memory of a step with inference", has_arguments("zo_hf.cli.bench")),
 }
 
@@ -83,7 +86,7 @@ def help_text() -> str:
         "",
         "commands:",
     ]
-    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<18}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`zo-hf COMMAND --help` describes a command and its options.", "", "start here:"]
     lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."', "  zo-hf sft --offline"]
     return "\n".join(lines)

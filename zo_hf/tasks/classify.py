@@ -1,5 +1,6 @@
 """Classification of sentences with a causal language model by the log-probability of each label's word."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from zo_hf.tasks.prompts import Prompt, encode_prompt, label_token_ids, pad_toke
 NEUTRAL_TEXTS = ("N/A", "[MASK]", "")
 
 
-@torch.no_grad()
 def label_scores(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,15 +33,37 @@ def label_scores(
     Raises:
         ValueError: the prompt does not fit the tokenizer or `max_length`.
     """
-    label_ids = label_token_ids(tokenizer, prompt)
     encoded = [encode_prompt(tokenizer, prompt, text, max_length) for text in sentences]
+    return next_token_scores(model, tokenizer, encoded, label_token_ids(tokenizer, prompt), batch_size)
+
+
+@torch.no_grad()
+def next_token_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    candidates: Sequence[int],
+    batch_size: int = 16,
+) -> Tensor:
+    """Return the log-probability of each candidate after encoded questions; see `label_scores`.
+
+    Args:
+        model: a causal language model.
+        tokenizer: pads the questions.
+        encoded: the token ids of the questions.
+        candidates: token ids.
+        batch_size: questions in a forward pass.
+
+    Returns:
+        float32 on CPU, of shape (questions, candidates).
+    """
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     device = next(model.parameters()).device
     options: dict[str, Any] = {"logits_to_keep": 1} if takes_argument(model, "logits_to_keep") else {}
     if takes_argument(model, "use_cache"):
         options["use_cache"] = False
     takes_positions = takes_argument(model, "position_ids")
-    scores = torch.empty(len(encoded), len(label_ids))
+    scores = torch.empty(len(encoded), len(candidates))
     was_training = model.training
     model.eval()
     try:
@@ -52,7 +74,7 @@ def label_scores(
                 del batch["position_ids"]
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits = model(**inputs, **options).logits[:, -1]
-            scores[rows] = logits.float().log_softmax(dim=-1)[:, label_ids].cpu()
+            scores[rows] = logits.float().log_softmax(dim=-1)[:, candidates].cpu()
     finally:
         model.train(was_training)
     return scores
@@ -81,3 +103,9 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> float:
 def majority_accuracy(labels: Sequence[int]) -> float:
     """Return the accuracy of always answering the most frequent label."""
     return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+def constant_loss(labels: Sequence[int]) -> float:
+    """Return the cross entropy, in nats, of answering every sentence with the frequencies of the labels."""
+    shares = [labels.count(label) / len(labels) for label in set(labels)]
+    return -sum(share * math.log(share) for share in shares)

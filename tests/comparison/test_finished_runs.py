@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.experiments import FinishedRuns
+from zo_hf.comparison.finished_runs import FinishedRuns
 
 
 def test_finished_runs_are_found_again(tmp_path: Path) -> None:

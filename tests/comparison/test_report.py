@@ -1,0 +1,73 @@
+"""Tables and figures of constructed runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zo_hf.comparison.job import Problem
+from zo_hf.comparison.report import FIGURES, ProblemReport, details, page, plot, summary
+from zo_hf.comparison.result import Result
+
+
+def runs(finals: list[float], seconds: float = 1.0) -> Result:
+    made = [
+        {
+            "forward_passes": 20,
+            "forwards_per_step": 2,
+            "seconds": seconds,
+            "peak_mib": 100.0 + seed,
+            "scores": [
+                {"forward_passes": 10, "seconds": seconds / 2, "loss": 0.8, "accuracy": 0.5},
+                {"forward_passes": 20, "seconds": seconds, "loss": 1 - final, "accuracy": final},
+            ],
+        }
+        for seed, final in enumerate(finals)
+    ]
+    return Result("g", 1e-4, True, made)
+
+
+def report(alignment: str = "prompt", **results: list[float]) -> ProblemReport:
+    untrained = {"forward_passes": 0, "seconds": 0.0, "loss": 0.9, "accuracy": 0.5}
+    zero_shot = {"majority_accuracy": 0.55, "constant_loss": 0.69, "peak_mib": 80.0, "scores": [untrained]}
+    problem = Problem("m", "numbers", alignment, 8, 100, 50, 16, "label_words")
+    names = {"first": "adamw with backward", "exact": "forward gradient"}
+    return ProblemReport(
+        problem, {names.get(n, n): runs(finals) for n, finals in results.items()}, [zero_shot, zero_shot], {}
+    )
+
+
+def test_the_summary_has_controls_and_verdicts() -> None:
+    both = [
+        report(low_rank=[0.6, 0.61, 0.6], exact=[0.6, 0.6, 0.61], first=[0.9, 0.91, 0.9]),
+        report("head", low_rank=[0.9, 0.9, 0.91]),
+    ]
+    header, _, first, second = summary(both).splitlines()
+    assert header.startswith("| problem | majority | untrained | low_rank | forward gradient | adamw with backward |")
+    assert first == (
+        "| numbers, prompt | 0.550 | 0.500 ± 0.000 | 0.603 ± 0.006 | 0.603 ± 0.006 | 0.903 ± 0.006 | task | task |"
+    )
+    assert second == "| numbers, bare text, fresh head | 0.550 | 0.500 ± 0.000 | 0.903 ± 0.006 | - | - | - | - |"
+
+
+def test_the_control_of_a_loss_is_the_lower_one() -> None:
+    # The loss is 1 minus the accuracy here; untrained it is 0.9, and 0.69 for the best constant answer.
+    found = report(low_rank=[0.5, 0.5], exact=[0.5, 0.5], first=[0.5, 0.5])
+    assert found.verdict("loss") == "reached" and found.verdict("accuracy") == "no signal"
+    assert report(low_rank=[0.2, 0.2], exact=[0.2, 0.2], first=[0.2, 0.2]).verdict("loss") == "no signal"
+
+
+def test_details_name_rates_costs_and_failures() -> None:
+    found = report(low_rank=[0.6, 0.7])
+    found = ProblemReport(found.problem, found.results, found.zero_shot, {"rows": "ValueError: no"})
+    text = details(found)
+    assert "| low_rank | 2 | 0.0001 (edge) | 0.350 ± 0.071 | 0.650 ± 0.071 | 1.00 | 100 |" in text
+    assert "| majority | | | 0.690 | 0.550 | | |" in text and text.endswith("failed: rows: ValueError: no\n")
+    assert page([found], "how").startswith("how\n\n| problem |")
+
+
+@pytest.mark.parametrize(("name", "key", "against"), FIGURES)
+def test_figures_are_drawn(tmp_path: Path, name: str, key: str, against: str) -> None:
+    plot([report(low_rank=[0.6, 0.7]), report("head", low_rank=[0.6], first=[0.9])], key, against, tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 5_000

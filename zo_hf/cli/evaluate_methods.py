@@ -1,0 +1,262 @@
+"""Compare methods fairly over a suite of tasks, with and without task alignment, with controls and a verdict.
+
+    zo-hf evaluate-methods                                        all tasks that need no hub, SmolLM2-135M; days on a CPU
+    zo-hf evaluate-methods --model MODEL --tasks sentiment entailment --forward-passes 400 --seeds 0 1 2
+    zo-hf evaluate-methods --model ENCODER --alignments head      an encoder, which cannot continue a prompt
+    zo-hf evaluate-methods --tasks digits-cnn --forward-passes 5000
+    zo-hf evaluate-methods --report-only                          only the report of the finished runs
+
+Every task of text is put to the model in two ways. With the alignment "prompt", a template surrounds the text, and a label
+word answers. With "head", the model gets the bare text, and a fresh classification head answers. The tasks
+digits-cnn and digits-transformer train a small network from random weights instead.
+
+All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
+method makes the same number of short trials with a seed of their own, and the learning rate with the least loss on development
+rows then trains with each of --seeds. Test rows choose nothing.
+
+Every table has controls: the model as it is, always the same answer, backpropagation ("adamw with backward") and the forward
+gradient, which has the exact derivative along as many directions. They give the verdict on "low_rank", whose directions and
+coordinates the forward gradient shares:
+
+    reached     it has four fifths of backpropagation's gain over the controls without training
+    estimator   it has not, and the forward gradient has: the finite difference is the limit
+    task        neither has: the finite difference is not the limit
+    no signal   backpropagation gains nothing
+    open        the seeds disagree too much to tell, at 95 % confidence
+
+OUTPUT gets runs.jsonl, with a line of JSON for each finished run, report.md and four figures. The same command continues
+where it was interrupted. docs/results/evaluation.md defines the verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
+from zo_hf.comparison.job import ALIGNMENTS, SCRATCH, SETTINGS, Job, Problem
+from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, METHODS, ONE_DIRECTION, added_method, choose
+from zo_hf.comparison.processes import executor_of
+from zo_hf.comparison.report import FIGURES, ProblemReport, page, plot
+from zo_hf.comparison.schedule import Comparison, Protocol, run_all
+from zo_hf.comparison.subject import parts_of_task
+from zo_hf.comparison.suite import HUB, OFFLINE, Sizes
+from zo_hf.comparison.suite.digits import NETWORKS
+from zo_hf.tasks.assets import default_model
+from zo_hf.tasks.command_line import CommandParser
+from zo_hf.tasks.console import command
+from zo_hf.tasks.loading import loaded
+from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
+from zo_hf.trainer.output_paths import check_folder
+
+#: Methods that are always part of a table, because the verdict needs them.
+ALWAYS = (ONE_DIRECTION, FORWARD_GRADIENT, FIRST_ORDER)
+_AT_LEAST = {
+    **dict.fromkeys(("trial_forward_passes", "rates", "evaluations", "batch_size", "processes", "eval_rows"), 1),
+    "forward_passes": 1,
+    "train_rows": 1,
+    "max_words": 1,
+}
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run the command; `argv` is the command line without the program's name."""
+    with command(finished_runs_are_kept):
+        with wrong_arguments_end_the_command():
+            args = arguments(argv, prog)
+            comparisons = prepare(args)
+        with refusals_end_the_command():
+            if not args.report_only:
+                make_runs(comparisons, args)
+            print(report(comparisons, args))
+
+
+def arguments(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
+    """Parse the command line; a wrong one ends the program with exit code 2 and one sentence."""
+    parser = CommandParser(prog, description=f"{__doc__}\ntasks:\n{task_list()}")
+    add = parser.add_argument
+    add("--model", help="a language model, a folder or a name; default: the embedded SmolLM2-135M")
+    names = [*OFFLINE, *NETWORKS, *HUB]
+    add("--tasks", nargs="+", choices=names, metavar="TASK", help="tasks, listed above; default: all without a hub")
+    add(
+        "--alignments",
+        nargs="+",
+        choices=ALIGNMENTS,
+        default=list(ALIGNMENTS),
+        help="default: both, for tasks of text",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        default=["rows"],
+        help=f"regular expressions of methods beside {', '.join(ALWAYS)}; among {', '.join(METHODS)} (rows)",
+    )
+    add(
+        "--add",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="another method: its name, the center of its learning rates, and OPTION=VALUE ... of ZOConfig",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the full runs (%(default)s)")
+    add("--forward-passes", type=int, default=2000, help="forward passes of a full run (%(default)s)")
+    add("--trial-forward-passes", type=int, default=500, help="forward passes of a trial (%(default)s)")
+    add("--rates", type=int, default=5, help="number of trials of each method (%(default)s)")
+    add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
+    add("--factor", type=float, default=1.0, help="factor on all centers, for another model (%(default)s)")
+    add("--evaluations", type=int, default=10, help="number of scores during a full run (%(default)s)")
+    add("--batch-size", type=int, default=8, help="rows in a forward pass (%(default)s)")
+    add("--train-rows", type=int, default=1000, help="number of training rows (%(default)s)")
+    add("--eval-rows", type=int, default=200, help="number of development and of test rows (%(default)s)")
+    add("--max-words", type=int, default=16, help="words in a text that is not made by rule (%(default)s)")
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    add("--processes", type=int, default=cores, help="parallel runs, of one thread each (%(default)s)")
+    add("--output", type=Path, default=Path("out/evaluate_methods"), help="folder for results (%(default)s)")
+    add("--report-only", action="store_true", help="only write the report of the finished runs")
+    args = parser.parse_args(argv)
+    for option, least in _AT_LEAST.items():
+        if getattr(args, option) < least:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}.")
+    if args.ratio <= 1:
+        parser.error(f"--ratio {args.ratio} must be above 1.")
+    if args.factor <= 0:
+        parser.error(f"--factor {args.factor} must be above 0.")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
+    args.tasks = list(dict.fromkeys(args.tasks or [*OFFLINE, *NETWORKS]))
+    try:
+        added = dict(map(added_method, args.add))
+        args.methods = choose([*ALWAYS, *args.methods, *map(re.escape, added)], METHODS | added)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def task_list() -> str:
+    """Return a line for each task."""
+    lines = [f"    {name:<20}{task.summary}" for name, task in OFFLINE.items()]
+    lines += [f"    {name:<20}handwritten digits, from random weights" for name in NETWORKS]
+    return "\n".join(lines + [f"    {name:<20}{task.summary}; needs a hub" for name, task in HUB.items()])
+
+
+def prepare(args: argparse.Namespace) -> list[Comparison]:
+    """Return a comparison for each problem, after a look at everything that the runs will need.
+
+    Raises:
+        ValueError: a model, a task or the output folder cannot be used.
+    """
+    check_folder("--output", args.output, *(name for name, _, _ in FIGURES), "report.md")
+    if find_spec("matplotlib") is None:
+        raise ValueError("zo-hf evaluate-methods draws figures; install matplotlib.")
+    texts = [task for task in args.tasks if task not in NETWORKS]
+    if texts:
+        args.model = args.model or str(default_model())
+        check_model(args.model, args.alignments)
+    datasets.disable_progress_bars()
+    for task in args.tasks:
+        parts_of_task(task, Sizes(args.train_rows, args.eval_rows, args.max_words))
+    finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
+    protocol = Protocol(
+        args.methods,
+        args.seeds,
+        args.forward_passes,
+        args.trial_forward_passes,
+        args.rates,
+        args.ratio,
+        args.factor,
+        args.evaluations,
+    )
+    sizes = (args.batch_size, args.train_rows, args.eval_rows, args.max_words, "label_words")
+    problems = [
+        Problem("" if task in NETWORKS else args.model, task, alignment, *sizes)
+        for task in args.tasks
+        for alignment in ((SCRATCH,) if task in NETWORKS else dict.fromkeys(args.alignments))
+    ]
+    return [Comparison(problem, protocol, finished) for problem in problems]
+
+
+def check_model(model: str, alignments: Sequence[str]) -> None:
+    """Refuse a model that cannot be put to a task in one of the wanted ways.
+
+    Raises:
+        ValueError: its architecture has no language-modeling head or no classification head.
+    """
+    remedy = "name a folder of a language model, or leave the option out for the embedded one"
+    config = loaded(f"--model {model}", lambda: AutoConfig.from_pretrained(model), remedy)
+    continues = not set(config.architectures or ()).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    takes_head = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if "prompt" in alignments and not continues:
+        raise ValueError(
+            f"--model {model} was not saved as a causal language model, so that it cannot continue a prompt; use --alignments "
+            "head, or another model."
+        )
+    if "head" in alignments and not takes_head:
+        raise ValueError(
+            f"--model {model} ({config.model_type}) has no class with a classification head in transformers; use --alignments "
+            "prompt, or another model."
+        )
+
+
+def make_runs(comparisons: Sequence[Comparison], args: argparse.Namespace) -> None:
+    """Make the runs that are missing, with a progress bar, and renew the report whenever a problem is finished."""
+    executor = executor_of(args.processes)
+    total = sum(comparison.total() for comparison in comparisons)
+    with tqdm(
+        total=total, initial=sum(comparison.made() for comparison in comparisons), unit="run", smoothing=0
+    ) as bar:
+
+        def show(comparison: Comparison, job: Job) -> None:
+            kind = "trial" if job.evaluations == 0 else f"seed {job.seed}"
+            bar.set_description(
+                f"{comparison.problem.name}: {job.method}, {kind}, {job.learning_rate:.2g}", refresh=False
+            )
+            bar.update(sum(each.made() for each in comparisons) - bar.n)
+            if not comparison.wanted():
+                report(comparisons, args)
+
+        try:
+            run_all(comparisons, executor, args.processes, show)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def report(comparisons: Sequence[Comparison], args: argparse.Namespace) -> str:
+    """Write the report and the figures of the methods whose runs are all finished; return the report."""
+    reports: list[ProblemReport] = []
+    for comparison in comparisons:
+        zero_shot, results = comparison.zero_shot(), comparison.results()
+        if zero_shot is not None and results:
+            reports.append(ProblemReport(comparison.problem, results, zero_shot, comparison.failed))
+    if not reports:
+        return "the runs of no method are finished yet\n"
+    text = page(reports, heading(args))
+    (args.output / "report.md").write_text(text, encoding="utf-8")
+    for name, key, against in FIGURES:
+        plot(reports, key, against, args.output / name)
+    return text
+
+
+def heading(args: Any) -> str:
+    """Return the sentence that says how the runs were made."""
+    model = f"{Path(args.model).name}, " if args.model else ""
+    return (
+        f"{model}{args.forward_passes} forward passes of {args.batch_size} rows, {args.rates} trials of "
+        f"{args.trial_forward_passes} for each learning rate, {args.eval_rows} test rows, seeds "
+        f"{', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds."
+    )

@@ -1,0 +1,66 @@
+"""The settings that identify a run: a problem, and what a method does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+#: The ways to put a task to a model: with a prompt and label words, or as the bare text with a fresh head.
+ALIGNMENTS = ("prompt", "head")
+#: Stands in place of an alignment where a network starts from random weights.
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a task, and how the one is put to the other.
+
+    Attributes:
+        model: a folder or a name of a language model; "" if the task has a network of its own.
+        task: a name of the suite.
+        alignment: "prompt", "head", or "scratch" for a task with a network of its own.
+        batch_size: rows in a forward pass.
+        train_rows: maximum number of training rows.
+        eval_rows: maximum number of development rows, and of test rows.
+        max_words: maximum number of words in a text that is not made by rule.
+        loss: with a prompt, "label_words" compares the label words alone, and "vocabulary" is the model's own loss of the
+            label word.
+    """
+
+    model: str
+    task: str
+    alignment: str
+    batch_size: int
+    train_rows: int
+    eval_rows: int
+    max_words: int
+    loss: str
+
+    @property
+    def name(self) -> str:
+        """The task and its alignment, in words."""
+        kind = {"prompt": "prompt", "head": "bare text, fresh head", SCRATCH: "from scratch"}[self.alignment]
+        return f"{self.task}, {kind}"
+
+
+@dataclass(frozen=True)
+class Job(Problem):
+    """A run of a method.
+
+    Attributes:
+        method: the method's name for display.
+        options: JSON of the options of ZOConfig, except the learning rate; `"backward": true` is a plain Trainer.
+        learning_rate: the constant learning rate.
+        seed: seed of the order of rows, of the directions, and of fresh weights.
+        budget: maximum number of forward passes of a batch; 0 evaluates the untrained model.
+        evaluations: how often the test rows are scored during the run; 0 scores the development rows at the end.
+    """
+
+    method: str
+    options: str
+    learning_rate: float
+    seed: int
+    budget: int
+    evaluations: int
+
+
+SETTINGS = tuple(field.name for field in fields(Job))

@@ -1,0 +1,188 @@
+"""The runs of a comparison: which are finished, which can start, and how they are made, resumed after every kill.
+
+Every method first makes the same number of trials, with a seed of their own, and the rate with the least development loss
+then makes a full run with each seed. A run that is in the file of finished runs is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zo_hf.comparison.finished_runs import FinishedRuns
+from zo_hf.comparison.job import Job, Problem
+from zo_hf.comparison.methods import Method
+from zo_hf.comparison.result import Result
+from zo_hf.comparison.run import run
+from zo_hf.comparison.tuning import finite, first_rates, next_rate
+
+#: The seed of trials, which no full run has.
+TRIAL_SEED = 12_345
+#: Factors on the centers of learning rates: random weights want larger steps than pretrained ones.
+RATE_FACTORS = {"prompt": 1.0, "head": 1.0, "scratch": 100.0}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The part of a comparison that is the same for all its problems.
+
+    Attributes:
+        methods: the methods by name.
+        seeds: seeds of the full runs.
+        forward_passes: forward passes of a full run.
+        trial_forward_passes: forward passes of a trial.
+        rates: number of trials of each method.
+        ratio: ratio of the learning rates of the first trials.
+        factor: factor on all centers of learning rates.
+        evaluations: number of scores during a full run.
+    """
+
+    methods: Mapping[str, Method]
+    seeds: Sequence[int]
+    forward_passes: int
+    trial_forward_passes: int
+    rates: int
+    ratio: float
+    factor: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The progress of one method.
+
+    Attributes:
+        wanted: runs that can start now.
+        made: number of finished runs.
+        result: the method's result, once all full runs are finished.
+    """
+
+    wanted: list[Job]
+    made: int
+    result: Result | None = None
+
+
+class Comparison:
+    """The runs of all methods on one problem: finished, possible now, and failed.
+
+    Attributes:
+        problem: the problem.
+        failed: the errors of methods that failed, by name.
+    """
+
+    def __init__(self, problem: Problem, protocol: Protocol, finished: FinishedRuns) -> None:
+        self.problem, self.protocol, self.finished = problem, protocol, finished
+        self.failed: dict[str, str] = {}
+
+    def job(self, method: str, rate: float, seed: int, budget: int, evaluations: int) -> Job:
+        """Return a run of a method."""
+        known = self.protocol.methods.get(method)
+        options = json.dumps(dict(known.options) if known else {}, sort_keys=True)
+        return Job(**asdict(self.problem), method=method, options=options, learning_rate=rate, seed=seed, budget=budget, evaluations=evaluations)  # fmt: skip
+
+    def untrained(self) -> list[Job]:
+        """Return the evaluations of the untrained model: one, or with fresh weights one for each seed."""
+        seeds = list(self.protocol.seeds)[:1] if self.problem.alignment == "prompt" else self.protocol.seeds
+        return [self.job("zero-shot", 0.0, seed, 0, 1) for seed in seeds]
+
+    def zero_shot(self) -> list[dict[str, Any]] | None:
+        """Return the evaluations of the untrained model, or None before all are finished."""
+        found = [made for made in map(self.find, self.untrained()) if made is not None]
+        return found if len(found) == len(self.untrained()) else None
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        """Return the finished run of a job, or None."""
+        return self.finished.find(asdict(job))
+
+    def plan(self, method: str) -> Plan:
+        """Return which runs of a method can start next, given its finished runs."""
+        protocol = self.protocol
+
+        def trial(rate: float) -> Job:
+            return self.job(method, rate, TRIAL_SEED, protocol.trial_forward_passes, 0)
+
+        center = protocol.methods[method].rate * protocol.factor * RATE_FACTORS[self.problem.alignment]
+        rates = first_rates(center, protocol.ratio, protocol.rates)
+        while True:
+            trials = {rate: self.find(trial(rate)) for rate in rates}
+            losses = {rate: made["scores"][-1]["loss"] for rate, made in trials.items() if made is not None}
+            if len(losses) < len(rates):
+                return Plan([trial(rate) for rate in rates if rate not in losses], len(losses))
+            if len(losses) == protocol.rates:
+                break
+            rates.append(next_rate(losses, protocol.ratio))
+        best = min(losses, key=lambda rate: finite(losses[rate]))
+        jobs = [self.job(method, best, seed, protocol.forward_passes, protocol.evaluations) for seed in protocol.seeds]
+        runs = [made for made in map(self.find, jobs) if made is not None]
+        made = len(losses) + len(runs)
+        if len(runs) < len(jobs):
+            return Plan([job for job in jobs if self.find(job) is None], made)
+        at_edge = len(losses) > 1 and best in (min(losses), max(losses))
+        return Plan([], made, Result(protocol.methods[method].group, best, at_edge, runs))
+
+    def results(self) -> dict[str, Result]:
+        """Return the results of the methods whose runs are all finished."""
+        plans = {method: self.plan(method).result for method in self.protocol.methods}
+        return {method: result for method, result in plans.items() if result is not None}
+
+    def total(self) -> int:
+        """Return the number of runs."""
+        each = self.protocol.rates + len(self.protocol.seeds)
+        return len(self.untrained()) + len(self.protocol.methods) * each
+
+    def made(self) -> int:
+        """Return the number of finished runs."""
+        untrained = sum(self.find(job) is not None for job in self.untrained())
+        return untrained + sum(self.plan(method).made for method in self.protocol.methods)
+
+    def wanted(self) -> list[Job]:
+        """Return all runs that can start now, in the order of the methods in the table."""
+        jobs = [job for job in self.untrained() if self.find(job) is None]
+        for method in self.protocol.methods:
+            if method not in self.failed:
+                jobs += self.plan(method).wanted
+        return jobs
+
+
+def run_all(
+    comparisons: Sequence[Comparison], executor: Executor, processes: int, done: Callable[[Comparison, Job], None]
+) -> None:
+    """Make all runs of some comparisons, one comparison after the other, and call `done` after each run.
+
+    Args:
+        comparisons: the comparisons.
+        executor: makes the runs.
+        processes: number of runs at a time.
+        done: called with the comparison and the run.
+
+    Raises:
+        SystemExit: a process was killed.
+    """
+    pending: dict[Future[dict[str, Any]], tuple[Comparison, Job]] = {}
+    while True:
+        for comparison in comparisons:
+            if len(pending) >= processes:
+                break
+            for job in comparison.wanted():
+                if len(pending) < processes and all(job != other for _, other in pending.values()):
+                    pending[executor.submit(run, job)] = comparison, job
+        if not pending:
+            return
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            comparison, job = pending.pop(future)
+            error = future.exception()
+            if error is None:
+                comparison.finished.add(asdict(job) | future.result())
+            elif isinstance(error, BrokenProcessPool):
+                raise SystemExit(
+                    "A process was killed, probably for lack of memory; use fewer --processes. Finished runs are kept."
+                )
+            elif isinstance(error, Exception) and job.budget:
+                comparison.failed[job.method] = f"{type(error).__name__}: {error}"
+            else:
+                raise error
+            done(comparison, job)
