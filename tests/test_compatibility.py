@@ -186,6 +186,12 @@ def test_a_refusal_is_one_sentence_about_both_sides(
             assert name in message or any(option in message for option in arguments), message
 
 
+def test_a_subspace_that_exists_already_is_refused_for_a_graph_as_one_that_is_named() -> None:
+    case = Case(Settings(**GRAPH, subspace="scales"), subspace=Full(seeded(tiny_opt)))
+    with pytest.raises(ValueError, match=r"^zo_cuda_graph=True does not combine with zo_subspace='scales'"):
+        check(case)
+
+
 def test_every_row_refuses_something() -> None:
     reached = [first_conflict(case_of(*refused)) for refused in REFUSED]
     only_with_a_made_subspace = {conflict.that for conflict in CONFLICTS} & {"a Full subspace"}

@@ -16,6 +16,7 @@ from tests.conftest import TinyTask, seeded, tiny_llama, tiny_opt
 from tests.gpu.graph_runs import Run
 from tests.gpu.recorded_graph import RecordedGraph, recorded_graphs
 from zo_hf import ZOConfig, ZOTrainer
+from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation import pass_graphs
 from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.rng import draw as draws
@@ -134,6 +135,28 @@ def test_weights_that_are_written_in_place_are_read_and_those_that_are_replaced_
     assert len(graphs) == 3
 
 
+def test_an_autocast_around_the_pass_leaves_no_weight_to_the_graph(
+    launched: None, graphs: list[RecordedGraph]
+) -> None:
+    """Its copies of weights are given away at its end, and a fold would not reach them."""
+    runs = [Run(tiny_opt, graph) for graph in (True, False)]
+    for run in runs:
+        for seed in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                run.step(seed)
+            run.evaluate()
+    assert_same(*runs)
+    assert len(graphs) == 1
+
+
+def test_a_model_on_several_devices_is_refused(graphs: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr(pass_graphs, "computing_devices", lambda model: devices)
+    match = r"^zo_cuda_graph=True captures what one device does, .* cuda:0, cuda:1; use zo_cuda_graph=False\.$"
+    with pytest.raises(ValueError, match=match):
+        Run(tiny_opt, True)
+
+
 def test_a_device_without_graphs_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^zo_cuda_graph=True needs weights on a CUDA device, .* zo_cuda_graph=False"
@@ -153,6 +176,9 @@ def test_a_loss_of_unknown_inputs_is_refused(graphs: list[RecordedGraph]) -> Non
 
     with pytest.raises(NotCapturable, match=r"needs the model's own loss.* use zo_cuda_graph=False"):
         Run(tiny_opt, True).zo.estimate(Own())
+    # A loss of one number is no loss of several probes, and zo_batched_probes='auto' alone would be refused.
+    with pytest.raises(NotBatchable, match=r"use zo_batched_probes='auto' and zo_cuda_graph=False\.$"):
+        Run(tiny_opt, True).zo.estimate(lambda: torch.zeros(()))
 
 
 @pytest.mark.parametrize("rows", [0, 1], ids="rows {}".format)

@@ -21,6 +21,7 @@ from tests.trainer.test_refusals import refused, trains
 from zo_hf.engine import ZerothOrder
 from zo_hf.quantization import QuantizedLayer, coded_layers, quantized_layers
 from zo_hf.subspaces import LowRank
+from zo_hf.subspaces.reports import what_stays
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
 #: Layers without `in_features`, which no subspace moves, so that folds write what is around them.
@@ -127,6 +128,31 @@ def test_real_weight_only_fp8_of_torchao(tmp_path: Path, way: str) -> None:
     trainer.train()
     assert all(torch.equal(layer.module.weight.dequantize(), old) for layer, old in zip(layers, before, strict=True))
     assert all(logged(trainer, "zo/projected_grad"))
+
+
+class Masked(nn.Linear):
+    """A pruned layer, whose plain weight has a parameter of bits or integers beside it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(8, 8)
+        self.mask = nn.Parameter(torch.ones(8, 8, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64], ids=str)
+def test_a_plain_weight_beside_integers_moves(dtype: torch.dtype) -> None:
+    model = nn.Sequential(Masked(dtype), nn.LayerNorm(8))
+    assert set(LowRank(model).coordinates) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert not coded_layers(model) and not quantized_layers(model)
+
+
+def test_codes_of_experts_in_8_bit_floats_are_counted_once() -> None:
+    experts = nn.Module()
+    experts.down_proj = nn.Parameter(torch.zeros(2, 8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), experts)
+    assert what_stays(LowRank(model)) == "50.0% of the parameters do not move: Module (codes) 50.0%"
 
 
 def test_a_weight_of_a_tensor_class_of_quanto_is_taken_for_codes() -> None:

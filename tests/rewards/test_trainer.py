@@ -204,6 +204,7 @@ NAMED = [
     ({"zo_pipeline_stages": 2}, "zo_pipeline_stages=2 does not work"),
     ({"zo_stability_steps": 5}, "zo_stability_steps=5 does not work"),
     ({"torch_compile": True}, "torch_compile=True does not work"),
+    ({"zo_cuda_graph": True, "zo_batched_probes": True}, "zo_cuda_graph=True does not work .* leave it out"),
     ({"learning_rate": "auto"}, "learning_rate='auto' needs slopes of a loss"),
 ]
 

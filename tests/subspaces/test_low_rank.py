@@ -105,6 +105,15 @@ def test_folded_state_dict_is_what_fold_writes_bit_for_bit(build, dtype: torch.d
     assert any(not torch.equal(folded[name], before[name]) for name in before)
 
 
+def test_the_weights_of_an_adapter_stay_as_they_are_when_a_fold_writes_the_next_basis() -> None:
+    subspace = LowRank(seeded(tiny_llama))
+    taken = subspace.adapter_weights()
+    copies = {name: a.clone() for name, (a, _) in taken.items()}
+    subspace.fold(1, {})
+    assert all(torch.equal(a, copies[name]) for name, (a, _) in taken.items())
+    assert not any(torch.equal(a, copies[name]) for name, (a, _) in subspace.adapter_weights().items())
+
+
 def test_tied_weights_stay_tied_through_a_fold() -> None:
     model = seeded(tiny_opt)
     space = moved(model)

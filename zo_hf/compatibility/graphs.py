@@ -26,7 +26,7 @@ GRAPHS: tuple[Conflict, ...] = (
         "zo_subspace={zo_subspace}",
         "its forward pass depends on numbers of the host, which a graph would freeze",
         "use zo_subspace='low_rank'",
-        lambda case: case.subspace is None and case.settings.subspace not in CAPTURED,
+        lambda case: case.settings.subspace not in CAPTURED,
     ),
     _graph(
         "zo_feature_cache_gib={zo_feature_cache_gib}",

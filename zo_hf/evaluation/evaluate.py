@@ -197,8 +197,9 @@ class ProbeEvaluator:
             if self.recover is not None or isinstance(error, NotCapturable):
                 raise  # other processes may be in the middle of the same forward pass, waiting for this one
             if isinstance(error, NotBatchable) and self._must_batch and not self._has_batched:
+                way_out = "zo_batched_probes='auto'" + (" and zo_cuda_graph=False" if self.graphs is not None else "")
                 raise NotBatchable(
-                    f"zo_batched_probes=True cannot evaluate the probes in one batch: {error}; use zo_batched_probes='auto'."
+                    f"zo_batched_probes=True cannot evaluate the probes in one batch: {error}; use {way_out}."
                 ) from error
             if not self._has_failed:
                 logger.warning(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.kernels.launch import on_device
+from zo_hf.offload import computing_devices
 from zo_hf.subspaces.subspace import Subspace
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class PassGraphs:
         subspace: perturbs the model.
 
     Raises:
-        ValueError: its weights are not on a CUDA device, or it is of a kind whose forward draws noise.
+        ValueError: its weights are not on one CUDA device, or it is of a kind whose forward draws noise.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -85,6 +86,12 @@ class PassGraphs:
             raise ValueError(
                 f"zo_cuda_graph=True would freeze the noise that zo_subspace={subspace.name!r} draws inside the forward "
                 "pass; use zo_subspace='low_rank'."
+            )
+        devices = computing_devices(subspace.model)
+        if len(devices) > 1:
+            raise ValueError(
+                f"zo_cuda_graph=True captures what one device does, and the model is on {', '.join(map(str, devices))}; use "
+                "zo_cuda_graph=False."
             )
         subspace.stay_in_place()
         self._subspace = subspace
@@ -128,8 +135,14 @@ class PassGraphs:
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         reading = loss.reading(own)
         run(reading)  # makes and compares what is made and compared once
+
+        def launched() -> Tensor:
+            # A graph that found weights already cast would read these copies, which the end of autocast gives away.
+            torch.clear_autocast_cache()
+            return run(reading).detach()
+
         try:
-            graph, losses, self._pool = capture(lambda: run(reading).detach(), self._subspace.device, self._pool)
+            graph, losses, self._pool = capture(launched, self._subspace.device, self._pool)
         except (NotBatchable, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -137,6 +150,8 @@ class PassGraphs:
             raise NotCapturable(
                 f"zo_cuda_graph=True cannot capture the forward pass of this model ({reason}); use zo_cuda_graph=False."
             ) from error
+        finally:
+            torch.clear_autocast_cache()  # of the copies that the graph makes, which have no value before a replay
         return _PassGraph(graph, own, losses, self._addresses())
 
     def _keep(self, key: Hashable, graph: _PassGraph) -> None:

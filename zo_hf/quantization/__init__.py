@@ -5,6 +5,7 @@ from __future__ import annotations
 from zo_hf.quantization.layer import QuantizedLayer
 from zo_hf.quantization.model import (
     coded_layers,
+    is_coded,
     is_quantized,
     parts_of_codes,
     quantized_layers,
@@ -15,6 +16,7 @@ from zo_hf.quantization.model import (
 __all__ = [
     "QuantizedLayer",
     "coded_layers",
+    "is_coded",
     "is_quantized",
     "parts_of_codes",
     "quantized_layers",

@@ -38,7 +38,7 @@ def coded_layers(model: nn.Module) -> dict[nn.Module, int]:
     """
     layers = {module: layer.shape.numel() for module, layer in quantized_layers(model).items()}
     for module in model.modules():
-        codes = sum(p.numel() for p in module.parameters(recurse=False) if _is_coded(p))
+        codes = sum(p.numel() for p in _parameters_of_codes(module).values() if is_coded(p))
         if module not in layers and codes:
             layers[module] = codes
     return layers
@@ -68,14 +68,16 @@ def _quantized_layer(module: nn.Module) -> QuantizedLayer | None:
 def _holds_codes(module: nn.Module, weight: Any) -> bool:
     """Return True if a linear layer's weight, or what it has in place of a weight, consists of codes."""
     if weight is not None:
-        return _is_coded(weight)
+        return is_coded(weight)
     # GPTQ and AWQ have their codes in integer buffers, HQQ and GGUF in integer parameters.
     tensors = [*module._buffers.values(), *module._parameters.values()]
-    return any(_is_coded(tensor) for tensor in tensors if tensor is not None)
+    return any(is_coded(tensor) for tensor in tensors if tensor is not None)
 
 
-def _is_coded(tensor: Tensor) -> bool:
+def is_coded(tensor: Tensor) -> bool:
     """Return True for codes: integers, 8-bit floats, and the classes of tensors by which torchao and quanto decode them."""
+    if tensor.dtype == torch.bool:  # a mask
+        return False
     is_wrapper = type(tensor).__module__.startswith(("torchao.", "optimum.quanto."))
     return is_wrapper or tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex())
 
@@ -87,10 +89,18 @@ def parts_of_codes(model: nn.Module) -> set[int]:
     """
     parts: set[int] = set()
     for module in model.modules():
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        if any(_is_coded(parameter) for parameter in own.values()):
-            parts |= {id(parameter) for name, parameter in own.items() if not name.endswith("bias")}
+        own = _parameters_of_codes(module)
+        parts |= {id(parameter) for name, parameter in own.items() if not name.endswith("bias")}
     return parts
+
+
+def _parameters_of_codes(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters if its weights are codes, and none if integers lie beside a plain weight."""
+    own: dict[str, Tensor] = {
+        name: parameter for name, parameter in module._parameters.items() if parameter is not None
+    }
+    weights = [own["weight"]] if "weight" in own else list(own.values())
+    return own if any(is_coded(parameter) for parameter in weights) else {}
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -34,6 +34,7 @@ _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
     ("zo_pipeline_stages", ("auto", 1), "leave it out"),
     ("zo_stability_steps", (0,), "leave it out"),
     ("torch_compile", (False,), "leave it out"),
+    ("zo_cuda_graph", (False,), "leave it out, because a graph needs the model's own loss"),
     ("zo_feature_cache_gib", (0,), "leave it out, because generated tokens are new in every step"),
 )
 #: Arguments of `GenerationConfig` that others here stand for.

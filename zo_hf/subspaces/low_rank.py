@@ -444,7 +444,7 @@ class LowRank(Folded):
     def adapter_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return copies of LoRA's A = Vᵀ/√r, (r, n), and B, (m, r), of every layer, by the layer's name."""
         return {
-            name.removesuffix(".weight"): (self.basis(name).t().contiguous(), self._left(name).clone())
+            name.removesuffix(".weight"): (self.basis(name).t().clone().contiguous(), self._left(name).clone())
             for name in self.factored
         }
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 from torch import nn
 
-from zo_hf.quantization import coded_layers
+from zo_hf.quantization import coded_layers, is_coded
 from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.norms import Norms
 from zo_hf.subspaces.scales import Scales
@@ -37,7 +37,7 @@ def what_stays(subspace: Subspace) -> str:
         if packed and not is_moving:
             sizes[f"{_class_of(module)} (codes)"] += packed
         for parameter in module._parameters.values():
-            if parameter is None or id(parameter) in seen or (packed and not parameter.is_floating_point()):
+            if parameter is None or id(parameter) in seen or (packed and is_coded(parameter)):
                 continue
             seen.add(id(parameter))
             if packed and parameter is module._parameters.get("weight"):
