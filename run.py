@@ -323,6 +323,9 @@ def vllm_dir():
 
 
 def serve(arguments):
+    if any(word in ("-h", "--help") for word in arguments):
+        print(__doc__)
+        return 0
     sys.path.insert(0, os.path.join(ROOT, "recipes"))
     from common import vllm_server
 

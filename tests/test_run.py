@@ -173,6 +173,12 @@ def test_refuses_in_one_sentence_before_anything_is_installed(
     assert not commands
 
 
+def test_help_installs_nothing(run: Any, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["serve", "some/model", "--help"]) == 0
+    assert "serve [MODEL]" in capsys.readouterr().out
+    assert not commands
+
+
 def test_refuses_a_port_that_is_taken(run: Any, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert run.main(["serve", f"--port={other.getsockname()[1]}"]) == 2

@@ -160,7 +160,7 @@ class ZerothOrder:
 
         Args:
             closure: evaluates the model and returns a scalar loss, or `RowLosses`. It is called once per probe, on the same
-                batch; with `rows_per_direction`, up to four more times in the first step.
+                batch; with `rows_per_direction`, a few more times in the first step.
         """
         self.probe(closure)
         return self.finish_estimate()
