@@ -37,6 +37,26 @@ def test_it_is_found_in_numbers_drawn_with_a_known_one(scale: float, rows: int, 
     assert found == pytest.approx(scale, abs=6 * rows * noise * noise * (3 / groups) ** 0.5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0, 20.0])
+def test_the_squared_gradient_is_known_as_well_as_the_guide_says(scale: float) -> None:
+    """Its relative error is √((1 + B_s)² + 1) / √N: N pairs count, those of 39 measurements in the running mean."""
+    generator = torch.Generator().manual_seed(0)
+    runs, measurements, rows = 200, 80, 16
+    shared = torch.randn(runs, measurements, rows // 2, 1, generator=generator)
+    own = scale**0.5 * torch.randn(runs, measurements, rows // 2, 2, generator=generator)
+    numbers = ((shared + own) / rows).flatten(2).tolist()
+    found = []
+    for run in numbers:
+        measured = NoiseScale(1)
+        for step in run:
+            measured.see(step, 1)
+        found.append(measured.state()[0])
+    products = torch.tensor(found)
+    pairs = rows // 2 * 39
+    assert products.mean() == pytest.approx(20, rel=4 * (1 + scale) / (runs * pairs) ** 0.5 + 0.02)
+    assert products.std() / products.mean() == pytest.approx((((1 + scale) ** 2 + 1) / pairs) ** 0.5, rel=0.2)
+
+
 @pytest.mark.parametrize("num_directions", [1, 2])
 def test_groups_share_their_directions_in_pairs_at_a_measured_step(num_directions: int) -> None:
     model = seeded(tiny_opt)

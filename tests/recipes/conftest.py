@@ -1,3 +1,18 @@
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import seeded, tiny_bert
 from tests.tasks.conftest import model, model_folder, tokenizer
 
-__all__ = ["model", "model_folder", "tokenizer"]
+__all__ = ["encoder_folder", "model", "model_folder", "tokenizer"]
+
+
+@pytest.fixture
+def encoder_folder(model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
+    """A saved encoder without a head, beside the sentences of `model_folder`."""
+    folder = tmp_path / "encoder"
+    seeded(tiny_bert, vocab_size=len(tokenizer)).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
