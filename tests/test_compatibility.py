@@ -142,6 +142,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, {"zo_dp_target_epsilon": 1.0}, set()),
     ({"dp_max_c": 1.0}, {}, set()),
     ({"dp_noise_multiplier": 1.0}, {}, set()),
+    (PRIVATE, {"ignore_data_skip": True}, set()),
     (PRIVATE | {"dp_noise_multiplier": 0.0}, {"zo_dp_target_epsilon": 1.0}, set()),
     (PRIVATE | {"estimator": "fzoo"} | TWO, {}, set()),
     (PRIVATE | {"rule": "svrg"}, {}, set()),

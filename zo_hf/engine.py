@@ -332,8 +332,8 @@ class ZerothOrder:
 
     def _finish_private(self, private: PrivateRows) -> Estimate:
         """Turn the step's sums, with their noise, into its gradient; no loss of it is known."""
-        numbers = private.release(self.step)
         self._begins_to_move = self._reads.settle(self.step)
+        numbers = private.release(self.step)
         self._apply_estimate(numbers, skipped=False)
         return Estimate(math.nan, tuple(numbers), True)
 

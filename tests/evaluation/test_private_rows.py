@@ -207,3 +207,33 @@ def test_an_engine_that_does_not_know_the_size_of_a_step_says_so() -> None:
     zo = ZerothOrder(seeded(Tiny), "low_rank", rank=2, dp_noise_multiplier=1.0, dp_max_c=1.0)
     with pytest.raises(ValueError, match=r"set zo\.private\.expected_rows"):
         zo.estimate(lambda: RowLosses(each(zo.model)))
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_a_loss_that_draws_random_numbers_is_refused(common: bool) -> None:
+    """With one row more, those behind it would get other numbers."""
+    zo = private(dp_noise_multiplier=1.0, dp_max_c=1.0, common_random_numbers=common)
+    with pytest.raises(ValueError, match="because it draws random numbers, and one row more"):
+        zo.estimate(lambda: RowLosses(F.dropout(each(zo.model), 0.5)))
+
+
+class Routed(nn.Module):
+    """A part of it is for some rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.expert = Tiny(), nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = self.inner(tokens)
+        rare = (tokens[:, 0] == 10).unsqueeze(1)
+        return torch.where(rare, self.expert(found), found) if bool(rare.any()) else found
+
+
+def test_a_parameter_that_the_first_step_does_not_read_is_refused() -> None:
+    """The step in which it begins to move would be in the log, and tell of a row."""
+    zo = ZerothOrder(seeded(Routed), "full", dp_noise_multiplier=1.0, dp_max_c=1.0)
+    assert zo.private is not None
+    zo.private.expected_rows = 3
+    with pytest.raises(ValueError, match=r"the first step did not read expert\.bias, .* zo_exclude_modules"):
+        zo.estimate(lambda: RowLosses(each(zo.model, slice(0, 3))))

@@ -8,19 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import MPNetConfig, MPNetForSequenceClassification, T5Config, T5EncoderModel
 
 from tests.conftest import causal_batch, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5
-from tests.trainer.runs import config
+from tests.trainer.runs import config, make_trainer
 from tests.trainer.test_refusals import refused
 from zo_hf.estimators import TwoPoint
 from zo_hf.evaluation.layer_stack import single_stack
 from zo_hf.evaluation.passed_on import PassedOn, loss_or_zeros
 from zo_hf.evaluation.pipeline import Stage
 from zo_hf.parallel.absent import first_holder, has_absent, is_absent, let_go, note_holder
-from zo_hf.parallel.ranks import Grid, Ranks, ReplicasDiffer, make_grid
+from zo_hf.parallel.ranks import Grid, Ranks, ReplicasDiffer, make_grid, share_batches
 from zo_hf.subspaces import LowRank
 from zo_hf.trainer.pipeline import Pipeline, divided
 
@@ -274,3 +277,50 @@ def test_stages_are_a_whole_number_or_auto(tmp_path: Any) -> None:
     assert config(tmp_path, zo_pipeline_stages=None).zo_pipeline_stages == "auto"
     refused("zo_pipeline_stages", lambda: config(tmp_path, zo_pipeline_stages=0))
     refused("zo_pipeline_stages", lambda: config(tmp_path, zo_pipeline_stages="two"))
+
+
+def test_a_model_that_another_trainer_has_divided_is_refused(tmp_path: Any, alone: None) -> None:
+    model = deep(tiny_llama)
+    Pipeline(Ranks(Grid(stages=2)), CPU, 1.0).shard(model, adapter=False)
+    refused("another trainer has divided", lambda: make_trainer(tmp_path, model))
+
+
+def mpnet() -> nn.Module:
+    """Its layers get a position bias, which is made of weights beside them."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+    return MPNetForSequenceClassification(MPNetConfig(num_hidden_layers=3, num_attention_heads=4, **shape)).eval()
+
+
+def t5_encoder() -> nn.Module:
+    """Its first layer gives the others a position bias."""
+    return T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [(mpnet, "read weights outside of the layers"), (t5_encoder, "return more than hidden states")],
+)
+def test_layers_that_need_more_than_hidden_states_are_refused_at_the_first_pass(
+    alone: None, build: Callable[[], nn.Module], why: str
+) -> None:
+    model = build()
+    pipeline = Pipeline(Ranks(Grid(rank=1, stages=3)), CPU, 1.0)
+    pipeline.shard(model, adapter=False)
+    assert pipeline.stage is not None
+    channel: Any = Queue(deque([torch.zeros(2, 4, 32)]), deque(), False)
+    channel.in_tuple, pipeline.stage._channel = True, channel
+    ids = torch.full((2, 4), 5)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=f"cannot divide the layers of {type(model).__name__}, which {why}"),
+    ):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_a_dataloader_that_is_shared_already_stays_as_it_is() -> None:
+    """Trainer keeps that of an evaluation with persistent workers, and returns it again."""
+    sampler = BatchSamplerShard(BatchSampler(range(8), 2, False), num_processes=4, process_index=3)
+    loader = DataLoader(range(8), batch_sampler=sampler)  # type: ignore[arg-type]
+    for _ in range(2):
+        share_batches(loader, Grid(data=2, stages=2, rank=3), 2)
+        assert (sampler.num_processes, sampler.process_index) == (2, 1)

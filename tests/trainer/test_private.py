@@ -113,6 +113,26 @@ def test_training_ends_before_the_step_that_would_exceed_the_target(tmp_path: Pa
         run(tmp_path, zo_dp_target_epsilon=1e-6, zo_dp_delta=1e-4)
 
 
+def test_a_run_that_ended_at_the_target_takes_no_step_when_resumed(tmp_path: Path) -> None:
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "zo_dp_delta": 1e-4}
+    targets = [Guarantee(8.0, 64, 8, 1e-4).epsilon(steps) * 1.001 for steps in (3, 5)]
+    ended = run(tmp_path, zo_dp_target_epsilon=targets[0], **options)
+    folder = str(tmp_path / "checkpoint-3")
+    again = run(tmp_path, zo_dp_target_epsilon=targets[0], resume=folder, **options)
+    assert again.state.global_step == 3
+    assert_same_bits(weights(again), weights(ended))
+    assert run(tmp_path, zo_dp_target_epsilon=targets[1], resume=folder, **options).state.global_step == 5
+
+
+@pytest.mark.parametrize("batched", ["auto", False])
+def test_a_budget_of_forward_passes_is_spent_and_not_exceeded(tmp_path: Path, batched: Any) -> None:
+    """The check costs two passes of the first step alone."""
+    trainer = run(tmp_path, max_steps=-1, zo_max_forward_passes=11, zo_batched_probes=batched)
+    assert logged(trainer, "zo/forward_passes") == [4, 6, 8, 10]
+    with pytest.raises(ValueError, match="does not pay for the first step"):
+        run(tmp_path, max_steps=-1, zo_max_forward_passes=3, zo_batched_probes=batched)
+
+
 def test_accumulation_divides_a_step_into_micro_batches_of_the_same_rows() -> None:
     """And a micro-batch without a row keeps a collator alive with one that does not count."""
     from zo_hf.privacy.poisson import PoissonSampling

@@ -107,6 +107,7 @@ PRIVATE: tuple[Conflict, ...] = (
     _given("auto_find_batch_size", "when memory is short depends on the rows", "leave it out"),
     _given("include_num_input_tokens_seen", "it counts tokens of the rows without noise", "leave it out", "no"),
     _given("train_sampling_strategy", "the account is that of Poisson sampling", "leave it out", "random"),
+    _given("ignore_data_skip", "a resumed run would take rows that earlier steps have drawn", "leave it out"),
     _given("zo_parallel", "every process needs rows of its own", "use zo_parallel='data'", "data"),
     _given("server_url", "servers evaluate no rows by themselves", "leave it out"),
     _private(

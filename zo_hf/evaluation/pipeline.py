@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zo_hf.evaluation.passed_on import PassedOn
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
@@ -45,14 +46,17 @@ class Stage:
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, own: range, channel: Channel) -> None:
         self._channel, self._configs = channel, configs_with_cache(model)
+        self._kind = type(model).__name__
         self.streams = self.has_failed = False
         self.more = 0
-        self._has_begun = False
+        self._has_begun = self._is_between = False
         _replace_forward(model, self._forward)
         for index, layer in enumerate(layers):
             if index not in own:
                 _replace_forward(layer, functools.partial(self._skip, index == 0))
                 continue
+            if index == own[0] != 0:
+                _replace_forward(layer, self._first_own)
             if index == own[-1] and not channel.is_last:
                 _replace_forward(layer, self._last_own)
             if index == 0:
@@ -85,8 +89,10 @@ class Stage:
             if self.streams:
                 raise
             return self._channel.share(None)
-        except BaseException:
+        except BaseException as error:
             self.has_failed |= self._has_begun
+            if self._is_between and isinstance(error, (IndexError, TypeError, ValueError)):
+                raise self._refusal("return more than hidden states") from error
             raise
         self._has_begun = False
         return outputs if self.streams else self._channel.share(outputs)
@@ -97,7 +103,25 @@ class Stage:
         if is_first:
             self._has_begun = True
             hidden = self._channel.receive(hidden, not self.streams, ahead=self.streams and self.more > 0)
+        self._is_between = True
         return (hidden,) if self._channel.in_tuple else hidden
+
+    def _first_own(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_between = False
+        if not self.streams:
+            others = tree_leaves(
+                (args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
+            )
+            floats = (leaf for leaf in others if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            if any(bool(leaf.isnan().any()) for leaf in floats):
+                raise self._refusal("read weights outside of the layers, which other stages hold")
+        return forward(*args, **kwargs)
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"zo_parallel='pipeline' cannot divide the layers of {self._kind}, which {why}; use zo_parallel='data', or fsdp=... "
+            "for a model that does not fit on one device."
+        )
 
     def _first_of_all(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._has_begun = True

@@ -155,7 +155,16 @@ class PrivateRows:
         self._micro_batches, self._rows = self._micro_batches + 1, self._rows + at.rows
 
     def release(self, step: int) -> list[float]:
-        """Return the step's numbers, with noise, the same on all ranks; group by group, those of its directions in order."""
+        """Return the step's numbers, with noise, the same on all ranks; group by group, those of its directions in order.
+
+        Raises:
+            ValueError: no row of the step has read some of the parameters that move.
+        """
+        if self._subspace.still:
+            raise ValueError(
+                f"zo_dp_noise_multiplier moves what the loss reads, but the first step did not read {min(self._subspace.still)}, "
+                "and the step that begins to move it would tell of the rows; freeze it, or name it in zo_exclude_modules."
+            )
         assert self._sums is not None and self.expected_rows is not None
         own = torch.tensor(self._sums, dtype=torch.int64, device=self._subspace.device)
         self.discard()
@@ -175,7 +184,13 @@ class PrivateRows:
 
     def _check_independent(self, at: _Batch, probe: Probe) -> None:
         points = [probe] * at.rows
+        before = at.generators or GlobalGenerators.now(self._subspace.device)
         found = at.losses(points), at.losses(some_elsewhere(points))
+        if before.have_moved():
+            raise ValueError(
+                "zo_dp_noise_multiplier cannot bound what a row does to this loss, because it draws random numbers, and one row "
+                "more would give the others different ones; use a model and a loss without them."
+            )
         # A row that is not finite by itself is no sign of others.
         alone, others = (losses.nan_to_num(0.0, 0.0, 0.0)[None] for losses in found)
         dtype = self._evaluator.dtype_of_computation(self._subspace, alone.dtype)
@@ -189,7 +204,12 @@ class PrivateRows:
 
 
 class _Batch:
-    """The losses of one batch's rows at points of the coordinates; the arguments are those of `PrivateRows`."""
+    """The losses of one batch's rows at points of the coordinates; the arguments are those of `PrivateRows.evaluate`.
+
+    Attributes:
+        rows: rows of the batch.
+        generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+    """
 
     def __init__(
         self,
@@ -206,7 +226,7 @@ class _Batch:
                 "what the others share a batch with; use a collator that pads."
             )
         self._evaluator, self._subspace, self._closure = evaluator, subspace, closure
-        self._drawn, self._generators = (stream_of, distribution), generators
+        self._drawn, self.generators = (stream_of, distribution), generators
         if isinstance(closure, LossOfRows):
             self.rows, self._model_rows = closure.rows, model_rows(closure)
         else:
@@ -223,8 +243,8 @@ class _Batch:
         return found.cpu().double()
 
     def _once(self) -> Tensor:
-        if self._generators is not None:
-            self._generators.restore()
+        if self.generators is not None:
+            self.generators.restore()
         try:
             found = self._closure.losses_of_rows() if isinstance(self._closure, LossOfRows) else self._closure()
         except NotBatchable as error:

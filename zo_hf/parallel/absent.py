@@ -27,7 +27,7 @@ def is_absent(tensor: Tensor) -> bool:
 
 def has_absent(model: nn.Module) -> bool:
     """Return True if other processes hold some of a model's parameters."""
-    return any(is_absent(parameter) for parameter in model.parameters())
+    return bool(_FIRST_HOLDER) and any(is_absent(parameter) for parameter in model.parameters())
 
 
 def note_holder(parameter: nn.Parameter, rank: int) -> None:

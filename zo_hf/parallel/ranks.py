@@ -304,9 +304,13 @@ def share_batches(dataloader: DataLoader, grid: Grid, sharing: int) -> None:
     Raises:
         ValueError: accelerate has divided the data in a way that cannot be changed.
     """
+    place = grid.world_size // sharing, grid.rank // sharing
     for shard in (dataloader.batch_sampler, dataloader.dataset):
-        if isinstance(shard, (BatchSamplerShard, IterableDatasetShard)) and shard.num_processes == grid.world_size:
-            shard.num_processes, shard.process_index = grid.world_size // sharing, grid.rank // sharing
+        if not isinstance(shard, (BatchSamplerShard, IterableDatasetShard)):
+            continue
+        # Trainer keeps a dataloader with persistent workers, whose place is this one already.
+        if shard.num_processes == grid.world_size or (shard.num_processes, shard.process_index) == place:
+            shard.num_processes, shard.process_index = place
             return
     raise ValueError(
         "zo_parallel: ranks cannot share batches of this dataset; use zo_parallel='data', a dataset with a "

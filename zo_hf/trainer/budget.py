@@ -29,6 +29,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import Estimator
 from zo_hf.evaluation.curvature_probes import curvature_probes
 from zo_hf.evaluation.first_batch import passes_of_check
+from zo_hf.evaluation.private_rows import PASSES_OF_CHECK
 from zo_hf.lr_finder.find import SHARE, forward_passes_of_search
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rules.step_probes import forward_passes_of_a_step
@@ -219,6 +220,8 @@ class Budget(TrainerCallback):
         """Return whether the next step begins with a look at how its losses can be evaluated."""
         if self._zo is None:
             return False
+        if self._zo.private is not None:
+            return self._zo.step == 0
         groups = self._zo.row_groups
         if groups is None or groups.works is False:
             return self._zo.evaluator.batched is None
@@ -226,6 +229,8 @@ class Budget(TrainerCallback):
 
     def _passes_of_check(self) -> int:
         """Return the forward passes that such a look takes, by rows if the loss comes apart."""
+        if self._zo is not None and self._zo.private is not None:
+            return PASSES_OF_CHECK
         probes = self._estimator().probes()
         groups = None if self._zo is None else self._zo.row_groups
         if groups is None or groups.works is False:
@@ -259,11 +264,14 @@ class BudgetedTrainer(StreamTrainer):
         if self._resumed_from is None:
             return passes, batches
         # Trainer looks at the number of steps only after a step.
-        reason = why_finished(self.state, max_steps, self.callback_handler.callbacks)
+        reason = self._why_finished(max_steps)
         if reason is None:
             return passes, batches
         logger.warning("the run of this checkpoint has ended, so no step is taken: %s", reason)
         return epochs, 0
+
+    def _why_finished(self, max_steps: int) -> str | None:
+        return why_finished(self.state, max_steps, self.callback_handler.callbacks)
 
     def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
         """Return Trainer's micro-batches of a step; none if the budget does not pay for the step."""

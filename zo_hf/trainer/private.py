@@ -208,6 +208,12 @@ class PrivateTrainer(BudgetedTrainer):
             persistent_workers=loader.persistent_workers,
         )
 
+    def _why_finished(self, max_steps: int) -> str | None:
+        steps = self._end_at_epsilon.steps
+        if steps is None or self.state.global_step < steps:
+            return super()._why_finished(max_steps)
+        return f"another step would exceed zo_dp_target_epsilon={self.args.zo_dp_target_epsilon:g}; raise it to go on"
+
     def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
         """Return Trainer's micro-batches of a step; in private training, no loss gets the count of all rows' labels."""
         batches, items = super().get_batch_samples(*args)

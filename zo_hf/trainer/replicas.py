@@ -16,6 +16,7 @@ from zo_hf import kernels
 from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.feature_cache import FeatureCache
 from zo_hf.offload import is_offloaded
+from zo_hf.parallel.absent import has_absent
 from zo_hf.parallel.agreement import check_agreement, facts_of_optimizer
 from zo_hf.parallel.lost_ranks import naming_lost_ranks
 from zo_hf.parallel.ranks import Ranks, share_batches
@@ -118,6 +119,11 @@ class ReplicaTrainer(HostBatchTrainer):
 
     def _check_stages(self) -> None:
         """Refuse a model that the processes of a pipeline cannot divide, before anything else is done with it."""
+        if has_absent(self.model):
+            raise ValueError(
+                "this process holds only some layers of the model, which the zo_parallel='pipeline' of another trainer has "
+                "divided; load the model that it has saved."
+            )
         if isinstance(self._sharding, Pipeline):
             self._sharding.layers_of(self.model)
 
