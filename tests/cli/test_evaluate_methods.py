@@ -17,6 +17,7 @@ from zo_hf.comparison import processes, schedule
 from zo_hf.comparison.job import Job
 from zo_hf.comparison.report import FIGURES
 from zo_hf.comparison.run import run
+from zo_hf.comparison.subject import parts_of_task
 
 SMALL = "--seeds 0 1 --forward-passes 12 --trial-forward-passes 6 --rates 1 --evaluations 2 --batch-size 4"
 SMALL += " --train-rows 16 --eval-rows 6 --processes 1 --methods low_rank"
@@ -118,3 +119,13 @@ def test_help_describes_every_task_and_verdict(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for word in ("sentiment", "digits-cnn", "copa", "estimator", "--trial-forward-passes", "runs.jsonl"):
         assert word in shown
+
+
+def test_a_task_with_fewer_rows_says_so(model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts_of_task.cache_clear()
+    words = ["--model", model_folder, "--tasks", "sentiment", "--output", str(tmp_path / "out"), "--eval-rows", "30"]
+    evaluate_methods.prepare(evaluate_methods.arguments(words, "zo-hf evaluate-methods"))
+    parts_of_task.cache_clear()
+    assert "task sentiment has fewer rows than wanted: 20 training, 10 development and 10 test rows" in (
+        capsys.readouterr().err
+    )

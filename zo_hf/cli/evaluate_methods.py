@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,7 +171,10 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
         check_model(args.model, args.alignments)
     datasets.disable_progress_bars()
     for task in args.tasks:
-        parts_of_task(task, Sizes(args.train_rows, args.eval_rows, args.max_words))
+        parts = parts_of_task(task, Sizes(args.train_rows, args.eval_rows, args.max_words))
+        if len(parts.train) < args.train_rows or len(parts.test) < args.eval_rows:
+            rows = f"{len(parts.train)} training, {len(parts.development)} development and {len(parts.test)} test rows"
+            print(f"task {task} has fewer rows than wanted: {rows}", file=sys.stderr)
     finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
     protocol = Protocol(
         args.methods,
