@@ -135,9 +135,11 @@ def test_micro_batches_and_ranks_give_the_numbers_of_one_batch() -> None:
                 tensor.copy_(self.all_gather(tensor)[0])
 
         starts = [part.start for part in parts]
+        # Made here, because making a model seeds torch's generator, which all threads share.
+        engines = [private(**options, ranks=Threads(Grid(data=len(parts), rank=rank))) for rank in range(len(parts))]
 
         def work(rank: int) -> None:
-            zo = private(**options, ranks=Threads(Grid(data=len(parts), rank=rank)))
+            zo = engines[rank]
             zo.private.part_of = lambda step, micro: (starts[rank], parts[rank].stop - parts[rank].start)
             found[rank] = numbers_of(zo, losses_of(zo, parts[rank]))
 
