@@ -26,18 +26,17 @@ explains the columns of the table.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-import torch
 from common.method_report import plot, table
 from tqdm import tqdm
 
 from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.comparison.job import SETTINGS, Job, Problem
 from zo_hf.comparison.methods import METHODS, added_method, choose
+from zo_hf.comparison.options import add_options, check_options, protocol_of
 from zo_hf.comparison.processes import executor_of
-from zo_hf.comparison.schedule import Comparison, Protocol, run_all
+from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
@@ -51,49 +50,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="a causal language model, a folder or a name; default: the embedded SmolLM2-135M")
     names = ", ".join(METHODS)
     add("--methods", nargs="+", metavar="METHOD", help=f"regular expressions of method names; default: all ({names})")
-    add(
-        "--add",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="another method: its name, the center of its learning rates, and OPTION=VALUE ... of ZOConfig",
-    )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the full runs (%(default)s)")
-    add("--forward-passes", type=int, default=2000, help="forward passes of a full run (%(default)s)")
-    add("--trial-forward-passes", type=int, default=500, help="forward passes of a trial (%(default)s)")
-    add("--rates", type=int, default=5, help="number of trials of each method (%(default)s)")
-    add(
-        "--factor",
-        type=float,
-        default=1.0,
-        help="factor on all grids' centers, for another model or loss (%(default)s)",
-    )
-    add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
-    add("--evaluations", type=int, default=20, help="number of scores during a full run (%(default)s)")
-    add("--batch-size", type=int, default=8, help="sentences in a forward pass (%(default)s)")
-    add("--train-rows", type=int, default=1000, help="number of training sentences (%(default)s)")
-    add("--eval-rows", type=int, default=200, help="number of development and of test sentences (%(default)s)")
+    add_options(parser, seeds=range(3), evaluations=20)
     add(
         "--loss",
         choices=("label_words", "vocabulary"),
         default="label_words",
         help="the cross entropy of the label word among the label words, or among all (%(default)s)",
     )
-    add("--max-words", type=int, default=16, help="maximum number of words in a sentence (%(default)s)")
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    add("--processes", type=int, default=cores, help="parallel runs, of one thread each (%(default)s)")
     add("--output", type=Path, default=Path("out/compare_methods"), help="folder for results (%(default)s)")
     add("--figures", type=Path, help="folder for figures (OUTPUT)")
     add("--plot-only", action="store_true", help="only write the table and the figures of the finished runs")
     args = parser.parse_args(argv)
-    for option in ("forward_passes", "trial_forward_passes", "rates", "evaluations", "batch_size", "processes"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1.")
-    if args.ratio <= 1:
-        parser.error(f"--ratio {args.ratio} must be above 1.")
-    if args.factor <= 0:
-        parser.error(f"--factor {args.factor} must be above 0.")
+    check_options(parser, args)
     args.model = args.model or str(default_model())
     args.figures = args.figures or args.output
     try:
@@ -115,17 +83,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         args.max_words,
         args.loss,
     )
-    protocol = Protocol(
-        args.methods,
-        args.seeds,
-        args.forward_passes,
-        args.trial_forward_passes,
-        args.rates,
-        args.ratio,
-        args.factor,
-        args.evaluations,
-    )
-    return Comparison(problem, protocol, FinishedRuns(args.output / "runs.jsonl", SETTINGS))
+    return Comparison(problem, protocol_of(args), FinishedRuns(args.output / "runs.jsonl", SETTINGS))
 
 
 def report(comparison: Comparison, args: argparse.Namespace) -> str:

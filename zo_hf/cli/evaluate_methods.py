@@ -31,7 +31,6 @@ where it was interrupted. docs/results/evaluation.md defines the verdict.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -40,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
@@ -51,9 +49,10 @@ from transformers.models.auto.modeling_auto import (
 from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.comparison.job import ALIGNMENTS, SCRATCH, SETTINGS, Job, Problem
 from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, METHODS, ONE_DIRECTION, added_method, choose
+from zo_hf.comparison.options import add_options, check_options, protocol_of
 from zo_hf.comparison.processes import executor_of
 from zo_hf.comparison.report import FIGURES, ProblemReport, page, plot
-from zo_hf.comparison.schedule import Comparison, Protocol, run_all
+from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.comparison.subject import parts_of_task
 from zo_hf.comparison.suite import HUB, OFFLINE, Sizes
 from zo_hf.comparison.suite.digits import NETWORKS
@@ -66,12 +65,6 @@ from zo_hf.trainer.output_paths import check_folder
 
 #: Methods that are always part of a table, because the verdict needs them.
 ALWAYS = (ONE_DIRECTION, FORWARD_GRADIENT, FIRST_ORDER)
-_AT_LEAST = {
-    **dict.fromkeys(("trial_forward_passes", "rates", "evaluations", "batch_size", "processes", "eval_rows"), 1),
-    "forward_passes": 1,
-    "train_rows": 1,
-    "max_words": 1,
-}
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -107,39 +100,11 @@ def arguments(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
         default=["rows"],
         help=f"regular expressions of methods beside {', '.join(ALWAYS)}; among {', '.join(METHODS)} (rows)",
     )
-    add(
-        "--add",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="another method: its name, the center of its learning rates, and OPTION=VALUE ... of ZOConfig",
-    )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the full runs (%(default)s)")
-    add("--forward-passes", type=int, default=2000, help="forward passes of a full run (%(default)s)")
-    add("--trial-forward-passes", type=int, default=500, help="forward passes of a trial (%(default)s)")
-    add("--rates", type=int, default=5, help="number of trials of each method (%(default)s)")
-    add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
-    add("--factor", type=float, default=1.0, help="factor on all centers, for another model (%(default)s)")
-    add("--evaluations", type=int, default=10, help="number of scores during a full run (%(default)s)")
-    add("--batch-size", type=int, default=8, help="rows in a forward pass (%(default)s)")
-    add("--train-rows", type=int, default=1000, help="number of training rows (%(default)s)")
-    add("--eval-rows", type=int, default=200, help="number of development and of test rows (%(default)s)")
-    add("--max-words", type=int, default=16, help="words in a text that is not made by rule (%(default)s)")
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    add("--processes", type=int, default=cores, help="parallel runs, of one thread each (%(default)s)")
+    add_options(parser, seeds=range(5), evaluations=10)
     add("--output", type=Path, default=Path("out/evaluate_methods"), help="folder for results (%(default)s)")
     add("--report-only", action="store_true", help="only write the report of the finished runs")
     args = parser.parse_args(argv)
-    for option, least in _AT_LEAST.items():
-        if getattr(args, option) < least:
-            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}.")
-    if args.ratio <= 1:
-        parser.error(f"--ratio {args.ratio} must be above 1.")
-    if args.factor <= 0:
-        parser.error(f"--factor {args.factor} must be above 0.")
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
+    check_options(parser, args)
     args.tasks = list(dict.fromkeys(args.tasks or [*OFFLINE, *NETWORKS]))
     try:
         added = dict(map(added_method, args.add))
@@ -176,16 +141,7 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
             rows = f"{len(parts.train)} training, {len(parts.development)} development and {len(parts.test)} test rows"
             print(f"task {task} has fewer rows than wanted: {rows}", file=sys.stderr)
     finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
-    protocol = Protocol(
-        args.methods,
-        args.seeds,
-        args.forward_passes,
-        args.trial_forward_passes,
-        args.rates,
-        args.ratio,
-        args.factor,
-        args.evaluations,
-    )
+    protocol = protocol_of(args)
     sizes = (args.batch_size, args.train_rows, args.eval_rows, args.max_words, "label_words")
     problems = [
         Problem("" if task in NETWORKS else args.model, task, alignment, *sizes)
