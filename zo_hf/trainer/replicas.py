@@ -78,17 +78,17 @@ class ReplicaTrainer(HostBatchTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's data loader, with equal batches on ranks that share them."""
-        return self._shared(super().get_train_dataloader(), self._ranks.grid.sharing)
+        return self._with_shared_batches(super().get_train_dataloader(), self._ranks.grid.sharing)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Return Trainer's data loader, with equal batches on the stages of a pipeline."""
-        return self._shared(super().get_eval_dataloader(*args, **kwargs), self._ranks.grid.stages)
+        return self._with_shared_batches(super().get_eval_dataloader(*args, **kwargs), self._ranks.grid.stages)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Return Trainer's data loader, with equal batches on the stages of a pipeline."""
-        return self._shared(super().get_test_dataloader(*args, **kwargs), self._ranks.grid.stages)
+        return self._with_shared_batches(super().get_test_dataloader(*args, **kwargs), self._ranks.grid.stages)
 
-    def _shared(self, dataloader: DataLoader, sharing: int) -> DataLoader:
+    def _with_shared_batches(self, dataloader: DataLoader, sharing: int) -> DataLoader:
         if sharing > 1:
             share_batches(dataloader, self._ranks.grid, sharing)
         return dataloader
