@@ -238,11 +238,21 @@ def test_the_mixin_makes_another_trainer_forward_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [ZOTrainer, ZOSeq2SeqTrainer])
 def test_data_evaluation_and_the_loop_are_the_stock_ones(kind: type[ZOTrainer]) -> None:
     stock = Seq2SeqTrainer if kind is ZOSeq2SeqTrainer else Trainer
-    names = ["get_eval_dataloader", "get_test_dataloader", "evaluate"]
-    names += ["predict", "prediction_step", "evaluation_loop", "compute_loss", "push_to_hub"]
+    names = ["evaluate", "predict", "prediction_step", "evaluation_loop", "compute_loss", "push_to_hub"]
     names += ["save_model", "hyperparameter_search", "_inner_training_loop", "_run_epoch"]
     for name in names:
         assert getattr(kind, name) is getattr(stock, name), name
+
+
+@pytest.mark.parametrize("name", ["get_eval_dataloader", "get_test_dataloader"])
+def test_without_a_pipeline_data_for_evaluation_is_what_trainer_hands_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, asked = object(), []
+    monkeypatch.setattr(Trainer, name, lambda self, *args, **kwargs: asked.append((args, kwargs)) or loader)
+    trainer = ZOTrainer(seeded(tiny_opt), config(tmp_path), train_dataset=TinyTask())
+    rows = TinyTask(3)
+    assert getattr(trainer, name)(rows) is loader and asked == [((rows,), {})]
 
 
 class Stream(torch.utils.data.IterableDataset):
