@@ -32,20 +32,6 @@ def job(model: str, **options: Any) -> Job:
     return Job(**{"model": model} | values | options)
 
 
-@pytest.fixture
-def losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each loss that training computed, whoever counts it."""
-    computed: list[int] = []
-    original = subject.LabelWordLoss.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        computed.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(subject.LabelWordLoss, "__call__", counted)
-    return computed
-
-
 def test_a_seed_decides_the_batches_whatever_the_method(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[list[int]] = []
     original = subject.LabelWordCollator.__call__

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.comparison.conftest import losses
 from tests.conftest import seeded, tiny_bert
 from tests.tasks.conftest import model, model_folder, tokenizer
 
-__all__ = ["encoder_folder", "model", "model_folder", "tokenizer"]
+__all__ = ["encoder_folder", "losses", "model", "model_folder", "tokenizer"]
 
 
 @pytest.fixture

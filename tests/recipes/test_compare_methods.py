@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from common.method_report import share_of_budget, smoothed_mean
 
 from tests.recipes.recipe_module import recipe_module
@@ -23,20 +22,6 @@ from zo_hf.comparison.schedule import TRIAL_SEED
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
     return recipe_module("compare_methods")
-
-
-@pytest.fixture
-def losses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each loss that training computed, whoever counts it."""
-    computed: list[int] = []
-    original = subject.LabelWordLoss.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        computed.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(subject.LabelWordLoss, "__call__", counted)
-    return computed
 
 
 @pytest.mark.slow

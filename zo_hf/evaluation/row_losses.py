@@ -113,10 +113,7 @@ class LossByRows:
         Raises:
             NotBatchable: the closure returns another loss, or another number of rows.
         """
-        losses = self.closure()
-        if not isinstance(losses, RowLosses):
-            raise NotBatchable("the loss is not RowLosses, one for every row")
-        return losses.shares(groups, self.rows)
+        return self.losses_of_rows().shares(groups, self.rows)
 
     def losses_of_rows(self) -> RowLosses:
         """Return the loss of every row, (rows,), from one forward pass.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SchedulerType, has_length
 
 from zo_hf.engine import ZerothOrder
 from zo_hf.privacy import Guarantee, Secret
@@ -225,7 +225,7 @@ class PrivateTrainer(BudgetedTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does; in private training, epsilon and delta in place of what was measured without noise."""
-        zo: ZerothOrder | None = getattr(self, "zo", None)
+        zo = self.zo
         if self._is_private and not any(name.startswith("eval_") for name in logs):
             for name in _MEASURED:
                 logs.pop(name, None)
@@ -262,11 +262,7 @@ class PrivateTrainer(BudgetedTrainer):
         Raises:
             ValueError: an argument has changed; the message names it.
         """
-        allowed = (
-            _LENGTH
-            if str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)) == "constant"
-            else set()
-        )
+        allowed = _LENGTH if self.args.lr_scheduler_type == SchedulerType.CONSTANT else set()
         name = next((name for name in changed if name not in allowed), None)
         if self._is_private and name is not None:
             raise ValueError(
