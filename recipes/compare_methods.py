@@ -19,8 +19,8 @@ the order of sentences and the directions. These runs are scored on test sentenc
 constant. The embeddings and the norms do not train unless the method's name says otherwise.
 
 The results in OUTPUT are runs.jsonl, a line for each finished run from which an interrupted comparison continues, and
-table.md. The figures, methods-forward-passes.png and methods-time.png, are saved in --figures. docs/methods.md
-explains the columns of the table.
+table.md. The figures, methods-forward-passes.png and methods-time.png, are saved in --figures. docs/results/methods.md
+explains the columns of the table, and the further table of --passes-to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from tqdm import tqdm
 from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.comparison.job import SETTINGS, Job, Problem
 from zo_hf.comparison.methods import METHODS, added_method, choose
-from zo_hf.comparison.options import add_options, check_options, protocol_of
+from zo_hf.comparison.options import add_options, check_options, check_passes_to, protocol_of
+from zo_hf.comparison.passes import passes_table
 from zo_hf.comparison.processes import executor_of
 from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.tasks.assets import default_model
@@ -68,6 +69,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         args.methods = choose(args.methods, METHODS | dict(map(added_method, args.add)))
     except ValueError as error:
         parser.error(str(error))
+    check_passes_to(parser, args)
     return args
 
 
@@ -96,6 +98,8 @@ def report(comparison: Comparison, args: argparse.Namespace) -> str:
         f"{args.rates} trials of {args.trial_forward_passes} for each learning rate, {args.eval_rows} test "
         f"sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot[0])}"
     )
+    if args.passes_to:
+        text += f"\n{passes_table(results, zero_shot[0]['scores'][-1], args.passes_to)}"
     (args.output / "table.md").write_text(text, encoding="utf-8")
     plot(results, zero_shot[0], "forward_passes", args.figures / "methods-forward-passes.png")
     plot(results, zero_shot[0], "seconds", args.figures / "methods-time.png")

@@ -1,8 +1,4 @@
-"""The report of a comparison of methods: a table of final scores, and curves against forward passes and time.
-
-A method's curve is the mean over its seeds, smoothed by a running mean of three scores. Its share of plain MeZO's
-budget is read where this curve first reaches the end of MeZO's curve, with linear interpolation between scores.
-"""
+"""The report of a comparison of methods: a table of final scores, and curves against forward passes and time."""
 
 from __future__ import annotations
 
@@ -11,43 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zo_hf.comparison.methods import REFERENCE
+from zo_hf.comparison.passes import passes_to_end_of
 from zo_hf.comparison.result import Result, draw_curve, spread
-
-LOWER_IS_BETTER = {"loss": True, "accuracy": False, "calibrated_accuracy": False}
-
-
-def smoothed_mean(values: np.ndarray) -> np.ndarray:
-    """Average (seeds, evaluations) over seeds, then over each evaluation and its neighbors; return (evaluations,)."""
-    average = values.mean(axis=0)
-    return np.array([average[max(i - 1, 0) : i + 2].mean() for i in range(len(average))])
-
-
-def share_of_budget(result: Result, reference: Result, start: Mapping[str, float], key: str) -> float | None:
-    """Return the fraction of the reference's forward passes that a method needs to be as good as its end.
-
-    Args:
-        result: the method's runs.
-        reference: the reference's runs.
-        start: scores before any training.
-        key: the score to compare.
-
-    Returns:
-        None if the method never is as good, or if the reference's end is no better than the start.
-    """
-    sign = 1.0 if LOWER_IS_BETTER[key] else -1.0
-    target = sign * smoothed_mean(reference.over_seeds(key))[-1]
-    curve = sign * np.array([start[key], *smoothed_mean(result.over_seeds(key))])
-    passes = np.array([0.0, *result.over_seeds("forward_passes").mean(axis=0)])
-    budget = reference.over_seeds("forward_passes")[:, -1].mean()
-    reached = np.flatnonzero(curve <= target)
-    if not len(reached) or not target < curve[0]:
-        return None
-    at = int(reached[0])
-    part = (curve[at - 1] - target) / (curve[at - 1] - curve[at])
-    return float((passes[at - 1] + part * (passes[at] - passes[at - 1])) / budget)
 
 
 def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
@@ -72,7 +34,9 @@ def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
         if reference is None:
             cells += ["-", "-", "-"]
         else:
-            cells += [_percent(share_of_budget(result, reference, start, key)) for key in ("loss", "accuracy")]
+            budget = reference.over_seeds("forward_passes")[:, -1].mean()
+            passes = [passes_to_end_of(reference, result, start, key) for key in ("loss", "accuracy")]
+            cells += ["-" if needed is None else f"{needed / budget:.0%}" for needed in passes]
             cells.append(f"{result.seconds_per_forward() / reference.seconds_per_forward():.2f}")
         cells.append(f"{result.peak_mib():.0f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -120,7 +84,3 @@ def plot(results: Mapping[str, Result], zero_shot: Mapping[str, Any], against: s
         accuracy_axes.set_ylabel("test accuracy")
         accuracy_axes.set_xlabel("forward passes" if against == "forward_passes" else "seconds of training")
     figure.savefig(path, dpi=130)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"

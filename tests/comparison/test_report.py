@@ -65,6 +65,7 @@ def test_details_name_rates_costs_and_failures() -> None:
     assert "| low_rank | 2 | 0.0001 (edge) | 0.350 ± 0.071 | 0.650 ± 0.071 | 1.00 | 100 |" in text
     assert "| majority | | | 0.690 | 0.550 | | |" in text and text.endswith("failed: rows: ValueError: no\n")
     assert page([found], "how").startswith("how\n\n| problem |")
+    assert "| forward passes to the final loss of | low_rank |" in page([found], "how", ["low_rank", "rows"])
 
 
 @pytest.mark.parametrize(("name", "key", "against"), FIGURES)

@@ -9,12 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from common.method_report import share_of_budget, smoothed_mean
 
 from tests.recipes.recipe_module import recipe_module
 from zo_hf.comparison import processes, schedule, subject
 from zo_hf.comparison.job import Job
-from zo_hf.comparison.result import Result
 from zo_hf.comparison.run import run
 from zo_hf.comparison.schedule import TRIAL_SEED
 
@@ -51,7 +49,7 @@ def test_methods_get_the_same_forward_passes_and_an_interrupted_comparison_goes_
     command += " --evaluations 3 --batch-size 2 --train-rows 16 --eval-rows 6 --max-words 9 --processes 1 --methods"
     recipe.main([*command.split(), "mezo", "two_point q4"])
     assert len(jobs) == 1 + 2 * (2 + 2) == len(set(jobs))
-    recipe.main([*command.split(), "mezo", "two_point q4", "adamw with backward"])
+    recipe.main([*command.split(), "mezo", "two_point q4", "adamw with backward", "--passes-to", "mezo"])
     assert len(jobs) == 1 + 3 * (2 + 2) == len(set(jobs)), "only the new method runs"
     recipe.main([*command.split(), "mezo", "--plot-only"])
     assert len(jobs) == 13
@@ -66,32 +64,11 @@ def test_methods_get_the_same_forward_passes_and_an_interrupted_comparison_goes_
         assert all(math.isfinite(score["loss"]) for score in made["scores"])
     assert {made["seed"] for made in runs if made["evaluations"] == 0} == {TRIAL_SEED}
     assert [score["forward_passes"] for score in runs[3]["scores"]] == [6, 12, 18]
-    assert "| majority |" in (output / "table.md").read_text()
+    text = (output / "table.md").read_text()
+    assert "| majority |" in text
+    assert "| forward passes to the final loss of |" not in text, "only where it is asked for"
     for figure in ("methods-forward-passes.png", "methods-time.png"):
         assert (output / figure).stat().st_size > 10_000
-
-
-def result(losses: list[list[float]], passes: list[int]) -> Result:
-    runs = [
-        {"scores": [{"loss": l, "forward_passes": p} for l, p in zip(seed, passes, strict=True)]} for seed in losses
-    ]
-    return Result("g", 1.0, False, runs)
-
-
-def test_the_share_of_the_budget_is_where_the_smoothed_mean_crosses() -> None:
-    reference = result([[4.0, 4.0, 2.0, 2.0], [4.0, 4.0, 2.0, 2.0]], [10, 20, 30, 40])
-    assert smoothed_mean(reference.over_seeds("loss")).tolist() == pytest.approx([4, 10 / 3, 8 / 3, 2])
-    start = {"loss": 5.0}
-    quick = result([[3.0, 1.0, 1.0, 1.0], [3.0, 1.0, 1.0, 1.0]], [9, 18, 27, 36])
-    # Smoothed 5, 2, 5/3, ...: at 2 after 9 of 40 passes.
-    assert share_of_budget(quick, reference, start, "loss") == pytest.approx(9 / 40)
-    between = result([[3.0, 3.0, 0.0, 0.0]], [10, 20, 30, 40])
-    # Smoothed 3, 2, 1, 0.
-    assert share_of_budget(between, reference, start, "loss") == pytest.approx(20 / 40)
-    assert share_of_budget(reference, reference, start, "loss") == 1.0
-    assert share_of_budget(result([[3.0] * 4], [10, 20, 30, 40]), reference, start, "loss") is None
-    assert share_of_budget(quick, reference, {"loss": 1.5}, "loss") is None, "the reference learned nothing"
-    assert share_of_budget(quick, result([[math.nan] * 4], [10, 20, 30, 40]), start, "loss") is None
 
 
 def test_a_method_of_the_command_line_is_added(recipe: ModuleType) -> None:
@@ -99,3 +76,5 @@ def test_a_method_of_the_command_line_is_added(recipe: ModuleType) -> None:
     assert list(args.methods) == ["mezo", "mine"]
     with pytest.raises(SystemExit):
         recipe.arguments(["--model", "m", "--add", "mine"])
+    with pytest.raises(SystemExit):
+        recipe.arguments(["--model", "m", "--methods", "mezo", "--passes-to", "core"])

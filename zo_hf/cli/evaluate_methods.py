@@ -49,7 +49,7 @@ from transformers.models.auto.modeling_auto import (
 from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.comparison.job import ALIGNMENTS, SCRATCH, SETTINGS, Job, Problem
 from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, METHODS, ONE_DIRECTION, added_method, choose
-from zo_hf.comparison.options import add_options, check_options, protocol_of
+from zo_hf.comparison.options import add_options, check_options, check_passes_to, protocol_of
 from zo_hf.comparison.processes import executor_of
 from zo_hf.comparison.report import FIGURES, ProblemReport, page, plot
 from zo_hf.comparison.schedule import Comparison, run_all
@@ -111,6 +111,7 @@ def arguments(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
         args.methods = choose([*ALWAYS, *args.methods, *map(re.escape, added)], METHODS | added)
     except ValueError as error:
         parser.error(str(error))
+    check_passes_to(parser, args)
     return args
 
 
@@ -205,7 +206,7 @@ def report(comparisons: Sequence[Comparison], args: argparse.Namespace) -> str:
             reports.append(ProblemReport(comparison.problem, results, zero_shot, comparison.failed))
     if not reports:
         return "the runs of no method are finished yet\n"
-    text = page(reports, heading(args))
+    text = page(reports, heading(args), args.passes_to)
     (args.output / "report.md").write_text(text, encoding="utf-8")
     for name, key, against in FIGURES:
         plot(reports, key, against, args.output / name)

@@ -45,6 +45,13 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int], evaluatio
     add("--train-rows", type=int, default=1000, help="number of training rows (%(default)s)")
     add("--eval-rows", type=int, default=200, help="number of development and of test rows (%(default)s)")
     add("--max-words", type=int, default=16, help="words in a text that is not made by rule (%(default)s)")
+    add(
+        "--passes-to",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="methods to whose final loss a further table counts every method's forward passes",
+    )
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     add("--processes", type=int, default=cores, help="parallel runs, of one thread each (%(default)s)")
 
@@ -60,6 +67,13 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--factor {args.factor} must be above 0.")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
+
+
+def check_passes_to(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with one sentence if `--passes-to` names a method that is not compared."""
+    for name in args.passes_to:
+        if name not in args.methods:
+            parser.error(f"--passes-to {name} is none of the methods compared: {', '.join(args.methods)}.")
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:

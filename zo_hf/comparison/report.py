@@ -15,6 +15,7 @@ from typing import Any
 
 from zo_hf.comparison.job import Problem
 from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, ONE_DIRECTION
+from zo_hf.comparison.passes import passes_table
 from zo_hf.comparison.result import Result, draw_curve, spread
 from zo_hf.comparison.verdict import verdict
 
@@ -109,10 +110,19 @@ def details(report: ProblemReport) -> str:
     return "\n".join([*lines, *(f"\nfailed: {name}: {reason}" for name, reason in report.failed.items())]) + "\n"
 
 
-def page(reports: Sequence[ProblemReport], heading: str) -> str:
-    """Return the whole report in Markdown, under a sentence that says how it was made."""
+def page(reports: Sequence[ProblemReport], heading: str, passes_to: Sequence[str] = ()) -> str:
+    """Return the whole report in Markdown.
+
+    Args:
+        reports: the problems.
+        heading: a sentence that says how the runs were made.
+        passes_to: names of methods; every problem then has a table of the forward passes to their final losses.
+    """
     parts = [heading, summary(reports)]
-    parts += [f"### {report.problem.name}\n\n{details(report)}" for report in reports]
+    for report in reports:
+        parts.append(f"### {report.problem.name}\n\n{details(report)}")
+        if not report.results.keys().isdisjoint(passes_to):
+            parts.append(passes_table(report.results, {"loss": mean(report.untrained("loss"))}, passes_to))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
