@@ -20,6 +20,7 @@ COORDINATE, TANGENTS, TWO = {"estimator": "coordinate"}, {"estimator": "forward_
 ROWS: dict[str, Any] = {"rows_per_direction": 1}
 PIPELINE = {"zo_parallel": "pipeline", "zo_pipeline_stages": "auto"}
 SERVED = {"server_url": "http://127.0.0.1:8000"}
+INPUTS = {"preconditioner": "inputs"}
 PRIVATE: dict[str, Any] = {"dp_noise_multiplier": 1.0, "dp_max_c": 1.0}
 FULL, STABILITY = {"subspace": "full"}, {"zo_stability_steps": 10, "zo_stability_action": "warn"}
 
@@ -101,6 +102,14 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (FULL, {}, {"optimizer_cls_and_kwargs"}),
     ({"subspace": "core", "basis": "activation"}, {}, set()),
     ({"basis": "activation"}, {}, {"fsdp"}),
+    (INPUTS | FULL, {}, set()),
+    (INPUTS | {"basis": "activation"}, {}, set()),
+    (INPUTS | {"rule": "curvature", "estimator": "second_difference"}, {}, set()),
+    (INPUTS | COORDINATE, {}, set()),
+    (INPUTS, STABILITY, set()),
+    (INPUTS, {"learning_rate": "auto"}, set()),
+    (INPUTS, {}, {"fsdp"}),
+    (INPUTS, PIPELINE, set()),
     ({"subspace": "core"}, {}, {"adapter on a quantized model"}),
     (FULL, {}, {"quantized"}),
     ({}, {"torch_compile": True}, {"quantized"}),

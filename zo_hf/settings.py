@@ -180,6 +180,8 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions,
             "seed": self.seed,
         }
         kind = subspace_kind(self.subspace_of(model), self.moves_along_coordinates)
+        if issubclass(kind, LowRank):
+            common["preconditioner"] = self.preconditioner
         if has_factors(kind):
             return kind(model, rank=self.rank, fold_steps=self.fold_steps, basis=self.basis, **common)
         return kind(model, **common)

@@ -62,6 +62,7 @@ def test_every_architecture_does(tmp_path: Path, build: Any, dtype: torch.dtype)
         {"zo_subspace": "norms", "zo_fold_steps": None},
         {"zo_rows_per_direction": 0, "optim": "adamw_torch", "weight_decay": 0.1},
         {"zo_basis": "activation"},
+        {"zo_preconditioner": "inputs"},
         {"zo_target_modules": r".*layers[.]1[.].*", "zo_feature_cache_gib": 1.0},
         {"zo_rule": "curvature", "zo_estimator": "second_difference"},
         {"bf16": True, "gradient_accumulation_steps": 2},

@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"zo_subspace": "full", "weight_decay": 0.1, "lr_scheduler_type": "linear"},
     "adapter": {"zo_subspace": "adapter", "optim": "adamw_torch"},
     "activation": {"zo_basis": "activation", "optim": "adamw_torch"},
+    "divided by inputs": {"zo_preconditioner": "inputs", "zo_rows_per_direction": 1},
     "bf16": {"dtype": torch.bfloat16, "optim": "adamw_torch"},
 }
 

@@ -19,6 +19,7 @@ from zo_hf.compatibility.conflict import Conflict
 from zo_hf.compatibility.graphs import GRAPHS
 from zo_hf.compatibility.offloaded import OFFLOADED
 from zo_hf.compatibility.pipelined import PIPELINED
+from zo_hf.compatibility.preconditioned import PRECONDITIONED
 from zo_hf.compatibility.private import PRIVATE
 from zo_hf.compatibility.served import SERVED
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers, Sparse
@@ -478,5 +479,6 @@ CONFLICTS: tuple[Conflict, ...] = (
     *PRIVATE,
     *GRAPHS,
     *PIPELINED,
+    *PRECONDITIONED,
     *SERVED,
 )

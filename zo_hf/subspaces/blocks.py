@@ -51,6 +51,12 @@ class CoordinateBlock:
         noise = self.noise(stream, distribution)
         return noise if self.scale is None else noise * self.scale
 
+    def set_scale(self, name: str, scale: Tensor) -> None:
+        """Set the factors for one coordinate tensor, of its shape; those of the others stay, and are 1 at first."""
+        if self.scale is None:
+            self.scale = torch.ones(self.layout.size, dtype=self.dtype, device=self.layout.device)
+        self.layout.view(self.scale, name).copy_(scale)
+
     def noise(self, stream: Stream, distribution: Distribution) -> Tensor:
         """Return z without `scale`, (size,), in the dtype of the coordinates; the last ones drawn are cached."""
         self._draw([stream], distribution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from transformers.utils import is_peft_available
 from zo_hf.quantization import QuantizedLayer
 from zo_hf.subspaces.adapter_config import read_adapter_config
 from zo_hf.subspaces.sites import Site
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -167,3 +170,25 @@ def _state(weights: AdapterWeights) -> dict[str, Tensor]:
         state[f"base_model.model.{name}.lora_A.weight"] = a.float().contiguous()
         state[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     return state
+
+
+def without_read_only(sites: list[Site]) -> list[Site]:
+    """Leave out quantized weights that can neither be written nor get an adapter."""
+    kinds = {type(site.layer.module): site.layer for site in sites if site.layer is not None}
+    stay = {kind for kind, layer in kinds.items() if not layer.can_requantize and not is_wrappable(layer)}
+    movable = [site for site in sites if site.layer is None or type(site.layer.module) not in stay]
+    return movable or sites
+
+
+class BaseWarning:
+    """Warns whoever takes a state dict while the factors have not become an adapter yet; once is enough."""
+
+    is_given = False
+
+    def __call__(self, *_: Any) -> None:
+        if not self.is_given:
+            self.is_given = True
+            logger.warning(
+                "the state dict of this quantized model holds its base, because without folds what is learned becomes a "
+                "LoRA adapter when training ends; save it with trainer.save_model(), or fold with zo_fold_steps=50."
+            )

@@ -17,7 +17,6 @@ layers move, except for the output layer, as with PEFT's "all-linear".
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,21 +34,21 @@ from zo_hf.subspaces.blocks import CoordinateBlock
 from zo_hf.subspaces.factors import Factors, width_of
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
 from zo_hf.subspaces.functional import HALF, held
+from zo_hf.subspaces.input_scales import measure_scales
 from zo_hf.subspaces.lora import (
+    BaseWarning,
     check_expressible,
     check_head,
     check_peft,
     check_wrappable,
     is_expressible,
-    is_wrappable,
     with_adapter,
+    without_read_only,
 )
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 from zo_hf.subspaces.subspace import first_input, require_equal_parts
-
-logger = logging.getLogger(__name__)
 
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 
@@ -66,6 +65,7 @@ class LowRank(Folded):
         among: if given, only these parameters may move, e.g. those of an optimizer.
         seed: seed of the run.
         basis: the source of V: "random", or "activation" for the inputs of linear layers, see `activation_basis`.
+        preconditioner: "none", or "inputs" to divide directions by the size of inputs, see `input_scales`.
 
     Raises:
         ValueError: the model cannot give the inputs of its layers.
@@ -73,7 +73,8 @@ class LowRank(Folded):
 
     name = "low_rank"
     about = Method(
-        "LOZO (2410.07698); AGZO (2601.17261)", memory="r(m + n) per matrix for B and V; d for the gradient"
+        "LOZO (2410.07698); AGZO (2601.17261); K-FAC (1503.05671)",
+        memory="r(m + n) per matrix for B and V; d for the gradient",
     )
     default_rank = 4
     moves_quantized = True
@@ -88,8 +89,9 @@ class LowRank(Folded):
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
         basis: str = "random",
+        preconditioner: str = "none",
     ) -> None:
-        self.basis_kind = basis
+        self.basis_kind, self.preconditioner = basis, preconditioner
         self.rank = rank = self.default_rank if rank is None else rank
         super().__init__(model, fold_steps, target_modules, exclude_modules, among, seed)
         if fold_steps is None and not any(site.layer is not None for site in self.sites):
@@ -129,7 +131,7 @@ class LowRank(Folded):
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
         sites = super()._find_sites(among)
         if self.fold_steps == 0 and self.target_modules is None:
-            sites = _without_read_only(sites)
+            sites = without_read_only(sites)
         quantized = {site.name: site.layer for site in sites if site.layer is not None}
         if not quantized:
             return sites
@@ -147,7 +149,7 @@ class LowRank(Folded):
 
     def _hook_state_dicts(self) -> None:
         if self.becomes_adapter:  # the factors are written nowhere, so a state dict cannot hold the weights of now
-            self._state_dict_hooks.append(self.model.register_state_dict_post_hook(_BaseWarning()))
+            self._state_dict_hooks.append(self.model.register_state_dict_post_hook(BaseWarning()))
         else:
             super()._hook_state_dicts()
 
@@ -181,9 +183,7 @@ class LowRank(Folded):
                 continue
             for name, view in layout.views(flat).items():
                 self._set_basis(name, view)
-        if self.basis_kind == "activation":
-            for name, measured in self._measured_bases(stream).items():
-                self._set_basis(name, measured)
+        self._measure_inputs(stream)
 
     def _has_factors(self, device: torch.device) -> bool:
         """Return whether the factors of a device's layers are one tensor, see `factors`."""
@@ -227,17 +227,34 @@ class LowRank(Folded):
         # Column-major, because this makes x · V about five times faster on a CPU.
         self._bases[name] = rounded.t().contiguous().t()
 
-    def _measured_bases(self, stream: Stream) -> dict[str, Tensor]:
-        """Return V / √r of the linear layers, from their inputs without the coordinates."""
+    def _measure_inputs(self, stream: Stream) -> None:
+        """Make V of the inputs of linear layers, or divide directions by them, at the weights without the coordinates."""
         layers = {
             name: [module for module, _ in site.uses if self._is_linear(module)]
             for name, site in self.factored.items()
         }
         before, self._at_origin = self._at_origin, True
         try:
-            return measure_bases(self.model, layers, self.rank, stream)
+            if self.basis_kind == "activation":
+                for name, basis in measure_bases(self.model, layers, self.rank, stream).items():
+                    self._set_basis(name, basis)
+            if self.preconditioner == "inputs":
+                norms = {
+                    site.name: module
+                    for site in self.sites
+                    for module, attribute in site.uses
+                    if len(site.shape) == 1 and attribute == "weight"
+                }
+                for name, scale in measure_scales(self.model, layers, norms, stream).items():
+                    self._scale(name, scale)
         finally:
             self._at_origin = before
+
+    def _scale(self, name: str, scale: Tensor) -> None:
+        if name in self.factored:
+            self._set_basis(name, self.basis(name) * scale[:, None])
+        else:
+            self._coordinate_blocks.of(name).set_scale(name, scale)
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
         # What all layers read at the new point is not made in their forwards, so that a compiled one stays the same.
@@ -475,25 +492,3 @@ class LowRank(Folded):
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
         left = self._left(site.name)[start:stop]
         return left @ self.basis(site.name).t().to(left.dtype)
-
-
-def _without_read_only(sites: list[Site]) -> list[Site]:
-    """Leave out quantized weights that can neither be written nor get an adapter."""
-    kinds = {type(site.layer.module): site.layer for site in sites if site.layer is not None}
-    stay = {kind for kind, layer in kinds.items() if not layer.can_requantize and not is_wrappable(layer)}
-    movable = [site for site in sites if site.layer is None or type(site.layer.module) not in stay]
-    return movable or sites
-
-
-class _BaseWarning:
-    """Warns whoever takes a state dict while the factors have not become an adapter yet; once is enough."""
-
-    is_given = False
-
-    def __call__(self, *_: Any) -> None:
-        if not self.is_given:
-            self.is_given = True
-            logger.warning(
-                "the state dict of this quantized model holds its base, because without folds what is learned becomes a "
-                "LoRA adapter when training ends; save it with trainer.save_model(), or fold with zo_fold_steps=50."
-            )

@@ -26,10 +26,14 @@ class Norms(LowRank):
         exclude_modules: parameters that do not move.
         among: if given, only these parameters may move, e.g. those of an optimizer.
         seed: seed of the run.
+        preconditioner: "none", or "inputs" to divide directions by the size of inputs, see `input_scales`.
+
+    Raises:
+        ValueError: no such parameter is selected, or the model cannot give the inputs of its layers.
     """
 
     name = "norms"
-    about = Method("BitFit (2106.10199); LN tuning (2312.11420)", memory="2d")
+    about = Method("BitFit (2106.10199); LN tuning (2312.11420); K-FAC (1503.05671)", memory="2d")
     default_learning_rate = 1e-3
     moves_quantized = False
 
@@ -40,8 +44,9 @@ class Norms(LowRank):
         exclude_modules: Pattern = None,
         among: Iterable[Tensor] | None = None,
         seed: int = 0,
+        preconditioner: str = "none",
     ) -> None:
-        super().__init__(model, 1, 0, target_modules, exclude_modules, among, seed)
+        super().__init__(model, 1, 0, target_modules, exclude_modules, among, seed, preconditioner=preconditioner)
 
     def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
         sites = [site for site in super()._find_sites(among) if len(site.shape) < 2]

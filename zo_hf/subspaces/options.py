@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zo_hf.method_info import Choice, Name, Options, Pattern, Whole, option
 from zo_hf.subspaces.activation_basis import BASES
+from zo_hf.subspaces.input_scales import PRECONDITIONERS
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class SubspaceOptions(Options):
         "tokens per fold. For zo_subspace low_rank.",
         Choice(BASES),
         "'random' needs no forward pass",
+    )
+    preconditioner: str = option(
+        "none",
+        "The lengths of directions: none draws all coordinates alike. inputs divides them by the size of the inputs that the "
+        "weights of linear layers and norms are multiplied by (the diagonal of K-FAC's input factor), as measured in a "
+        "forward pass of 128 random tokens per fold. For zo_subspace low_rank and norms.",
+        Choice(PRECONDITIONERS),
+        "'none' needs no forward pass",
     )
     target_modules: str | Sequence[str] | None = option(
         None,

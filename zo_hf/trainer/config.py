@@ -69,6 +69,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_rank: None | int = _setting("rank")  # noqa: RUF036
     zo_fold_steps: None | int = _setting("fold_steps")  # noqa: RUF036
     zo_basis: str = _setting("basis")
+    zo_preconditioner: str = _setting("preconditioner")
     zo_eps: None | str | float = _setting("eps", default=_AUTO)  # noqa: RUF036
     zo_estimator: str = _setting("estimator")
     zo_num_directions: int = _setting("num_directions")

@@ -1,0 +1,70 @@
+"""Rows of the table of what does not combine: directions divided by the size of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zo_hf.case import Case
+from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.pipelined import is_pipelined
+from zo_hf.rules.hizoo import Curvature
+from zo_hf.subspaces import LowRank, Norms
+
+_THIS = "zo_preconditioner='inputs'"
+_SUBSPACES = ("auto", LowRank.name, Norms.name)
+
+
+def _preconditioned(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
+    return Conflict(_THIS, that, why, instead, lambda case: case.settings.preconditioner == "inputs" and applies(case))
+
+
+PRECONDITIONED: tuple[Conflict, ...] = (
+    _preconditioned(
+        "zo_subspace={zo_subspace}",
+        "",
+        "use zo_subspace='low_rank' or 'norms', or leave zo_preconditioner out",
+        lambda case: case.settings.subspace not in _SUBSPACES,
+    ),
+    _preconditioned(
+        "zo_basis='activation'",
+        "one puts V where inputs are large, and the other takes it away from there",
+        "use zo_basis='random', or leave zo_preconditioner out",
+        lambda case: case.settings.basis == "activation",
+    ),
+    _preconditioned(
+        "zo_rule='curvature'",
+        "the rule divides directions by the curvature",
+        "leave one of them out",
+        lambda case: case.settings.rule == Curvature.name,
+    ),
+    _preconditioned(
+        "zo_estimator={zo_estimator}",
+        "its directions are single coordinates, whose lengths it must know",
+        "use zo_estimator='two_point'",
+        lambda case: case.settings.moves_along_coordinates,
+    ),
+    _preconditioned(
+        "zo_stability_steps={zo_stability_steps}",
+        "the theory has no critical learning rate for directions of unequal lengths",
+        "leave zo_stability_steps out",
+        lambda case: bool(case.argument("zo_stability_steps")),
+    ),
+    _preconditioned(
+        "learning_rate='auto'",
+        "the search takes all coordinates of a direction to be equally long",
+        "give a number",
+        lambda case: case.argument("learning_rate") == "auto",
+    ),
+    _preconditioned(
+        "fsdp=...",
+        "every process would gather all weights for a forward pass of its own",
+        "leave zo_preconditioner out",
+        lambda case: "fsdp" in case.facts,
+    ),
+    _preconditioned(
+        "zo_parallel={zo_parallel} and zo_pipeline_stages={zo_pipeline_stages}",
+        "every process would need the inputs of all layers",
+        "leave zo_preconditioner out",
+        is_pipelined,
+    ),
+)
