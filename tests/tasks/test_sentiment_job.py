@@ -5,17 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from zo_hf import ZOConfig
 from zo_hf.cli.predict import predict
+from zo_hf.tasks import sentiment_job
 from zo_hf.tasks.job_arguments import JobArguments
+from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.sentiment_job import main
 from zo_hf.trainer.trainer import ZOTrainer
+from zo_hf.trajectory import read_trajectory
 
 
 @pytest.fixture
@@ -51,6 +57,32 @@ def test_the_job_trains_reports_and_leaves_a_model_that_predicts(
     assert metrics["forward_passes"] > 0
     assert (tmp_path / "out" / "run.png").is_file()
     assert predict(tmp_path / "out", ["film 1 is great"])[0][0] in ("terrible", "great")
+
+
+def test_the_settings_of_the_demo_train_with_logits_of_the_label_words_alone(
+    command_line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run: features that are kept, divided directions, and the same slopes with logits of all words."""
+    settings = ["--config", str(Path(__file__).parents[2] / "recipes" / "last_norm.yaml")]
+    slopes: list[list[tuple[float, ...]]] = []
+    widths: set[int] = set()
+
+    class Noting(LabelWordLoss):
+        def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            widths.add(outputs["logits"].shape[-1])
+            return super().__call__(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(sentiment_job, "LabelWordLoss", Noting)
+    for narrow in (True, False):
+        if not narrow:
+            monkeypatch.setattr(sentiment_job, "label_words_alone", lambda *_: nullcontext())
+        main([*command_line, *settings])
+        log = read_trajectory(tmp_path / "out")
+        assert log.header["settings"]["zo_preconditioner"] == "inputs"
+        slopes.append([record.projected_gradients for record in log.records])
+    assert len(widths) == 2 and min(widths) == 2
+    assert np.shape(slopes[0]) == (4, 4) and np.any(slopes[0])
+    assert np.allclose(*slopes, rtol=1e-2, atol=1e-4)
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

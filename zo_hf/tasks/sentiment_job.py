@@ -14,6 +14,7 @@ run.png in --output_dir.
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -37,7 +39,8 @@ from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import load_model, load_tokenizer, quantization_of
-from zo_hf.tasks.label_word_loss import LabelWordLoss
+from zo_hf.tasks.label_word_head import label_words_alone
+from zo_hf.tasks.label_word_loss import LabelWordLoss, scores_of_labels
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.prompts import LabelWordCollator, Prompt, encode_example, label_token_ids
 from zo_hf.tasks.run_plot import plot_run
@@ -87,6 +90,7 @@ class Task:
         loss: "label_words" or "vocabulary", see `JobArguments`.
         max_length: maximum number of tokens in prompt, sentence and label.
         num_progress: maximum number of held-out sentences that are scored during training.
+        moving: the modules that read what moves.
     """
 
     model_name: str
@@ -98,6 +102,7 @@ class Task:
     loss: str
     max_length: int
     num_progress: int
+    moving: frozenset[Module] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,9 @@ def prepare(job: JobArguments, config: ZOConfig) -> Task:
     name = sources.model or EMBEDDED_MODEL
     print_line(f"model      {name}, {model.num_parameters() / 1e6:.0f}M parameters, on {config.device}")
     print_line(f"sentences  {sentences.name}: {len(sentences.train)} to train on, {len(sentences.held_out)} held out")
-    return Task(
-        name, model, tokenizer, sentences, prompt, label_ids, job.loss, job.max_length, job.num_progress_examples
-    )
+    moving = frozenset(module for site in subspace.sites for module, _ in site.uses)
+    cut = (job.max_length, job.num_progress_examples)
+    return Task(name, model, tokenizer, sentences, prompt, label_ids, job.loss, *cut, moving)
 
 
 def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -176,7 +181,10 @@ def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = (
     for callback in callbacks:
         trainer.add_callback(callback)
     started = time.perf_counter()
-    with PeakMemory() as training_memory:
+    is_divided = config.torch_compile or config.fsdp or grid_of(config).stages > 1
+    narrows = task.loss == "label_words" and not is_divided
+    narrow = label_words_alone(task.model, task.label_ids, task.moving) if narrows else nullcontext()
+    with PeakMemory() as training_memory, narrow:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
     trainer.save_model()  # first of all, so that nothing that follows can lose it
@@ -251,8 +259,7 @@ def build_trainer(task: Task, config: ZOConfig) -> ZOTrainer:
         )
 
     def label_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        # The last position is the label token itself, and the one before it predicts the label.
-        return (logits[0] if isinstance(logits, tuple) else logits)[:, -2, task.label_ids]
+        return scores_of_labels(logits[0] if isinstance(logits, tuple) else logits, torch.tensor(task.label_ids))
 
     def progress_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         # All other labels are -100, so the maximum is the label token, wherever padding of gathered batches has put
