@@ -13,7 +13,7 @@
 The first run makes a virtual environment in .venv beside this file and installs the package there,
 editable, in the versions of constraints.txt. Later runs find that done and start at once.
 
-`demo` is `launch recipes/opt_sst2.py --offline`; a file name in ARGS is relative to where you are.
+`demo` is `launch recipes/opt_sst2.py --offline --config recipes/last_norm.yaml`; a file name in ARGS is relative to where you are.
 `serve` installs vLLM into an environment of its own, .venv-vllm. MODEL is a folder or a name on the hub.
 
 Environment:
@@ -38,6 +38,7 @@ import tempfile
 MIN_PYTHON = (3, 10)
 ROOT = os.path.dirname(os.path.abspath(__file__))
 RECIPE = os.path.join("recipes", "opt_sst2.py")
+DEMO_SETTINGS = os.path.join("recipes", "last_norm.yaml")
 STAMP = "zo_hf-install.json"
 VLLM_STAMP = "zo_hf-vllm.json"
 EXTRAS = {
@@ -268,7 +269,9 @@ def extras_of(script):
 
 
 def demo(arguments):
-    return launch([os.path.join(ROOT, RECIPE), "--offline", *arguments])
+    has_settings = any(word == "--config" or word.startswith("--config=") for word in arguments)
+    settings = [] if has_settings else ["--config", os.path.join(ROOT, DEMO_SETTINGS)]
+    return launch([os.path.join(ROOT, RECIPE), "--offline", *settings, *arguments])
 
 
 def gpu(arguments):
