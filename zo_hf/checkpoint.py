@@ -265,7 +265,8 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     # Everything is read before anything of the model is written.
     read = {path: _read(path, tensors) for path, tensors in targets.items()}
     rule_file = folder / RULE_FILE
-    rule = _read(rule_file, zo.rule.state(), whole_file=True) if rule_file.exists() else None
+    needed = {name: tensor for name, tensor in zo.rule.state().items() if name not in zo.rule.newer_state}
+    rule = _read(rule_file, needed, whole_file=True) if rule_file.exists() else None
     try:
         zo.load_state_dict(state["engine"])
         if rule is not None:

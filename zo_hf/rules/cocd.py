@@ -10,6 +10,8 @@ holds the m most recent differences. α is the optimizer's learning rate. On a q
     α < 2 / (λmax · Σ_{k<K} γᵏ)           K = n/B steps a cycle
 
 This bound is exact for a diagonal Hessian, and was sufficient for every other Hessian tried (docs/cocd.md).
+
+With memory for all n coordinates, the log has the coherence of remembered and new differences (`coherence.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from zo_hf.estimators.coordinate import Coordinate, CoordinateForward
 from zo_hf.estimators.estimator import Estimator
 from zo_hf.method_info import Method
 from zo_hf.rng import StreamOf
+from zo_hf.rules.coherence import Coherence
 from zo_hf.rules.options import RuleOptions
 from zo_hf.rules.rule import Rule, is_plain_descent
 from zo_hf.subspaces.subspace import Subspace
@@ -41,6 +44,7 @@ class CoherentCoordinateDescent(Rule):
     about = Method("CoCD (2605.14373)", memory="d", needs="zo_estimator=coordinate")
     uses = ("cocd_decay", "cocd_memory")
     needs_estimator = (Coordinate.name, CoordinateForward.name)
+    newer_state = ("coherence",)
 
     def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
         super().__init__(subspace, estimator, options)
@@ -59,6 +63,8 @@ class CoherentCoordinateDescent(Rule):
             device=coordinates[0].device,
         )
         self._next_step = 0
+        decay, remembers_all = self.options.cocd_decay, len(self._ring) == dimension
+        self._coherence = Coherence(dimension, per_step, decay, self._ring) if remembers_all else None
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         if not is_plain_descent(optimizer):
@@ -73,15 +79,20 @@ class CoherentCoordinateDescent(Rule):
         assert isinstance(distribution, UnitVectors)
         ring, step, per_step = self._ring, stream_of(0).step, distribution.per_step
         turn, after = step * per_step, (step + 1) * per_step
+        turns = torch.arange(turn, after, device=ring.device)
         # A skipped step measured nothing: its coordinates do not move until their next turn.
         if step >= self._next_step:  # otherwise this step is estimated again, and its numbers replace the earlier ones
+            if self._coherence is not None:
+                self._coherence.before(step, ring[turns % len(ring)])
             missed = torch.arange(max(self._next_step * per_step, turn - len(ring)), turn, device=ring.device)
             ring.mul_(self.options.cocd_decay)
             ring[missed % len(ring)] = 0.0
             self._next_step = step + 1
-        measured = self.estimator.coefficients(projected_gradients)
-        turns = torch.arange(turn, after, device=ring.device)
-        ring[turns % len(ring)] = torch.tensor(measured, dtype=ring.dtype, device=ring.device)
+        found = self.estimator.coefficients(projected_gradients)
+        measured = torch.tensor(found, dtype=ring.dtype, device=ring.device)
+        ring[turns % len(ring)] = measured
+        if self._coherence is not None:
+            self._coherence.after(step, measured)
         self._set_gradient(after, distribution)
 
     def _set_gradient(self, after: int, units: UnitVectors) -> None:
@@ -98,10 +109,18 @@ class CoherentCoordinateDescent(Rule):
     def after_fold(self) -> None:
         """Forget all differences: those along the old bases say nothing about the new ones."""
         self._ring.zero_()
+        if self._coherence is not None:
+            self._coherence.forget()
+
+    def logs(self) -> dict[str, float]:
+        return {} if self._coherence is None else self._coherence.logs()
 
     def state(self) -> dict[str, Tensor]:
-        return {"differences": self._ring.clone(), "next_step": torch.tensor(self._next_step)}
+        state = {"differences": self._ring.clone(), "next_step": torch.tensor(self._next_step)}
+        return state if self._coherence is None else state | {"coherence": self._coherence.of_steps.clone()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._ring.copy_(state["differences"])
         self._next_step = int(state["next_step"])
+        if self._coherence is not None and "coherence" in state:
+            self._coherence.load(state["coherence"], self._next_step)

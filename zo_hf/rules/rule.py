@@ -62,6 +62,8 @@ class Rule:
     candidates: ClassVar[tuple[float, ...]] = ()
     #: The number of points at which a step records the estimator's numbers: 1 (ξ), or 2 (ξ and a snapshot of it).
     points: ClassVar[int] = 1
+    #: Names in `state` that checkpoints of earlier versions lack.
+    newer_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, subspace: Subspace, estimator: Estimator, options: RuleOptions | None = None) -> None:
         self.subspace, self.estimator = subspace, estimator
@@ -110,6 +112,10 @@ class Rule:
 
     def after_fold(self) -> None:
         """Adapt the state to new bases; called after the subspace has drawn them."""
+
+    def logs(self) -> dict[str, float]:
+        """Return the `zo/...` entries that the rule adds to a line of the training log."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that later steps depend on, by name, for a checkpoint; none is a view."""

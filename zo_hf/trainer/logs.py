@@ -31,6 +31,7 @@ def engine_logs(zo: ZerothOrder, estimate: Estimate, monitor: StabilityMonitor |
         logs |= monitor.logs()
     if isinstance(zo.distribution, UnitVectors):
         logs["zo/cycles"] = zo.distribution.cycles(zo.step)
+    logs |= zo.rule.logs()
     if isinstance(zo.subspace, Folded) and zo.subspace.fold_error is not None:
         logs["zo/fold_error"] = zo.subspace.fold_error
     return logs
