@@ -16,20 +16,20 @@ interrupted comparison continues, table.md and digits.png.
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional as F
+from common.coordinate_report import POINTS, Report, final
+from common.coordinate_studies import STUDIES
+from common.digit_pictures import BatchLoss, Digits, measure
+from common.resnet20 import ResNet20
+from common.single_weights import SingleWeightLosses
 from tqdm import tqdm
 
 from zo_hf import ZerothOrder
@@ -39,92 +39,45 @@ from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
 
-SETTINGS = ("method", "learning_rate", "eps", "seed", "forwards")
-COCD: dict[str, Any] = {"estimator": "coordinate", "rule": "cocd", "num_directions": 64}
-# Arguments of the engine.
-METHODS: dict[str, dict[str, Any]] = {
-    "two-point": {"estimator": "two_point", "num_directions": 16, "direction": "rademacher"},
-    "BCCD (γ = 0)": COCD | {"rule": "none"},
-    "CoCD γ = 0.9": COCD | {"cocd_decay": 0.9},
-    "CoCD γ = 0.99": COCD | {"cocd_decay": 0.99},
-    "CoCD γ = 1": COCD | {"cocd_decay": 1.0},
-    "CoCD γ = 0.99, forward": COCD | {"cocd_decay": 0.99, "estimator": "coordinate_forward"},
-}
-ABLATED = "CoCD γ = 0.99"
-POINTS = 20
+SETTINGS = ("network", "method", "learning_rate", "eps", "seed", "forwards")
 
 
 def arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--forwards", type=int, default=100_000, help="forward passes of a run (%(default)s)")
-    rates = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]
-    add("--learning-rates", type=float, nargs="+", default=rates, help="learning rates to try (%(default)s)")
-    add("--shared-rate", type=float, default=0.01, help="the rate shared by all methods (%(default)s: the paper's)")
-    add("--eps", type=float, default=0.1, help="distance of a probe (%(default)s: the paper's)")
-    add("--other-eps", type=float, nargs="*", default=[0.01, 1.0], help=f"other distances for {ABLATED} (%(default)s)")
+    add("--network", choices=STUDIES, default="mlp", help="4,810 weights or 269,434 (%(default)s)")
+    add("--methods", nargs="+", help="methods, by their names in the table (all)")
+    add("--forwards", type=int, help="forward passes of a run (the method's own)")
+    add("--learning-rates", type=float, nargs="+", help="learning rates to try (the method's own)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="parallel runs (%(default)s: one for each core)")
     add("--output", type=Path, default=Path("out/cocd_digits"), help="folder for results (%(default)s)")
     return parser.parse_args()
 
 
-class Digits:
-    """1,437 training pictures of 8 x 8 pixels and 360 held-out ones, the same for all runs."""
-
-    def __init__(self) -> None:
-        data = load_digits()
-        order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-        pictures = torch.tensor(data.data, dtype=torch.float32)[order] / 16
-        labels = torch.tensor(data.target)[order]
-        self.train = pictures[:1437], labels[:1437]
-        self.held_out = pictures[1437:], labels[1437:]
-
-    def batches(self, seed: int, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches without end, with a new order in every epoch."""
-        generator = torch.Generator().manual_seed(seed)
-        pictures, labels = self.train
-        while True:
-            for rows in torch.randperm(len(labels), generator=generator).split(size):
-                if len(rows) == size:
-                    yield pictures[rows], labels[rows]
-
-
-class BatchLoss:
-    """The loss of one batch, for one probe or for several in one forward pass.
-
-    Args:
-        model: the classifier.
-        pictures: (rows, 64).
-        labels: (rows,).
-    """
-
-    def __init__(self, model: nn.Module, pictures: Tensor, labels: Tensor) -> None:
-        self.model, self.pictures, self.labels, self.rows = model, pictures, labels, len(labels)
-
-    def __call__(self) -> Tensor:
-        return F.cross_entropy(self.model(self.pictures), self.labels)
-
-    def batched(self, copies: int) -> Tensor:
-        """Return the losses of `copies` probes, (copies,), from one forward pass."""
-        logits = self.model(self.pictures.repeat(copies, 1))
-        return F.cross_entropy(logits, self.labels.repeat(copies), reduction="none").view(copies, -1).mean(1)
-
-
 def train(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make one run, and measure the loss on all training pictures and the held-out accuracy during it."""
+    """Make one run; measure the training loss and the held-out accuracy during it, and the coherence in every step."""
     torch.set_num_threads(1)
     torch.manual_seed(settings["seed"])
-    digits, model = Digits(), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    study = STUDIES[settings["network"]]
+    method, digits, model = study.methods[settings["method"]], Digits(study.shape), study.make()
     subspace = FullInMemory(model, seed=settings["seed"])
-    options = {"eps": settings["eps"], "seed": settings["seed"], "batched_probes": True} | METHODS[settings["method"]]
-    zo = ZerothOrder(model, subspace, **options)
+    zo = ZerothOrder(
+        model, subspace, eps=settings["eps"], seed=settings["seed"], batched_probes=True, **method.options
+    )
     optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=settings["learning_rate"]))
     started, curve = time.process_time(), [measure(model, digits)]
+    coherence: list[tuple[int, float]] = []
     every = settings["forwards"] / POINTS
-    for pictures, labels in digits.batches(settings["seed"]):
-        zo.estimate(BatchLoss(model, pictures, labels))
+    for pictures, labels in digits.batches(settings["seed"], study.batch_size):
+        if isinstance(model, ResNet20) and method.along_coordinates:
+            zo.estimate(SingleWeightLosses(zo, model, pictures, labels))
+        else:
+            zo.estimate(BatchLoss(model, pictures, labels))
         optimizer.step()
+        found = zo.rule.logs()
+        if "zo/coherence" in found:
+            coherence.append((zo.forward_passes, round(found["zo/coherence"], 5)))
         if zo.forward_passes >= every * len(curve):
             point = measure(model, digits)
             while zo.forward_passes >= every * len(curve):  # a step may take more passes than lie between two points
@@ -132,27 +85,25 @@ def train(settings: Mapping[str, Any]) -> dict[str, Any]:
             del curve[POINTS + 1 :]
             if not point[0] < 10 * curve[0][0] or len(curve) > POINTS:
                 break
-    return dict(settings) | {"curve": curve, "steps": zo.step, "seconds": time.process_time() - started}
-
-
-@torch.no_grad()
-def measure(model: nn.Module, digits: Digits) -> tuple[float, float]:
-    """Return the loss on the training pictures, and the accuracy on the held-out ones."""
-    pictures, labels = digits.held_out
-    loss = float(F.cross_entropy(model(digits.train[0]), digits.train[1]))
-    return loss, float((model(pictures).argmax(1) == labels).float().mean())
+    result = {"curve": curve, "coherence": coherence, "coordinates": subspace.dimension, "steps": zo.step}
+    return dict(settings) | result | {"seconds": time.process_time() - started}
 
 
 class Comparison:
-    """The requested runs."""
+    """The requested runs of one network."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+        self.args, self.study = args, STUDIES[args.network]
+        unknown = [name for name in args.methods or () if name not in self.study.methods]
+        if unknown:
+            raise ValueError(f"--methods {unknown[0]} is unknown; choose among {', '.join(self.study.methods)}.")
+        self.methods = args.methods or list(self.study.methods)
         self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
 
     def settings(self, method: str, learning_rate: float, seed: int, eps: float | None = None) -> dict[str, Any]:
         """Return the settings that identify a run."""
-        values = (method, learning_rate, eps or self.args.eps, seed, self.args.forwards)
+        own = self.study.methods[method]
+        values = (self.args.network, method, learning_rate, eps or own.eps, seed, self.args.forwards or own.forwards)
         return dict(zip(SETTINGS, values, strict=True))
 
     def make(self, runs: list[dict[str, Any]]) -> None:
@@ -164,103 +115,38 @@ class Comparison:
             for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
                 self.finished.add(job.result())
 
-    def curves(self, method: str, learning_rate: float, eps: float | None = None) -> list[list[tuple[float, float]]]:
-        """Return the curve of every seed."""
-        runs = [self.finished.find(self.settings(method, learning_rate, seed, eps)) for seed in self.args.seeds]
-        return [run["curve"] for run in runs if run is not None]
+    def runs(self, method: str, learning_rate: float, eps: float | None = None) -> list[dict[str, Any]]:
+        """Return the run of every seed."""
+        found = [self.finished.find(self.settings(method, learning_rate, seed, eps)) for seed in self.args.seeds]
+        return [run for run in found if run is not None]
 
     def tune(self) -> dict[str, float]:
         """Return the learning rate of each method for which the first seed ends at the lowest loss."""
-        rates, first = self.args.learning_rates, self.args.seeds[0]
-        self.make([self.settings(method, rate, first) for method in METHODS for rate in rates])
+        first = self.args.seeds[0]
+        rates = {name: self.args.learning_rates or self.study.methods[name].rates for name in self.methods}
+        self.make([self.settings(name, rate, first) for name in self.methods for rate in rates[name]])
 
         def end(method: str, rate: float) -> float:
             run = self.finished.find(self.settings(method, rate, first))
             assert run is not None
             return final(run["curve"])[0]
 
-        return {method: min(rates, key=lambda rate: end(method, rate)) for method in METHODS}
-
-
-def final(curve: list[tuple[float, float]]) -> tuple[float, float]:
-    """Return the final loss and accuracy; infinity and 0 for a diverged run."""
-    done = len(curve) > POINTS and math.isfinite(curve[-1][0])
-    return (curve[-1][0], curve[-1][1]) if done else (math.inf, 0.0)
-
-
-def cell(curves: list[list[tuple[float, float]]]) -> str:
-    """Return two table cells: loss and accuracy, mean ± standard deviation over seeds."""
-    ends = [final(curve) for curve in curves]
-    if not all(math.isfinite(loss) for loss, _ in ends):
-        return "diverges | |"
-    losses, accuracies = [loss for loss, _ in ends], [100 * accuracy for _, accuracy in ends]
-    spreads = [f" ± {stdev(values):.2g}" if len(values) > 1 else "" for values in (losses, accuracies)]
-    return f"{mean(losses):.3g}{spreads[0]} | {mean(accuracies):.1f}{spreads[1]} % |"
-
-
-def table(comparison: Comparison, best: dict[str, float]) -> str:
-    """Return a table with a row for each method, and one with a row for each distance."""
-    args, shared = comparison.args, comparison.args.shared_rate
-    lines = [
-        f"| method | tuned α | loss | accuracy | loss at α = {shared:g} | accuracy at α = {shared:g} |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for method, rate in best.items():
-        tuned, at_shared = comparison.curves(method, rate), comparison.curves(method, shared)
-        lines.append(f"| {method} | {rate:g} | {cell(tuned)} {cell(at_shared)}")
-    lines += ["", f"| {ABLATED}, α = {best[ABLATED]:g} | loss | accuracy |", "|---|---:|---:|"]
-    for eps in sorted({args.eps, *args.other_eps}):
-        lines.append(f"| ε = {eps:g} | {cell(comparison.curves(ABLATED, best[ABLATED], eps))}")
-    return "\n".join(lines) + "\n"
-
-
-def plot(comparison: Comparison, best: dict[str, float], path: Path) -> None:
-    """Draw loss and accuracy against forward passes: the mean and the range over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    args = comparison.args
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row")
-    forwards = [args.forwards * point / POINTS for point in range(POINTS + 1)]
-    for column, title in enumerate(("each at its own α", f"all at α = {args.shared_rate:g}")):
-        for index, (method, rate) in enumerate(best.items()):
-            rate = args.shared_rate if column else rate
-            curves = comparison.curves(method, rate)
-            shortest = min(map(len, curves))
-            for row in range(2):
-                values = [[point[row] for point in curve[:shortest]] for curve in curves]
-                over_seeds = list(zip(*values, strict=True))
-                axes, color = panels[row][column], f"C{index}"
-                axes.plot(forwards[:shortest], [mean(v) for v in over_seeds], color=color, label=f"{method}, {rate:g}")
-                low, high = [min(v) for v in over_seeds], [max(v) for v in over_seeds]
-                axes.fill_between(forwards[:shortest], low, high, color=color, alpha=0.2, linewidth=0)
-        panels[0][column].set_title(title)
-        panels[0][column].legend(fontsize="x-small")
-        panels[1][column].set_xlabel("forward passes")
-    panels[0][0].set_ylabel("training loss")
-    panels[0][0].set_yscale("log")
-    panels[0][0].set_ylim(top=10)
-    panels[1][0].set_ylabel("held-out accuracy")
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        return {name: min(rates[name], key=lambda rate: end(name, rate)) for name in self.methods}
 
 
 def main() -> None:
     args = arguments()
     comparison = Comparison(args)
-    best = comparison.tune()
-    rates = [(method, rate, None) for method in METHODS for rate in {best[method], args.shared_rate}]
-    rates += [(ABLATED, best[ABLATED], eps) for eps in args.other_eps]
-    comparison.make(
-        [comparison.settings(method, rate, seed, eps) for method, rate, eps in rates for seed in args.seeds]
-    )
-    text = table(comparison, best)
+    best, study = comparison.tune(), comparison.study
+    rates = [(name, rate, None) for name, own in best.items() for rate in {own, study.shared_rate or own}]
+    if study.ablated is not None and study.ablated[0] in best:
+        rates += [(study.ablated[0], best[study.ablated[0]], eps) for eps in study.ablated[1]]
+    comparison.make([comparison.settings(*rate[:2], seed, rate[2]) for rate in rates for seed in args.seeds])
+    report = Report(study, best, comparison.runs)
+    text = report.table()
     (args.output / "table.md").write_text(text, encoding="utf-8")
-    plot(comparison, best, args.output / "digits.png")
+    report.plot(args.output / "digits.png")
+    report.plot_coherence(args.output / "coherence.png")
     print(text)
 
 

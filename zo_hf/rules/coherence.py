@@ -73,7 +73,9 @@ class Coherence:
             ValueError: it is of another length.
         """
         if of_steps.shape != self.of_steps.shape:
-            raise ValueError(f"there are {of_steps.numel()} steps' coherences, and a cycle has {len(self.of_steps)} steps")
+            raise ValueError(
+                f"there are {of_steps.numel()} steps' coherences, and a cycle has {len(self.of_steps)} steps"
+            )
         self.of_steps.copy_(of_steps)
         self._last = next_step - 1
 

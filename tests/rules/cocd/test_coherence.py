@@ -92,7 +92,7 @@ def test_it_changes_no_bit_and_costs_no_forward_pass(monkeypatch: pytest.MonkeyP
     for name in ("before", "after"):
         monkeypatch.setattr(Coherence, name, lambda *_: None)
     without = run(*regression(torch.float32), 20, 3, 0.05)
-    assert BOTH == with_it[0].rule.logs().keys() and without[0].rule.logs() == {}
+    assert with_it[0].rule.logs().keys() == BOTH and without[0].rule.logs() == {}
     assert all(torch.equal(a, b) for a, b in zip(with_it[1], without[1], strict=True))
     assert with_it[0].forward_passes == without[0].forward_passes == 20 * 6
 

@@ -1,0 +1,169 @@
+"""The recipe of coordinate descent on digits: its networks, its shortcut for single weights, and runs of few steps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from tests.conftest import assert_same_bits, weights_of
+from tests.recipes.recipe_module import recipe_module
+from zo_hf import ZerothOrder
+from zo_hf.subspaces import FullInMemory
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return recipe_module("cocd_digits")
+
+
+def network() -> nn.Module:
+    from common.resnet20 import ResNet20
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ResNet20()
+        for module in model.modules():  # norms begin at 1 and 0, at which mistakes would not show
+            if isinstance(module, nn.GroupNorm):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+    return model
+
+
+def batch(rows: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(rows, 1, 8, 8, generator=generator), torch.randint(10, (rows,), generator=generator)
+
+
+def written_out(model: nn.Module, x: Tensor) -> Tensor:
+    """ResNet-20 a second time, as its paper has it, with a strided identity and zeros as the shortcut."""
+    x = model.norm(model.conv(x)).relu()
+    for index, block in enumerate(model.blocks):
+        y = block.norm_2(block.conv_2(block.norm_1(block.conv_1(x)).relu()))
+        if index in (3, 6):
+            kept = x[:, :, ::2, ::2]
+            x = torch.cat([kept, torch.zeros_like(kept)], dim=1)
+        x = (x + y).relu()
+    return model.linear(x.flatten(2).mean(-1))
+
+
+def test_resnet_20_has_the_size_and_the_form_of_its_paper() -> None:
+    from common.resnet20 import ResNet20
+
+    assert sum(p.numel() for p in ResNet20(channels=3).parameters()) == 269_722
+    model, (pictures, _) = network(), batch()
+    assert sum(p.numel() for p in model.parameters()) == 269_434
+    assert [tuple(block.conv_2.weight.shape[:2]) for block in model.blocks] == [
+        (width, width) for width in (16, 32, 64) for _ in range(3)
+    ]
+    torch.testing.assert_close(model(pictures), written_out(model, pictures), rtol=1e-4, atol=1e-4)
+    large = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model(large), written_out(model, large), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_losses_of_single_weights_are_those_of_the_whole_network(recipe: ModuleType) -> None:
+    """In every parameter, at both ends of it and between, with moves of both signs."""
+    model, (pictures, labels) = network(), batch()
+    zo = ZerothOrder(model, FullInMemory(model), estimator="coordinate", num_directions=4)
+    loss = recipe.SingleWeightLosses(zo, model, pictures, labels)
+    inputs = loss._inputs()
+    loss._make_matrices(inputs)
+    parameters = dict(model.named_parameters())
+    clean = F.cross_entropy(model(pictures), labels)
+    moves = torch.tensor([0.7, -0.7, 0.4])
+    for name, parameter in parameters.items():
+        elements = torch.tensor([0, parameter.numel() // 2, parameter.numel() - 1])
+        expected = []
+        for element, move in zip(elements, moves, strict=True):
+            moved = parameter.clone()
+            moved.view(-1)[element] += move
+            outputs = functional_call(model, parameters | {name: moved}, (pictures,))
+            expected.append(F.cross_entropy(outputs, labels))
+        found = loss._moved(name, elements, moves, inputs)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=3e-6)
+        assert (found - clean).abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize("estimator", ["coordinate", "coordinate_forward"])
+def test_a_step_has_the_numbers_of_the_engines_own_probes(recipe: ModuleType, estimator: str) -> None:
+    pictures, labels = batch()
+    numbers = []
+    for shortcut in (True, False):
+        model = network()
+        before = weights_of(model)
+        zo = ZerothOrder(
+            model, FullInMemory(model), estimator=estimator, num_directions=160, eps=0.05, batched_probes=False
+        )
+        own = recipe.SingleWeightLosses(zo, model, pictures, labels)
+        loss = own if shortcut else lambda own=own: own()
+        estimate = zo.estimate(loss)
+        assert_same_bits(weights_of(model), before)
+        numbers.append(torch.tensor(estimate.projected_gradients))
+        assert zo.forward_passes == (320 if estimator == "coordinate" else 161)
+        assert not zo.subspace.still, "all weights are read"
+    torch.testing.assert_close(numbers[0], numbers[1], rtol=0, atol=1e-4)
+    assert numbers[0].abs().max() > 1e-2
+
+
+def test_runs_are_made_once_and_drawn(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = recipe.STUDIES["mlp"]
+    names = ("BCCD (γ = 0)", "CoCD γ = 0.99")
+    few = {
+        name: replace(
+            study.methods[name],
+            options=study.methods[name].options | {"num_directions": 1300},
+            rates=(0.01, 1e30),
+            forwards=2600 * 8,
+        )
+        for name in names
+    }
+    monkeypatch.setitem(recipe.STUDIES, "mlp", replace(study, methods=few, ablated=("CoCD γ = 0.99", (1.0,))))
+    in_this_process(recipe, monkeypatch)
+    words = ["recipe", "--methods", *names, "--seeds", "0", "1", "--processes", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    recipe.main()
+    table = capsys.readouterr().out
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 2 * 2 + 2 + 2, "two rates each, another seed of the better one, and another distance"
+    assert all(run["steps"] == 8 for run in runs if run["learning_rate"] == 0.01)
+    of_cocd = next(run for run in runs if run["method"] == names[1] and run["learning_rate"] == 0.01)
+    of_bccd = next(run for run in runs if run["method"] == names[0])
+    assert len(of_cocd["coherence"]) == 5 and of_bccd["coherence"] == [], "the second cycle begins in step 3 of 8"
+    assert "| CoCD γ = 0.99 | 0.01 | 20,800 | 2.2 | " in table and "| ε = 1 | " in table
+    assert {path.name for path in tmp_path.glob("*.png")} == {"digits.png", "coherence.png"}
+    monkeypatch.setattr(recipe, "train", lambda _: pytest.fail("the runs are there"))
+    recipe.main()
+    monkeypatch.setattr(sys, "argv", ["recipe", "--methods", "sgd", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="--methods sgd is unknown; choose among BCCD"):
+        recipe.main()
+
+
+def in_this_process(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the runs without the processes, which would not see a changed table of methods."""
+    from concurrent.futures import Future
+
+    class Pool:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, function, settings) -> Future:
+            future: Future = Future()
+            future.set_result(function(settings))
+            return future
+
+    monkeypatch.setattr(recipe, "ProcessPoolExecutor", Pool)
