@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
