@@ -5,7 +5,7 @@
 """Compare coherent coordinate descent with methods without its memory, on scikit-learn's digits.
 
     python recipes/cocd_digits.py                          # a network of 4,810 weights; ten minutes of one core
-    python recipes/cocd_digits.py --network resnet20       # ResNet-20, 269,434 weights; eight minutes of one core
+    python recipes/cocd_digits.py --network resnet20       # ResNet-20, 269,434 weights; six minutes of one core
     python recipes/cocd_digits.py --processes 1 --forwards 40000 --seeds 0
 
 First, every method makes a full run with each learning rate on the first seed, since a rate that is the best for a

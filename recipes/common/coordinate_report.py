@@ -83,7 +83,8 @@ class Report:
         lengths = {self._runs(*pair)[0]["forwards"] for pair in self._best.items()}
         if len(lengths) > 1:
             panels[0][0].set_xscale("log")
-        panels[0][0].set(ylabel="training loss", yscale="log", ylim=(None, 10))
+        panels[0][0].set(ylabel="training loss", yscale="log")
+        panels[0][0].set_ylim(top=min(10, panels[0][0].get_ylim()[1]))
         panels[1][0].set_ylabel("held-out accuracy")
         _save(figure, panels, path)
 
