@@ -117,7 +117,7 @@ class CoherentCoordinateDescent(Rule):
 
     def state(self) -> dict[str, Tensor]:
         state = {"differences": self._ring.clone(), "next_step": torch.tensor(self._next_step)}
-        return state if self._coherence is None else state | {"coherence": self._coherence.of_steps.clone()}
+        return state if self._coherence is None else state | {"coherence": self._coherence.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._ring.copy_(state["differences"])

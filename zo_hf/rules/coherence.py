@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: Old differences that have faded below this part of what they were are no longer compared.
 _FADED = 1e-20
+#: Stands for NaN in a checkpoint, so that equal states compare as equal; no cosine has this value.
+_NOT_COMPARED = 2.0
 
 
 class Coherence:
@@ -66,8 +68,12 @@ class Coherence:
         """Drop the coherence of the last cycle, whose coordinates are no longer the same."""
         self.of_steps.fill_(torch.nan)
 
+    def state(self) -> Tensor:
+        """Return `of_steps` for a checkpoint, (K,), without NaN."""
+        return self.of_steps.nan_to_num(_NOT_COMPARED)
+
     def load(self, of_steps: Tensor, next_step: int) -> None:
-        """Restore `of_steps` of a run whose next step is given.
+        """Restore what `state` returned of a run whose next step is given.
 
         Raises:
             ValueError: it is of another length.
@@ -77,6 +83,7 @@ class Coherence:
                 f"there are {of_steps.numel()} steps' coherences, and a cycle has {len(self.of_steps)} steps"
             )
         self.of_steps.copy_(of_steps)
+        self.of_steps[self.of_steps == _NOT_COMPARED] = torch.nan
         self._last = next_step - 1
 
     def logs(self) -> dict[str, float]:
