@@ -49,8 +49,7 @@ def real_steps(model: Any, setup: Setup, given: Assumptions, batch: dict[str, to
         return lambda: backward_steps(model, given, batch)
 
     def steps() -> None:
-        batched = given.batched and not given.rows_per_direction
-        options = {"num_directions": given.num_directions, "batched_probes": batched}
+        options = {"num_directions": given.num_directions, "batched_probes": given.batched}
         zo = ZerothOrder(model, setup.kind, rows_per_direction=given.rows_per_direction, **options)
         groups = zo.coordinates()
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1e-6)

@@ -12,7 +12,9 @@ import torch
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from tests.memory.measured import peak_of_allocations, real_batch, real_model, real_steps, tensor_bytes
+from zo_hf.engine import ZerothOrder
 from zo_hf.memory import Assumptions, plan
+from zo_hf.memory.measure import rows_of_passes
 from zo_hf.memory.peak import MIB, PeakMemory
 from zo_hf.memory.setups import Setup
 
@@ -51,6 +53,9 @@ REAL = {
     "opt": OPTConfig(),
     "gpt2": GPT2Config(),
 }
+TINY = LlamaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+)
 GIVEN = Assumptions(batch_size=4, sequence_length=64, rows_per_direction=0, overhead=0)
 SETUPS = [Setup("low_rank", "float32"), Setup("full", "float32"), Setup("adapter", "float32")]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -101,6 +106,7 @@ def test_the_plan_is_what_the_allocator_hands_out(name: str, setup: Setup) -> No
         replace(GIVEN, batched=False, batch_size=1, sequence_length=256),
         replace(GIVEN, num_directions=3, optimizer="adamw"),
         replace(GIVEN, rows_per_direction=1),
+        replace(GIVEN, rows_per_direction=1, batched=True),
     ],
     ids=[
         "all labels, unpadded",
@@ -109,6 +115,7 @@ def test_the_plan_is_what_the_allocator_hands_out(name: str, setup: Setup) -> No
         "sequential, long",
         "directions, adamw",
         "rows",
+        "rows, both signs in one pass",
     ],
 )
 def test_the_assumptions_count_as_they_do_in_a_real_step(given: Assumptions) -> None:
@@ -116,8 +123,50 @@ def test_the_assumptions_count_as_they_do_in_a_real_step(given: Assumptions) -> 
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "full"])
+@pytest.mark.parametrize("rows_per_direction", ["auto", 2, 0])
+@pytest.mark.parametrize("batched", ["auto", True, False])
+def test_the_passes_are_those_that_the_engine_makes(
+    kind: str, rows_per_direction: int | str, batched: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(GIVEN, rows_per_direction=rows_per_direction, batched=batched, sequence_length=8)
+    assert_same_passes(Setup(kind, "float32"), given, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "adapter"])
+def test_the_passes_of_several_directions_are_those_that_the_engine_makes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(GIVEN, rows_per_direction="auto", num_directions=2, sequence_length=8)
+    assert_same_passes(Setup(kind, "float32"), given, monkeypatch)
+
+
+def assert_same_passes(setup: Setup, given: Assumptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = real_model(TINY, setup, given)
+    made, counted, estimate = [], [], ZerothOrder.estimate
+
+    def watched(zo: ZerothOrder, closure: Any) -> Any:
+        before = zo.forward_passes
+        with rows_of_passes(model.get_base_model() if setup.uses_adapter else model) as passes:
+            found = estimate(zo, closure)
+        made.append(passes)
+        counted.append(zo.forward_passes - before)
+        return found
+
+    monkeypatch.setattr(ZerothOrder, "estimate", watched)
+    real_steps(model, setup, given, real_batch(given, TINY.vocab_size))()
+    planned = plan(TINY, "1GB", given, [setup]).rows[0].passes
+    assert planned == tuple(made[-1])
+    assert sum(planned) == counted[-1] * given.batch_size, "a step counts an evaluation of the batch for each probe"
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full"])
 def test_half_precision_counts_the_scratch_of_rounding(kind: str) -> None:
     assert_close(SMALL["llama"], Setup(kind, "half"), GIVEN)
+
+
+@pytest.mark.slow
+def test_rows_that_are_asked_for_count_for_all_weights_as_well() -> None:
+    assert_close(SMALL["llama"], SETUPS[1], replace(GIVEN, rows_per_direction=2))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -237,6 +237,7 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(tmp_path: Path) -> No
     "wrong",
     [
         {"batch_size": 0},
+        {"batched": "always"},
         {"sequence_length": 1},
         {"labels": 512},
         {"labels": 0},

@@ -10,22 +10,23 @@ format of the model's weights:
 
     llama on 24.0 GB; sizes in GB
 
-    setup                 base           moves  weights   state  working    total   fits
-    inference             bfloat16           -    16.06    0.00     1.03    18.09   yes    5.91 left
-    low_rank              bfloat16        6.8M    16.06    0.52     0.49    18.07   yes    5.93 left
-    low_rank              nf4             5.5M     6.03    0.42     0.49     7.94   yes   16.06 left
-    full                  bfloat16        8.0B    16.06    0.00     0.98    18.04   yes    5.96 left
-    adapter               bfloat16        1.3M    16.07    0.09     0.49    17.66   yes    6.34 left
-    adapter               nf4             1.3M     6.04    0.09     0.49     7.62   yes   16.38 left
-    adapter               nf4 double      1.3M     5.72    0.09     0.49     7.30   yes   16.70 left
-    low_rank, streamed    bfloat16        6.8M     1.92    0.52     0.49     3.93   yes   20.07 left, 32.1 to load a step
+    setup                 base           moves   passes  weights   state  working    total   fits
+    inference             bfloat16           -    1 x 8    16.06    0.00     1.03    18.09   yes    5.91 left
+    low_rank              bfloat16        6.8M    2 x 8    16.06    0.52     0.49    18.07   yes    5.93 left
+    low_rank              nf4             5.5M    2 x 8     6.03    0.42     0.49     7.94   yes   16.06 left
+    full                  bfloat16        8.0B   1 x 16    16.06    0.00     0.98    18.04   yes    5.96 left
+    adapter               bfloat16        1.3M    2 x 8    16.07    0.09     0.49    17.66   yes    6.34 left
+    adapter               nf4             1.3M    2 x 8     6.04    0.09     0.49     7.62   yes   16.38 left
+    adapter               nf4 double      1.3M    2 x 8     5.72    0.09     0.49     7.30   yes   16.70 left
+    low_rank, streamed    bfloat16        6.8M    2 x 8     1.92    0.52     0.49     3.93   yes   20.07 left, 32.1 to load a step
 
     for comparison, with a backward pass:
-    LoRA, checkpointing   bfloat16        3.4M    16.07    0.04     7.43    24.55   no     0.55 missing
-    QLoRA, checkpointing  nf4 double      3.4M     5.72    0.04     7.43    14.19   yes    9.81 left
-    AdamW, checkpointing  float32         8.0B    32.12   96.36     0.07   129.55   no   105.55 missing
+    LoRA, checkpointing   bfloat16        3.4M    1 x 8    16.07    0.04     7.43    24.55   no     0.55 missing
+    QLoRA, checkpointing  nf4 double      3.4M    1 x 8     5.72    0.04     7.43    14.19   yes    9.81 left
+    AdamW, checkpointing  float32         8.0B    1 x 8    32.12   96.36     0.07   129.55   no   105.55 missing
 
     moves    number of trained values: coordinates, adapter weights, or all weights
+    passes   forward passes of a step, and the rows of each
     weights  the model in the base format, with its adapter
     state    memory kept from step to step: coordinates, directions, gradients, optimizer
     working  memory beyond that at the peak of a step: activations, logits, scratch
@@ -81,10 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=str(DEFAULTS.rows_per_direction),
         help="rows that share directions, zo_rows_per_direction: a number, 0 for all, or auto (%(default)s)",
     )
-    add(
+    passes = parser.add_mutually_exclusive_group()
+    passes.add_argument(
         "--one-after-another",
         action="store_true",
-        help="one forward pass for each probe, zo_batched_probes=False; default: one for all probes",
+        help="one forward pass for each probe, zo_batched_probes=False; default: so where groups of rows have directions "
+        "of their own, else one for all probes",
+    )
+    passes.add_argument(
+        "--in-one-pass", action="store_true", help="one forward pass for all probes, zo_batched_probes=True"
     )
     directions = ("gaussian", "rademacher")
     add("--direction", default=DEFAULTS.direction, choices=directions, help="distribution of directions (%(default)s)")
@@ -122,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         rank=args.rank,
         num_directions=args.num_directions,
         rows_per_direction=_rows(args.rows_per_direction),
-        batched=not args.one_after_another,
+        batched=_batched(args),
         direction=args.direction,
         optimizer=args.optimizer,
         lora_rank=args.lora_rank,
@@ -141,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
 
 def text(result: Plan) -> str:
     """Return the text of a plan: the table, then every assumption."""
-    head = f"{'setup':<22}{'base':<12}{'moves':>8}{'weights':>9}{'state':>8}{'working':>9}{'total':>9}   fits"
+    sizes = f"{'weights':>9}{'state':>8}{'working':>9}{'total':>9}"
+    head = f"{'setup':<22}{'base':<12}{'moves':>8}{'passes':>9}{sizes}   fits"
     lines = [f"{result.model} on {result.gpu_memory / GB:.1f} GB; sizes in GB", "", head]
     group = None
     for row in result.rows:
@@ -159,7 +166,8 @@ def _line(row: Row) -> str:
     )
     headroom = f"{'yes' if row.fits else 'no ':<3} {abs(row.headroom) / GB:7.2f} {'left' if row.fits else 'missing'}"
     crosses = f", {row.crosses / GB:.1f} to load a step" if row.crosses else ""
-    return f"{_title(row):<22}{row.base:<12}{_count(row.moves):>8}{sizes}   {headroom}{crosses}"
+    moves, passes = _count(row.moves), f"{len(row.passes)} x {row.passes[0]}"
+    return f"{_title(row):<22}{row.base:<12}{moves:>8}{passes:>9}{sizes}   {headroom}{crosses}"
 
 
 def _title(row: Row) -> str:
@@ -178,15 +186,12 @@ def _assumptions(result: Plan) -> list[str]:
     given = result.assumptions
     labels = "every position" if given.labels is None else f"the last {given.labels} position(s)"
     one_after_another = f"{given.probes} probes, one after another"
-    probes = (
-        f"all {given.probes} probes in one forward pass, which holds {given.probes} times the activations"
-        if given.batched
-        else one_after_another
-    )
-    groups = ""
+    together = f"all {given.probes} probes in one forward pass, which holds {given.probes} times the activations"
+    probes, groups = together if given.batched else one_after_another, ""
     if given.rows_per_direction:
-        groups = f" for each of {given.groups} groups of rows, which the step holds; full: {probes}, for all rows"
-        probes = one_after_another
+        groups = f" for each of {given.groups} groups of rows, which the step holds"
+        groups += f"; full: {probes}, for all rows" if given.rows_per_direction == "auto" else ""
+        probes = one_after_another if given.batched == "auto" else probes
     targets = ", ".join(given.lora_targets) or "PEFT's choice"
     lines = [
         f"batch: {given.batch_size} rows of {given.sequence_length} tokens, "
@@ -207,6 +212,10 @@ def _assumptions(result: Plan) -> list[str]:
         "an assumption",
     ]
     return ["assumed", *(f"  {line}" for line in (*lines, *result.notes))]
+
+
+def _batched(args: argparse.Namespace) -> bool | str:
+    return True if args.in_one_pass else False if args.one_after_another else "auto"
 
 
 def _labels(word: str) -> int | None:

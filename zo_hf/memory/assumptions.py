@@ -29,8 +29,9 @@ class Assumptions:
         num_directions: q; a step of the two-point estimator evaluates 2q probes.
         rows_per_direction: rows of a group with directions of its own, which a step holds for all groups; 0 for one group
             of all rows, and "auto" for what the Trainer chooses by default.
-        batched: True for all probes of one group in one forward pass, which holds 2q times the activations; False for one
-            after another, as probes of several groups always are.
+        batched: True for all probes in one forward pass, which holds 2q times the activations; False for one after another.
+            "auto" is what a run needs at least: one after another if groups of rows have directions of their own, else in
+            one pass. On CUDA, such a run takes one pass if there is memory left for it.
         direction: distribution of the directions.
         optimizer: optimizer of the coordinates or adapter weights, "sgd", "momentum" or "adamw".
         lora_rank: rank of the LoRA adapter.
@@ -50,7 +51,7 @@ class Assumptions:
     rank: int = 4
     num_directions: int = 1
     rows_per_direction: int | str = "auto"
-    batched: bool = True
+    batched: bool | str = "auto"
     direction: str = "gaussian"
     optimizer: str = "sgd"
     lora_rank: int = 8
@@ -64,6 +65,8 @@ class Assumptions:
         rows = self.rows_per_direction
         if rows != "auto" and (isinstance(rows, str) or rows < 0):
             raise ValueError(f"rows_per_direction={rows!r} must be a number of rows, or 'auto'.")
+        if self.batched not in (True, False, "auto"):
+            raise ValueError(f"batched={self.batched!r} must be True, False or 'auto'.")
         if self.sequence_length < 2:
             raise ValueError(
                 f"sequence_length={self.sequence_length} must be at least 2, because a token predicts the next."

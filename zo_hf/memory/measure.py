@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,13 @@ class Usage:
         moves: number of coordinates, or of weights that a backward pass trains.
         state: bytes kept from step to step, except those of the optimizer: coordinates, directions, gradients.
         phases: peak bytes in each phase of a step, including the state.
+        passes: rows of each forward pass of a step.
     """
 
     moves: int
     state: int
     phases: tuple[int, ...]
+    passes: tuple[int, ...]
 
 
 def inference(model: Any, given: Assumptions) -> Usage:
@@ -52,7 +55,7 @@ def inference(model: Any, given: Assumptions) -> Usage:
     last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     with torch.no_grad(), MemoryTrace(tensors(model)) as trace:
         model(**_batch(given), use_cache=True, **last)
-    return Usage(0, 0, (trace.peak,))
+    return Usage(0, 0, (trace.peak,), (given.batch_size,))
 
 
 def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -> Usage:
@@ -66,14 +69,15 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
     inner: Any = base_model(model)
     with MemoryTrace(tensors(model)) as trace:
         subspace = make()
-        rows_per_direction = given.rows_per_direction if subspace.takes_groups_cheaply else 0
+        is_for_rows = given.rows_per_direction != "auto" or subspace.takes_groups_cheaply
+        rows_per_direction = given.rows_per_direction if is_for_rows else 0
         zo = ZerothOrder(
             model,
             subspace,
             num_directions=given.num_directions,
             rows_per_direction=rows_per_direction,
             direction=given.direction,
-            batched_probes=given.batched and not rows_per_direction,
+            batched_probes=not rows_per_direction if given.batched == "auto" else given.batched,
             common_random_numbers=False,  # a comparison of generators needs values
         )
         try:
@@ -88,7 +92,8 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
                 zo.row_groups.expect(given.batch_size, 1)
                 groups = zo.row_groups.count or 1
             for _ in range(2):
-                zo.probe(loss)
+                with rows_of_passes(inner) as passes:
+                    zo.probe(loss)
                 zo.discard()
                 trace.end_phase()
                 zo.apply([1.0] * given.num_directions * groups, skipped=False)
@@ -105,7 +110,22 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
             subspace.detach()
         moves = subspace.dimension
         subspace.clear_gradient()
-    return Usage(moves, state, tuple(trace.phases))
+    return Usage(moves, state, tuple(trace.phases), tuple(passes))
+
+
+@contextmanager
+def rows_of_passes(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Enter a context that yields a list, to which every forward pass of the model adds its number of rows."""
+    rows: list[int] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        rows.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    hook = layers(model)[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 def backward(model: nn.Module, given: Assumptions, checkpointing: bool) -> Usage:
@@ -145,7 +165,7 @@ def backward(model: nn.Module, given: Assumptions, checkpointing: bool) -> Usage
         getattr(inner, f"{CHECKPOINTING}_disable")()
     for parameter in trainable:
         parameter.grad = None
-    return Usage(sum(p.numel() for p in trainable), state, tuple(trace.phases))
+    return Usage(sum(p.numel() for p in trainable), state, tuple(trace.phases), (given.batch_size,))
 
 
 class _AttentionWithoutDropout(TorchFunctionMode):

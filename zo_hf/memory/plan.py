@@ -27,6 +27,7 @@ class Row:
         working: memory beyond that at the peak of a step: activations, logits, scratch.
         overhead: assumed size of the CUDA context and the allocator's overhead.
         headroom: GPU memory that is left; negative if the setup does not fit.
+        passes: rows of each forward pass of a step.
         crosses: weights that are copied to the GPU in a step, from where they are kept.
     """
 
@@ -38,6 +39,7 @@ class Row:
     working: int
     overhead: int
     headroom: int
+    passes: tuple[int, ...]
     crosses: int = 0
 
     @property
@@ -121,5 +123,6 @@ def _row(setup: Setup, footprint: Footprint, given: Assumptions, available: int)
         footprint.working,
         given.overhead,
         available - total,
+        footprint.passes,
         footprint.crosses,
     )

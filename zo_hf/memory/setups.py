@@ -84,13 +84,15 @@ class Footprint:
         weights: the model's parameters and buffers on the device, including an adapter.
         state: further memory kept from step to step, including the optimizer's.
         working: memory beyond that at the peak of a step.
-        crosses: weights that are copied to the device in a step.
+        passes: rows of each forward pass of a step.
+        crosses: bytes of weights that are copied to the device in a step.
     """
 
     moves: int
     weights: int
     state: int
     working: int
+    passes: tuple[int, ...]
     crosses: int = 0
 
 
@@ -120,7 +122,7 @@ def footprints(config: PretrainedConfig, given: Assumptions, setups: Sequence[Se
             weights = size - (saved_bytes(linear.values(), setup.base) if setup.is_quantized else 0)
             crosses = 0
             if setup.streamed:
-                weights, crosses = _streamed(model, given)
+                weights, crosses = _streamed(model, len(usage.passes))
             result[setup] = _footprint(setup, weights, usage, given, crosses)
     return result
 
@@ -182,10 +184,10 @@ def _extrapolated(few: Usage, more: Usage, depth: int) -> Usage:
         return a + (b - a) * (depth - FEW) // (MORE - FEW)
 
     phases = tuple(at_depth(a, b) for a, b in zip(few.phases, more.phases, strict=True))
-    return Usage(at_depth(few.moves, more.moves), at_depth(few.state, more.state), phases)
+    return Usage(at_depth(few.moves, more.moves), at_depth(few.state, more.state), phases, few.passes)
 
 
-def _streamed(model: Any, given: Assumptions) -> tuple[int, int]:
+def _streamed(model: Any, passes: int) -> tuple[int, int]:
     """Return the bytes on the device at a time, and those that cross to it in a step, if every weight is offloaded.
 
     Two layers are there, the largest of the other modules, an adapter, and what is computed and not stored.
@@ -200,7 +202,6 @@ def _streamed(model: Any, given: Assumptions) -> tuple[int, int]:
     of_layers = [sum(map(crossing, layer.modules())) for layer in stack]
     of_others = [crossing(module) for module in model.modules() if module not in inside]
     there = 2 * max(of_layers) + max(of_others) + size_in_bytes([*adapter, *model.buffers()])
-    passes = 1 if given.batched and not given.rows_per_direction else given.probes
     return there, passes * (sum(of_layers) + sum(of_others))
 
 
@@ -209,7 +210,7 @@ def _footprint(setup: Setup, weights: int, usage: Usage, given: Assumptions, cro
     if setup.kind in ("inference", "full"):  # the seeded SGD of `full` has no state
         optimizer = "sgd"
     kept = 4 * usage.moves * OPTIMIZER_COPIES[optimizer]
-    return Footprint(usage.moves, weights, usage.state + kept, max(usage.phases) - usage.state, crosses)
+    return Footprint(usage.moves, weights, usage.state + kept, max(usage.phases) - usage.state, usage.passes, crosses)
 
 
 def _usage(model: Any, linear: dict[str, nn.Module], setup: Setup, given: Assumptions) -> Usage:
