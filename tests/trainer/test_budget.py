@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from tests.parallel.launch import run
 from tests.rules.helpers import estimator_for
 from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained
 from zo_hf import ZOTrainer
-from zo_hf.estimators import ESTIMATORS
+from zo_hf.estimators import ESTIMATORS, Estimator
+from zo_hf.estimators.probe import Probe
+from zo_hf.method_info import Method
 from zo_hf.rules import RULES
 from zo_hf.trainer import budget
 
@@ -57,6 +59,31 @@ def test_the_look_at_the_rows_is_paid_for(tmp_path: Path) -> None:
         ValueError, match=r"^zo_max_forward_passes=4 does not pay for the first step, which takes 5.*\.$"
     ):
         trained(tmp_path, zo_max_forward_passes=4, max_steps=100)
+
+
+def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4, 1: there is nothing to evaluate in one pass, so the first step looks at the rows alone."""
+
+    class OneValue(Estimator):
+        name = "one_sided"  # which goes by rows
+        about = Method("one value (Flaxman, Kalai and McMahan 2005)", forwards="1")
+
+        def probes(self) -> list[Probe]:
+            return [Probe(0, self.eps)]
+
+        def projected_gradients(self, losses: Sequence[float]) -> list[float]:
+            return [losses[0] / self.eps]
+
+        def loss(self, losses: Sequence[float]) -> float:
+            return losses[0]
+
+    monkeypatch.setitem(ESTIMATORS, "one_sided", OneValue)
+    options = {"zo_estimator": "one_sided", "zo_rows_per_direction": 1, "zo_batched_probes": True, "max_steps": 100}
+    assert passes(trained(tmp_path, zo_max_forward_passes=6, **options)) == [4, 5, 6]
+    with pytest.raises(
+        ValueError, match=r"^zo_max_forward_passes=3 does not pay for the first step, which takes 4.*\.$"
+    ):
+        trained(tmp_path, zo_max_forward_passes=3, **options)
 
 
 def test_tangents_for_every_row_are_paid_for(tmp_path: Path) -> None:

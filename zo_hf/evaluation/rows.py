@@ -367,10 +367,11 @@ class RowGroups:
         """
         return self._evaluator.batched is None and free_memory.can_say(self._subspace.device)
 
-    @property
-    def looks_again(self) -> bool:
-        """True if the next batch that comes apart is evaluated in one forward pass, too, as a choice or because it must work."""
-        return self.may_choose or (self.works is None and self._evaluator.batched is True)
+    def looks_again(self, probes: Sequence[Probe]) -> bool:
+        """Return whether the next batch that comes apart is evaluated in one forward pass, too: to choose, or to refuse."""
+        own = len(own_passes(probes))
+        must = self.works is None and self._evaluator.batched is True and own == len(probes)
+        return own > 1 and (self.may_choose or must)
 
     def _first_group(self) -> int:
         """Return the number of this micro-batch's first group in the step."""

@@ -225,7 +225,7 @@ class Budget(TrainerCallback):
         groups = self._zo.row_groups
         if groups is None or groups.works is False:
             return self._zo.evaluator.batched is None
-        return groups.works is None or groups.looks_again
+        return groups.works is None or groups.looks_again(self._estimator().probes())
 
     def _passes_of_check(self) -> int:
         """Return the forward passes that such a look takes, by rows if the loss comes apart."""
@@ -235,7 +235,8 @@ class Budget(TrainerCallback):
         groups = None if self._zo is None else self._zo.row_groups
         if groups is None or groups.works is False:
             return len(probes)
-        return (passes_of_check(probes) if groups.works is None else 0) + (len(probes) if groups.looks_again else 0)
+        again = len(probes) if groups.looks_again(probes) else 0
+        return again + (passes_of_check(probes) if groups.works is None else 0)
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes
