@@ -14,7 +14,6 @@ import tempfile
 from contextlib import suppress
 from typing import Any
 
-import psutil
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -22,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from zo_hf.comparison.job import Job
 from zo_hf.comparison.progress import Progress
 from zo_hf.comparison.subject import Subject, load
-from zo_hf.memory.peak import MIB, PeakMemory
+from zo_hf.memory.peak import MIB, PeakMemory, resident_bytes
 from zo_hf.subspaces.sites import find_sites
 from zo_hf.tasks.classify import constant_loss, majority_accuracy
 from zo_hf.trainer.config import ZOConfig
@@ -76,7 +75,7 @@ def _memory_without_last_run() -> float:
         # Freed memory that the process keeps would hide how much the next run needs. Not every C library has the function.
         with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-    return float(psutil.Process().memory_info().rss / MIB)
+    return resident_bytes() / MIB
 
 
 def train(job: Job, options: dict[str, Any], subject: Subject, progress: Progress) -> None:
