@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +200,24 @@ def test_flags_of_a_server_that_trains(tmp_path: Path, has_cuda: bool) -> None:
     text = vllm_server.how_to_use(request)
     assert f"server_url='{request.url}'" in text and "server_max_loras=4" in text
     assert f"--server {request.url} --model {tmp_path / 'model'} --max-loras 4" in text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_server_with_a_certificate_says_when_it_is_ready(tmp_path: Path) -> None:
+    """The certificate is signed by itself, and its name is not that of the host."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make += ["-subj", "/CN=elsewhere", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    request = vllm_server.requested([f"--ssl-certfile={certificate}", "--ssl-keyfile", str(key), "--port", "8123"])
+    assert request.url == "https://127.0.0.1:8123" and "server_url='https://" in vllm_server.how_to_use(request)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert vllm_server.answers(f"https://127.0.0.1:{server.server_port}/")
+    assert not vllm_server.answers(f"https://127.0.0.1:{server.server_port}/")
 
 
 def test_the_embedded_model_is_served_in_float32(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import socket
+import ssl
 import sys
 import time
 import urllib.request
@@ -47,6 +48,7 @@ class Request:
         model: the folder of a model or its name on the hub; None for the embedded default.
         options: arguments of `vllm serve`, which stand behind those of this file and so win.
         host, port: where the server is reached.
+        is_secure: True if it speaks https.
         max_loras: adapters that share a batch.
     """
 
@@ -54,12 +56,13 @@ class Request:
     options: tuple[str, ...]
     host: str
     port: int
+    is_secure: bool
     max_loras: str
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http{'s' * self.is_secure}://{host}:{self.port}"
 
 
 def requested(arguments: list[str]) -> Request:
@@ -81,7 +84,8 @@ def requested(arguments: list[str]) -> Request:
     if not max_loras.isdigit() or int(max_loras) < 1:
         raise Refused(f"--max-loras takes a number of adapters, at least 1, not {max_loras!r}")
     # A server on all addresses is asked on this machine's own.
-    return Request(model, options, "127.0.0.1" if host == "0.0.0.0" else host, int(port), max_loras)
+    reached = "127.0.0.1" if host == "0.0.0.0" else host
+    return Request(model, options, reached, int(port), bool(_value(options, "--ssl-certfile", "")), max_loras)
 
 
 def refuse_what_cannot_start(request: Request) -> None:
@@ -199,15 +203,24 @@ def when_ready(url: str, tell: Callable[[], None]) -> None:
     sys.stderr.flush()
     if os.fork():
         return
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         while os.getppid() == server:
-            try:
-                direct.open(url + "/health", timeout=5).close()
-            except OSError:
-                time.sleep(1)
-            else:
+            if answers(url + "/health"):
                 tell()
                 break
+            time.sleep(1)
     finally:
         os._exit(0)
+
+
+def answers(address: str) -> bool:
+    """Return whether a server answers at an address, asked directly and with whatever certificate it has."""
+    # Whether the certificate names this host, and who has signed it, is for those to check that send something.
+    anyone = ssl.create_default_context()
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=anyone))
+    try:
+        direct.open(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
