@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.conftest import TinyTask, seeded, tiny_llama, tiny_opt
-from tests.gpu.graph_runs import Run
+from tests.gpu.graph_runs import Run, padded
 from tests.gpu.recorded_graph import RecordedGraph, recorded_graphs
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation import pass_graphs
+from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.rng import draw as draws
 
@@ -109,7 +110,26 @@ def test_many_shapes_are_warned_of_once(
             run.step(0, length)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert [warning.split(",")[0] for warning in warnings] == ["batches have more than 1 shapes"]
+    assert "which differ in attention_mask, input_ids, labels" in warnings[0]
     assert len(graphs) == 4
+
+
+def test_the_warning_names_the_number_of_labeled_positions(
+    graphs: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pass_graphs, "MOST_GRAPHS", 2)
+    run = Run(tiny_opt, True)
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        for labeled in (1, 2, 3):
+            batch = padded(0, 8)
+            batch["labels"] = batch["input_ids"].clone()
+            batch["labels"][:, :-labeled] = -100
+            loss = ModelLoss(run.model, run.inner, batch, lambda x: run.model(**x).loss, checks=run.checks)
+            run.zo.estimate(loss)
+            run.optimizer.step()
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "which differ in logits_to_keep, shift_labels, and" in warning
+    assert "label equally many positions" in warning and len(graphs) == 3
 
 
 def test_weights_that_are_written_in_place_are_read_and_those_that_are_replaced_are_captured_anew(

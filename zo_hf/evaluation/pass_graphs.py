@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -66,6 +66,15 @@ class _PassGraph:
     addresses: tuple[int, ...]
 
 
+class _Key(NamedTuple):
+    """What a graph was captured for: it is replayed for the same alone."""
+
+    how: tuple[int, ...]
+    others: Hashable
+    shapes: tuple[tuple[str, torch.Size, torch.dtype], ...]
+    probes: int
+
+
 class PassGraphs:
     """The graphs of a run, one for every shape of its batches.
 
@@ -97,7 +106,7 @@ class PassGraphs:
         self._subspace = subspace
         # Of every module, because a parameter may be replaced in it.
         self._held = [part for m in subspace.model.modules() for part in (m._parameters, m._buffers) if part]
-        self._graphs: dict[Hashable, _PassGraph] = {}
+        self._graphs: dict[_Key, _PassGraph] = {}
         self._pool: Any = None
         self._has_warned = False
 
@@ -119,7 +128,7 @@ class PassGraphs:
             )
         tensors, others = loss.pass_inputs()
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        key = how, others, shapes, len(self._subspace.probes)
+        key = _Key(how, others, shapes, len(self._subspace.probes))
         graph = self._graphs.pop(key, None)
         if graph is None or graph.addresses != self._addresses():
             graph = None  # gives its memory back first
@@ -154,19 +163,29 @@ class PassGraphs:
             torch.clear_autocast_cache()  # of the copies that the graph makes, which have no value before a replay
         return _PassGraph(graph, own, losses, self._addresses())
 
-    def _keep(self, key: Hashable, graph: _PassGraph) -> None:
+    def _keep(self, key: _Key, graph: _PassGraph) -> None:
         """Keep a graph as the one that was used last, and give the one up that was used least recently if there are many."""
         self._graphs[key] = graph
         if len(self._graphs) <= MOST_GRAPHS:
             return
+        varying = self._what_varies()
         del self._graphs[next(iter(self._graphs))]
         if not self._has_warned:
             logger.warning(
-                "batches have more than %d shapes, and zo_cuda_graph captures every new one; pad them to few lengths, as "
-                "with pad_to_multiple_of",
+                "batches have more than %d shapes, which differ in %s, and zo_cuda_graph captures every new one; pad "
+                "them to few lengths, as with pad_to_multiple_of, and label equally many positions",
                 MOST_GRAPHS,
+                ", ".join(varying),
             )
         self._has_warned = True
+
+    def _what_varies(self) -> list[str]:
+        """Return the names of the tensors whose shapes differ between the graphs."""
+        seen: dict[str, set[Hashable]] = {}
+        for key in self._graphs:
+            for name, shape, dtype in key.shapes:
+                seen.setdefault(name, set()).add((shape, dtype))
+        return sorted(name for name, shapes in seen.items() if len(shapes) > 1) or ["other inputs"]
 
     def _addresses(self) -> tuple[int, ...]:
         """Return where everything lies that a pass at the present probes reads and that is not of the batch."""
