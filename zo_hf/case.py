@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import nn
 from transformers.training_args import OptimizerNames
 
 from zo_hf.directions import DISTRIBUTIONS, Distribution
+from zo_hf.offload import is_offloaded
+from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.settings import Settings
 from zo_hf.subspaces import Subspace
+from zo_hf.subspaces.peft_methods import is_peft
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Case:
     Args:
         settings: the run's method.
         arguments: values of `ZOConfig`, by name; empty without a Trainer.
-        facts: those that hold among "quantized", "adapter on a quantized model", "offloaded" (weights that are kept off the
+        facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized model", "offloaded" (weights that are kept off the
             device), "several processes", "fsdp", "optimizers" (the user's own optimizer), "optimizer_cls_and_kwargs",
             "create_optimizer" (the optimizer of a subclass that overrides it), "schedule-free" (an optimizer that swaps
             its parameters for an evaluation) and "kernels" (they run on the model's device).
@@ -51,3 +55,14 @@ class Case:
     def argument(self, name: str) -> Any:
         """The value of an argument; None without a Trainer."""
         return self.arguments.get(name)
+
+
+def facts_of_model(model: nn.Module) -> frozenset[str]:
+    """Return those facts of a `Case` that a model tells."""
+    facts = {
+        "quantized": is_quantized(model),
+        "quantized layers": bool(quantized_layers(model)),
+        "adapter on a quantized model": is_peft(model) and bool(quantized_layers(model)),
+        "offloaded": is_offloaded(model),
+    }
+    return frozenset(name for name, holds in facts.items() if holds)

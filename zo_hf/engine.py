@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zo_hf import kernels
-from zo_hf.case import Case
+from zo_hf.case import Case, facts_of_model
 from zo_hf.compatibility import check, rows_per_direction
 from zo_hf.directions import Distribution
 from zo_hf.estimators.estimate import Estimate, Step
@@ -94,7 +94,7 @@ class ZerothOrder:
         name = settings.subspace_of(model) if subspace is None else subspace.name
         if name in SUBSPACES:  # else the subspace is of the caller's own kind
             settings = replace(settings, subspace=name)
-        case = Case(settings, distribution=own_distribution, subspace=subspace)
+        case = Case(settings, {}, facts_of_model(model), own_distribution, subspace)
         check(case)
         is_auto = settings.rows_per_direction == "auto"
         if subspace is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import seeded, tiny_bert, tiny_llama
@@ -15,7 +16,7 @@ from tests.quantization.test_probes import opaque_model
 from tests.quantized_models import quantize
 from tests.trainer.runs import make_trainer
 from tests.trainer.test_refusals import refused, trains
-from zo_hf import ZOTrainer
+from zo_hf import ZerothOrder, ZOTrainer
 
 
 def quantized() -> nn.Module:
@@ -43,6 +44,16 @@ def on_two_devices() -> nn.Module:
     weight = model.lm_head.weight
     model.lm_head._parameters["weight"] = weight.data.as_subclass(Elsewhere)  # type: ignore[arg-type]
     return model
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["layers", "below an adapter"])
+def test_an_engine_refuses_graphs_of_quantized_layers_by_itself(with_adapter: bool) -> None:
+    model = quantize(seeded(tiny_llama))
+    if with_adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    refusal = r"^zo_cuda_graph=True does not combine with a quantized model: .*; use zo_cuda_graph=False\.$"
+    with pytest.raises(ValueError, match=refusal):
+        ZerothOrder(model, cuda_graph=True, batched_probes=True)
 
 
 WRONG: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {

@@ -14,6 +14,7 @@ from tests.trl.test_pairs import trainer_of
 from tests.trl.toys import lines_of
 from zo_hf.evaluation.packed_loss import PackedLoss
 from zo_hf.evaluation.row_losses import LossByRows
+from zo_hf.trainer.micro_batch import MicroBatch
 
 ROWS = 4
 
@@ -196,7 +197,7 @@ def test_the_mean_estimate_is_the_gradient(name: str, options: dict[str, Any], t
 
     def mean_estimate() -> torch.Tensor:
         inputs, items = first_batch(trainer)
-        closure, _ = trainer._losses.of(trainer.model, inputs, items, 1)
+        closure, _ = trainer._losses.of(trainer.model, MicroBatch(inputs, items, 1))
         (norm,) = trainer.zo.subspace.coordinates.values()
         total = torch.zeros(norm.shape)
         for step in range(draws):

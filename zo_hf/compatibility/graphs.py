@@ -44,7 +44,7 @@ GRAPHS: tuple[Conflict, ...] = (
         "a quantized model",
         "its layers may wait for the device",
         "use zo_cuda_graph=False",
-        lambda case: "quantized" in case.facts,
+        lambda case: bool({"quantized", "quantized layers"} & case.facts),
     ),
     _graph(
         "weights that device_map offloads",

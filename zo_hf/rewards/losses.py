@@ -13,6 +13,7 @@ from zo_hf.evaluation.evaluate import At
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.rewards.metrics import RewardMetrics
 from zo_hf.rewards.population import assign, losses_of_members
+from zo_hf.trainer.micro_batch import MicroBatch
 
 
 class RewardLosses:
@@ -37,29 +38,18 @@ class RewardLosses:
         self._trainer, self._ranks, self._micro_batch = trainer, ranks, 0
         self.metrics: RewardMetrics = trainer.new_metrics()
 
-    def of(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        num_items: Any,
-        micro_batches: int,
-        counts: bool = True,
-        labels_on_host: Tensor | None = None,
-    ) -> tuple[PopulationLoss, float]:
+    def of(self, model: Any, batch: MicroBatch, counts: bool = True) -> tuple[PopulationLoss, float]:
         """Return the loss of a micro-batch, and its weight.
 
         Args:
             model: the module that Trainer calls; answers come from the model inside.
-            inputs: the micro-batch.
-            num_items: unused.
-            micro_batches: number of micro-batches of the step.
+            batch: the micro-batch.
             counts: unused.
-            labels_on_host: unused.
         """
         self._micro_batch = 0 if self._trainer.zo.at_start_of_step else self._micro_batch + 1
         grid, each = self._ranks.grid, self._trainer._train_batch_size
         first = (self._micro_batch * grid.data + grid.data_index) * each
-        return PopulationLoss(self._trainer, inputs, first, self.metrics), 1.0 / micro_batches
+        return PopulationLoss(self._trainer, batch.inputs, first, self.metrics), 1.0 / batch.of_step
 
 
 class PopulationLoss:

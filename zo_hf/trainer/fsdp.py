@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +26,16 @@ from torch import distributed as dist
 
 from zo_hf.case import Case
 from zo_hf.compatibility import check
+from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.evaluate import ProbeEvaluator
+from zo_hf.parallel.ranks import Grid
 from zo_hf.parallel.shards import is_sharded, is_sharded_model, part_of, reshard, shard_like
 
 logger = logging.getLogger(__name__)
 
 
 class Sharding:
-    """Shards the model of a run by accelerate's FSDP settings.
+    """Shards the model of a run by accelerate's FSDP settings; a `Division`.
 
     Args:
         plugin: accelerate's plugin, from `fsdp_settings`.
@@ -43,6 +46,7 @@ class Sharding:
     """
 
     base_hash: str | None = None
+    facts = frozenset({"fsdp"})
 
     def __init__(self, plugin: Any, accelerator: Accelerator) -> None:
         self._plugin, self._accelerator = plugin, accelerator
@@ -52,6 +56,9 @@ class Sharding:
         plugin.cpu_ram_efficient_loading = False
         # accelerate's own `prepare` would shard the model, and look for the coordinates among its parameters.
         accelerator.prepare = functools.partial(_prepare, accelerator)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse nothing yet: `shard` does, once the weights of the first process have arrived."""
 
     def shard(self, model: nn.Module, adapter: bool) -> None:
         """Shard the model in place and for good, from the first process's weights.
@@ -107,6 +114,25 @@ class Sharding:
     def enter(self, evaluator: ProbeEvaluator, model: nn.Module) -> None:
         """Let an evaluator know that all processes make its forward passes together."""
         evaluator.recover = functools.partial(self.recover, model)
+
+    def check_steps(self, zo: ZerothOrder, grid: Grid, parallel: str) -> None:
+        """Refuse steps in which a process would skip a forward pass, because the others would wait forever.
+
+        Raises:
+            ValueError: the ranks cannot divide a step's forward passes equally.
+        """
+        probes = len(zo.estimator.probes())
+        measured = 0 if zo.curvature is None else len(zo.curvature.probes)
+        parts = (probes, zo.forward_passes_per_step - probes, measured)
+        if any(part % grid.directions for part in parts):
+            raise ValueError(
+                f"zo_parallel={parallel!r} cannot divide the {zo.forward_passes_per_step} forward passes of a step "
+                "equally, as fsdp=... needs; use zo_parallel='data'."
+            )
+
+    def passes(self, closure: Any, zo: ZerothOrder) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
 
     def recover(self, model: Any) -> None:
         """Make the model usable after an exception in its forward."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from zo_hf.subspaces import Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
 from zo_hf.trainer.loss_calls import LossCalls
+from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.objectives import depends_on_detached
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
 from zo_hf.trainer.stop_gradient import DetachTest
@@ -49,29 +51,23 @@ class MicroBatchLosses:
     def of(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        micro_batches: int,
+        batch: MicroBatch,
         counts: bool = True,
-        labels_on_host: Tensor | None = None,
     ) -> tuple[Callable[[], Any], float | Tensor]:
         """Return the closure of a micro-batch's loss, and its weight.
 
         Args:
             model: the module to call, such as accelerate's wrapper of the model.
-            inputs: the micro-batch, on the model's device.
-            num_items: the step's number of labels, see Trainer; None if it is unknown.
-            micro_batches: number of micro-batches of the step.
+            batch: the micro-batch.
             counts: False if the loss leaves no metrics, as in a search before training.
-            labels_on_host: the labels on the CPU, if they were there before the batch was moved.
         """
-        weight = self._weight(model, inputs, num_items, micro_batches)  # may change what the closure passes on
-        calls = self._calls(model, num_items, counts)
-        passes = calls.at_current_point(inputs, self._trainer.args.device)
+        weight = self._weight(model, batch)  # may change what the closure passes on
+        calls = self._calls(model, batch.num_items, counts)
+        passes = calls.at_current_point(batch.inputs, self._trainer.args.device)
         if calls.entries is not None and not self._knows_rows:
-            self._find_rows(inputs, calls.entries)
+            self._find_rows(batch.inputs, calls.entries)
         self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
-        return self._closure(model, inputs, num_items, calls, labels_on_host), weight
+        return self._closure(model, batch, calls), weight
 
     def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
         """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""
@@ -89,16 +85,10 @@ class MicroBatchLosses:
 
         return LossCalls(compute_loss, self._trainer, self._detach_test, counts)
 
-    def _closure(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items: Tensor | int | None,
-        sequential: LossCalls,
-        labels_on_host: Tensor | None = None,
-    ) -> Callable[[], Any]:
+    def _closure(self, model: nn.Module, batch: MicroBatch, sequential: LossCalls) -> Callable[[], Any]:
         """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
         trainer, unwrapped = self._trainer, self._unwrapped(model)
+        inputs, num_items = batch.inputs, batch.num_items
 
         is_fused = self._is_models_own and "labels" in inputs and self._has_fused_loss(unwrapped)
         in_parts = (
@@ -140,14 +130,12 @@ class MicroBatchLosses:
             self._checks,
             # Every chunk would draw the noise of the head again.
             divides=not isinstance(trainer.zo.subspace, Full),
-            labels_on_host=labels_on_host,
+            labels_on_host=batch.labels_on_host,
         )
 
-    def _weight(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, micro_batches: int
-    ) -> float | Tensor:
+    def _weight(self, model: nn.Module, batch: MicroBatch) -> float | Tensor:
         """Return the weight of a micro-batch's loss in the step's: 1 for a loss that divides by the step's labels."""
-        trainer = self._trainer
+        trainer, num_items, micro_batches = self._trainer, batch.num_items, batch.of_step
         if trainer.loss_is_scaled_for_ga is not None:
             return 1.0 if trainer.loss_is_scaled_for_ga else 1.0 / micro_batches
         if num_items is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
@@ -155,13 +143,13 @@ class MicroBatchLosses:
         if micro_batches == 1 and self._factor == 1:
             return 1.0
         self._count_test.see(
-            lambda count: self._closure(model, inputs, count, self._calls(model, count, False)),
+            lambda count: self._closure(model, replace(batch, num_items=count), self._calls(model, count, False)),
             num_items,
             trainer.args.device,
         )
         if self._count_test.divides is not False:
             return 1.0
-        share = share_of_labels(self._unwrapped(model), inputs, num_items) if self._is_models_own else None
+        share = share_of_labels(self._unwrapped(model), batch.inputs, num_items) if self._is_models_own else None
         if share is not None:
             return share
         if type(trainer).compute_loss is not Trainer.compute_loss:

@@ -13,7 +13,6 @@ from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
 from zo_hf.offload import computing_devices
-from zo_hf.trainer.fsdp import Sharding
 from zo_hf.trainer.optimizer import ClassAndArguments, is_schedule_free, rest_on_weights
 from zo_hf.trainer.private import PrivateTrainer
 
@@ -29,13 +28,13 @@ class OptimizerHooks(PrivateTrainer):
     def _facts(self) -> frozenset[str]:
         """The facts that hold for this run, see `zo_hf.compatibility.Case`."""
         facts = {
-            "fsdp": isinstance(self._sharding, Sharding),
             "optimizers": self.optimizer is not None,
             "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs is not None,
             "kernels": kernels.would_run_on(computing_devices(self.model)[0], self.args.zo_kernels),
             "schedule-free": is_schedule_free(self.optimizer or (self.optimizer_cls_and_kwargs or (None,))[0]),
         }
-        return frozenset(name for name, holds in facts.items() if holds)
+        held = frozenset(name for name, holds in facts.items() if holds)
+        return held if self._division is None else held | self._division.facts
 
     def _optimizer_class(self, rate: float) -> ClassAndArguments:
         if self.optimizer_cls_and_kwargs is not None:

@@ -30,7 +30,7 @@ from zo_hf.offload import computing_devices
 from zo_hf.parallel.absent import has_absent, is_absent, let_go, note_holder
 from zo_hf.parallel.channel import Channel
 from zo_hf.parallel.checksum import tensor_checksum
-from zo_hf.parallel.ranks import Ranks
+from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.quantization import stored_tensors
 from zo_hf.subspaces.peft_methods import base_model
 
@@ -41,7 +41,7 @@ _WAY_OUT = "use zo_parallel='data', or fsdp=... for a model that does not fit on
 
 
 class Pipeline:
-    """Divides the model of a run among processes.
+    """Divides the layers of a run's model among processes; a `Division`.
 
     Args:
         ranks: the processes that train together.
@@ -54,10 +54,19 @@ class Pipeline:
     """
 
     base_hash: str | None = None
+    facts: frozenset[str] = frozenset()
     stage: Stage | None = None
 
     def __init__(self, ranks: Ranks, device: torch.device, timeout: float) -> None:
         self._ranks, self._device, self._timeout = ranks, device, timeout
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model whose layers the stages cannot divide.
+
+        Raises:
+            ValueError: it is one; the message says why.
+        """
+        self.layers_of(model)
 
     def shard(self, model: nn.Module, adapter: bool) -> None:
         """Divide the model in place and for good, with the first process's weights; one that is divided stays as it is.
@@ -114,6 +123,9 @@ class Pipeline:
         """Let an evaluator know that all processes make its forward passes together."""
         assert self.stage is not None
         evaluator.recover, evaluator.expect = self.recover, self.stage.expect
+
+    def check_steps(self, zo: ZerothOrder, grid: Grid, parallel: str) -> None:
+        """Refuse nothing: every stage has a part in each forward pass of a step."""
 
     def recover(self) -> None:
         """Go on after a forward pass that has raised, unless the other stages are in the middle of it."""

@@ -55,10 +55,10 @@ def _rehearse(trainer: ZOTrainer, resume_from_checkpoint: str | bool | None) -> 
                 trainer._budget.on_train_begin(trainer.args, trainer.state, TrainerControl())
     finally:
         # The weights stay sharded, and no process can compute the hash of the base from its shards.
-        base_hash = None if trainer._sharding is None else trainer._sharding.base_hash
+        base_hash = None if trainer._division is None else trainer._division.base_hash
         trainer._finish_zeroth_order()
-        if trainer._sharding is not None:
-            trainer._sharding.base_hash = base_hash
+        if trainer._division is not None:
+            trainer._division.base_hash = base_hash
 
 
 def _check_schedule(trainer: ZOTrainer, steps: int, optimizer: object) -> None:

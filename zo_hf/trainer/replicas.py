@@ -23,6 +23,7 @@ from zo_hf.parallel.ranks import Ranks, share_batches
 from zo_hf.parallel.shards import is_divided_model, is_sharded
 from zo_hf.quantization import stored_tensors
 from zo_hf.trainer.common_arguments import common_arguments, common_data, common_weights, name_of_checkpoint
+from zo_hf.trainer.division import Division
 from zo_hf.trainer.fsdp import Sharding, fsdp_settings
 from zo_hf.trainer.host_batches import HostBatchTrainer
 from zo_hf.trainer.pipeline import Pipeline
@@ -41,7 +42,7 @@ class ReplicaTrainer(HostBatchTrainer):
     model: Any
     zo: ZerothOrder | None
     _ranks = Ranks()
-    _sharding: Sharding | Pipeline | None = None
+    _division: Division | None = None
     _is_compared = False
     _compiled: nn.Module | None = None
 
@@ -53,9 +54,9 @@ class ReplicaTrainer(HostBatchTrainer):
             raise ValueError("DeepSpeed shards gradients, and there are none; launch with FSDP2, or without sharding.")
         self._ranks = Ranks(grid_of(self.args))
         if fsdp and self.accelerator.num_processes > 1:
-            self._sharding = Sharding(fsdp, self.accelerator)
+            self._division = Sharding(fsdp, self.accelerator)
         elif self._ranks.grid.stages > 1:
-            self._sharding = Pipeline(self._ranks, self.args.device, self.args.ddp_timeout)
+            self._division = Pipeline(self._ranks, self.args.device, self.args.ddp_timeout)
             self._gather_from_pipelines()
         self.is_fsdp_enabled = False
         self.accelerator.scaler = None
@@ -109,13 +110,13 @@ class ReplicaTrainer(HostBatchTrainer):
         super().store_flos()
 
     def _shard(self, model: nn.Module) -> None:
-        assert self._sharding is not None
+        assert self._division is not None
         trainable = [p for p in model.parameters() if p.requires_grad]
         is_adapter = self.args.settings().subspace_of(model) == "adapter"
         if self.args.should_save and not is_divided_model(model):
             # The trajectory needs the base's hash, and now is the last moment that one process holds the whole model.
-            self._sharding.base_hash = weights_hash(model, trainable if is_adapter else ())
-        self._sharding.shard(model, adapter=is_adapter)
+            self._division.base_hash = weights_hash(model, trainable if is_adapter else ())
+        self._division.shard(model, adapter=is_adapter)
 
     def _check_stages(self) -> None:
         """Refuse a model that the processes of a pipeline cannot divide, before anything else is done with it."""
@@ -124,25 +125,23 @@ class ReplicaTrainer(HostBatchTrainer):
                 "this process holds only some layers of the model, which the zo_parallel='pipeline' of another trainer has "
                 "divided; load the model that it has saved."
             )
-        if isinstance(self._sharding, Pipeline):
-            self._sharding.layers_of(self.model)
+        if self._division is not None:
+            self._division.check_model(self.model)
 
     def _passes(self, closure: Any, features: FeatureCache | None) -> AbstractContextManager[None]:
         """Return the context of a step's forward passes: features come from the cache, or the pipeline streams."""
         if features is not None:
             return features.serving()
-        if isinstance(self._sharding, Pipeline) and self.zo is not None:
-            return self._sharding.passes(closure, self.zo)
-        return nullcontext()
+        return nullcontext() if self._division is None or self.zo is None else self._division.passes(closure, self.zo)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         # A model that will be divided may not fit on one device, and offloaded weights stay where they are.
-        if self._sharding is None and not is_offloaded(model):
+        if self._division is None and not is_offloaded(model):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Wrap the model for autocast and compilation, but not in DistributedDataParallel with its gradient buckets."""
-        if self._sharding is not None and model is self.model:  # not sharded yet in an evaluation before any training
+        if self._division is not None and model is self.model:  # not sharded yet in an evaluation before any training
             self._shard(model)
         if model is self._compiled:
             return model
@@ -231,7 +230,7 @@ class ReplicaTrainer(HostBatchTrainer):
         """Shard the model, or give every process the first one's weights."""
         self._is_compared = False
         check_agreement(self._ranks, common_weights(self.model), self.args.device)
-        if self._sharding is not None:
+        if self._division is not None:
             self._shard(self.model)
             return
         # Each process may have initialized an adapter or a head of its own; DistributedDataParallel does the same.

@@ -96,7 +96,7 @@ class SavingTrainer(DescribedTrainer):
         if self._files.staging is not None and self.args.save_only_trajectory:
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
             return
-        if not self.args.should_save and self._sharding is None:
+        if not self.args.should_save and self._division is None:
             return
         adapter = becoming_adapter(self.zo)
         if adapter is not None:
@@ -107,7 +107,7 @@ class SavingTrainer(DescribedTrainer):
             return
         if self.zo is not None and state_dict is None:
             state_dict = self.zo.folded_state_dict()
-        if self._sharding is not None and state_dict is None:
+        if self._division is not None and state_dict is None:
             state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
         if state_dict is None and is_offloaded(self.model):
             among = embeddings_of(self.model) if is_peft(self.model) else None
@@ -121,7 +121,7 @@ class SavingTrainer(DescribedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.save_only_trajectory:
             super()._save_optimizer_and_scheduler(output_dir)
-        if self.zo is None or not (self.args.should_save or self._sharding is not None):
+        if self.zo is None or not (self.args.should_save or self._division is not None):
             return
         rate = self._learning_rate
         found = rate.value if rate is not None and rate.is_searched else None
@@ -133,8 +133,8 @@ class SavingTrainer(DescribedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights_of(model or self.model, Path(resume_from_checkpoint))
-        if self._sharding is not None:
-            self._sharding.base_hash = None
+        if self._division is not None:
+            self._division.base_hash = None
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None or self.zo is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from zo_hf.engine import ZerothOrder
@@ -19,6 +19,7 @@ from zo_hf.serving.adapter_files import check_servable
 from zo_hf.serving.losses import ServedLoss
 from zo_hf.subspaces.peft_methods import base_model
 from zo_hf.trainer.config import ZOConfig, addresses
+from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss
 
 
@@ -96,20 +97,12 @@ class ServedLosses:
             )
         _check_loss(trainer.model, model)
 
-    def of(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        num_items: Any,
-        micro_batches: int,
-        counts: bool = True,
-        labels_on_host: Tensor | None = None,
-    ) -> tuple[ServedLoss, float]:
+    def of(self, model: Any, batch: MicroBatch, counts: bool = True) -> tuple[ServedLoss, float]:
         """Return the loss of a micro-batch, and its weight; the arguments are those of `MicroBatchLosses.of`."""
         trainer = self._trainer
-        is_counted = trainer.model_accepts_loss_kwargs and num_items is not None
-        loss = ServedLoss(trainer.served, trainer.zo.subspace, inputs, num_items if is_counted else None)
-        return loss, 1.0 if is_counted else 1.0 / micro_batches
+        is_counted = trainer.model_accepts_loss_kwargs and batch.num_items is not None
+        loss = ServedLoss(trainer.served, trainer.zo.subspace, batch.inputs, batch.num_items if is_counted else None)
+        return loss, 1.0 if is_counted else 1.0 / batch.of_step
 
 
 @torch.no_grad()

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from zo_hf.case import Case
+from zo_hf.case import Case, facts_of_model
 from zo_hf.compatibility import check
-from zo_hf.engine import ZerothOrder
-from zo_hf.offload import check_values, is_offloaded
+from zo_hf.offload import check_values
 from zo_hf.parallel.ranks import Grid, make_grid
 from zo_hf.quantization import coded_layers, is_quantized, quantized_layers
 from zo_hf.settings import Settings
@@ -38,14 +37,9 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
         )
     if settings.subspace_of(model) == "adapter":
         refuse_what_needs_gradients(model)
-    facts = {
-        "fsdp": fsdp_settings(args) is not None,
-        "quantized": is_quantized(model),
-        "adapter on a quantized model": is_peft(model) and bool(quantized_layers(model)),
-        "offloaded": is_offloaded(model),
-        "several processes": args.world_size > 1,
-    }
-    check(Case(settings, vars(args), frozenset(name for name, holds in facts.items() if holds)))
+    facts = {"fsdp": fsdp_settings(args) is not None, "several processes": args.world_size > 1}
+    of_run = frozenset(name for name, holds in facts.items() if holds)
+    check(Case(settings, vars(args), facts_of_model(model) | of_run))
     if is_quantized(model):
         _check_quantized(model, settings)
     elif settings.subspace == Scales.name:
@@ -132,22 +126,6 @@ def grid_of(args: ZOConfig) -> Grid:
             "must weigh its tokens equally; set it."
         )
     return grid
-
-
-def check_shared_forwards(zo: ZerothOrder, grid: Grid, args: ZOConfig) -> None:
-    """Refuse a sharded run in which a process would skip a forward pass, because the others would wait forever.
-
-    Raises:
-        ValueError: the ranks cannot divide a step's forward passes equally.
-    """
-    probes = len(zo.estimator.probes())
-    measured = 0 if zo.curvature is None else len(zo.curvature.probes)
-    parts = (probes, zo.forward_passes_per_step - probes, measured)
-    if any(part % grid.directions for part in parts):
-        raise ValueError(
-            f"zo_parallel={args.zo_parallel!r} cannot divide the {zo.forward_passes_per_step} forward passes of a step "
-            "equally, as fsdp=... needs; use zo_parallel='data'."
-        )
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:

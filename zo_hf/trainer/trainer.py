@@ -42,11 +42,11 @@ from zo_hf.trainer.checkpoints import (
     check_saveable,
 )
 from zo_hf.trainer.config import ZOConfig
-from zo_hf.trainer.fsdp import Sharding
 from zo_hf.trainer.host_batches import labels_on_host
 from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
+from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.objectives import check_objective
 from zo_hf.trainer.offloaded_head import check_head
 from zo_hf.trainer.optimizer import (
@@ -212,8 +212,8 @@ class ZOTrainer(SavingTrainer):
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
         self._features = self._feature_cache(zo)
         self._budget.watch(zo, self._ranks)
-        if self._sharding is not None:
-            self._sharding.enter(zo.evaluator, self.model)
+        if self._division is not None:
+            self._division.enter(zo.evaluator, self.model)
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
             zo.subspace.name,
@@ -237,8 +237,8 @@ class ZOTrainer(SavingTrainer):
         self._check_method(zo)
         if self._stability is not None:
             self._stability.watch(zo, self.optimizer)
-        if isinstance(self._sharding, Sharding):
-            setup.check_shared_forwards(zo, self._ranks.grid, self.args)
+        if self._division is not None:
+            self._division.check_steps(zo, self._ranks.grid, self.args.zo_parallel)
         self._no_backward.watch(self.accelerator)
         if self._serving is not None:
             self._serving.of(self.model, zo)  # compares the servers' model with this one
@@ -319,8 +319,8 @@ class ZOTrainer(SavingTrainer):
         if zo is None:
             return
         self._keep_training(zo)
-        if self._sharding is not None:
-            self._sharding.base_hash = None
+        if self._division is not None:
+            self._division.base_hash = None
         if self._monitor is not None:
             self._monitor.detach()
         if self._users_groups is None:
@@ -389,8 +389,8 @@ class ZOTrainer(SavingTrainer):
         """Return a closure and a weight for each of a step's micro-batches."""
         # Trainer's own method, because the search has a budget of its own.
         batches, items = Trainer.get_batch_samples(self, iter(batches), len(batches), self.args.device)
-        inputs = [self._prepare_inputs(batch) for batch in batches]
-        return [self._losses.of(self.model, batch, items, len(batches), counts=False) for batch in inputs]
+        found = [MicroBatch(self._prepare_inputs(batch), items, len(batches)) for batch in batches]
+        return [self._losses.of(self.model, batch, counts=False) for batch in found]
 
     def _used_columns(self) -> tuple[Any, Any]:
         """Return the training data and the collator; one of them removes columns that the model does not take."""
@@ -421,7 +421,7 @@ class ZOTrainer(SavingTrainer):
         labels = labels_on_host(inputs)
         inputs = self._prepare_inputs(inputs)
         micro_batches = self.current_gradient_accumulation_steps
-        closure, weight = self._losses.of(model, inputs, num_items_in_batch, micro_batches, labels_on_host=labels)
+        closure, weight = self._losses.of(model, MicroBatch(inputs, num_items_in_batch, micro_batches, labels))
         if self.zo.at_start_of_step:
             self._check_ranks(inputs, self.zo)
             is_first = self.zo.step == 0 and self.zo.private is None
@@ -442,7 +442,7 @@ class ZOTrainer(SavingTrainer):
                 logger.warning("step %d is skipped: a loss or projected gradient is not finite", self.zo.step)
             if not self._files.records and self.args.should_save:
                 # Only now is everything known that the first step depends on, down to the parameters that move.
-                base_hash = None if self._sharding is None else self._sharding.base_hash
+                base_hash = None if self._division is None else self._division.base_hash
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
