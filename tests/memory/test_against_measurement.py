@@ -53,9 +53,7 @@ REAL = {
     "opt": OPTConfig(),
     "gpt2": GPT2Config(),
 }
-TINY = LlamaConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
-)
+TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
 GIVEN = Assumptions(batch_size=4, sequence_length=64, rows_per_direction=0, overhead=0)
 SETUPS = [Setup("low_rank", "float32"), Setup("full", "float32"), Setup("adapter", "float32")]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
