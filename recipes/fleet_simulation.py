@@ -16,14 +16,13 @@ varies from step to step (`--jitter`). In a small share of its steps a worker st
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from common.simulations import check_output, plotted, simulation_parser, write_results
 
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
-from zo_hf.trainer.output_paths import check_file
 
 LOSSES_BYTES = 16  # two float64
 RECORD_BYTES = 8  # a projected gradient for each direction, in the coordinator's reply
@@ -32,9 +31,7 @@ QUORUMS = (1.0, 0.99, 0.95, 0.9, 0.75)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = simulation_parser(__doc__)
     add = parser.add_argument
     add("--workers", type=int, default=1000, help="workers in the fleet (%(default)s)")
     add("--steps", type=int, default=300, help="steps to simulate (%(default)s)")
@@ -62,8 +59,6 @@ def arguments() -> argparse.Namespace:
     add(
         "--parameters", type=float, default=13e9, help="weights, for a comparison with data-parallel SGD (%(default)s)"
     )
-    add("--seed", type=int, default=0, help="seed of the random times (%(default)s)")
-    add("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
     return parser.parse_args()
 
 
@@ -126,26 +121,18 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5, 3))
-    for directions in sorted({row["directions"] for row in rows}):
-        own = [row for row in rows if row["directions"] == directions]
-        seconds = [row["seconds_per_step"] for row in own]
-        axis.plot([row["quorum"] for row in own], seconds, "o-", label=f"{directions:.0f} directions")
-    axis.set(xlabel="quorum", ylabel="seconds per step", yscale="log")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with plotted(path, (5, 3)) as axis:
+        for directions in sorted({row["directions"] for row in rows}):
+            own = [row for row in rows if row["directions"] == directions]
+            seconds = [row["seconds_per_step"] for row in own]
+            axis.plot([row["quorum"] for row in own], seconds, "o-", label=f"{directions:.0f} directions")
+        axis.set(xlabel="quorum", ylabel="seconds per step", yscale="log")
+        axis.legend()
 
 
 def main() -> None:
     args = arguments()
-    if args.output is not None:
-        check_file("--output", args.output)
+    check_output(args.output)
     rows = [simulate(args, directions, quorum) for directions in args.directions for quorum in QUORUMS]
     print(table(rows))
     gradient = 2 * 2 * args.parameters * (args.workers - 1) / args.workers
@@ -155,8 +142,7 @@ def main() -> None:
         f"all-reduce): {hours:,.0f} hours on this uplink."
     )
     if args.output is not None:
-        setup = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+        write_results(args, rows)
         plot(rows, args.output.with_suffix(".png"))
 
 

@@ -16,14 +16,13 @@ links of 10 Gbit/s.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from common.simulations import check_output, plotted, simulation_parser, write_results
 
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
-from zo_hf.trainer.output_paths import check_file
 
 STAGES = (2, 4, 8, 16, 32, 64)
 #: Time of a backward pass, in forward passes.
@@ -31,9 +30,7 @@ BACKWARD = 2.0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = simulation_parser(__doc__)
     add = parser.add_argument
     add(
         "--micro-batches",
@@ -50,8 +47,6 @@ def arguments() -> argparse.Namespace:
     add("--link-bytes", type=float, default=1.25e9, help="bytes per second between two stages (%(default)s)")
     add("--latency", type=float, default=1e-4, help="latency of a message in seconds (%(default)s)")
     add("--update-seconds", type=float, default=0.01, help="time of the update at the end of a step (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of the random times (%(default)s)")
-    add("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
     return parser.parse_args()
 
 
@@ -123,34 +118,26 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 3.5))
-    for index, micro_batches in enumerate(sorted({row["micro_batches"] for row in rows})):
-        for backward, style, kind in ((0.0, "o-", "one way"), (1.0, "s--", "with a backward")):
-            own = [row for row in rows if row["micro_batches"] == micro_batches and row["backward"] == backward]
-            axis.plot(
-                [row["stages"] for row in own],
-                [100 * row["waiting"] for row in own],
-                style,
-                color=f"C{index}",
-                label=f"{micro_batches:.0f} micro-batches, {kind}",
-            )
-    axis.set(xlabel="stages", ylabel="waiting, % of a step", xscale="log", ylim=(0, 100))
-    axis.set_xticks(STAGES, [str(stages) for stages in STAGES])
-    axis.minorticks_off()
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with plotted(path, (7, 3.5)) as axis:
+        for index, micro_batches in enumerate(sorted({row["micro_batches"] for row in rows})):
+            for backward, style, kind in ((0.0, "o-", "one way"), (1.0, "s--", "with a backward")):
+                own = [row for row in rows if row["micro_batches"] == micro_batches and row["backward"] == backward]
+                axis.plot(
+                    [row["stages"] for row in own],
+                    [100 * row["waiting"] for row in own],
+                    style,
+                    color=f"C{index}",
+                    label=f"{micro_batches:.0f} micro-batches, {kind}",
+                )
+        axis.set(xlabel="stages", ylabel="waiting, % of a step", xscale="log", ylim=(0, 100))
+        axis.set_xticks(STAGES, [str(stages) for stages in STAGES])
+        axis.minorticks_off()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
 
 
 def main() -> None:
     args = arguments()
-    if args.output is not None:
-        check_file("--output", args.output)
+    check_output(args.output)
     rows = [
         simulate(args, stages, micro_batches, backward)
         for micro_batches in args.micro_batches
@@ -159,8 +146,7 @@ def main() -> None:
     ]
     print(table(rows))
     if args.output is not None:
-        setup = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+        write_results(args, rows)
         plot(rows, args.output.with_suffix(".png"))
 
 
