@@ -67,7 +67,7 @@ class _PassGraph:
 
 
 class _Key(NamedTuple):
-    """What a graph was captured for: it is replayed for the same alone."""
+    """The case that a graph was captured for: it is replayed for no other."""
 
     how: tuple[int, ...]
     others: Hashable
