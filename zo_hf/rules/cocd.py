@@ -122,5 +122,5 @@ class CoherentCoordinateDescent(Rule):
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._ring.copy_(state["differences"])
         self._next_step = int(state["next_step"])
-        if self._coherence is not None and "coherence" in state:
-            self._coherence.load(state["coherence"], self._next_step)
+        if self._coherence is not None:
+            self._coherence.load(state.get("coherence"), self._next_step)

@@ -72,19 +72,22 @@ class Coherence:
         """Return `of_steps` for a checkpoint, (K,), without NaN."""
         return self.of_steps.nan_to_num(_NOT_COMPARED)
 
-    def load(self, of_steps: Tensor, next_step: int) -> None:
-        """Restore what `state` returned of a run whose next step is given.
+    def load(self, of_steps: Tensor | None, next_step: int) -> None:
+        """Restore what `state` returned of a run whose next step is given; None of a run that has kept none.
 
         Raises:
             ValueError: it is of another length.
         """
+        self._last = next_step - 1
+        if of_steps is None:
+            self.forget()
+            return
         if of_steps.shape != self.of_steps.shape:
             raise ValueError(
                 f"there are {of_steps.numel()} steps' coherences, and a cycle has {len(self.of_steps)} steps"
             )
         self.of_steps.copy_(of_steps)
         self.of_steps[self.of_steps == _NOT_COMPARED] = torch.nan
-        self._last = next_step - 1
 
     def logs(self) -> dict[str, float]:
         """Return the coherence of the last step, and the mean over the last cycle, for the training log."""

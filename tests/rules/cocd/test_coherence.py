@@ -72,6 +72,7 @@ def test_on_a_quadratic_it_is_the_cosine_of_gradients_a_cycle_apart(per_step: in
 @pytest.mark.parametrize("decay", [0.3, 1.0])
 @pytest.mark.parametrize("estimator", ["coordinate", "coordinate_forward"])
 def test_it_is_one_where_nothing_moves(decay: float, estimator: str) -> None:
+    assert N % 3, "blocks of neighboring cycles overlap"
     found = steps_of(*regression(), 20, 3, 0.0, cocd_decay=decay, estimator=estimator)
     assert found[:5] == [{}] * 5, "turns 0 to 14 of 17 coordinates are in the first cycle"
     for logs in found[5:]:
@@ -154,6 +155,20 @@ def test_a_resumed_run_logs_the_same() -> None:
         zo.rule.load_state(state | {"coherence": torch.zeros(2)})
 
 
+def test_a_rule_that_has_gone_on_loads_the_state_of_an_earlier_version() -> None:
+    model, loss = regression(torch.float32)
+    zo, _ = run(model, loss, 9, 3, 0.0)
+    numbers, state = zo.state_dict(), zo.rule.state()
+    del state["coherence"]
+    for _ in range(20):
+        zo.estimate(loss)
+    zo.load_state_dict(numbers)
+    zo.rule.load_state(state)
+    assert zo.rule.logs() == {}
+    zo.estimate(loss)
+    assert zo.rule.logs() == {key: pytest.approx(1.0) for key in BOTH}
+
+
 def test_the_trainer_logs_it_and_a_checkpoint_without_it_still_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +207,3 @@ def test_it_is_a_cosine_whatever_the_scale(
         found.append(coherence.logs()["zo/coherence"])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
     assert -1 - 1e-6 <= found[0] <= 1 + 1e-6 and not math.isnan(found[0])
-
-
-def test_no_coordinate_is_left_out() -> None:
-    assert N % 3, "so that blocks of neighboring cycles overlap in the tests above"
