@@ -98,8 +98,8 @@ def report(comparison: Comparison, args: argparse.Namespace) -> str:
         f"{args.rates} trials of {args.trial_forward_passes} for each learning rate, {args.eval_rows} test "
         f"sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot[0])}"
     )
-    if args.passes_to:
-        text += f"\n{passes_table(results, zero_shot[0]['scores'][-1], args.passes_to)}"
+    if passes := passes_table(results, zero_shot[0]["scores"][-1], args.passes_to):
+        text += f"\n{passes}"
     (args.output / "table.md").write_text(text, encoding="utf-8")
     plot(results, zero_shot[0], "forward_passes", args.figures / "methods-forward-passes.png")
     plot(results, zero_shot[0], "seconds", args.figures / "methods-time.png")

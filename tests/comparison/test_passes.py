@@ -40,6 +40,11 @@ def test_an_end_that_is_never_reached_has_no_passes() -> None:
     assert passes_to_end_of(result([[math.nan] * 4], [10, 20, 30, 40]), QUICK, START, "loss") is None
 
 
+def test_a_run_that_comes_back_from_an_infinite_loss_is_read_at_its_first_finite_score() -> None:
+    back = result([[math.inf, math.inf, 1.0, 1.0, 1.0]], [10, 20, 30, 40, 50])
+    assert passes_to_end_of(SLOW, back, START, "loss") == 40, "its neighbors are finite, too"
+
+
 def test_more_accuracy_is_better() -> None:
     runs = [{"scores": [{"accuracy": a, "forward_passes": p} for a, p in ((0.5, 10), (0.7, 20), (0.7, 30))]}]
     found = Result("g", 1.0, False, runs)
@@ -48,7 +53,7 @@ def test_more_accuracy_is_better() -> None:
 
 
 def test_the_table_has_a_row_for_every_method_and_a_column_for_every_target() -> None:
-    text = passes_table({"slow": SLOW, "quick": QUICK}, START, ["slow", "quick", "unfinished"])
+    text = passes_table({"slow": SLOW, "quick": QUICK}, START, ["slow", "quick", "slow", "unfinished"])
     assert text.splitlines() == [
         "| forward passes to the final loss of | slow | quick |",
         "|---|---:|---:|",
@@ -56,3 +61,7 @@ def test_the_table_has_a_row_for_every_method_and_a_column_for_every_target() ->
         "| slow | 40 | - |",
         "| quick | 9 | 27 |",
     ]
+
+
+def test_there_is_no_table_without_a_target() -> None:
+    assert passes_table({"quick": QUICK}, START, ["unfinished"]) == ""

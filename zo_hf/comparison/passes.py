@@ -41,7 +41,8 @@ def passes_to_end_of(target: Result, result: Result, start: Mapping[str, float],
     if not len(reached) or not end < curve[0]:
         return None
     at = int(reached[0])
-    part = (curve[at - 1] - end) / (curve[at - 1] - curve[at])
+    # A run may come back from a loss that was not finite.
+    part = (curve[at - 1] - end) / (curve[at - 1] - curve[at]) if np.isfinite(curve[at - 1]) else 1.0
     return float(passes[at - 1] + part * (passes[at] - passes[at - 1]))
 
 
@@ -52,8 +53,13 @@ def passes_table(results: Mapping[str, Result], start: Mapping[str, float], targ
         results: results by method.
         start: scores before any training.
         targets: names of the methods whose final loss is asked for; those without a result are left out.
+
+    Returns:
+        The table; the empty string if no target has a result.
     """
-    targets = [name for name in targets if name in results]
+    targets = [name for name in dict.fromkeys(targets) if name in results]
+    if not targets:
+        return ""
     lines = [
         f"| forward passes to the final loss of | {' | '.join(targets)} |",
         f"|---|{'---:|' * len(targets)}",

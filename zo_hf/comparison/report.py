@@ -121,9 +121,8 @@ def page(reports: Sequence[ProblemReport], heading: str, passes_to: Sequence[str
     parts = [heading, summary(reports)]
     for report in reports:
         parts.append(f"### {report.problem.name}\n\n{details(report)}")
-        if not report.results.keys().isdisjoint(passes_to):
-            parts.append(passes_table(report.results, {"loss": mean(report.untrained("loss"))}, passes_to))
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+        parts.append(passes_table(report.results, {"loss": mean(report.untrained("loss"))}, passes_to))
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def plot(reports: Sequence[ProblemReport], key: str, against: str, path: Path) -> None:
