@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from zo_hf.tasks.refusals import refusals_end_the_command
 SETTINGS = ("network", "method", "learning_rate", "eps", "seed", "forwards")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--network", choices=STUDIES, default="mlp", help="4,810 weights or 269,434 (%(default)s)")
@@ -54,7 +54,18 @@ def arguments() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="parallel runs (%(default)s: one for each core)")
     add("--output", type=Path, default=Path("out/cocd_digits"), help="folder for results (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    known = STUDIES[args.network].methods
+    for name in args.methods or ():
+        if name not in known:
+            parser.error(f"--methods {name!r} is unknown; choose among {', '.join(map(repr, known))}.")
+    for name in ("forwards", "processes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} must be at least 1.")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
+    return args
 
 
 def train(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,9 +107,6 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.study = args, STUDIES[args.network]
-        unknown = [name for name in args.methods or () if name not in self.study.methods]
-        if unknown:
-            raise ValueError(f"--methods {unknown[0]} is unknown; choose among {', '.join(self.study.methods)}.")
         self.methods = args.methods or list(self.study.methods)
         self.finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
 
@@ -110,12 +118,20 @@ class Comparison:
 
     def make(self, runs: list[dict[str, Any]]) -> None:
         """Make the missing runs, several in parallel."""
-        missing = {tuple(run.values()): run for run in runs if self.finished.find(run) is None}
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.args.processes, mp_context=spawn) as pool:
-            jobs = [pool.submit(train, run) for run in missing.values()]
-            for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
-                self.finished.add(job.result())
+        missing = list({tuple(run.values()): run for run in runs if self.finished.find(run) is None}.values())
+        spawn, running = multiprocessing.get_context("spawn"), set[Future[dict[str, Any]]]()
+        with (
+            ProcessPoolExecutor(self.args.processes, mp_context=spawn) as pool,
+            tqdm(total=len(missing), unit="run") as progress,
+        ):
+            while missing or running:
+                # After Ctrl-C, processes would go on with runs that wait for them.
+                while missing and len(running) < self.args.processes:
+                    running.add(pool.submit(train, missing.pop(0)))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for job in done:
+                    self.finished.add(job.result())
+                    progress.update()
 
     def runs(self, method: str, learning_rate: float, eps: float | None = None) -> list[dict[str, Any]]:
         """Return the run of every seed."""

@@ -122,13 +122,14 @@ def test_runs_are_made_once_and_drawn(
     few = {
         name: replace(
             study.methods[name],
-            options=study.methods[name].options | {"num_directions": 1300},
+            options=study.methods[name].options | {"num_directions": 200},
             rates=(0.01, 1e30),
-            forwards=2600 * 8,
+            forwards=400 * 8,
         )
         for name in names
     }
-    monkeypatch.setitem(recipe.STUDIES, "mlp", replace(study, methods=few, ablated=("CoCD γ = 0.99", (1.0,))))
+    study = replace(study, make=lambda: nn.Linear(64, 10), methods=few, ablated=("CoCD γ = 0.99", (1.0,)))
+    monkeypatch.setitem(recipe.STUDIES, "mlp", study)
     in_this_process(recipe, monkeypatch)
     words = ["recipe", "--methods", *names, "--seeds", "0", "1", "--processes", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
@@ -140,18 +141,50 @@ def test_runs_are_made_once_and_drawn(
     of_cocd = next(run for run in runs if run["method"] == names[1] and run["learning_rate"] == 0.01)
     of_bccd = next(run for run in runs if run["method"] == names[0])
     assert len(of_cocd["coherence"]) == 5 and of_bccd["coherence"] == [], "the second cycle begins in step 3 of 8"
-    assert "| CoCD γ = 0.99 | 0.01 | 20,800 | 2.2 | " in table and "| ε = 1 | " in table
+    assert "| CoCD γ = 0.99 | 0.01 | 3,200 | 2.5 | " in table and "| ε = 1 | " in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"digits.png", "coherence.png"}
     monkeypatch.setattr(recipe, "train", lambda _: pytest.fail("the runs are there"))
     recipe.main()
-    monkeypatch.setattr(sys, "argv", ["recipe", "--methods", "sgd", "--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="--methods sgd is unknown; choose among BCCD"):
-        recipe.main()
 
 
-def in_this_process(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the runs without the processes, which would not see a changed table of methods."""
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--methods sgd", "--methods 'sgd' is unknown; choose among 'two-point', 'BCCD (γ = 0)'"),
+        ("--network resnet20 --forwards -5", "--forwards -5 must be at least 1."),
+        ("--processes 0", "--processes 0 must be at least 1."),
+        ("--seeds 1 2 1", "--seeds 1 2 1 must differ"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_in_one_sentence(
+    recipe: ModuleType, words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe.arguments(words.split())
+    assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_no_more_runs_are_submitted_than_there_are_processes(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So an interrupted comparison has no runs left that its processes go on with."""
+    submitted = in_this_process(recipe, monkeypatch)
+
+    def stop(settings: dict) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train", stop)
+    comparison = recipe.Comparison(recipe.arguments(["--processes", "2", "--output", str(tmp_path)]))
+    with pytest.raises(KeyboardInterrupt):
+        comparison.tune()
+    assert len(submitted) == 2
+
+
+def in_this_process(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Make the runs without the processes, which would not see a changed table of methods; return their settings."""
     from concurrent.futures import Future
+
+    submitted: list[dict] = []
 
     class Pool:
         def __init__(self, *_: object, **__: object) -> None: ...
@@ -162,8 +195,13 @@ def in_this_process(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
         def __exit__(self, *_: object) -> None: ...
 
         def submit(self, function, settings) -> Future:
+            submitted.append(settings)
             future: Future = Future()
-            future.set_result(function(settings))
+            try:
+                future.set_result(function(settings))
+            except BaseException as error:
+                future.set_exception(error)
             return future
 
     monkeypatch.setattr(recipe, "ProcessPoolExecutor", Pool)
+    return submitted
