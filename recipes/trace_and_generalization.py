@@ -46,6 +46,7 @@ from zo_hf.trainer.output_paths import check_folder
 
 PIXELS, HIDDEN, CLASSES = 64, 16, 10
 SIZES = (PIXELS * HIDDEN, HIDDEN, HIDDEN * CLASSES, CLASSES)
+PICTURES = 1797
 LOOK_EVERY = 20
 DIVERGED = 1e3  # a run has diverged when its loss is this many times the initial loss
 
@@ -65,7 +66,20 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("out/trace_and_generalization"), help="folder for results (%(default)s)")
     add("--figures", type=Path, help="folder for the figure (OUTPUT)")
     add("--plot-only", action="store_true", help="only write the table and the figure of the finished runs")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    for name in ("margins", "levels", "eps"):
+        values = getattr(args, name)
+        if not min(values if isinstance(values, list) else [values]) > 0:
+            parser.error(f"--{name} must be above 0.")
+    if args.steps < LOOK_EVERY:
+        parser.error(f"--steps {args.steps} must be at least {LOOK_EVERY}, after which losses are looked at.")
+    if not 2 <= args.examples < PICTURES:
+        parser.error(f"--examples {args.examples} must be 2 to {PICTURES - 1}; the others of {PICTURES} are the test.")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
+    if args.plot_only and not (args.output / "runs.jsonl").exists():
+        parser.error(f"--plot-only needs {args.output / 'runs.jsonl'}; make the runs first, without it.")
+    return args
 
 
 def outputs(weights: Tensor, inputs: Tensor, activation: str) -> Tensor:

@@ -48,14 +48,13 @@ def test_loss_and_spectrum_are_those_of_the_network(recipe: ModuleType, activati
     expected = torch.stack([loss_of(model, inputs, targets) for model in models])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     values = recipe.spectrum(weights[0], inputs, targets, activation)
-    # zᵀHz by autograd along a direction in the order of the modules' parameters; the trace by one in each coordinate.
+    # The Hessian by backward over backward, in the order of the modules' parameters.
     parameters = list(models[0].parameters())
     slopes = parameters_to_vector(torch.autograd.grad(expected[0], parameters, create_graph=True))
-    rows = [
-        parameters_to_vector(torch.autograd.grad(slope, parameters, retain_graph=True, materialize_grads=True))
-        for slope in slopes
-    ]
-    torch.testing.assert_close(values, torch.linalg.eigvalsh(torch.stack(rows)), rtol=1e-3, atol=1e-4)
+    units = torch.eye(len(slopes), dtype=slopes.dtype)
+    parts = torch.autograd.grad(slopes, parameters, units, is_grads_batched=True)
+    hessian = torch.cat([part.flatten(1) for part in parts], dim=1)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(hessian), rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_is_that_of_two_point_descent(recipe: ModuleType) -> None:
@@ -79,6 +78,32 @@ def test_a_step_is_that_of_two_point_descent(recipe: ModuleType) -> None:
         # The recipe's losses are float32, which c divides by 2ε.
         torch.testing.assert_close(runs.weights[index], expected, rtol=0, atol=1e-3 * rate * (abs(c) + 1) + 1e-6)
     assert (runs.weights - before).norm(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--margins 4 0", "--margins must be above 0."),
+        ("--levels 0", "--levels must be above 0."),
+        ("--eps 0", "--eps must be above 0."),
+        ("--steps 19", "--steps 19 must be at least 20"),
+        ("--examples 1", "--examples 1 must be 2 to 1796;"),
+        ("--examples 1797", "--examples 1797 must be 2 to 1796;"),
+        ("--seeds 1 1", "--seeds 1 1 must differ"),
+        ("--plot-only --output nowhere", "--plot-only needs nowhere/runs.jsonl;"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_in_one_sentence(
+    recipe: ModuleType, words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe.arguments(words.split())
+    assert f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_the_others_of_all_pictures_are_the_test(recipe: ModuleType) -> None:
+    known, _, others, classes = recipe.pictures(0, recipe.PICTURES - 1)
+    assert len(known) == 1796 and len(others) == len(classes) == 1
 
 
 def test_runs_end_at_equal_loss_and_are_drawn(
