@@ -53,8 +53,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rates", type=float, nargs="+", help="learning rates to try (the method's own)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (%(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="parallel runs (%(default)s: one for each core)")
-    add("--output", type=Path, default=Path("out/cocd_digits"), help="folder for results (%(default)s)")
+    add("--output", type=Path, help="folder for results (out/cocd_digits/NETWORK)")
     args = parser.parse_args(words)
+    args.output = args.output or Path("out/cocd_digits") / args.network
     known = STUDIES[args.network].methods
     for name in args.methods or ():
         if name not in known:

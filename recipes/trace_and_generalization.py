@@ -16,7 +16,8 @@ two-point estimates along one Gaussian direction.
 
 Runs are compared at equal training loss and not after equal steps: when the loss at the weights, which is looked at every
 20 steps, first is below a level. There the whole Hessian gives trace, λmax and η*, all other digits give the test loss, and
-the weights their distance from the start. A seed draws the weights, the training pictures and the directions, which are the same for all step sizes.
+the weights their distance from the start. A seed draws the weights, the training pictures and the directions, which are the
+same for all step sizes.
 
 Networks so small are trained side by side: a step of all runs is one batch of matrix products. The results are runs.jsonl
 in OUTPUT, which --plot-only reads, table.md, and trace-and-generalization.png in FIGURES.

@@ -164,6 +164,10 @@ def test_arguments_that_cannot_work_are_refused_in_one_sentence(
     assert f"error: {sentence}" in capsys.readouterr().err
 
 
+def test_one_network_does_not_write_over_the_table_of_another(recipe: ModuleType) -> None:
+    assert len({recipe.arguments(["--network", network]).output for network in recipe.STUDIES}) == len(recipe.STUDIES)
+
+
 def test_no_more_runs_are_submitted_than_there_are_processes(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
