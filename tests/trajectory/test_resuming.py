@@ -30,6 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adapter": {"zo_subspace": "adapter", "optim": "adamw_torch"},
     "activation": {"zo_basis": "activation", "optim": "adamw_torch"},
     "divided by inputs": {"zo_preconditioner": "inputs", "zo_rows_per_direction": 1},
+    "divided by inputs, autocast": {"zo_preconditioner": "inputs", "bf16": True},
     "bf16": {"dtype": torch.bfloat16, "optim": "adamw_torch"},
 }
 

@@ -34,7 +34,8 @@ def read_random_tokens(
 ) -> None:
     """Let the model read random tokens, and call each look before the forward of its module.
 
-    The model is in evaluation mode meanwhile, and the global generators are left as they were.
+    The model is in evaluation mode meanwhile, and the global generators are left as they were. Autocast is off, because
+    neither a replay nor the first pass of a run has it.
 
     Args:
         model: a transformers model that reads `input_ids`.
@@ -47,10 +48,18 @@ def read_random_tokens(
         ValueError: the model cannot read tokens alone.
     """
     inputs = _random_tokens(model, stream, option, way_out)
-    generators = GlobalGenerators.now(next(iter(inputs.values())).device)
+    device = next(iter(inputs.values())).device
+    generators = GlobalGenerators.now(device)
+
+    def leave_autocast(*_: Any) -> None:
+        torch.set_autocast_enabled(device.type, False)
+
     with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.callback(generators.restore)
         stack.enter_context(in_evaluation_mode(model))
+        for part in list(model.modules())[1:]:  # accelerate puts a context of its own around the model's forward
+            stack.callback(part.register_forward_pre_hook(leave_autocast).remove)
         for module, look in looks:
             stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         stack.enter_context(torch.no_grad())
