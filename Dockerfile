@@ -4,7 +4,7 @@
 #     docker run --rm --gpus all -v zo_hf-cache:/cache -v "$PWD/out:/out" zo_hf
 #     docker run --rm --gpus all -v zo_hf-cache:/cache -v "$PWD/out:/out" zo_hf --output_dir /out/opt …
 #
-# Without arguments it runs the embedded default; any argument goes to recipes/opt_sst2.py instead.
+# Without arguments it runs the demo; any argument goes to recipes/opt_sst2.py instead.
 # The user in the container has id 1000: /out must be writable for it (or add --user "$(id -u)").
 #
 # CUDA 12.6 runs with the widest range of drivers. For GPUs that need a newer one:
@@ -46,4 +46,4 @@ WORKDIR /out
 VOLUME /cache
 
 ENTRYPOINT ["python3", "/opt/zo_hf/run.py", "launch", "/opt/zo_hf/recipes/opt_sst2.py"]
-CMD ["--offline"]
+CMD ["--offline", "--config", "/opt/zo_hf/recipes/last_norm.yaml"]

@@ -86,7 +86,15 @@ def parts(device: str, small: bool) -> list[Part]:
             _bench("bench opt-1.3b nf4", device, "opt-1.3b", (), ("--quantization", "nf4")),
             _bench("bench opt-13b", device, "opt-13b", VARIANTS[:2], ("--rounds", "3")),
         ]
-    demo = (str(ROOT / "recipes" / "opt_sst2.py"), "--offline", "--output_dir", "{output}")
+    recipes = ROOT / "recipes"
+    demo = (
+        str(recipes / "opt_sst2.py"),
+        "--offline",
+        "--config",
+        str(recipes / "last_norm.yaml"),
+        "--output_dir",
+        "{output}",
+    )
     few = ("--max_steps", "2", "--num_train_examples", "32", "--num_eval_examples", "16")
     on_cpu = ("--use_cpu", "true") if device == "cpu" else ()
     made.append(Part("demo", (*demo, *on_cpu, *(few if small else ())), 240))

@@ -14,8 +14,10 @@ token. Here every direction is divided by the size of the inputs:
     matrix, W + B · Vᵀ:   V → s ⊙ V for every column of V
     norm, w + ξ:          z → s ⊙ z
 
-On average, a probe moves the layer's outputs as far as before, so ε keeps its meaning. Along the divided directions the
-estimate has the mean s² ⊙ ∇ℓ, a gradient preconditioned by A's diagonal. The bound on a_j is for inputs that are nearly always 0.
+On average, a probe moves the layer's outputs as far as before, so ε keeps its meaning. An embedding that shares its matrix
+with the output layer is the exception: what it looks up moves √(mean_j s_j²) times as far. Along the divided directions
+the estimate has the mean s² ⊙ ∇ℓ, a gradient preconditioned by A's diagonal. The bound on a_j is for inputs that are nearly
+always 0.
 
 The inputs are those of random tokens, see `random_tokens`.
 """

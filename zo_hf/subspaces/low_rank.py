@@ -252,7 +252,8 @@ class LowRank(Folded):
 
     def _scale(self, name: str, scale: Tensor) -> None:
         if name in self.factored:
-            self._set_basis(name, self.basis(name) * scale[:, None])
+            basis = self.basis(name)  # a tied weight may lie on another device than the inputs of the output layer
+            self._set_basis(name, basis * scale.to(basis.device)[:, None])
         else:
             self._coordinate_blocks.of(name).set_scale(name, scale)
 
