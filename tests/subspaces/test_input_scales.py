@@ -206,3 +206,15 @@ def test_a_model_without_tokens_is_refused() -> None:
     message = r"zo_preconditioner='inputs' needs a transformers model .* use zo_preconditioner='none'\.$"
     with pytest.raises(ValueError, match=message):
         ZerothOrder(nn.Linear(30, 30), preconditioner="inputs")
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_cannot_read_tokens() -> None:
+    model = seeded(tiny_llama)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        ZerothOrder(model, preconditioner="inputs")
+    assert len(model.lm_head._forward_pre_hooks) == 1

@@ -46,6 +46,7 @@ def read_random_tokens(
 
     Raises:
         ValueError: the model cannot read tokens alone.
+        OutOfMemoryError: there is no memory for the pass.
     """
     inputs = _random_tokens(model, stream, option, way_out)
     device = next(iter(inputs.values())).device
@@ -66,6 +67,8 @@ def read_random_tokens(
         stack.enter_context(single_thread())
         try:
             model(**inputs)
+        except torch.OutOfMemoryError:  # says nothing about the model, and Trainer knows what to do
+            raise
         except Exception as error:
             raise ValueError(
                 f"{option} lets the model read random tokens, and this {type(base_model(model)).__name__} cannot read tokens "
