@@ -155,7 +155,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (PRIVATE | {"dp_noise_multiplier": 0.0}, {"zo_dp_target_epsilon": 1.0}, set()),
     (PRIVATE | {"estimator": "fzoo"} | TWO, {}, set()),
     (PRIVATE | {"rule": "svrg"}, {}, set()),
-    (PRIVATE | {"basis": "activation"}, {}, set()),
     (PRIVATE | {"batched_probes": True}, {}, set()),
     (PRIVATE | {"cuda_graph": True}, {}, set()),
     (PRIVATE, {"learning_rate": "auto"}, set()),

@@ -59,9 +59,18 @@ def test_without_noise_and_with_all_rows_the_numbers_are_those_of_plain_training
     assert logged(runs[0], "zo/dp_epsilon") == []
 
 
-@pytest.mark.parametrize("rows", [0, 2])
-def test_a_killed_run_resumes_with_the_same_bits_and_the_same_account(tmp_path: Path, rows: int) -> None:
-    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "zo_rows_per_direction": rows}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zo_rows_per_direction": 0},
+        {"zo_rows_per_direction": 2},
+        {"zo_basis": "activation", "zo_fold_steps": 3},
+        {"zo_preconditioner": "inputs", "zo_fold_steps": 3},
+    ],
+    ids=["one direction", "by rows", "activation", "divided"],
+)
+def test_a_killed_run_resumes_with_the_same_bits_and_the_same_account(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = options | {"max_steps": 12, "save_strategy": "steps", "save_steps": 5}
     whole = run(tmp_path, **options)
     resumed = run(tmp_path, resume=str(tmp_path / "checkpoint-5"), **options)
     assert_same_bits(weights(resumed), weights(whole))

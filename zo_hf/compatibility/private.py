@@ -76,12 +76,6 @@ PRIVATE: tuple[Conflict, ...] = (
         lambda case: bool(case.settings.rule_kind.candidates) or case.settings.rule_kind.points > 1,
     ),
     _private(
-        "zo_basis='activation'",
-        "it is made of the rows' inputs without noise",
-        "use zo_basis='random'",
-        lambda case: case.settings.basis == "activation",
-    ),
-    _private(
         "zo_batched_probes=True",
         "rows are evaluated at one probe at a time",
         "leave it out",
