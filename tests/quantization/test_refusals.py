@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import seeded, tiny_bert, tiny_llama
 from tests.quantization.test_probes import opaque_model
-from tests.quantized_models import quantize
+from tests.quantized_models import FORMATS, quantize
 from tests.trainer.runs import make_trainer
 from tests.trainer.test_refusals import refused, trains
 from zo_hf import ZerothOrder, ZOTrainer
@@ -54,6 +55,18 @@ def test_an_engine_refuses_graphs_of_quantized_layers_by_itself(with_adapter: bo
     refusal = r"^zo_cuda_graph=True does not combine with a quantized model: .*; use zo_cuda_graph=False\.$"
     with pytest.raises(ValueError, match=refusal):
         ZerothOrder(model, cuda_graph=True, batched_probes=True)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_offloaded_codes_are_refused_though_nobody_can_read_them(tmp_path: Path, kind: str) -> None:
+    model = quantize(seeded(tiny_llama), kind)
+    model.is_quantized = True
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    refusal = r"^a quantized model does not combine with weights that device_map offloads: .*"
+    with pytest.raises(ValueError, match=refusal):
+        ZerothOrder(model)
+    with pytest.raises(ValueError, match=refusal):
+        make_trainer(tmp_path, model)
 
 
 WRONG: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {

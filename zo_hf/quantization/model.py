@@ -55,8 +55,10 @@ def _quantized_layer(module: nn.Module) -> QuantizedLayer | None:
             return None if weight.quant_state is None else BitsAndBytes4Bit(module)
     if type(weight).__module__.startswith("torchao."):
         is_plain_int8 = type(weight).__name__ == "Int8Tensor" and weight.scale.shape == (*weight.shape[:1], 1)
-        shifted = is_plain_int8 and weight.zero_point is not None and bool(weight.zero_point.any())
-        readable = is_plain_int8 and not shifted and weight.act_quant_kwargs is None
+        # Without values, as of an offloaded model, nobody can tell whether there is a shift.
+        shift = weight.zero_point if is_plain_int8 else None
+        is_shifted = shift is not None and (shift.is_meta or bool(shift.any()))
+        readable = is_plain_int8 and not is_shifted and weight.act_quant_kwargs is None
         if readable and isinstance(module, nn.Linear):
             return TorchAOInt8(module)
     # Formats that can only be read have layer classes of their own, or a plain Linear with scales beside the codes.
