@@ -9,6 +9,9 @@ import pytest
 
 from zo_hf.cli import main as cli
 from zo_hf.cli import plan as command
+from zo_hf.memory import Assumptions, Plan
+from zo_hf.memory.plan import Row
+from zo_hf.memory.setups import Setup
 
 LLAMA_3_8B = str(Path(__file__).parents[1] / "memory" / "configs" / "llama-3-8b.json")
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "speed_and_memory.md").read_text(encoding="utf-8")
@@ -32,6 +35,13 @@ def test_the_help_and_the_guide_show_real_output(capsys: pytest.CaptureFixture[s
         shown = table_lines(text)
         assert len(shown) >= 8
         assert not set(shown) - set(printed)
+
+
+def test_many_rows_in_a_pass_stay_apart_from_the_weights_that_move() -> None:
+    row = Row(Setup("full", "half"), "bfloat16", 8_030_000_000, 0, 0, 0, 0, 0, (16384,))
+    printed = command.text(Plan("opt", 1, Assumptions(batch_size=128, num_directions=64), (row,)))
+    assert "8.0B 1 x 16384 " in printed
+    assert "full and scales: all 128 probes in one forward pass" in printed
 
 
 def test_every_assumption_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

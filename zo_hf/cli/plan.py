@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
 def text(result: Plan) -> str:
     """Return the text of a plan: the table, then every assumption."""
     sizes = f"{'weights':>9}{'state':>8}{'working':>9}{'total':>9}"
-    head = f"{'setup':<22}{'base':<12}{'moves':>8}{'passes':>9}{sizes}   fits"
+    head = f"{'setup':<22}{'base':<12}{'moves':>8} {'passes':>8}{sizes}   fits"
     lines = [f"{result.model} on {result.gpu_memory / GB:.1f} GB; sizes in GB", "", head]
     group = None
     for row in result.rows:
@@ -167,7 +167,7 @@ def _line(row: Row) -> str:
     headroom = f"{'yes' if row.fits else 'no ':<3} {abs(row.headroom) / GB:7.2f} {'left' if row.fits else 'missing'}"
     crosses = f", {row.crosses / GB:.1f} to load a step" if row.crosses else ""
     moves, passes = _count(row.moves), f"{len(row.passes)} x {row.passes[0]}"
-    return f"{_title(row):<22}{row.base:<12}{moves:>8}{passes:>9}{sizes}   {headroom}{crosses}"
+    return f"{_title(row):<22}{row.base:<12}{moves:>8} {passes:>8}{sizes}   {headroom}{crosses}"
 
 
 def _title(row: Row) -> str:
@@ -190,7 +190,7 @@ def _assumptions(result: Plan) -> list[str]:
     probes, groups = together if given.batched else one_after_another, ""
     if given.rows_per_direction:
         groups = f" for each of {given.groups} groups of rows, which the step holds"
-        groups += f"; full: {probes}, for all rows" if given.rows_per_direction == "auto" else ""
+        groups += f"; full and scales: {probes}, for all rows" if given.rows_per_direction == "auto" else ""
         probes = one_after_another if given.batched == "auto" else probes
     targets = ", ".join(given.lora_targets) or "PEFT's choice"
     lines = [
