@@ -69,6 +69,14 @@ def test_offloaded_codes_are_refused_though_nobody_can_read_them(tmp_path: Path,
         make_trainer(tmp_path, model)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_offloaded_codes_are_refused_without_a_word_from_transformers(kind: str) -> None:
+    model = quantize(seeded(tiny_llama), kind)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is quantized, and device_map offloads it; give device_map one device"):
+        ZerothOrder(model)
+
+
 WRONG: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {
     "all weights": ("zo_subspace='full'", quantized, {"zo_subspace": "full"}),
     "folds into what cannot be written": ("zo_fold_steps=5", opaque, {"zo_fold_steps": 5}),

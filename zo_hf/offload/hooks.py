@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zo_hf.offload.weight import OffloadedWeight
+from zo_hf.quantization import is_coded
 
 
 class WeightsOfHook(Mapping[str, Tensor]):
@@ -137,8 +138,9 @@ def _adopt(module: nn.Module, hook: AlignDevicesHook, known: dict[int, Offloaded
     tensors = named_module_tensors(
         module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
     )
+    buffers = {name for name, _ in module.named_buffers()}
     for name, tensor in tensors:
-        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+        if name not in buffers and is_coded(tensor):
             raise ValueError(
                 f"{prefix}{name} is quantized, and device_map offloads it; give device_map one device for all of the model, or "
                 "load it without quantization."
