@@ -48,11 +48,13 @@ FORMATS: dict[str, Callable[[], BitsAndBytesConfig]] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
 }
+FOLD = {"zo_subspace": "low_rank", "zo_fold_steps": 100, "zo_exclude_modules": r".*(embed|norm|head).*"}
 # For each way, the center of its learning rates, and its options of ZOConfig.
 WAYS: dict[str, tuple[float, dict[str, Any]]] = {
     "adapter": (1e-4, {"zo_subspace": "adapter", "zo_target_modules": r".*lora_.*"}),
     "factors": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 0}),
-    "fold": (3e-6, {"zo_subspace": "low_rank", "zo_fold_steps": 100, "zo_exclude_modules": r".*(embed|norm|head).*"}),
+    "fold": (3e-6, FOLD),
+    "fold gptq": (3e-6, FOLD | {"zo_fold_rounding": "gptq"}),
     "scales": (3e-3, {"zo_subspace": "scales"}),
     "norms": (1e-2, {"zo_subspace": "norms"}),
 }

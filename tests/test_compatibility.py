@@ -101,6 +101,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (FULL, {}, {"create_optimizer"}),
     (FULL, {}, {"optimizer_cls_and_kwargs"}),
     ({"subspace": "core", "basis": "activation"}, {}, set()),
+    ({"subspace": "norms", "fold_rounding": "gptq"}, {}, set()),
     ({"basis": "activation"}, {}, {"fsdp"}),
     (INPUTS | FULL, {}, set()),
     (INPUTS | {"basis": "activation"}, {}, set()),

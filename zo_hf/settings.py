@@ -183,7 +183,8 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions,
         if issubclass(kind, LowRank):
             common["preconditioner"] = self.preconditioner
         if has_factors(kind):
-            return kind(model, rank=self.rank, fold_steps=self.fold_steps, basis=self.basis, **common)
+            common |= {"fold_steps": self.fold_steps, "basis": self.basis, "fold_rounding": self.fold_rounding}
+            return kind(model, rank=self.rank, **common)
         return kind(model, **common)
 
     def _check_resolution(self, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from tests.quantized_models import FORMATS, decoded, dequantized, layer_of, part
 from tests.subspaces.helpers import move_off_the_origin
 from zo_hf.quantization import QuantizedLayer, quantized_layers, stored_tensors
 from zo_hf.quantization.rowwise import HEADROOM, RowwiseInt8
-from zo_hf.subspaces import SUBSPACES, LowRank, folded
+from zo_hf.subspaces import SUBSPACES, LowRank, code_rounding
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
 
@@ -78,7 +78,7 @@ def test_a_fold_keeps_the_expected_loss(kind: str, monkeypatch: pytest.MonkeyPat
     assert abs(found.mean() - wanted) < 4 * error + 0.15 * abs(wanted)
     assert found.mean() < -4 * error
 
-    monkeypatch.setattr(folded, "draw_uniform", lambda s, n, a, b, device: torch.full((b - a,), 32767))
+    monkeypatch.setattr(code_rounding, "draw_uniform", lambda s, n, a, b, device: torch.full((b - a,), 32767))
     assert folded_loss(1) == pytest.approx(0.0, abs=0.02 * abs(wanted))  # rounded to nearest, all of it is lost
 
 
@@ -87,11 +87,13 @@ def decoded_of(model: nn.Module, name: str) -> Tensor:
 
 
 @EVERY_FORMAT
-@pytest.mark.parametrize("subspace", ["low_rank", "core"])
-def test_the_folded_state_dict_is_what_a_fold_writes(kind: str, subspace: str) -> None:
+@pytest.mark.parametrize(
+    ("subspace", "rounding"), [(s, r) for s in ("low_rank", "core") for r in ("stochastic", "gptq")]
+)
+def test_the_folded_state_dict_is_what_a_fold_writes(kind: str, subspace: str, rounding: str) -> None:
     """A checkpoint written in the middle and the model a moment later; the bias of a layer is folded beside its codes."""
     model = quantize(seeded(tiny_opt, hidden_size=64, ffn_dim=128, word_embed_proj_dim=64), kind)
-    space = SUBSPACES[subspace](model, rank=4, fold_steps=5)
+    space = SUBSPACES[subspace](model, rank=4, fold_steps=5, fold_rounding=rounding)
     before = {name: tensor.detach().clone() for name, tensor in stored_tensors(model).items()}
     move_off_the_origin(space)
     decay = dict.fromkeys(space.factored, 0.99)
@@ -112,11 +114,12 @@ def test_the_folded_state_dict_is_what_a_fold_writes(kind: str, subspace: str) -
 
 
 @EVERY_FORMAT
-def test_the_rounding_depends_on_the_seed_and_the_step_alone(kind: str) -> None:
+@pytest.mark.parametrize("rounding", ["stochastic", "gptq"])
+def test_the_rounding_depends_on_the_seed_and_the_step_alone(kind: str, rounding: str) -> None:
     results = []
     for seed, step in ((1, 5), (1, 5), (1, 10), (2, 5)):
         model = quantize(seeded(tiny_llama, hidden_size=64, intermediate_size=128), kind)
-        space = LowRank(model, fold_steps=5, seed=seed)
+        space = LowRank(model, fold_steps=5, seed=seed, fold_rounding=rounding)
         space.draw_bases(0)
         move_off_the_origin(space)
         space.fold(step, {})

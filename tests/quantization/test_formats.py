@@ -138,7 +138,7 @@ def test_what_is_on_the_grid_stays_bit_for_bit(kind: str, shape: tuple[int, int]
 def test_a_written_weight_is_one_of_the_two_neighbors(
     kind: str, rows: int, columns: int, seed: int, size: float
 ) -> None:
-    """And within the code's range: 4-bit weights within their block's largest, int8 ones in rows that may grow."""
+    """And within the code's range: 4-bit blocks and int8 rows may grow."""
     layer = made(kind, (rows, columns), seed)
     wanted = decoded(layer) + normal(rows, columns, seed=seed + 1, size=size)
     result, storage = written(layer, wanted, seed)
@@ -152,7 +152,7 @@ def test_a_written_weight_is_one_of_the_two_neighbors(
         scales = layer._scales(storage, 0, rows * columns)  # type: ignore[attr-defined]
         blocks = scales.repeat_interleave(64)[: rows * columns].view(rows, columns)
         levels = layer.module.weight.quant_state.code.sort().values
-        assert torch.equal(scales, layer._scales(layer.storage(), 0, rows * columns))  # type: ignore[attr-defined]
+        assert (scales >= layer._scales(layer.storage(), 0, rows * columns)).all()  # type: ignore[attr-defined]
         clamped = wanted.clamp(levels[0] * blocks, levels[-1] * blocks)
         assert ((result - clamped).abs() <= levels.diff().max() * blocks * (1 + 1e-4)).all()
 

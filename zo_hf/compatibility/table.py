@@ -31,7 +31,7 @@ from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import RULES, CoherentCoordinateDescent, Sign
 from zo_hf.rules.options import RuleOptions
 from zo_hf.rules.spectral import Spectral
-from zo_hf.subspaces import Full, LowRank
+from zo_hf.subspaces import Core, Full, LowRank
 
 STABILITY_RULES = ("none", "curvature")
 STABILITY_DIRECTIONS = ("gaussian", "rademacher", "sphere", Sparse.name, GivenMask.name)
@@ -439,6 +439,15 @@ CONFLICTS: tuple[Conflict, ...] = (
         "",
         "use zo_subspace='low_rank', or leave zo_basis out",
         lambda case: case.settings.basis == "activation" and case.settings.subspace not in ("auto", LowRank.name),
+    ),
+    Conflict(
+        "zo_fold_rounding='gptq'",
+        "zo_subspace={zo_subspace}",
+        "",
+        "use zo_subspace='low_rank', or leave zo_fold_rounding out",
+        lambda case: (
+            case.settings.fold_rounding == "gptq" and case.settings.subspace not in ("auto", LowRank.name, Core.name)
+        ),
     ),
     Conflict(
         "zo_basis='activation'",

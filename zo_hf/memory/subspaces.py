@@ -18,15 +18,22 @@ from zo_hf.quantization.layer import TILE as QUANTIZED_TILE
 from zo_hf.rng import Decoder, NoiseLayout, Stream, StreamOf
 from zo_hf.subspaces import Adapter, Full, LowRank, Subspace
 from zo_hf.subspaces.blocks import CoordinateBlocks
+from zo_hf.subspaces.code_rounding import ROWS
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.full import TILE
 from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.random_tokens import LENGTH
 from zo_hf.subspaces.reads import ReadWatch
 from zo_hf.subspaces.sites import Site
 
 # Number of float32 tensors of a tile's size that a requantizing fold holds at once: rows, update, random bits, codes
 # etc.
 REQUANTIZING_COPIES = 8
+
+# Numbers, counted as float32, that error feedback holds for every input of a layer and for every pair of tokens: the
+# inputs in float64 in two orders, and in float32 beside what spreads errors; three float64 matrices of tokens.
+INPUT_COPIES = 6
+SQUARE_COPIES = 6
 
 
 class TracedLayout(NoiseLayout):
@@ -90,6 +97,10 @@ class TracedLowRank(LowRank):
         if self._requantizes:
             elements = min(QUANTIZED_TILE, site.parameter.numel())
             _at_once = [torch.empty(elements) for _ in range(REQUANTIZING_COPIES)]
+            # The widest weight has the most inputs to prepare; they stay while the tiles of its rows are rounded.
+            columns = max(site.matrix_shape[1] for site in self.sites if site.name in self.factored)
+            tokens = min(ROWS * LENGTH, columns)
+            _prepared = torch.empty(INPUT_COPIES * columns * tokens + SQUARE_COPIES * tokens**2)
         weight = site.parameter.detach()
         rows = max(1, TILE // (weight.numel() // len(weight)))
         with torch.no_grad():

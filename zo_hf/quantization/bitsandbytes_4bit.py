@@ -3,8 +3,8 @@
     Ŵ[block] = levels[codes] · absmax[block]                 16 levels; a block is 64 elements in a row-major weight
     absmax   = map[codes₂] · absmax₂[block₂] + offset        where the block's scale is itself stored in 8 bits
 
-Writing a weight keeps its scales, so an element cannot leave ±absmax of its block. A larger scale would round the 63
-other elements anew, by far more than the update that asked for it.
+An element cannot leave ±absmax of its block. A larger scale rounds the 63 other elements anew, so a new weight gets one
+only where that leaves a smaller error than cutting off what exceeds the old one.
 
 On processors with AVX512-BF16, a Linear4bit in evaluation mode repacks its weight at its first forward. It thereby
 rounds the scales to bfloat16 for good, and it fails if a row is not a multiple of a block. This class prevents the
@@ -72,7 +72,53 @@ class BitsAndBytes4Bit(QuantizedLayer):
         scales = self._scales(storage, start * n, stop * n)
         return _times(values, scales, self._state.blocksize).view(stop - start, n)
 
+    def make_room(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor) -> None:
+        n, block = self.shape[1], self._state.blocksize
+        blocks = torch.nn.functional.pad(rows.flatten(), (0, -rows.numel() % block)).view(-1, block)
+        largest, first = blocks.abs().amax(1), start * n // block
+        absmax = storage["weight.absmax"]
+        old = self._scales(storage, start * n, stop * n).clone()
+        stored = absmax[first : first + len(largest)]
+        kept = stored.clone()
+        stored.copy_(self._nearest_codes_of_scales(storage, first, largest) if self._state.nested else largest)
+        grown = self._scales(storage, start * n, stop * n)
+        grows = (grown > old) & (self._squared_error(blocks, grown) < self._squared_error(blocks, old))
+        stored.copy_(torch.where(grows, stored, kept))
+
+    def _squared_error(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        """Return the sum of the squared errors of rounding each block to its nearest codes, (blocks,)."""
+        levels, between = self._levels(blocks.device)
+        inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+        rounded = levels[torch.bucketize(blocks * inverse[:, None], between)].mul_(scales[:, None])
+        return rounded.sub_(blocks).square_().sum(1)
+
+    def _nearest_codes_of_scales(self, storage: dict[str, Tensor], first: int, scales: Tensor) -> Tensor:
+        """Return the codes nearest to new scales of the blocks from `first` on, whose own scales stay; uint8."""
+        nested = storage["weight.nested_absmax"][first // _NESTED_BLOCK :]
+        inverse = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested))
+        shares = _times(scales - self._state.offset.to(scales.device), inverse, _NESTED_BLOCK)
+        ordered, order = self._state.state2.code.to(scales.device).sort()
+        return order[torch.bucketize(shares, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
+
+    def _levels(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the levels in ascending order, and the points halfway between them."""
+        levels, _ = self._state.code.float().to(device).sort()
+        return levels, (levels[1:] + levels[:-1]) / 2
+
+    def nearest(self, storage: dict[str, Tensor], start: int, stop: int) -> Callable[[Tensor, int], Tensor]:
+        n = self.shape[1]
+        scales = self._scales(storage, start * n, stop * n).repeat_interleave(self._state.blocksize)
+        scales = scales[: (stop - start) * n].view(stop - start, n).t().contiguous()
+        inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+        levels, between = self._levels(scales.device)
+
+        def rounded(values: Tensor, column: int) -> Tensor:
+            return levels[torch.bucketize(values * inverse[column], between)].mul_(scales[column])
+
+        return rounded
+
     def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+        self.make_room(storage, start, stop, rows)
         n = self.shape[1]
         scales = self._scales(storage, start * n, stop * n)
         inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))

@@ -89,8 +89,32 @@ class QuantizedLayer:
         """Decode rows start to stop - 1 of Ŵ from `storage`, float32 (stop - start, n)."""
         raise NotImplementedError(self.format)
 
+    def make_room(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor) -> None:
+        """Enlarge the scales in `storage` that rows start to stop - 1 of a new weight have outgrown, in place.
+
+        Codes stay as they are, so `requantize` must follow with the same rows.
+
+        Args:
+            storage: parts of the weight, live or copied.
+            start: first row.
+            stop: row after the last.
+            rows: new values, float32 (stop - start, n).
+        """
+        raise NotImplementedError(self.format)
+
+    def nearest(self, storage: dict[str, Tensor], start: int, stop: int) -> Callable[[Tensor, int], Tensor]:
+        """Return a function that rounds a column of rows start to stop - 1 to the nearest codes under the scales in `storage`.
+
+        Returns:
+            A function of new values, float32 (stop - start,), and the index of their column. It returns the values of the
+            nearest codes, which `requantize` writes as they are.
+        """
+        raise NotImplementedError(self.format)
+
     def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         """Write rows start to stop - 1 of a new weight into `storage`, in place and rounded stochastically.
+
+        Scales that the rows have outgrown are enlarged first, see `make_room`.
 
         Args:
             storage: parts of the weight, live or copied.

@@ -51,12 +51,24 @@ class RowwiseInt8(QuantizedLayer):
     def dequantize(self, storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
         return self.codes(storage)[start:stop].float().mul_(self.units(storage)[start:stop, None])
 
-    def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+    def make_room(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor) -> None:
         units = self.units(storage)[start:stop]
         needed = torch.maximum(rows.amax(1) / LARGEST, rows.amin(1) / self.smallest)
         outgrown = needed > units * (1 + 1e-6)  # a row's own largest element may exceed its code by rounding
         if outgrown.any():
-            units = self.set_units(storage, start, torch.where(outgrown, needed * HEADROOM, units))
+            self.set_units(storage, start, torch.where(outgrown, needed * HEADROOM, units))
+
+    def nearest(self, storage: dict[str, Tensor], start: int, stop: int) -> Callable[[Tensor, int], Tensor]:
+        units = self.units(storage)[start:stop].clamp(min=torch.finfo(torch.float32).tiny)
+
+        def rounded(values: Tensor, column: int) -> Tensor:
+            return (values / units).round_().clamp_(self.smallest, LARGEST).mul_(units)
+
+        return rounded
+
+    def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+        self.make_room(storage, start, stop, rows)
+        units = self.units(storage)[start:stop]
         exact = rows / units.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         below = exact.floor()
         codes = below + rounds_up(exact - below, uniform)

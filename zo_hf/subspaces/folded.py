@@ -2,7 +2,8 @@
 
     θ(ξ) = θ + f(ξ)         fold:  θ ← θ + f(ξ),  ξ ← 0
 
-The literature calls a fold a merge. It rounds stochastically if the weights are in half precision or quantized.
+The literature calls a fold a merge. It rounds stochastically if the weights are in half precision; `code_rounding` has
+what it does with quantized ones.
 
 Between folds a state dict holds θ + f(ξ), as the next fold would write it: while the subspace is attached, hooks of the
 modules that hold moving parameters put it there.
@@ -27,8 +28,8 @@ from zo_hf.parallel.absent import is_absent
 from zo_hf.parallel.shards import gather, is_sharded, local_part, part_of, reshard, shard_like
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
-from zo_hf.rng.rounding import draw_uniform
 from zo_hf.subspaces.blocks import CoordinateBlocks
+from zo_hf.subspaces.code_rounding import NewRows, Rounded, round_by_inputs, round_stochastically
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
 from zo_hf.subspaces.subspace import Subspace, no_stream
 
@@ -59,6 +60,8 @@ class Folded(Subspace):
     """
 
     moves_offloaded = True
+    #: Rounding of quantized weights: stochastic or gptq, see `code_rounding`.
+    fold_rounding = "stochastic"
 
     def __init__(
         self,
@@ -81,6 +84,8 @@ class Folded(Subspace):
         # Key of a site's last entry in a state dict, and the entry, which the other names of a tied weight share.
         self._last_entry: dict[str, tuple[str, weakref.ref[Tensor]]] = {}
         self._writes_before: dict[OffloadedWeight, int] = {}  # of a fold that has begun
+        # Quantized weights that a fold would write, and the step and decay of that fold.
+        self._new_codes: tuple[tuple[int, Mapping[str, float]], dict[str, Rounded]] | None = None
         for site in self.sites:
             if site.offloaded is not None:
                 site.offloaded.reserve()
@@ -106,7 +111,7 @@ class Folded(Subspace):
 
     def draw_bases(self, step: int) -> None:
         """Draw the tensors that stay fixed between folds, keyed by the step from which they are used."""
-        self.drawn_at = step
+        self.drawn_at, self._new_codes = step, None
 
     @property
     def is_moved(self) -> bool:
@@ -125,7 +130,7 @@ class Folded(Subspace):
         self._coordinate_blocks.write_gradient(coefficients, stream_of, distribution)
 
     def coordinates_changed(self) -> None:
-        self._at_origin, self._clean_is_stale = False, True
+        self._at_origin, self._clean_is_stale, self._new_codes = False, True, None
 
     def _enter_point(self, stream_of: StreamOf, distribution: Distribution) -> None:
         self._coordinate_blocks.set_point(self.probes, stream_of, distribution)
@@ -162,6 +167,8 @@ class Folded(Subspace):
         step, decay = self.next_fold
         if self._at_origin and step == 0:
             return
+        if any(site.layer is not None for site in held.values()):
+            self._round_codes(step, decay)
         for name, site in held.items():
             key = prefix + name
             # With keep_vars=True the caller asks for the parameters themselves.
@@ -189,6 +196,7 @@ class Folded(Subspace):
     def fold(self, step: int, decay: Mapping[str, float]) -> None:
         reshard(self.model)
         errors = []
+        self._round_codes(step, decay)
         with torch.no_grad():
             for targets in self._targets():
                 self._fold_plain(targets, step, decay)
@@ -207,6 +215,7 @@ class Folded(Subspace):
     def folded_state_dict(self, step: int, decay: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         reshard(self.model)
         decay, cpu = decay or {}, torch.device("cpu")
+        self._round_codes(step, decay)
         state: dict[str, Tensor] = {}
         plain: dict[int, Site] = {}
         weights, named = offloaded_weights(self.model), self.model.state_dict(keep_vars=True)
@@ -327,18 +336,37 @@ class Folded(Subspace):
         Returns:
             The sum of the squared rounding errors over the weight, and the sum of its squared new values.
         """
+        assert site.layer is not None
+        rounded = None if self._new_codes is None else self._new_codes[1].get(site.name)
+        if rounded is not None:
+            return rounded.write(storage)
+        stream = Stream(self.seed, step, purpose=Purpose.ROUNDING)
+        return round_stochastically(storage, site.layer, self._new_rows(site, decay), site.name, stream)
+
+    @torch.no_grad()
+    def _round_codes(self, step: int, decay: Mapping[str, float]) -> None:
+        """Round the quantized weights that a fold would write if it takes the inputs of all layers; else do nothing."""
+        key = step, dict(decay)
+        is_known = self._new_codes is not None and self._new_codes[0] == key
+        if self.fold_rounding != "gptq" or is_known or (self._at_origin and not decay):
+            return
+        sites = [site for site in self.sites if site.layer is not None]
+
+        def new_rows(site: Site) -> NewRows:
+            return self._new_rows(site, decay.get(site.name, 1.0))
+
+        self._new_codes = key, round_by_inputs(self.model, sites, new_rows, self.seed, step)
+
+    def _new_rows(self, site: Site, decay: float) -> NewRows:
+        """Return a function that decodes rows of a quantized weight and adds what a fold adds to them."""
         layer = site.layer
         assert layer is not None
-        stream = Stream(self.seed, step, purpose=Purpose.ROUNDING)
-        columns, device = layer.shape[1], next(iter(storage.values())).device
-        error, weight = 0.0, 0.0
-        for start, stop in layer.tiles():
-            rows = layer.dequantize(storage, start, stop).mul_(decay).add_(self._rows(site, start, stop).to(device))
-            uniform = draw_uniform(stream, site.name, start * columns, stop * columns, device).view(rows.shape)
-            layer.requantize(storage, start, stop, rows, uniform)
-            weight += float(rows.double().square().sum())
-            error += float((layer.dequantize(storage, start, stop) - rows).double().square().sum())
-        return error, weight
+
+        def rows(storage: dict[str, Tensor], start: int, stop: int) -> Tensor:
+            decoded = layer.dequantize(storage, start, stop)
+            return decoded.mul_(decay).add_(self._rows(site, start, stop).to(decoded.device))
+
+        return rows
 
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
         """Return rows start to stop - 1 of f(ξ) for a quantized weight, float32 (stop - start, n)."""

@@ -28,7 +28,7 @@ from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.method_info import Method
 from zo_hf.parallel.shards import local_part
 from zo_hf.rng import NoiseLayout, Purpose, Stream, StreamOf, draw
-from zo_hf.subspaces import fold_pieces
+from zo_hf.subspaces import code_rounding, fold_pieces
 from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.blocks import CoordinateBlock
 from zo_hf.subspaces.factors import Factors, width_of
@@ -66,6 +66,7 @@ class LowRank(Folded):
         seed: seed of the run.
         basis: the source of V: "random", or "activation" for the inputs of linear layers, see `activation_basis`.
         preconditioner: "none", or "inputs" to divide directions by the size of inputs, see `input_scales`.
+        fold_rounding: rounding of quantized weights: "stochastic" or "gptq", see `code_rounding`.
 
     Raises:
         ValueError: the model cannot give the inputs of its layers.
@@ -90,12 +91,15 @@ class LowRank(Folded):
         seed: int = 0,
         basis: str = "random",
         preconditioner: str = "none",
+        fold_rounding: str = "stochastic",
     ) -> None:
         self.basis_kind, self.preconditioner = basis, preconditioner
         self.rank = rank = self.default_rank if rank is None else rank
         super().__init__(model, fold_steps, target_modules, exclude_modules, among, seed)
         if fold_steps is None and not any(site.layer is not None for site in self.sites):
             self.fold_steps = DEFAULT_FOLD_STEPS  # no quantized layer moves
+        code_rounding.check_rounding(fold_rounding, model, self.sites, self.fold_steps > 0)
+        self.fold_rounding = fold_rounding
         self.factored: dict[str, Site] = {}
         for site in self.sites:
             p, shape = site.parameter, site.shape

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zo_hf.method_info import Choice, Name, Options, Pattern, Whole, option
 from zo_hf.subspaces.activation_basis import BASES
+from zo_hf.subspaces.code_rounding import ROUNDINGS
 from zo_hf.subspaces.input_scales import PRECONDITIONERS
 
 
@@ -37,7 +38,7 @@ class SubspaceOptions(Options):
         None,
         "Number of steps between folds. A fold adds the low-rank factors, or the core, to the weights and draws new "
         "bases; 0 never folds. Default: 50, but 0 for a quantized model, whose training then ends with a LoRA adapter. "
-        "Folds of a quantized model write its 8-bit and 4-bit weights anew, rounded stochastically. A checkpoint is "
+        "Folds of a quantized model write its 8-bit and 4-bit weights anew, see zo_fold_rounding. A checkpoint is "
         "smallest if save_steps is a multiple of zo_fold_steps.",
         Whole(0, also=(None,)),
         "use 0 to never fold",
@@ -57,6 +58,15 @@ class SubspaceOptions(Options):
         "forward pass of 128 random tokens per fold. For zo_subspace low_rank and norms.",
         Choice(PRECONDITIONERS),
         "'none' needs no forward pass",
+    )
+    fold_rounding: str = option(
+        "stochastic",
+        "The rounding of folds into 8-bit and 4-bit weights: stochastic or gptq. stochastic keeps the expectation of every "
+        "weight. gptq lets a layer's weights make up for each other's errors, given the layer's inputs. They are those of 512 "
+        "tokens of text that a causal model writes itself at every fold; another model reads random tokens. For zo_subspace "
+        "low_rank and core.",
+        Choice(ROUNDINGS),
+        "'stochastic' needs no text",
     )
     target_modules: str | Sequence[str] | None = option(
         None,

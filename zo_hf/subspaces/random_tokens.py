@@ -6,8 +6,8 @@ process measures the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,17 +25,23 @@ from zo_hf.subspaces.peft_methods import base_model
 #: Called with a module, its positional inputs and its inputs by keyword, before the module's forward.
 Look = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
-#: Shape of the random tokens that the model reads.
-_ROWS, _LENGTH = 4, 32
+#: Rows of random tokens that the model reads.
+_ROWS = 4
+
+#: Length of a row, if the model reads that many tokens.
+LENGTH = 32
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Return True for a transformers model whose main input is token ids."""
+    inner = base_model(model)
+    return isinstance(inner, PreTrainedModel) and inner.main_input_name == "input_ids"
 
 
 def read_random_tokens(
     model: nn.Module, looks: Sequence[tuple[nn.Module, Look]], stream: Stream, option: str, way_out: str
 ) -> None:
     """Let the model read random tokens, and call each look before the forward of its module.
-
-    The model is in evaluation mode meanwhile, and the global generators are left as they were. Autocast is off, because
-    neither a replay nor the first pass of a run has it.
 
     Args:
         model: a transformers model that reads `input_ids`.
@@ -48,8 +54,79 @@ def read_random_tokens(
         ValueError: the model cannot read tokens alone.
         OutOfMemoryError: there is no memory for the pass.
     """
-    inputs = _random_tokens(model, stream, option, way_out)
-    device = next(iter(inputs.values())).device
+    if not reads_tokens(model):
+        raise ValueError(
+            f"{option} needs a transformers model that reads input_ids, and this is a {type(base_model(model)).__name__}; "
+            f"use {way_out}."
+        )
+    read_tokens(model, random_tokens(model, _ROWS, LENGTH, stream), looks, option, way_out)
+
+
+def read_tokens(
+    model: nn.Module, inputs: Mapping[str, Tensor], looks: Sequence[tuple[nn.Module, Look]], option: str, way_out: str
+) -> None:
+    """Let the model read tokens, and call each look before the forward of its module.
+
+    Args:
+        model: a transformers model that reads `input_ids`.
+        inputs: token ids, int64 (rows, length), by the names of the model's inputs.
+        looks: the modules to look at, each with the function to call.
+        option: the option that needs the pass, for errors.
+        way_out: the option to use instead.
+
+    Raises:
+        ValueError: the model cannot read tokens alone.
+        OutOfMemoryError: there is no memory for the pass.
+    """
+    failures: list[Exception] = []  # of looks, which a model that cannot read tokens must not be blamed for
+
+    def guarded(look: Look) -> Look:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            try:
+                look(module, args, kwargs)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(without_trace(model))
+        for module, look in looks:
+            stack.callback(module.register_forward_pre_hook(guarded(look), with_kwargs=True).remove)
+        with refusing(model, option, way_out, failures):
+            model(**inputs)
+
+
+@contextmanager
+def refusing(model: nn.Module, option: str, way_out: str, failures: Sequence[Exception] = ()) -> Iterator[None]:
+    """Enter a context in which an error is the model's, unless memory has run out or there are `failures` of others.
+
+    Raises:
+        ValueError: the model cannot read tokens alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if failures or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{option} lets the model read random tokens, and this {type(base_model(model)).__name__} cannot read tokens "
+            f"alone ({error}); use {way_out}."
+        ) from error
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """Enter a context for forward passes that give the same bits in every process, and change nothing.
+
+    The model is in evaluation mode meanwhile, and the global generators are left as they were. Autocast is off, because
+    neither a replay nor the first pass of a run has it.
+    """
+    inner = base_model(model)
+    assert isinstance(inner, PreTrainedModel)
+    embedding = inner.get_input_embeddings()
+    device = computing_device(embedding, embedding.weight)
     generators = GlobalGenerators.now(device)
 
     def leave_autocast(*_: Any) -> None:
@@ -61,36 +138,26 @@ def read_random_tokens(
         stack.enter_context(in_evaluation_mode(model))
         for part in list(model.modules())[1:]:  # accelerate puts a context of its own around the model's forward
             stack.callback(part.register_forward_pre_hook(leave_autocast).remove)
-        for module, look in looks:
-            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(single_thread())
-        try:
-            model(**inputs)
-        except torch.OutOfMemoryError:  # says nothing about the model, and Trainer knows what to do
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{option} lets the model read random tokens, and this {type(base_model(model)).__name__} cannot read tokens "
-                f"alone ({error}); use {way_out}."
-            ) from error
+        yield
 
 
-def _random_tokens(model: nn.Module, stream: Stream, option: str, way_out: str) -> dict[str, Tensor]:
-    """Draw tokens for a model, int64 of shape (rows, length) under each name of its inputs."""
+def random_tokens(model: nn.Module, rows: int, length: int, stream: Stream) -> dict[str, Tensor]:
+    """Draw tokens for a model that reads them.
+
+    Returns:
+        int64 of shape (rows, length) under each name of the model's inputs; shorter rows if the model reads no longer ones.
+    """
     inner = base_model(model)
-    if not isinstance(inner, PreTrainedModel) or inner.main_input_name != "input_ids":
-        raise ValueError(
-            f"{option} needs a transformers model that reads input_ids, and this is a {type(inner).__name__}; use {way_out}."
-        )
-    embedding = inner.get_input_embeddings()
-    vocabulary = int(inner.config.get_text_config().vocab_size)
-    length = min(_LENGTH, int(getattr(inner.config.get_text_config(), "max_position_embeddings", None) or _LENGTH))
+    assert isinstance(inner, PreTrainedModel)
+    embedding, text = inner.get_input_embeddings(), inner.config.get_text_config()
+    length = min(length, int(getattr(text, "max_position_embeddings", None) or length))
     names = ["input_ids", *(["decoder_input_ids"] if inner.config.is_encoder_decoder else [])]
-    count = _ROWS * length
+    count = rows * length
     words = {name: draw_half_words(stream, name, 0, 2 * count).to(torch.int64) for name in names}
     device = computing_device(embedding, embedding.weight)
     return {
-        name: ((word[:count] << 16 | word[count:]) % vocabulary).view(_ROWS, length).to(device)
+        name: ((word[:count] << 16 | word[count:]) % int(text.vocab_size)).view(rows, length).to(device)
         for name, word in words.items()
     }

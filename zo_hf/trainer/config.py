@@ -70,6 +70,7 @@ class ZOConfig(Seq2SeqTrainingArguments):
     zo_fold_steps: None | int = _setting("fold_steps")  # noqa: RUF036
     zo_basis: str = _setting("basis")
     zo_preconditioner: str = _setting("preconditioner")
+    zo_fold_rounding: str = _setting("fold_rounding")
     zo_eps: None | str | float = _setting("eps", default=_AUTO)  # noqa: RUF036
     zo_estimator: str = _setting("estimator")
     zo_num_directions: int = _setting("num_directions")
