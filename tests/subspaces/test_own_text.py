@@ -85,6 +85,9 @@ def test_sampling_leaves_no_trace_and_depends_on_nothing_else() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample_text(model, 4, 8, STREAM)["input_ids"], expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert not torch.equal(sample_text(model, 4, 8, Stream(4, 7))["input_ids"], expected)
 
 
