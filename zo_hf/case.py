@@ -24,8 +24,8 @@ class Case:
     Args:
         settings: the run's method.
         arguments: values of `ZOConfig`, by name; empty without a Trainer.
-        facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized model", "offloaded" (weights that are kept off the
-            device), "several processes", "fsdp", "optimizers" (the user's own optimizer), "optimizer_cls_and_kwargs",
+        facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized
+            model", "offloaded" (weights that are kept off the device), "several processes", "fsdp", "optimizers" (the user's own optimizer), "optimizer_cls_and_kwargs",
             "create_optimizer" (the optimizer of a subclass that overrides it), "schedule-free" (an optimizer that swaps
             its parameters for an evaluation) and "kernels" (they run on the model's device).
         distribution: the distribution of directions, if it exists already; it need not be one of the named ones.
@@ -59,10 +59,11 @@ class Case:
 
 def facts_of_model(model: nn.Module) -> frozenset[str]:
     """Return those facts of a `Case` that a model tells."""
+    has_quantized_layers = bool(quantized_layers(model))
     facts = {
         "quantized": is_quantized(model),
-        "quantized layers": bool(quantized_layers(model)),
-        "adapter on a quantized model": is_peft(model) and bool(quantized_layers(model)),
+        "quantized layers": has_quantized_layers,
+        "adapter on a quantized model": is_peft(model) and has_quantized_layers,
         "offloaded": is_offloaded(model),
     }
     return frozenset(name for name, holds in facts.items() if holds)

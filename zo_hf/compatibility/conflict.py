@@ -33,3 +33,17 @@ class Conflict:
         else:
             sentence = f"{self.this} has no effect with {self.that}; {self.instead}."
         return sentence.format_map(case.values)
+
+
+def rows_of(this: str, holds: Callable[[Case], bool]) -> Callable[[str, str, str, Callable[[Case], bool]], Conflict]:
+    """Return a function that makes the rows of one option from `that`, `why`, `instead` and `applies`.
+
+    Args:
+        this: the option with its value.
+        holds: returns whether a run has this value; no other run has a conflict of these rows.
+    """
+
+    def row(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
+        return Conflict(this, that, why, instead, lambda case: holds(case) and applies(case))
+
+    return row

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.conflict import Conflict, rows_of
 
 #: Subspaces whose coordinates at all probes lie in tensors before the forward pass begins.
 CAPTURED = ("auto", "low_rank", "core", "norms", "adapter")
 
 
-def _graph(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
-    return Conflict("zo_cuda_graph=True", that, why, instead, lambda case: case.settings.cuda_graph and applies(case))
+_graph = rows_of("zo_cuda_graph=True", lambda case: case.settings.cuda_graph)
 
 
 GRAPHS: tuple[Conflict, ...] = (

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.conflict import Conflict, rows_of
 from zo_hf.compatibility.pipelined import is_pipelined
 from zo_hf.rules.hizoo import Curvature
 from zo_hf.subspaces import LowRank, Norms
 
-_THIS = "zo_preconditioner='inputs'"
 _SUBSPACES = ("auto", LowRank.name, Norms.name)
 
 
-def _preconditioned(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
-    return Conflict(_THIS, that, why, instead, lambda case: case.settings.preconditioner == "inputs" and applies(case))
+_preconditioned = rows_of("zo_preconditioner='inputs'", lambda case: case.settings.preconditioner == "inputs")
 
 
 PRECONDITIONED: tuple[Conflict, ...] = (

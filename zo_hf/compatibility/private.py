@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.conflict import Conflict, rows_of
 
 #: Estimators whose numbers are a row's own: no division by what other rows have.
 PRIVATE_ESTIMATORS = ("two_point", "one_sided")
@@ -17,8 +16,7 @@ _LEAKS = "it measures the rows without noise"
 _MULTIPLIER = "zo_dp_noise_multiplier={zo_dp_noise_multiplier}"
 
 
-def _private(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
-    return Conflict(_MULTIPLIER, that, why, instead, lambda case: case.settings.is_private and applies(case))
+_private = rows_of(_MULTIPLIER, lambda case: case.settings.is_private)
 
 
 def _given(name: str, why: str, instead: str, *allowed: Any) -> Conflict:

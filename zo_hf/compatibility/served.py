@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.conflict import Conflict, rows_of
 
 #: Options of servers, with their defaults.
 _OF_SERVERS = {"server_max_loras": 8, "server_folder": None, "server_timeout": 600.0}
 
 
-def _served(that: str, why: str, instead: str, applies: Callable[[Case], bool]) -> Conflict:
-    return Conflict(
-        "server_url=...", that, why, instead, lambda case: case.argument("server_url") is not None and applies(case)
-    )
+_served = rows_of("server_url=...", lambda case: case.argument("server_url") is not None)
 
 
 def _given(name: str, why: str, instead: str = "leave it out") -> Conflict:

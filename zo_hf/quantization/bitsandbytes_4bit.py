@@ -88,14 +88,14 @@ class BitsAndBytes4Bit(QuantizedLayer):
     def _squared_error(self, blocks: Tensor, scales: Tensor) -> Tensor:
         """Return the sum of the squared errors of rounding each block to its nearest codes, (blocks,)."""
         levels, between = self._levels(blocks.device)
-        inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+        inverse = _inverse(scales)
         rounded = levels[torch.bucketize(blocks * inverse[:, None], between)].mul_(scales[:, None])
         return rounded.sub_(blocks).square_().sum(1)
 
     def _nearest_codes_of_scales(self, storage: dict[str, Tensor], first: int, scales: Tensor) -> Tensor:
         """Return the codes nearest to new scales of the blocks from `first` on, whose own scales stay; uint8."""
         nested = storage["weight.nested_absmax"][first // _NESTED_BLOCK :]
-        inverse = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested))
+        inverse = _inverse(nested)
         shares = _times(scales - self._state.offset.to(scales.device), inverse, _NESTED_BLOCK)
         ordered, order = self._state.state2.code.to(scales.device).sort()
         return order[torch.bucketize(shares, (ordered[1:] + ordered[:-1]) / 2)].to(torch.uint8)
@@ -109,7 +109,7 @@ class BitsAndBytes4Bit(QuantizedLayer):
         n = self.shape[1]
         scales = self._scales(storage, start * n, stop * n).repeat_interleave(self._state.blocksize)
         scales = scales[: (stop - start) * n].view(stop - start, n).t().contiguous()
-        inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+        inverse = _inverse(scales)
         levels, between = self._levels(scales.device)
 
         def rounded(values: Tensor, column: int) -> Tensor:
@@ -121,7 +121,7 @@ class BitsAndBytes4Bit(QuantizedLayer):
         self.make_room(storage, start, stop, rows)
         n = self.shape[1]
         scales = self._scales(storage, start * n, stop * n)
-        inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
+        inverse = _inverse(scales)
         codes = round_to_level(_times(rows.flatten(), inverse, self._state.blocksize), self._state.code, uniform)
         if len(codes) % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
@@ -152,7 +152,7 @@ class BitsAndBytes4Bit(QuantizedLayer):
             blocks = torch.nn.functional.pad(centered, (0, -len(centered) % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
             lowest, highest = self._state.state2.code.aminmax()  # not symmetric: bitsandbytes' map has 1 but not -1
             largest.copy_(torch.maximum(blocks.amax(1) / highest, blocks.amin(1) / lowest))
-            inverse = torch.where(largest > 0, 1.0 / largest, torch.zeros_like(largest))
+            inverse = _inverse(largest)
             absmax.copy_(round_to_level(_times(centered, inverse, _NESTED_BLOCK), self._state.state2.code, uniform))
         else:
             absmax.copy_(exact)
@@ -167,6 +167,11 @@ class BitsAndBytes4Bit(QuantizedLayer):
         nested = storage["weight.nested_absmax"][first // _NESTED_BLOCK :]
         offset = self._state.offset.to(absmax.device)
         return _times(self._state.state2.code.to(absmax.device)[absmax.long()], nested, _NESTED_BLOCK) + offset
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    """Return 1 / scales; 0 for a block of zeros."""
+    return torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
 
 
 def round_to_level(values: Tensor, levels: Tensor, uniform: Tensor) -> Tensor:

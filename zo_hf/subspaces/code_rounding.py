@@ -23,7 +23,7 @@ from zo_hf.quantization.layer import squares
 from zo_hf.rng import Purpose, Stream
 from zo_hf.rng.rounding import draw_uniform
 from zo_hf.subspaces.own_text import sample_text, writes_text
-from zo_hf.subspaces.random_tokens import LENGTH, Look, random_tokens, read_tokens, reads_tokens, refusing
+from zo_hf.subspaces.random_tokens import LENGTH, Look, check_reads_tokens, random_tokens, read_tokens, refusing
 from zo_hf.subspaces.sites import Site
 from zo_hf.subspaces.subspace import first_input
 
@@ -77,11 +77,7 @@ def check_rounding(rounding: str, model: nn.Module, sites: Sequence[Site], folds
             f"{_OPTION} rounds folds into 8-bit and 4-bit weights, and this run has none; leave it out, or "
             "fold a quantized model with zo_fold_steps=100."
         )
-    if not reads_tokens(model):
-        raise ValueError(
-            f"{_OPTION} needs a transformers model that reads input_ids, and this is a {type(model).__name__}; "
-            f"use {_WAY_OUT}."
-        )
+    check_reads_tokens(model, _OPTION, _WAY_OUT)
     # A fold comes after many steps, which a model that cannot read tokens alone would lose.
     read_tokens(model, _calibration(model, 1, 3, Stream(0)), [], _OPTION, _WAY_OUT)
 

@@ -187,7 +187,8 @@ class LowRank(Folded):
                 continue
             for name, view in layout.views(flat).items():
                 self._set_basis(name, view)
-        self._measure_inputs(stream)
+        if (self.basis_kind, self.preconditioner) != ("random", "none"):
+            self._measure_inputs(stream)
 
     def _has_factors(self, device: torch.device) -> bool:
         """Return whether the factors of a device's layers are one tensor, see `factors`."""

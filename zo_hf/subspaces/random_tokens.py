@@ -38,6 +38,19 @@ def reads_tokens(model: nn.Module) -> bool:
     return isinstance(inner, PreTrainedModel) and inner.main_input_name == "input_ids"
 
 
+def check_reads_tokens(model: nn.Module, option: str, way_out: str) -> None:
+    """Refuse a model that reads no token ids.
+
+    Raises:
+        ValueError: it is one; the message names the option and the way out.
+    """
+    if not reads_tokens(model):
+        raise ValueError(
+            f"{option} needs a transformers model that reads input_ids, and this is a {type(base_model(model)).__name__}; "
+            f"use {way_out}."
+        )
+
+
 def read_random_tokens(
     model: nn.Module, looks: Sequence[tuple[nn.Module, Look]], stream: Stream, option: str, way_out: str
 ) -> None:
@@ -54,11 +67,7 @@ def read_random_tokens(
         ValueError: the model cannot read tokens alone.
         OutOfMemoryError: there is no memory for the pass.
     """
-    if not reads_tokens(model):
-        raise ValueError(
-            f"{option} needs a transformers model that reads input_ids, and this is a {type(base_model(model)).__name__}; "
-            f"use {way_out}."
-        )
+    check_reads_tokens(model, option, way_out)
     read_tokens(model, random_tokens(model, _ROWS, LENGTH, stream), looks, option, way_out)
 
 
