@@ -45,6 +45,7 @@ from zo_hf.subspaces.lora import (
     with_adapter,
     without_read_only,
 )
+from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
@@ -305,9 +306,12 @@ class LowRank(Folded):
         holders = self._holders[module]
         weight = holders.get("weight")
         if self._is_corrected(module):
-            return self._correct_linear(
-                original(*args, **kwargs), first_input(args, kwargs), weight, holders.get("bias")
-            )
+            x, bias = first_input(args, kwargs), holders.get("bias")
+            has_tangent = bool(self.probes) and self.probes[0].derivative
+            plain = None if has_tangent or self.packing is not None else plain_weights(module, original, x)
+            if plain is not None:
+                return self._move_linear(*plain, x, weight, bias)
+            return self._correct_linear(original(*args, **kwargs), x, weight, bias)
         if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
             output = original(*args, **kwargs)
             if isinstance(output, Tensor):  # ProphetNet's also returns the positions that it has looked up
@@ -340,6 +344,20 @@ class LowRank(Folded):
     def _is_corrected(self, module: nn.Module) -> bool:
         weight = self._holders[module].get("weight")
         return self._is_linear(module) and (weight is None or weight.name in self.factored)
+
+    def _move_linear(
+        self, matrix: Tensor, vector: Tensor | None, x: Tensor, weight: Site | None, bias: Site | None
+    ) -> Tensor:
+        """Return the output of a plain layer, (..., m); matrix: (n, m); vector: (m,); x: (..., n)."""
+        groups = max(1, len(self.probes))
+        require_equal_parts(x, groups)
+        rows = x.reshape(-1, x.shape[-1])
+        if bias is not None and vector is not None:
+            vector = vector + self._coordinate_blocks.at_point(bias.name)
+        thin = left = None
+        if weight is not None:
+            thin, left = rows @ self.basis(weight.name), self._left_at_point(weight.name)
+        return moved_linear(rows, matrix, vector, thin, left, groups).view(*x.shape[:-1], -1)
 
     def _correct_linear(self, output: Tensor, x: Tensor, weight: Site | None, bias: Site | None) -> Tensor:
         """Add (x · V) · Bᵀ + b to the output in one pass; a bias is one more column beside B.

@@ -206,9 +206,13 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
     weight, bias = (getattr(stand_in, name) if name in module._parameters else None for name in ("weight", "bias"))
-    # One kernel that computes in float32 and writes half precision; derivatives know no `out`.
-    has_tangent = any(forward_ad.unpack_dual(value).tangent is not None for value in own.values())
-    out = None if half is None or has_tangent else torch.empty_like(normal, dtype=half)
+    # One kernel that computes in float32 and writes half precision, or in place; derivatives know no `out`.
+    has_tangent = any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *own.values()))
+    out = None
+    if half is not None and not has_tangent:
+        out = torch.empty_like(normal, dtype=half)
+    elif not (has_tangent or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        out = normal if all(value.dtype == normal.dtype for value in own.values()) else None
     if weight is not None and bias is not None:
         normal = torch.addcmul(bias, normal, weight, out=out)
     elif weight is not None:
