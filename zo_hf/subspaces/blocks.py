@@ -42,6 +42,8 @@ class CoordinateBlock:
         self.kept = KeptTensors()
         self.point: Tensor | None = None
         self.tangent: Tensor | None = None
+        self._viewed: Tensor | None = None  # the point that `_views` belongs to
+        self._views: dict[str, Tensor] = {}
         self._drawn: dict[Stream, Tensor] = {}
         self._drawn_from: Distribution | None = None
         self._kept = 1
@@ -86,8 +88,8 @@ class CoordinateBlock:
         self._kept = max(1, len(drawn))
         self.point = self.kept.of(rows, "point", self.dtype, lambda: self._room(rows))
         with torch.no_grad():
-            views = list(self.layout.views(self.point[0]).values())
-            torch._foreach_copy_(views, list(self.coordinates.values()))
+            views = self._views_of(self.point)
+            torch._foreach_copy_([view[0] for view in views.values()], list(self.coordinates.values()))
             if not isinstance(distribution, UnitVectors):
                 self._draw([stream_of(direction) for direction in drawn], distribution)
             if self._is_grouped(probes, distribution):
@@ -116,6 +118,12 @@ class CoordinateBlock:
     def _room(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.layout.size, dtype=self.dtype, device=self.layout.device)
 
+    def _views_of(self, point: Tensor) -> dict[str, Tensor]:
+        """Return every coordinate tensor at the points, (probes, *shape), by name; made once for a tensor of points."""
+        if self._viewed is not point:
+            self._viewed, self._views = point, self.layout.views(point)
+        return self._views
+
     @staticmethod
     def _is_grouped(probes: Sequence[Probe], distribution: Distribution) -> bool:
         """Return True if several probes are all around the present values, along directions drawn as a whole."""
@@ -138,7 +146,8 @@ class CoordinateBlock:
     def at_point(self, name: str) -> Tensor:
         """Return one coordinate tensor at every probe, (probes, *shape); for derivatives, a dual tensor."""
         assert self.point is not None
-        value = self.layout.view(self.point, name)
+        is_plain = not (self.point.requires_grad or torch.compiler.is_compiling())
+        value = self._views_of(self.point)[name] if is_plain else self.layout.view(self.point, name)
         return value if self.tangent is None else forward_ad.make_dual(value, self.layout.view(self.tangent, name))
 
     def write_gradient(self, coefficients: Sequence[float], stream_of: StreamOf, distribution: Distribution) -> None:
@@ -153,8 +162,9 @@ class CoordinateBlock:
                 self._draw(streams[first : first + self._kept], distribution)
                 for stream, coefficient in zip(streams[first:][: self._kept], coefficients[first:], strict=False):
                     gradient.add_(self.direction(stream, distribution), alpha=coefficient)
+        views = self.layout.views(gradient)
         for name, coordinate in self.coordinates.items():
-            coordinate.grad = self.layout.view(gradient, name) if distribution.moves(stream_of(0), name) else None
+            coordinate.grad = views[name] if distribution.moves(stream_of(0), name) else None
 
     def _add_units(self, target: Tensor, moves: Sequence[tuple[int, Stream, float]], units: UnitVectors) -> None:
         """Add scale · e_k to target[row] for each of the moves (row, stream of e_k, scale) that falls into this block.
