@@ -41,8 +41,9 @@ def test_every_variant_takes_a_real_step_and_leaves_the_model_to_the_next(name: 
     model, batch = bench.build(options())
     before = weights_of(model)
     step = bench.VARIANTS[name](model, batch)
-    for _ in range(51 if "low_rank" in name else 2):  # which writes the weights when it folds
-        step()
+    with step.attached():
+        for _ in range(51 if "low_rank" in name else 2):  # which writes the weights when it folds
+            step()
     assert not any("forward" in module.__dict__ for module in model.modules())
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
     assert not changed if name == "adapter" else len(changed) > 10  # an adapter moves, on a copy of the model
@@ -53,7 +54,8 @@ def test_the_noise_is_the_time_in_which_directions_are_drawn(name: str) -> None:
     """Those of two rows together, in the time that a clock of calls shows; `full` draws a module's part at a time."""
     model, batch = bench.build(options())
     step, ticks = bench.VARIANTS[name](model, batch), iter(range(10**6))
-    step()
+    with step.attached():
+        step()
     drawn: list[int] = []
     draws = {key: getattr(step.distribution, key) for key in ("draw_layouts", "draw_slice", "draw_rows")}
     for key, draw in draws.items():

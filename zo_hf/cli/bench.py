@@ -23,7 +23,8 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from zo_hf.memory.peak import PeakMemory
 from zo_hf.quantization import quantized_layers
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import Full
+from zo_hf.subspaces.subspace import Subspace
 from zo_hf.trainer.output_paths import check_file
 
 _OPT: dict[str, dict[str, Any]] = {
@@ -129,10 +131,11 @@ def measure_time(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict
     seconds: dict[str, list[float]] = {name: [] for name in args.variants}
     for round_ in tqdm(range(args.rounds + 1), "time", disable=None):
         for name in args.variants:
-            start = clock()
-            steps[name]()
-            if round_ > 0:  # the first round warms up
-                seconds[name].append(clock() - start)
+            with steps[name].attached():
+                start = clock()
+                steps[name]()
+                if round_ > 0:  # the first round warms up
+                    seconds[name].append(clock() - start)
     drawing = {name: step for name, step in steps.items() if step.distribution is not None}
     noise = {name: [noise_share(step, clock) for _ in range(args.rounds)] for name, step in drawing.items()}
     return seconds, {name: noise.get(name, []) for name in args.variants}
@@ -155,9 +158,10 @@ def noise_share(step: Step, clock: Callable[[], float]) -> float:
     for name in _DRAWS:
         setattr(distribution, name, timed(getattr(distribution, name)))
     try:
-        start = clock()
-        step()
-        return spent / (clock() - start)
+        with step.attached():
+            start = clock()
+            step()
+            return spent / (clock() - start)
     finally:
         for name in _DRAWS:
             delattr(distribution, name)
@@ -186,7 +190,7 @@ def _memory_child(args: argparse.Namespace, name: str, send: Any) -> None:
     model, batch = build(args)
     step = variants(args)[name](model, batch)
     del model
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, step.attached():
         step()
         step()
     send.send(peak.mib)
@@ -234,13 +238,26 @@ class Step:
     Attributes:
         run: runs it.
         distribution: draws its directions; None if the engine does not draw them.
+        subspace: moves the model's weights; None if a variant leaves the model's forwards as they are.
     """
 
     run: Callable[[], None]
     distribution: Distribution | None = None
+    subspace: Subspace | None = None
 
     def __call__(self) -> None:
         self.run()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the variant to the model inside this context, because all variants share one model."""
+        if self.subspace is not None:
+            self.subspace.attach()
+        try:
+            yield
+        finally:
+            if self.subspace is not None:
+                self.subspace.detach()
 
 
 Batch = dict[str, Tensor]
@@ -290,11 +307,7 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
 
             inner = copy.deepcopy(model)
             model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
-        options: dict[str, Any] = {
-            "rows_per_direction": rows,
-            "batched_probes": graph or not rows,
-            "cuda_graph": graph,
-        }
+        options: dict[str, Any] = {"rows_per_direction": rows, "batched_probes": True, "cuda_graph": graph}
         zo = ZerothOrder(model, subspace, eps=EPS, direction=direction, **options)
         groups = zo.coordinates()
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE)
@@ -302,18 +315,15 @@ def zeroth_order(subspace: str, direction: str, adapter: bool = False, rows: int
             optimizer = SeededSGD(groups, zo.subspace, lr=LEARNING_RATE)
         zo.prepare(optimizer)
         checks, divides = LossChecks(), not isinstance(zo.subspace, Full)
-
         zo.subspace.detach()
 
         def step() -> None:
-            zo.subspace.attach()  # attached only during the step, because all variants share one model
             zo.estimate(
                 ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
             )
             optimizer.step()
-            zo.subspace.detach()
 
-        return Step(step, zo.distribution)
+        return Step(step, zo.distribution, zo.subspace)
 
     return variant
 
