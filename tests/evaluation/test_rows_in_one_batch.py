@@ -136,11 +136,11 @@ def test_a_batch_that_fails_in_one_pass_is_evaluated_in_two(
 
 
 class TestAuto:
-    """`auto` takes one pass where operations are launched, if the memory is free and the numbers agree."""
+    """`auto` takes one pass if the numbers agree and, as far as the device can say, the memory is free."""
 
     @pytest.fixture
-    def launches(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
-        """Let the CPU look like a device to which operations are launched."""
+    def says(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+        """Let the CPU look like a device that says how much memory is free."""
         problem: dict[str, str | None] = {"memory": None}
         monkeypatch.setattr(free_memory, "can_say", lambda device: True)
         monkeypatch.setattr(free_memory, "watch", lambda device: None)
@@ -153,19 +153,19 @@ class TestAuto:
         two_steps(model, causal_batch(ROWS), batched)
         return calls.rows
 
-    def test_a_cpu_makes_two_passes(self) -> None:
-        assert set(self.rows_of_passes()) == {ROWS}
-
-    def test_a_device_with_memory_makes_one(self, launches: dict[str, str | None]) -> None:
+    def test_a_cpu_makes_one_pass(self) -> None:
         rows = self.rows_of_passes()
         assert rows[-1] == 2 * ROWS and rows[:-1].count(2 * ROWS) == 1, "once in the first step, to compare"
 
-    def test_a_device_without_memory_makes_two(self, launches: dict[str, str | None]) -> None:
-        launches["memory"] = "it needs 2 GB"
+    def test_a_device_with_memory_makes_one(self, says: dict[str, str | None]) -> None:
+        assert self.rows_of_passes()[-1] == 2 * ROWS
+
+    def test_a_device_without_memory_makes_two(self, says: dict[str, str | None]) -> None:
+        says["memory"] = "it needs 2 GB"
         assert set(self.rows_of_passes()) == {ROWS}
 
     def test_other_numbers_are_not_taken(
-        self, launches: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, says: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         right = ModelLoss.batched_by_groups
         monkeypatch.setattr(ModelLoss, "batched_by_groups", lambda *given: right(*given).flip(0))
@@ -173,7 +173,7 @@ class TestAuto:
             assert self.rows_of_passes()[-1] == ROWS
         assert "chose False: in one batch the losses differ by" in caplog.text
 
-    def test_processes_with_different_batches_ask_each_other_as_often(self, launches: dict[str, str | None]) -> None:
+    def test_processes_with_different_batches_ask_each_other_as_often(self, says: dict[str, str | None]) -> None:
         """Else one of them would wait forever, where the first row of another holds several sequences."""
         asked = []
         for batch in (flat(sentences()), causal_batch(ROWS)):
@@ -191,12 +191,12 @@ class TestAuto:
             asked.append(answers)
         assert asked == [[False], [True]]
 
-    def test_the_budget_pays_for_the_comparison(self, launches: dict[str, str | None], tmp_path: Path) -> None:
+    def test_the_budget_pays_for_the_comparison(self, says: dict[str, str | None], tmp_path: Path) -> None:
         run = trained(tmp_path, zo_max_forward_passes=7 + 2 * 3, max_steps=-1)
         assert run.state.global_step == 4, "2 for a step, and in the first one 3 for the rows and 2 for one batch"
         assert logged(run, "zo/forward_passes")[-1] == 13
 
-    def test_a_resumed_run_goes_on_as_chosen(self, launches: dict[str, str | None], tmp_path: Path) -> None:
+    def test_a_resumed_run_goes_on_as_chosen(self, says: dict[str, str | None], tmp_path: Path) -> None:
         whole = trained(tmp_path / "whole", max_steps=4, save_steps=2, save_strategy="steps")
         model = seeded(tiny_opt)
         calls = Calls(model)

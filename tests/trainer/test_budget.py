@@ -52,13 +52,13 @@ def test_a_step_that_would_go_beyond_is_not_begun(tmp_path: Path, limit: int, di
 
 
 def test_the_look_at_the_rows_is_paid_for(tmp_path: Path) -> None:
-    """5, 2, 2: the first step finds out whether the loss comes apart by rows."""
-    for limit, expected in ((5, [5]), (8, [5, 7]), (9, [5, 7, 9])):
+    """7, 2, 2: the first step finds out whether the loss comes apart by rows, and whether one pass takes both signs."""
+    for limit, expected in ((7, [7]), (10, [7, 9]), (11, [7, 9, 11])):
         assert passes(trained(tmp_path, zo_max_forward_passes=limit, max_steps=100)) == expected
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=4 does not pay for the first step, which takes 5.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=6 does not pay for the first step, which takes 7.*\.$"
     ):
-        trained(tmp_path, zo_max_forward_passes=4, max_steps=100)
+        trained(tmp_path, zo_max_forward_passes=6, max_steps=100)
 
 
 def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_every_logged_number_is_that_of_its_step(tmp_path: Path, directions: int
     assert logged(trainer, "zo/skipped_steps") == [0] * steps
 
 
-@pytest.mark.parametrize(("rows_per_direction", "check"), [(0, 2), ("auto", 3)])
+@pytest.mark.parametrize(("rows_per_direction", "check"), [(0, 2), ("auto", 5)])
 def test_auto_counts_the_forward_passes_of_its_check(tmp_path: Path, rows_per_direction: Any, check: int) -> None:
     options = {"zo_batched_probes": "auto", "zo_rows_per_direction": rows_per_direction}
     trainer = trained(tmp_path, max_steps=2, **options)

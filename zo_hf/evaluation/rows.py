@@ -363,9 +363,10 @@ class RowGroups:
     def may_choose(self) -> bool:
         """True if the next batch that comes apart is evaluated in one forward pass, too, to see whether that works.
 
-        Only a device to which operations are launched gains from it.
+        Where processes make a forward pass together, a CPU evaluates one sign after another: a pipeline streams them.
         """
-        return self._evaluator.batched is None and free_memory.can_say(self._subspace.device)
+        together = self._evaluator.recover is not None
+        return self._evaluator.batched is None and (free_memory.can_say(self._subspace.device) or not together)
 
     def looks_again(self, probes: Sequence[Probe]) -> bool:
         """Return whether the next batch that comes apart is evaluated in one forward pass, too: to choose, or to refuse."""
