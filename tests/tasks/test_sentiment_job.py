@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import yaml
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.conftest import tiny_gpt2, tiny_llama, tiny_opt
 from zo_hf import ZOConfig
 from zo_hf.cli.predict import predict
+from zo_hf.subspaces.sites import find_sites
 from zo_hf.tasks import sentiment_job
 from zo_hf.tasks.job_arguments import JobArguments
 from zo_hf.tasks.label_word_loss import LabelWordLoss
@@ -83,6 +87,23 @@ def test_the_settings_of_the_demo_train_with_logits_of_the_label_words_alone(
     assert len(widths) == 2 and min(widths) == 2
     assert np.shape(slopes[0]) == (4, 4) and np.any(slopes[0])
     assert np.allclose(*slopes, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (tiny_llama, "model.norm.weight"),
+        (tiny_opt, "model.decoder.final_layer_norm.weight"),
+        (tiny_gpt2, "transformer.ln_f.weight"),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2)),
+            "backbone.norm_f.weight",
+        ),
+    ],
+)
+def test_the_settings_of_the_demo_move_the_last_norm(build: Callable[[], PreTrainedModel], name: str) -> None:
+    settings = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "last_norm.yaml").read_text(encoding="utf-8"))
+    assert [site.name for site in find_sites(build(), settings["zo_target_modules"])] == [name]
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

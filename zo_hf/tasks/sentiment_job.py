@@ -181,10 +181,11 @@ def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = (
     for callback in callbacks:
         trainer.add_callback(callback)
     started = time.perf_counter()
-    is_divided = config.torch_compile or config.fsdp or grid_of(config).stages > 1
-    narrows = task.loss == "label_words" and not is_divided
-    narrow = label_words_alone(task.model, task.label_ids, task.moving) if narrows else nullcontext()
-    with PeakMemory() as training_memory, narrow:
+    # A compiled, sharded or divided model runs the output layer that it was made with.
+    is_remade = config.torch_compile or config.fsdp or grid_of(config).stages > 1
+    reads_label_words_alone = task.loss == "label_words" and not is_remade
+    head = label_words_alone(task.model, task.label_ids, task.moving) if reads_label_words_alone else nullcontext()
+    with PeakMemory() as training_memory, head:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     training_seconds = time.perf_counter() - started
     trainer.save_model()  # first of all, so that nothing that follows can lose it
