@@ -6,6 +6,7 @@ It computes true log-probabilities and greedy answers, with adapters that it loa
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,7 @@ class StandIn:
         adapters: folder of every loaded adapter.
         requests, headers: path and body, and the headers, of every request.
         most: the largest number of adapters that were loaded at a time.
+        certificate: file with a certificate and its key, with which it answers; None answers without.
         url: its address, the same after it has been started anew.
     """
 
@@ -52,10 +54,11 @@ class StandIn:
         self._adapted: Any = None
         self._config = b""
         self._server: ThreadingHTTPServer | None = None
+        self.certificate: Path | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http{'' if self.certificate is None else 's'}://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Listen, without any adapters."""
@@ -73,6 +76,10 @@ class StandIn:
                 stand_in._answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has gone away
         self._port = self._server.server_address[1]

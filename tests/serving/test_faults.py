@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -296,3 +298,24 @@ def test_an_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     assert_same_bits({n: p.detach() for n, p in trainer.model.named_parameters()}, before)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_certificate_is_trusted_by_name_or_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(tmp_path / "server.pem")
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tests -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        ["openssl", *words.split(), "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True
+    )
+    with open(file, "a", encoding="utf-8") as both:
+        both.write(Path(f"{file}.crt").read_text(encoding="utf-8"))
+    stand_in = StandIn(base)
+    stand_in.certificate = Path(file)
+    stand_in.start()
+    try:
+        with pytest.raises(ServingError, match=r"does not trust .* in the variable SSL_CERT_FILE\.$"):
+            Server(stand_in.url, 10).base()
+        monkeypatch.setenv("SSL_CERT_FILE", f"{file}.crt")
+        assert Server(stand_in.url, 10).base().name == "base"
+    finally:
+        stand_in.stop()

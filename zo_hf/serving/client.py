@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,7 @@ class Server:
         Raises:
             ServerLost: there is none within the time.
             BadAnswer: it is too long.
+            ServingError: the server's certificate is not trusted.
         """
         headers = {"Content-Type": "application/json"} | _authorization()
         kind = http.client.HTTPSConnection if self._is_safe else http.client.HTTPConnection
@@ -187,6 +189,11 @@ class Server:
             return response.status, bytes(found)
         except TimeoutError as error:
             raise ServerLost(f"no answer within {self._timeout:g} seconds") from error
+        except ssl.SSLCertVerificationError as error:  # a wait does not mend it
+            raise ServingError(
+                f"{self.url} has a certificate that this machine does not trust ({error.verify_message}); name the file with "
+                "the certificate of its authority in the variable SSL_CERT_FILE."
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise ServerLost(str(error) or type(error).__name__) from error
         finally:
