@@ -93,7 +93,7 @@ def test_outputs_change_less_than_with_any_other_rounding(kind: str, tokens: int
     copies = [{name: part.clone() for name, part in layer.storage().items()} for _ in range(3)]
     layer.make_room(copies[0], 0, 48, wanted)
     rounded = ErrorFeedback(x).round(wanted, layer.nearest(copies[0], 0, 48))
-    layer.requantize(copies[0], 0, 48, rounded, torch.full(wanted.shape, 1 << 15))
+    layer.write(copies[0], 0, 48, rounded, torch.full(wanted.shape, 1 << 15))
     torch.testing.assert_close(layer.dequantize(copies[0], 0, 48), rounded, rtol=1e-5, atol=1e-7)
     layer.requantize(copies[1], 0, 48, wanted, torch.full(wanted.shape, 1 << 15))
     stream = Stream(0, 1, purpose=Purpose.ROUNDING)
@@ -111,7 +111,7 @@ def test_nearest_is_what_writing_to_the_nearest_gives(kind: str) -> None:
     layer.make_room(storage, 0, 9, values)
     nearest = layer.nearest(storage, 0, 9)
     by_column = torch.stack([nearest(values[:, column], column) for column in range(70)], 1)
-    layer.requantize(storage, 0, 9, values, torch.full(values.shape, 1 << 15))
+    layer.write(storage, 0, 9, values, torch.full(values.shape, 1 << 15))
     torch.testing.assert_close(by_column, layer.dequantize(storage, 0, 9), rtol=1e-5, atol=1e-7)
 
 

@@ -117,8 +117,7 @@ class BitsAndBytes4Bit(QuantizedLayer):
 
         return rounded
 
-    def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
-        self.make_room(storage, start, stop, rows)
+    def write(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         n = self.shape[1]
         scales = self._scales(storage, start * n, stop * n)
         inverse = _inverse(scales)

@@ -92,7 +92,7 @@ class QuantizedLayer:
     def make_room(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor) -> None:
         """Enlarge the scales in `storage` that rows start to stop - 1 of a new weight have outgrown, in place.
 
-        Codes stay as they are, so `requantize` must follow with the same rows.
+        Codes stay as they are, so `write` must follow with the same rows.
 
         Args:
             storage: parts of the weight, live or copied.
@@ -107,14 +107,19 @@ class QuantizedLayer:
 
         Returns:
             A function of new values, float32 (stop - start,), and the index of their column. It returns the values of the
-            nearest codes, which `requantize` writes as they are.
+            nearest codes, which `write` writes as they are.
         """
         raise NotImplementedError(self.format)
 
     def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
+        """Write rows start to stop - 1 of a new weight as `write` does, after `make_room` for them."""
+        self.make_room(storage, start, stop, rows)
+        self.write(storage, start, stop, rows, uniform)
+
+    def write(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         """Write rows start to stop - 1 of a new weight into `storage`, in place and rounded stochastically.
 
-        Scales that the rows have outgrown are enlarged first, see `make_room`.
+        The scales in `storage` stay, and must have room for the rows.
 
         Args:
             storage: parts of the weight, live or copied.

@@ -66,8 +66,7 @@ class RowwiseInt8(QuantizedLayer):
 
         return rounded
 
-    def requantize(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
-        self.make_room(storage, start, stop, rows)
+    def write(self, storage: dict[str, Tensor], start: int, stop: int, rows: Tensor, uniform: Tensor) -> None:
         units = self.units(storage)[start:stop]
         exact = rows / units.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         below = exact.floor()

@@ -153,7 +153,7 @@ def _round(layer: QuantizedLayer, feedback: ErrorFeedback, new_rows: NewRows) ->
         rows = new_rows(storage, start, stop)
         layer.make_room(storage, start, stop, rows)
         nearest = feedback.round(rows, layer.nearest(storage, start, stop))
-        layer.requantize(storage, start, stop, nearest, torch.full(rows.shape, 1 << 15, device=rows.device))
+        layer.write(storage, start, stop, nearest, torch.full(rows.shape, 1 << 15, device=rows.device))
         sums.add(nearest, rows)
     return Rounded({name: part.cpu() for name, part in storage.items()}, sums.error, sums.weight)
 
