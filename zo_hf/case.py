@@ -24,10 +24,11 @@ class Case:
     Args:
         settings: the run's method.
         arguments: values of `ZOConfig`, by name; empty without a Trainer.
-        facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized
-            model", "offloaded" (weights that are kept off the device), "several processes", "fsdp", "optimizers" (the user's own optimizer), "optimizer_cls_and_kwargs",
-            "create_optimizer" (the optimizer of a subclass that overrides it), "schedule-free" (an optimizer that swaps
-            its parameters for an evaluation) and "kernels" (they run on the model's device).
+        facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized model",
+            "offloaded" (weights that are kept off the device), "several processes", "fsdp", "optimizers" (the user's own
+            optimizer), "optimizer_cls_and_kwargs", "create_optimizer" (the optimizer of a subclass that overrides it),
+            "schedule-free" (an optimizer that swaps its parameters for an evaluation) and "kernels" (they run on the
+            model's device).
         distribution: the distribution of directions, if it exists already; it need not be one of the named ones.
         subspace: the subspace, if it exists already; it need not be one of the named ones.
     """

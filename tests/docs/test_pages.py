@@ -46,14 +46,18 @@ def test_the_table_links_every_name() -> None:
             assert f"| [`{name}`]({page.path}) |" in text
 
 
+def test_the_page_about_the_source_has_every_folder_and_file_of_the_package() -> None:
+    text = (DOCS / "extend" / "source.md").read_text(encoding="utf-8")
+    parts = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "zo_hf").iterdir()}
+    assert set(re.findall(r"^[├└]── (\S+)", text, re.MULTILINE)) == parts - {"__pycache__/", "py.typed"}
+
+
 def test_formulas_become_code_and_prose_stays_prose() -> None:
     docstring = "See [it] (arXiv 2305.17333).\n\n    a = b * c        d\n\n    e\n\nx = y        z\n\nNow x_1 < `x_2`; docs/cocd.md."
     assert method_pages.prose(docstring) == (
         "See \\[it\\] (arXiv [2305.17333](https://arxiv.org/abs/2305.17333)).\n\n"
-        "```text\na = b * c        d\n\ne\n\nx = y        z\n```\n\n".replace(
-            "e\n\nx = y        z\n```", "e\n\nx = y        z\n```"
-        )
-        + "Now x\\_1 &lt; `x_2`; [cocd](../../cocd.md)."
+        "```text\na = b * c        d\n\ne\n\nx = y        z\n```\n\n"
+        "Now x\\_1 &lt; `x_2`; [cocd](../../cocd.md)."
     )
 
 

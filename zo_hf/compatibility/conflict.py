@@ -47,3 +47,21 @@ def rows_of(this: str, holds: Callable[[Case], bool]) -> Callable[[str, str, str
         return Conflict(this, that, why, instead, lambda case: holds(case) and applies(case))
 
     return row
+
+
+def with_argument(this: str, name: str, why: str, applies: Callable[[Case], bool]) -> Conflict:
+    """Return the row of an argument of the Trainer that must be left out where `this` is set, or the other way round.
+
+    Args:
+        this: the other option with its value.
+        name: the argument.
+        why: the reason.
+        applies: returns whether a run has `this`.
+    """
+    return Conflict(
+        this,
+        f"{name}={{{name}}}",
+        why,
+        "leave one of them out",
+        lambda case: bool(case.argument(name)) and applies(case),
+    )
