@@ -35,13 +35,13 @@ from zo_hf.parallel.ranks import Ranks
 from zo_hf.rules.step_probes import forward_passes_of_a_step
 from zo_hf.trainer.config import ZOConfig
 from zo_hf.trainer.finished import why_finished
+from zo_hf.trainer.optimizer import divides
 from zo_hf.trainer.streams import StreamTrainer
 
 logger = logging.getLogger(__name__)
 
 # Measuring a step of these takes probes of its own, from the second step on.
 ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-
 
 #: The costs of a longer period are estimated from its beginning. The run still ends where its forward passes do.
 _LONGEST_PERIOD = 100_000
@@ -254,6 +254,12 @@ class BudgetedTrainer(StreamTrainer):
     control: TrainerControl
     callback_handler: CallbackHandler
     _budget: Budget
+
+    def _spending(self, searches: bool) -> Any:
+        """Return a context in which one training spends the budget."""
+        is_adam = divides(self.optimizer and self._torch_optimizer(), self.optimizer_cls_and_kwargs)
+        every = 0 if self._stability is None else self._stability.every
+        return self._budget.of(self.args, is_adam, every, searches)
 
     def set_initial_training_values(self, args: ZOConfig, dataloader: DataLoader) -> Any:
         """Return Trainer's values, with as many steps as the forward passes pay for if they alone set the length."""

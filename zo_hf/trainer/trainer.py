@@ -8,32 +8,27 @@ engine's files to checkpoints. Other objects, which the hooks call, do the work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import Trainer
 
-from zo_hf import checkpoint
 from zo_hf.case import Case
-from zo_hf.compatibility import auto_direction, check, rows_per_direction
+from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.estimate import Estimate
 from zo_hf.evaluation.feature_cache import FeatureCache
 from zo_hf.evaluation.row_losses import GroupedLoss
-from zo_hf.lr_finder.find import LRFinderResult
 from zo_hf.parallel.signals import whole
 from zo_hf.quantization import quantized_layers, training_allowed
 from zo_hf.serving import ServedModel
-from zo_hf.settings import Settings
 from zo_hf.stability.monitor import StabilityCallback, StabilityMonitor
 from zo_hf.stability.rounding_noise import FORWARD_PASSES, warn_of_rounding
 from zo_hf.subspaces.peft_methods import base_model
-from zo_hf.trainer import changes, learning_rate, setup
+from zo_hf.trainer import learning_rate, setup
 from zo_hf.trainer.budget import Budget
 from zo_hf.trainer.checkpoints import (
     FinishesFirst,
@@ -46,11 +41,11 @@ from zo_hf.trainer.host_batches import labels_on_host
 from zo_hf.trainer.lock import locked
 from zo_hf.trainer.logs import engine_logs, reports_evaluation
 from zo_hf.trainer.loss import MicroBatchLosses
+from zo_hf.trainer.method import method_of_run
 from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.objectives import check_objective
 from zo_hf.trainer.offloaded_head import check_head
 from zo_hf.trainer.optimizer import (
-    divides,
     give_back,
     new_optimizer,
     parameters_of,
@@ -60,7 +55,7 @@ from zo_hf.trainer.overrides import NoBackward, overrides
 from zo_hf.trainer.rate_watch import RateWatch
 from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
-from zo_hf.trainer.saving import SavingTrainer
+from zo_hf.trainer.searching import SearchingTrainer
 from zo_hf.trainer.served import ServedLosses, Serving, check_served
 
 logger = logging.getLogger(__name__)
@@ -68,20 +63,18 @@ logger = logging.getLogger(__name__)
 _DECAY = "get_decay_parameter_names"
 
 
-class ZOTrainer(SavingTrainer):
+class ZOTrainer(SearchingTrainer):
     """`transformers.Trainer` with backward replaced by forward passes.
 
     It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.
 
     Attributes:
         zo: the engine while training runs; None at other times.
-        found_learning_rate: the result of the last search (`learning_rate="auto"`); None without one.
+        found_learning_rate: see `SearchingTrainer`.
 
     Raises:
         ValueError: an argument cannot work forward-only; the message names it and the way out.
     """
-
-    found_learning_rate: LRFinderResult | None = None
 
     @property
     def _losses_kind(self) -> Any:
@@ -102,7 +95,6 @@ class ZOTrainer(SavingTrainer):
         self._estimate: Estimate | None = None
         self._features: FeatureCache | None = None
         self._learning_rate: learning_rate.InitialLearningRate | None = None
-        self._searches_only = False
         self._budget = Budget(args)
         with training_allowed():
             # Trainer needs max_steps if a data set has no length; the budget may determine it.
@@ -162,32 +154,6 @@ class ZOTrainer(SavingTrainer):
                 self.callback_handler.callbacks.remove(finishes)
                 self._finish_zeroth_order()
 
-    def find_learning_rate(self) -> LRFinderResult:
-        """Search as `train` does with `learning_rate="auto"`, without training.
-
-        Raises:
-            ValueError: a search is not possible; the message names the argument and the way out.
-        """
-        self._resumed_from, self._searches_only = None, True
-        try:
-            with self._together(), self._spending(searches=True):
-                self._forget_own_optimizer()
-                *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-                self.create_optimizer()
-                with self.accelerator.autocast():
-                    self._search(steps)
-        finally:
-            self._searches_only = False
-            self._finish_zeroth_order()
-        assert self.found_learning_rate is not None
-        return self.found_learning_rate
-
-    def _spending(self, searches: bool) -> Any:
-        """Return a context in which one training spends the budget."""
-        is_adam = divides(self.optimizer and self._torch_optimizer(), self.optimizer_cls_and_kwargs)
-        every = 0 if self._stability is None else self._stability.every
-        return self._budget.of(self.args, is_adam, every, searches)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the engine, and the optimizer of its coordinates."""
         self._finish_last_attempt()
@@ -195,25 +161,7 @@ class ZOTrainer(SavingTrainer):
         setup.check_trainable(self.model)
         self._make_replicas_equal()
         users = self.optimizer
-        among = None if users is None else parameters_of(users)
-        settings = self._settings()
-        subspace = settings.make_subspace(self.model, among)
-        subspace.check_end()
-        with whole():  # an engine that is in the model, but not known here, would stay there
-            self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
-        if zo.row_groups is not None:
-            zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
-        self._begin_private(zo)
-        given = "auto" if self._searches_only else self.args.learning_rate
-        self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
-        if self._serving is not None:
-            check_served(self.model, self.args)
-        self._losses = self._losses_kind(self, self._ranks)
-        zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
-        self._features = self._feature_cache(zo)
-        self._budget.watch(zo, self._ranks)
-        if self._division is not None:
-            self._division.enter(zo.evaluator, self.model)
+        zo, rate = self._make_engine(None if users is None else parameters_of(users))
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
             zo.subspace.name,
@@ -244,6 +192,35 @@ class ZOTrainer(SavingTrainer):
             self._serving.of(self.model, zo)  # compares the servers' model with this one
         return self.optimizer
 
+    def _make_engine(self, among: Sequence[Tensor] | None) -> tuple[ZerothOrder, learning_rate.InitialLearningRate]:
+        """Create the engine and what evaluates its losses, and return it with the initial learning rate.
+
+        Args:
+            among: the parameters of the user's optimizer, which alone may move; None allows all.
+        """
+        arguments = dict(vars(self.args))
+        if self._stability is not None:  # the user may have passed the callback
+            arguments["zo_stability_steps"] = self._stability.every
+        settings = method_of_run(self.args, arguments, self._facts, self._resumed_from)
+        subspace = settings.make_subspace(self.model, among)
+        subspace.check_end()
+        with whole():  # an engine that is in the model, but not known here, would stay there
+            self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
+        if zo.row_groups is not None:
+            zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
+        self._begin_private(zo)
+        given = "auto" if self._searches_only else self.args.learning_rate
+        self._learning_rate = rate = learning_rate.initial_learning_rate(given, zo)
+        if self._serving is not None:
+            check_served(self.model, self.args)
+        self._losses = self._losses_kind(self, self._ranks)
+        zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
+        self._features = self._feature_cache(zo)
+        self._budget.watch(zo, self._ranks)
+        if self._division is not None:
+            self._division.enter(zo.evaluator, self.model)
+        return zo, rate
+
     def _feature_cache(self, zo: ZerothOrder) -> FeatureCache | None:
         """Make the cache of features that `zo_feature_cache_gib` asks for.
 
@@ -260,28 +237,6 @@ class ZOTrainer(SavingTrainer):
         """The model as servers evaluate it; an error without `server_url`."""
         assert self._serving is not None
         return self._serving.of(self.model, self.zo)
-
-    def _settings(self) -> Settings:
-        """Return the method of this run; a resumed run goes on with its rows and directions if the arguments leave them open.
-
-        Raises:
-            ValueError: options of the run do not combine.
-        """
-        settings, arguments = self.args.settings(), dict(vars(self.args))
-        if self._stability is not None:  # the user may have passed the callback
-            arguments["zo_stability_steps"] = self._stability.every
-        saved = None
-        if self._resumed_from is not None:
-            saved = checkpoint.read_state(self._resumed_from).get("settings") or None
-        if saved is not None and self.args.zo_rows_per_direction == "auto":
-            rows = saved.get("zo_rows_per_direction", 0)
-            settings = replace(settings, rows_per_direction="auto" if rows == 1 else rows)
-        if self.args.zo_direction == "auto":
-            auto = auto_direction(Case(settings, arguments, self._facts))
-            settings = replace(settings, direction=auto if saved is None else saved.get("zo_direction", auto))
-        case = Case(settings, arguments, self._facts)
-        check(case)
-        return settings if rows_per_direction(case) else replace(settings, rows_per_direction=0)
 
     @property
     def _stability(self) -> StabilityCallback | None:
@@ -330,27 +285,6 @@ class ZOTrainer(SavingTrainer):
             give_back(self.optimizer, self._users_groups)
             self._users_groups = None
 
-    # The learning rate.
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Create Trainer's schedule, after a search for the learning rate, which needs everything else to exist."""
-        if self.zo is None:
-            self._adopt_optimizer()
-        rate = self._learning_rate
-        if rate is not None and rate.awaits_search:
-            rate.awaits_search = False
-            of_checkpoint = learning_rate.rate_of_checkpoint(self._resumed_from)
-            rate.value = self._search(num_training_steps).learning_rate if of_checkpoint is None else of_checkpoint
-            learning_rate.set_learning_rate(self._torch_optimizer(), rate.value)
-        self._rate_watch.begin(rate is not None and rate.is_searched, self.found_learning_rate)
-        assert self.zo is not None
-        self._run = changes.describe(
-            self.zo, self._torch_optimizer(), self.args, num_training_steps, self.train_dataset
-        )
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        self._keep_rate()
-        return scheduler
-
     def _adopt_optimizer(self) -> None:
         """Create the engine around the optimizer that a subclass's `create_optimizer` made without a call of super()."""
         prepared = self.optimizer
@@ -363,43 +297,6 @@ class ZOTrainer(SavingTrainer):
         self.optimizer = self._torch_optimizer()
         ZOTrainer.create_optimizer(self)
         self.optimizer = prepared
-
-    @property
-    def _rate_watch(self) -> RateWatch:
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RateWatch))
-
-    def _search(self, num_training_steps: int) -> LRFinderResult:
-        assert self.zo is not None and self._learning_rate is not None
-        args = self.args
-        dataset, collate = self._used_columns()
-        rows, micro_batches = self._train_batch_size, args.gradient_accumulation_steps
-        draw = learning_rate.step_batches(dataset, collate, self._ranks.grid, args.seed, micro_batches, rows)
-        self.found_learning_rate = learning_rate.search(
-            self.zo,
-            self._torch_optimizer(),
-            lambda: self._step_losses(draw()),
-            self._budget,
-            args,
-            num_training_steps,
-            self._learning_rate.value,
-        )
-        return self.found_learning_rate
-
-    def _step_losses(self, batches: list[Any]) -> list[tuple[Any, float | Tensor]]:
-        """Return a closure and a weight for each of a step's micro-batches."""
-        # Trainer's own method, because the search has a budget of its own.
-        batches, items = Trainer.get_batch_samples(self, iter(batches), len(batches), self.args.device)
-        found = [MicroBatch(self._prepare_inputs(batch), items, len(batches)) for batch in batches]
-        return [self._losses.of(self.model, batch, counts=False) for batch in found]
-
-    def _used_columns(self) -> tuple[Any, Any]:
-        """Return the training data and the collator; one of them removes columns that the model does not take."""
-        import datasets
-
-        if isinstance(self.train_dataset, datasets.Dataset):
-            return self._remove_unused_columns(self.train_dataset, description="training"), self.data_collator
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        return self.train_dataset, collate
 
     # A step.
 
