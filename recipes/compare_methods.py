@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.finished import add_report_options
 from common.method_report import plot, table
 from tqdm import tqdm
 
@@ -58,9 +59,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default="label_words",
         help="the cross entropy of the label word among the label words, or among all (%(default)s)",
     )
-    add("--output", type=Path, default=Path("out/compare_methods"), help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for figures (OUTPUT)")
-    add("--plot-only", action="store_true", help="only write the table and the figures of the finished runs")
+    add_report_options(parser, Path("out/compare_methods"))
     args = parser.parse_args(argv)
     check_options(parser, args)
     args.model = args.model or str(default_model())

@@ -22,26 +22,26 @@ comparison continues, and stability-networks.png, stability-catapult.png and sta
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.finished import add_report_options, finished_runs, report_runs
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from tqdm import tqdm
 
 from zo_hf import ZerothOrder
-from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
+from zo_hf.comparison.finished_runs import finished_runs_are_kept
 from zo_hf.stability import critical_step_size, critical_step_size_of_hessian, step_size_bounds
 from zo_hf.subspaces import FullInMemory
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
-from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = ("network", "method", "margin", "eps", "raised", "seed", "steps")
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,9 +84,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="factors on η half-way, for gd with the first network and the largest margin (%(default)s)",
     )
     add("--seed", type=int, default=0, help="seed of weights and directions (%(default)s)")
-    add("--output", type=Path, default=Path("out/edge_of_stability"), help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for figures (OUTPUT)")
-    add("--plot-only", action="store_true", help="only write the table and the figures of the finished runs")
+    add_report_options(parser, Path("out/edge_of_stability"))
     return parser.parse_args(words)
 
 
@@ -339,16 +337,14 @@ def draw_losses(axes: Any, run: Mapping[str, Any], color: str, label: str) -> No
     axes.plot(steps, run["losses"], color=color, linewidth=0.8, label=label)
 
 
-def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
-    """Draw a figure for each question with finished runs."""
+def plot(args: argparse.Namespace, finished: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Draw a figure in `folder` for each question with finished runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder = args.figures or args.output
-    available = [run for settings in runs(args) if (run := finished.find(settings)) is not None]
-    grid = [run for run in available if run["raised"] == 1 and run["eps"] == args.eps]
+    grid = [run for run in finished if run["raised"] == 1 and run["eps"] == args.eps]
     if grid:
         rows, columns = len(args.networks), len(args.methods)
         figure, panels = pyplot.subplots(
@@ -371,7 +367,7 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
         margin = max(margins) if key == "raised" else margins[0]
         chosen = [
             run
-            for run in available
+            for run in finished
             if (run["network"], run["method"], run["margin"]) == (args.networks[0], "gd", margin)
             and run[other] == {"eps": args.eps, "raised": 1.0}[other]
         ]
@@ -389,16 +385,13 @@ def plot(args: argparse.Namespace, finished: FinishedRuns) -> None:
         figure.savefig(folder / f"stability-{name}.png", dpi=110)
 
 
-def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
+def table(args: argparse.Namespace, finished: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of the runs' ends in units of their threshold, so that 1 is the edge of stability."""
     lines = [
         "| network | method | margin | ε | η raised | loss | Tr | Tr + 2λmax/(1+β) | η/η* | largest η/η* | |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for settings in runs(args):
-        run = finished.find(settings)
-        if run is None:
-            continue
+    for run in finished:
         method = METHODS[run["method"]]
         points = [p for p in run["curve"] if math.isfinite(p["loss"])]
         last = points[-1]
@@ -414,15 +407,8 @@ def table(args: argparse.Namespace, finished: FinishedRuns) -> str:
 
 def main() -> None:
     args = arguments()
-    check_folder("--figures", args.figures or args.output)
-    finished = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
-    if not args.plot_only:
-        for settings in tqdm([settings for settings in runs(args) if finished.find(settings) is None], unit="run"):
-            finished.add(train(settings))
-    text = table(args, finished)
-    (args.output / "table.md").write_text(text, encoding="utf-8")
-    plot(args, finished)
-    print(text)
+    finished = finished_runs(args, SETTINGS, runs(args), train)
+    report_runs(args, finished, functools.partial(table, args), functools.partial(plot, args))
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common.experiments import encoded_reviews
+from common.finished import add_report_options, finished_runs, report_runs
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo_hf import ZerothOrder
-from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
+from zo_hf.comparison.finished_runs import finished_runs_are_kept
 from zo_hf.stability.actions import ACTIONS
 from zo_hf.stability.curvature import hessian_trace
 from zo_hf.stability.monitor import StabilityMonitor
@@ -44,7 +44,6 @@ from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.prompts import LabelWordCollator
 from zo_hf.tasks.refusals import refusals_end_the_command
-from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = ("model", "subspace", "margin", "steps", "sentences", "every", "action", "seed")
 SUBSPACES = ("low_rank", "lora")
@@ -64,10 +63,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--every", type=int, default=5, help="steps between measurements (%(default)s)")
     add("--action", choices=ACTIONS, default="warn", help="action of the monitor beyond the edge (%(default)s)")
     add("--seed", type=int, default=0, help="seed of sentences, directions and the adapter (%(default)s)")
-    output = Path("out/edge_of_stability_language_model")
-    add("--output", type=Path, default=output, help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for the figure (OUTPUT)")
-    add("--plot-only", action="store_true", help="only write the table and the figure of the finished runs")
+    add_report_options(parser, Path("out/edge_of_stability_language_model"))
     args = parser.parse_args(words)
     for option in ("steps", "sentences", "every"):
         if getattr(args, option) < 1:
@@ -75,7 +71,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     if min(args.margins) <= 0:
         parser.error(f"--margins {min(args.margins)} must be above 0.")
     args.model = args.model or str(default_model())
-    args.figures = args.figures or args.output
     return args
 
 
@@ -140,7 +135,7 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield shared | {"subspace": subspace, "margin": margin}
 
 
-def table(finished: list[dict[str, Any]]) -> str:
+def table(finished: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of the runs' starts and ends; η·(Tr + 2‖H‖)/2 and η·Tr/2 are 1 at the bounds of the edge."""
     lines = [
         "| subspace | margin | η | loss | Tr | ‖H‖ | η·Tr/2 at the end | its maximum | η·(Tr + 2‖H‖)/2 at the end | |",
@@ -165,8 +160,11 @@ def table(finished: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(finished: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss, and below it the band of the trace with its threshold, in a column for each subspace."""
+def plot(finished: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Draw the loss, and below it the band of the trace with its threshold, in a column for each subspace.
+
+    The figure is stability-language-model.png.
+    """
     from matplotlib.figure import Figure
 
     subspaces = list(dict.fromkeys(run["subspace"] for run in finished))
@@ -186,24 +184,12 @@ def plot(finished: list[dict[str, Any]], path: Path) -> None:
         above.set(title=subspace, ylabel="loss", ylim=(0, 1.5 * finished[0]["losses"][0]))
         above.legend(fontsize="x-small")
         below.set(xlabel="step", ylabel="Tr to Tr + 2‖H‖, and 2/η (dashed)", yscale="log")
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "stability-language-model.png", dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
-    check_folder("--figures", args.figures)
-    log = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
-    if not args.plot_only:
-        for settings in tqdm([settings for settings in runs(args) if log.find(settings) is None], unit="run"):
-            log.add(train(settings))
-    finished = [run for settings in runs(args) if (run := log.find(settings)) is not None]
-    if not finished:
-        print("no run is finished yet")
-        return
-    text = table(finished)
-    (args.output / "table.md").write_text(text, encoding="utf-8")
-    plot(finished, args.figures / "stability-language-model.png")
-    print(text)
+    report_runs(args, finished_runs(args, SETTINGS, runs(args), train), table, plot)
 
 
 if __name__ == "__main__":

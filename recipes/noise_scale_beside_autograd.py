@@ -29,6 +29,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from common.finished import add_report_options, finished_runs, report_runs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -40,13 +41,12 @@ from transformers import (
 from transformers.utils import logging
 
 from zo_hf import RowLosses, ZerothOrder
-from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
+from zo_hf.comparison.finished_runs import finished_runs_are_kept
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import embedded_reviews
 from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, encode_example, label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command
-from zo_hf.trainer.output_paths import check_folder
 
 SETTINGS = (
     "model",
@@ -85,17 +85,13 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--estimates", type=int, default=48, help="steps of each kind at a point (%(default)s)")
     add("--every", type=int, default=10, help="zo_noise_scale_steps of the run (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of batches and directions (%(default)s)")
-    output = Path("out/noise_scale_beside_autograd")
-    add("--output", type=Path, default=output, help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for the figure (OUTPUT)")
-    add("--plot-only", action="store_true", help="only write the table and the figure of the finished runs")
+    add_report_options(parser, Path("out/noise_scale_beside_autograd"))
     args = parser.parse_args(words)
     for option, least in (("steps", 0), ("points", 2), ("sentences", 3), ("estimates", 1), ("every", 1)):
         if getattr(args, option) < least:
             parser.error(f"--{option} {getattr(args, option)} must be at least {least}.")
     if args.batch_size < 2:
         parser.error(f"--batch-size {args.batch_size} must be at least 2, because directions are shared in pairs.")
-    args.figures = args.figures or args.output
     return args
 
 
@@ -318,8 +314,8 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{mean(known):.3g}" + (f" ± {stdev(known):.2g}" if len(known) > 1 else "")
 
 
-def plot(finished: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw B_s and the gain along the runs, a thin line for each seed."""
+def plot(finished: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Draw B_s and the gain along the runs, a thin line for each seed, in noise-scale.png."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -346,28 +342,15 @@ def plot(finished: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.savefig(folder / "noise-scale.png", dpi=130)
 
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
-    check_folder("--figures", args.figures)
-    log = FinishedRuns(args.output / "runs.jsonl", SETTINGS)
-    if not args.plot_only:
-        # Every copy would show its weights and report its fresh head between the lines of the run's own progress.
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        for settings in runs(args):
-            if log.find(settings) is None:
-                log.add(train(settings))
-    finished = [run for settings in runs(args) if (run := log.find(settings)) is not None]
-    if not finished:
-        print("no run is finished yet")
-        return
-    text = table(finished)
-    (args.output / "table.md").write_text(text, encoding="utf-8")
-    plot(finished, args.figures / "noise-scale.png")
-    print(text)
+    # Every copy would show its weights and report its fresh head between the lines of the run's own progress.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    report_runs(args, finished_runs(args, SETTINGS, runs(args), train), table, plot)
 
 
 if __name__ == "__main__":

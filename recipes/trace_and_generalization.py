@@ -26,13 +26,15 @@ in OUTPUT, which --plot-only reads, table.md, and trace-and-generalization.png i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from common.finished import FILE, add_report_options, folder_of_figures, read_runs, report_runs
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -51,6 +53,9 @@ PICTURES = 1797
 LOOK_EVERY = 20
 DIVERGED = 1e3  # a run has diverged when its loss is this many times the initial loss
 
+#: Names that every line of the results has.
+NAMES = ("activation", "seed", "margin", "step_size", "step")
+
 ACTIVATIONS = {"gelu": F.gelu, "tanh": torch.tanh}
 
 
@@ -64,9 +69,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--eps", type=float, default=1e-3, help="distance of a probe (%(default)s: the paper's)")
     add("--steps", type=int, default=40_000, help="steps after which a run ends (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the runs (%(default)s)")
-    add("--output", type=Path, default=Path("out/trace_and_generalization"), help="folder for results (%(default)s)")
-    add("--figures", type=Path, help="folder for the figure (OUTPUT)")
-    add("--plot-only", action="store_true", help="only write the table and the figure of the finished runs")
+    add_report_options(parser, Path("out/trace_and_generalization"))
     args = parser.parse_args(words)
     for name in ("margins", "levels", "eps"):
         values = getattr(args, name)
@@ -78,8 +81,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--examples {args.examples} must be 2 to {PICTURES - 1}; the others of {PICTURES} are the test.")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))} must differ, or a spread would be none.")
-    if args.plot_only and not (args.output / "runs.jsonl").exists():
-        parser.error(f"--plot-only needs {args.output / 'runs.jsonl'}; make the runs first, without it.")
+    if args.plot_only and not (args.output / FILE).exists():
+        parser.error(f"--plot-only needs {args.output / FILE}; make the runs first, without it.")
     return args
 
 
@@ -238,7 +241,7 @@ COLUMNS = {
 }
 
 
-def chosen(points: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+def chosen(points: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
     """Return the points with these entries."""
     return [point for point in points if all(point.get(key) == value for key, value in wanted.items())]
 
@@ -248,8 +251,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
-def table(args: argparse.Namespace, points: Sequence[dict[str, Any]]) -> str:
-    """Return a table with a row for each network, level and step size, and the differences between step sizes."""
+def table(args: argparse.Namespace, points: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table with a row for each network, level and step size, and the differences between step sizes.
+
+    Below it stand the runs that have diverged, each with its step.
+    """
     heads = ["network", "training loss", "η*/η", "runs", "η/η* there", *COLUMNS.values()]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     differences = [
@@ -280,11 +286,16 @@ def table(args: argparse.Namespace, points: Sequence[dict[str, Any]]) -> str:
                     ]
                     cells = [activation, f"{level:g}", f"{margin:g}", str(len(pairs)), ratios, *changes]
                     differences.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines + differences) + "\n"
+    diverged = chosen(points, end="diverged")
+    ends = ", ".join(f"{p['activation']} {p['seed']} {p['margin']:g}: {p['step']}" for p in diverged)
+    return "\n".join([*lines, *differences, *(["", ends] if diverged else [])]) + "\n"
 
 
-def plot(args: argparse.Namespace, points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw trace, test loss and accuracy at equal training loss against the step size: seeds, and their mean."""
+def plot(args: argparse.Namespace, points: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Draw trace, test loss and accuracy at equal training loss against the step size: seeds, and their mean.
+
+    The figure is trace-and-generalization.png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -317,29 +328,21 @@ def plot(args: argparse.Namespace, points: Sequence[dict[str, Any]], path: Path)
     for axes in panels[-1]:
         axes.set_xlabel("η/η* at the start")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / "trace-and-generalization.png", dpi=110)
 
 
 def main() -> None:
     args = arguments()
     args.levels = sorted(args.levels, reverse=True)
-    figures, results = args.figures or args.output, args.output / "runs.jsonl"
+    results = args.output / FILE
     check_folder("--output", args.output)
-    check_folder("--figures", figures)
+    check_folder("--figures", folder_of_figures(args))
     torch.set_num_threads(1)
     if not args.plot_only:
         found = [point for activation in args.activations for point in Runs(activation, args).train()]
         results.write_text("".join(json.dumps(point) + "\n" for point in found), encoding="utf-8")
-    points = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    text = table(args, points)
-    diverged = chosen(points, end="diverged")
-    if diverged:
-        text += (
-            "\n" + ", ".join(f"{p['activation']} {p['seed']} {p['margin']:g}: {p['step']}" for p in diverged) + "\n"
-        )
-    (args.output / "table.md").write_text(text, encoding="utf-8")
-    plot(args, points, figures / "trace-and-generalization.png")
-    print(text)
+    points = read_runs(results, NAMES)
+    report_runs(args, points, functools.partial(table, args), functools.partial(plot, args))
 
 
 if __name__ == "__main__":

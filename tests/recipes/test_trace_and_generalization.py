@@ -131,3 +131,15 @@ def test_runs_end_at_equal_loss_and_are_drawn(
     recipe.main()
     assert capsys.readouterr().out == table
     assert (tmp_path / "f" / "trace-and-generalization.png").stat().st_size == first
+
+
+@pytest.mark.parametrize("damage", ['{"activation": "ge', "[1]\n", '{"activation": "gelu"}\n', "\x00"])
+def test_a_damaged_file_of_runs_is_refused_in_one_sentence(
+    recipe: ModuleType, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs.jsonl").write_text(damage)
+    monkeypatch.setattr(sys, "argv", ["recipe", "--plot-only", "--output", str(tmp_path)])
+    with pytest.raises(
+        ValueError, match=r"runs\.jsonl holds lines that no comparison writes; move it away to start anew\."
+    ):
+        recipe.main()

@@ -29,12 +29,7 @@ class FinishedRuns:
         complete = text[: text.rfind("\n") + 1]
         if complete != text and not only_read:  # the process was killed while it wrote a line
             path.write_text(complete, encoding="utf-8")
-        try:
-            # Losses may not be finite, and Python writes them as they are.
-            runs = [plain_json.parse(line.encode(), finite=False) for line in complete.splitlines()]
-            self._runs = {self._key(run): run for run in runs}
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{path} holds lines that no comparison writes; move it away to start anew.") from error
+        self._runs = {self._key(run): run for run in runs_in(complete, path, settings)}
 
     def find(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the finished run with these settings, or None."""
@@ -48,6 +43,27 @@ class FinishedRuns:
 
     def _key(self, run: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(run[name] for name in self._settings)
+
+
+def runs_in(text: str, path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the runs in a text, one line of JSON each.
+
+    Args:
+        text: the content of `path`.
+        path: the file, for the error.
+        names: names that every run has, with a plain value.
+
+    Raises:
+        ValueError: a line is no such run.
+    """
+    try:
+        # Losses may not be finite, and Python writes them as they are.
+        runs = [plain_json.parse(line.encode(), finite=False) for line in text.splitlines()]
+        for run in runs:
+            hash(tuple(run[name] for name in names))
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} holds lines that no comparison writes; move it away to start anew.") from error
+    return runs
 
 
 def finished_runs_are_kept() -> str:
