@@ -20,6 +20,7 @@ import math
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,7 @@ def main() -> None:
         for task in TASKS:
             for subspace in SUBSPACES:
                 settings = dict(zip(SETTINGS, (task, subspace, seed, args.steps), strict=True))
-                run = finished.find(settings)
-                if run is None:
-                    finished.add(run := settings | train(task, subspace, seed, args.steps))
+                run = finished.found_or_made(settings, partial(train, task, subspace, seed, args.steps))
                 print(*(f"{name}={value}" for name, value in run.items()), flush=True)
     older = FinishedRuns(args.before, SETTINGS, only_read=True) if args.before else None
     (args.output / "table.md").write_text("\n".join(table(finished, older, args)) + "\n")

@@ -260,9 +260,8 @@ def main() -> None:
         runs = [(rate, seed) for seed in args.seeds for rate in (AUTO, *problem.rates)]
         for rate, seed in [(BEFORE, args.seeds[0]), *runs]:
             settings = dict(zip(SETTINGS, (problem.name, problem.forward_passes, rate, seed), strict=True))
-            run = finished.find(settings)
-            if run is None:
-                finished.add(run := settings | (before(problem) if rate == BEFORE else train(problem, rate, seed)))
+            make = partial(before, problem) if rate == BEFORE else partial(train, problem, rate, seed)
+            run = finished.found_or_made(settings, make)
             print(*(f"{name}={value}" for name, value in run.items()), flush=True)
     (args.output / "table.md").write_text("\n".join(table(problems, finished, args.seeds)) + "\n")
     plot(problems, finished, args.seeds, args.output / "find_lr.png")

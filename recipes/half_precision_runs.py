@@ -20,6 +20,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             for dtype in tqdm(args.dtypes, desc=f"seed {seed}", unit="run"):
                 settings = {"dtype": dtype, "seed": seed, "job": args.job}
-                found = finished.find(settings)
-                if found is None:
-                    found = settings | trained(dtype, seed, shlex.split(args.job))
-                    finished.add(found)
-                runs.append(found)
+                make = partial(trained, dtype, seed, shlex.split(args.job))
+                runs.append(finished.found_or_made(settings, make))
     print(table(runs))
     if args.figure is not None:
         draw(runs, args.figure)

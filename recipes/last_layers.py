@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from typing import Any
 
 import torch
-from torch import Tensor
+from common.timed_steps import RandomRows, StepClock
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
+from transformers import OPTConfig, OPTForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.tasks.command_line import CommandParser
@@ -33,35 +31,8 @@ CASES = ((LAYERS, 0), (6, 0), (6, 1), (3, 0), (3, 1), (1, 0), (1, 1))
 NEW, COUNTED = 3, 3
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Two batches of random tokens, of which the last is a label."""
-
-    def __len__(self) -> int:
-        return 2 * ROWS
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.randint(7, 50_000, (LENGTH,), generator=torch.Generator().manual_seed(index))
-        labels = torch.full_like(ids, -100)
-        labels[-1] = ids[-1]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-class Clock(TrainerCallback):
-    """Notes the processor time of every step, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._began = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.process_time()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self._began)
-
-
 def step_times(model: OPTForCausalLM, last: int, gib: float, rows_per_direction: int) -> list[float]:
-    """Return the seconds of the steps that count, with the last layers moving."""
+    """Return the processor seconds of the steps that count, with the last layers moving."""
     moving = "|".join(str(layer) for layer in range(LAYERS - last, LAYERS))
     with tempfile.TemporaryDirectory() as folder:
         args = ZOConfig(
@@ -78,9 +49,9 @@ def step_times(model: OPTForCausalLM, last: int, gib: float, rows_per_direction:
             use_cpu=True,
             disable_tqdm=True,
         )
-        clock = Clock()
-        ZOTrainer(model, args, train_dataset=Rows(), callbacks=[clock]).train()
-    return clock.seconds[NEW:]
+        clock = StepClock()
+        ZOTrainer(model, args, train_dataset=RandomRows(2 * ROWS, LENGTH), callbacks=[clock]).train()
+    return [step.processor for step in clock.steps[NEW:]]
 
 
 def main() -> None:

@@ -101,11 +101,7 @@ class Comparison:
         """Return the run with `factor` times the method's default learning rate; train it unless it is finished."""
         values = (self.path, method, factor, steps, seed, self.args.batch_size)
         settings = dict(zip(SETTINGS, values, strict=True))
-        run = self.finished.find(settings)
-        if run is None:
-            run = settings | self._train(method, factor, seed, steps)
-            self.finished.add(run)
-        return run
+        return self.finished.found_or_made(settings, lambda: self._train(method, factor, seed, steps))
 
     def _train(self, method: str, factor: float, seed: int, steps: int) -> dict[str, Any]:
         train, held_out = encoded_reviews(self.tokenizer, 512, 128, seed, words=range(8, 11))

@@ -27,6 +27,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -247,7 +248,8 @@ def membership(args: argparse.Namespace, finished: FinishedRuns) -> list[dict[st
             settings(args, noise, 0, seed, planted, max_c) for seed in range(args.seeds) for planted in (False, True)
         ]
         made = [
-            find_or_make(finished, run, train_classifier) for run in tqdm(runs, desc=f"noise {noise:g}", unit="run")
+            finished.found_or_made(run, partial(train_classifier, run))
+            for run in tqdm(runs, desc=f"noise {noise:g}", unit="run")
         ]
         there = [run["planted"] for run in made]
         guarantee = guarantee_of(made[0]) if noise > 0 else None
@@ -357,7 +359,7 @@ def sentences(args: argparse.Namespace, finished: FinishedRuns) -> list[dict[str
         for noise in args.noise:
             runs = [settings(args, noise, rows_per_direction, seed, False, max_c) for seed in range(args.seeds)]
             made = [
-                find_or_make(finished, run, lambda run: train_sentences(run, task))
+                finished.found_or_made(run, partial(train_sentences, run, task))
                 for run in tqdm(runs, desc=f"noise {noise:g}")
             ]
             lines.append(
@@ -386,17 +388,6 @@ def settings(
     """Return the settings that identify a run."""
     values = (args.part, noise, rows_per_direction, seed, planted, args.steps, args.rows, args.batch, args.rate, max_c)
     return dict(zip(SETTINGS, values, strict=True))
-
-
-def find_or_make(
-    finished: FinishedRuns, run: dict[str, Any], make: Callable[[dict[str, Any]], dict[str, float]]
-) -> Any:
-    """Return a finished run, or make it."""
-    found = finished.find(run)
-    if found is None:
-        found = run | make(run)
-        finished.add(found)
-    return found
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -98,11 +98,7 @@ class Comparison:
         """Return the run with these settings; train it unless it is finished."""
         values = (self.path, way, kind, seed, learning_rate, steps, self.args.batch_size)
         settings = dict(zip(SETTINGS, values, strict=True))
-        run = self.finished.find(settings)
-        if run is None:
-            run = settings | self._train(way, kind, seed, learning_rate, steps)
-            self.finished.add(run)
-        return run
+        return self.finished.found_or_made(settings, lambda: self._train(way, kind, seed, learning_rate, steps))
 
     def _train(self, way: str, kind: str, seed: int, learning_rate: float, steps: int) -> dict[str, Any]:
         train, held_out = encoded_reviews(self.tokenizer, 1024, 128, seed, words=range(8, 13))

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from torch import Tensor
+from common.timed_steps import RandomRows, Seconds, StepClock
 from tqdm import tqdm
-from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
+from transformers import OPTConfig, OPTForCausalLM
 
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.tasks.command_line import CommandParser
@@ -35,36 +34,6 @@ WAYS = ("in memory", "apart, in the CPU's memory", "on the disk")
 NEW, FOLD = 2, 5
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A batch of random tokens, of which the last is a label."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.randint(7, 50_000, (self.length,), generator=torch.Generator().manual_seed(index))
-        labels = torch.full_like(ids, -100)
-        labels[-1] = ids[-1]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-class Clock(TrainerCallback):
-    """Notes the processor time and the time on the clock of every step, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: list[tuple[float, float]] = []
-        self._began = (0.0, 0.0)
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.process_time(), time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append((time.process_time() - self._began[0], time.perf_counter() - self._began[1]))
-
-
 def loaded(way: str, folder: Path) -> Any:
     """Load the model of a folder."""
     if way == "on the disk":
@@ -73,7 +42,7 @@ def loaded(way: str, folder: Path) -> Any:
     return model if way == "in memory" else cpu_offload(model, torch.device("cpu"))
 
 
-def step_times(way: str, folder: Path, length: int) -> list[tuple[float, float]]:
+def step_times(way: str, folder: Path, length: int) -> list[Seconds]:
     """Return the seconds of the steps, the last of which folds."""
     args = ZOConfig(
         str(folder / "run"),
@@ -88,9 +57,9 @@ def step_times(way: str, folder: Path, length: int) -> list[tuple[float, float]]
         use_cpu=True,
         disable_tqdm=True,
     )
-    clock = Clock()
-    ZOTrainer(loaded(way, folder), args, train_dataset=Rows(length), callbacks=[clock]).train()
-    return clock.seconds[NEW:]
+    clock = StepClock()
+    ZOTrainer(loaded(way, folder), args, train_dataset=RandomRows(ROWS, length), callbacks=[clock]).train()
+    return clock.steps[NEW:]
 
 
 def main() -> None:
@@ -100,8 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    steps: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    folds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    steps: dict[str, list[Seconds]] = {way: [] for way in WAYS}
+    folds: dict[str, list[Seconds]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         OPTForCausalLM(OPTConfig(max_position_embeddings=max(2048, args.length))).save_pretrained(folder)
         for _ in tqdm(range(args.rounds), desc="rounds", disable=None):
@@ -120,7 +89,7 @@ def main() -> None:
         print(f"| {way} | {cells} |")
 
 
-def medians(seconds: list[tuple[float, float]]) -> tuple[float, float]:
+def medians(seconds: list[Seconds]) -> tuple[float, float]:
     """Return the medians of processor times and of times on the clock."""
     processor, clock = zip(*seconds, strict=True)
     return statistics.median(processor), statistics.median(clock)

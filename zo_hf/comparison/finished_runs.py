@@ -1,7 +1,7 @@
 """A file of finished runs, from which an interrupted comparison continues."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ class FinishedRuns:
     def find(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the finished run with these settings, or None."""
         return self._runs.get(self._key(settings))
+
+    def found_or_made(self, settings: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the finished run with these settings; without one, make it, and add it.
+
+        Args:
+            settings: the settings of the run.
+            make: makes the run, and returns its results.
+        """
+        run = self.find(settings)
+        if run is None:
+            run = {**settings, **make()}
+            self.add(run)
+        return run
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a finished run, which holds its settings and its results."""
