@@ -130,6 +130,15 @@ def test_the_order_of_the_ways() -> None:
     assert rows.row("AdamW", "float32").state >= 12 * rows.row("full").moves
 
 
+def test_a_fold_of_codes_reads_text_and_has_logits_of_all_its_tokens() -> None:
+    vocabulary, tokens = 20_000, 16 * 32
+    config = LlamaConfig(**{**TINY.to_dict(), "vocab_size": vocabulary})
+    small = Assumptions(batch_size=1, sequence_length=4, rows_per_direction=0, overhead=0)
+    rows = plan(config, "1GB", small, [Setup("low_rank", "int8"), Setup("low_rank, folding", "int8")])
+    logits = 2 * tokens * vocabulary
+    assert rows.row("low_rank", "int8").working < logits < rows.row("low_rank, folding", "int8").working < 1.5 * logits
+
+
 def test_quantized_weights_are_those_of_bitsandbytes() -> None:
     linear = sum(
         p.numel()

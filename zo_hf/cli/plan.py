@@ -204,6 +204,8 @@ def _assumptions(result: Plan) -> list[str]:
         f"LoRA: rank {given.lora_rank} on {targets}, weights in float32",
         "int8, nf4: bitsandbytes on all linear layers except the head, the rest in "
         f"{given.dtype}; nf4 double: the scales are quantized too",
+        "low_rank, folding: with zo_fold_rounding='gptq', whose forward pass before a fold reads 512 tokens; its new codes "
+        "wait in the CPU's memory, which then holds a copy of all codes",
         "streamed: every weight is in the CPU's memory or on the disk; two layers and the largest other module are on the "
         "GPU; a fold loads all of it once more, and writes it back",
         f"backward: Trainer in {given.dtype} mixed precision (trained weights, their gradients and AdamW's two moments "

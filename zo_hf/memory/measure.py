@@ -103,6 +103,8 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
             del loss
             state = trace.live
             if isinstance(subspace, TracedLowRank) and subspace.fold_steps:
+                subspace.read_before_fold()
+                trace.end_phase()
                 subspace.fold_largest_tile()
                 subspace.draw_bases(1)
                 trace.end_phase()

@@ -220,7 +220,7 @@ def _usage(model: Any, linear: dict[str, nn.Module], setup: Setup, given: Assump
         return backward(model, given, setup.checkpointing)
     makers: dict[str, Callable] = {
         "low_rank": lambda: _low_rank(model, linear, setup, given.rank),
-        "low_rank, folding": lambda: TracedLowRank(model, given.rank, requantizes=True),
+        "low_rank, folding": lambda: TracedLowRank(model, given.rank, coded=list(linear.values())),
         "norms": lambda: TracedLowRank(model, 1, _vectors(model), folds=False),
         "full": lambda: TracedFull(model),
         "scales": lambda: TracedScales(model, linear, setup.base),

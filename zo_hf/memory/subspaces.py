@@ -30,10 +30,12 @@ from zo_hf.subspaces.sites import Site
 # etc.
 REQUANTIZING_COPIES = 8
 
-# Numbers, counted as float32, that error feedback holds for every input of a layer and for every pair of tokens: the
-# inputs in float64 in two orders, and in float32 beside what spreads errors; three float64 matrices of tokens.
+# Numbers, counted as float32, that error feedback holds for every input of a layer and for every pair of tokens while it
+# is prepared: the inputs in float64 in two orders, and in float32 beside what spreads errors; three float64 matrices of
+# tokens. Of these, the inputs in float32 and what spreads errors stay until the next layer.
 INPUT_COPIES = 6
 SQUARE_COPIES = 6
+KEPT_INPUT_COPIES = 2
 
 
 class TracedLayout(NoiseLayout):
@@ -64,7 +66,7 @@ class TracedLowRank(LowRank):
         rank: r.
         target_modules: names of the only parameters that move; None means all.
         folds: True if the factors are folded into the weights.
-        requantizes: True if a fold quantizes the weights again.
+        coded: the layers whose weights a fold quantizes again, by `zo_fold_rounding="gptq"`.
     """
 
     def __init__(
@@ -73,9 +75,9 @@ class TracedLowRank(LowRank):
         rank: int,
         target_modules: list[str] | None = None,
         folds: bool = True,
-        requantizes: bool = False,
+        coded: Sequence[nn.Module] = (),
     ) -> None:
-        self._requantizes = requantizes
+        self._coded = coded
         super().__init__(model, rank, DEFAULT_FOLD_STEPS if folds else 0, target_modules=target_modules)
         trace_layouts(self._coordinate_blocks)
 
@@ -91,20 +93,40 @@ class TracedLowRank(LowRank):
             basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
             self._bases[name] = basis.t().contiguous().t()
 
+    def read_before_fold(self) -> None:
+        """Make the forward pass in which a fold rounds the codes of every layer by the layer's inputs."""
+        if not self._coded:
+            return
+        prepared: list[Tensor] = []  # for the last layer, whose inputs the next may read as well
+
+        def look(module: Any, args: tuple[Any, ...]) -> None:
+            columns = args[0].shape[-1]
+            tokens = min(ROWS * LENGTH, columns)
+            in_preparation = torch.empty(INPUT_COPIES * columns * tokens + SQUARE_COPIES * tokens**2)
+            del in_preparation
+            prepared[:] = [args[0], torch.empty(KEPT_INPUT_COPIES * columns * tokens)]
+            _at_once = _tile_copies(module.weight)
+
+        handles = [module.register_forward_pre_hook(look) for module in self._coded]
+        with torch.no_grad():
+            self.model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.int64))
+        for handle in handles:
+            handle.remove()
+
     def fold_largest_tile(self) -> None:
         """Allocate what a fold allocates for the largest weight, which has the largest tiles."""
         site = max(self.sites, key=lambda site: site.parameter.numel())
-        if self._requantizes:
-            elements = min(QUANTIZED_TILE, site.parameter.numel())
-            _at_once = [torch.empty(elements) for _ in range(REQUANTIZING_COPIES)]
-            # The widest weight has the most inputs to prepare; they stay while the tiles of its rows are rounded.
-            columns = max(site.matrix_shape[1] for site in self.sites if site.name in self.factored)
-            tokens = min(ROWS * LENGTH, columns)
-            _prepared = torch.empty(INPUT_COPIES * columns * tokens + SQUARE_COPIES * tokens**2)
+        if self._coded:
+            _tile_copies(max((module.get_parameter("weight") for module in self._coded), key=Tensor.numel))
         weight = site.parameter.detach()
         rows = max(1, TILE // (weight.numel() // len(weight)))
         with torch.no_grad():
             self._fold_into(weight[:rows], 0, site, 0, 1.0)
+
+
+def _tile_copies(weight: Tensor) -> list[Tensor]:
+    """Allocate what requantizing a tile of a weight holds at once."""
+    return [torch.empty(min(QUANTIZED_TILE, weight.numel())) for _ in range(REQUANTIZING_COPIES)]
 
 
 class TracedAdapter(Adapter):
