@@ -137,7 +137,7 @@ def test_mean_estimate_is_the_gradient(subspace: str, distribution: str, case) -
     samples = torch.tensor(estimate.projected_gradients, dtype=torch.float64)[:, None] * z
     mean = samples.mean(0)
     assert torch.cosine_similarity(mean, gradient, dim=0) >= 0.99
-    if all(c.grad is not None for c in space.coordinates.values()):
+    if subspace != "full":  # which never holds a gradient
         written = _flat({name: c.grad for name, c in space.coordinates.items()})
         assert torch.allclose(written, mean, rtol=1e-9, atol=1e-12)
     student = (mean - gradient) / (samples.std(0) / count**0.5)

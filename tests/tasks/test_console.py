@@ -46,8 +46,11 @@ def test_the_work_is_finished_without_its_output(
 
 def test_standard_error_may_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Broken(BrokenPipeError()))
+    done = []
     with command():
         print("a warning", file=sys.stderr)
+        done.append("work")
+    assert done == ["work"] and isinstance(sys.stderr, Broken)
 
 
 def test_missing_streams_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

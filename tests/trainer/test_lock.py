@@ -80,8 +80,10 @@ def test_a_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_not_locked(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with locked(tmp_path / "file" / "run"):
-        pass
+    entered = []
+    with locked(tmp_path / "file" / "run"), locked(tmp_path / "file" / "run"):
+        entered.append(True)
+    assert entered and (tmp_path / "file").read_text() == "no folder"
 
 
 def test_a_full_disk_has_no_room_for_the_owners_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,5 +97,7 @@ def test_a_full_disk_has_no_room_for_the_owners_name(tmp_path: Path, monkeypatch
 
 def test_a_file_that_never_stays_the_same_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
-    with locked(tmp_path):
-        pass
+    entered = []
+    with locked(tmp_path), locked(tmp_path):
+        entered.append(True)
+    assert entered
