@@ -186,6 +186,19 @@ def test_a_pass_that_fails_among_the_layers_is_noted() -> None:
     assert stage.has_failed
 
 
+def test_a_stage_without_memory_says_what_to_set() -> None:
+    model, stage = stages_of(tiny_llama, 2)[0]
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    model.model.layers[0].register_forward_hook(fail)
+    with torch.no_grad(), stage.streaming(), pytest.raises(torch.OutOfMemoryError) as raised:
+        model(**causal_batch())
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB); set zo_batched_probes=False" in str(raised.value)
+    assert stage.has_failed
+
+
 def test_a_pass_that_fails_before_the_layers_leaves_the_stages_together() -> None:
     model, stage = stages_of(tiny_llama, 2)[0]
     with torch.no_grad(), stage.streaming(), pytest.raises(ValueError):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -93,6 +94,13 @@ class Stage:
             self.has_failed |= self._has_begun
             if self._is_between and isinstance(error, (IndexError, TypeError, ValueError)):
                 raise self._refusal("return more than hidden states") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = str(error).split("\n")[0].rstrip(".")
+                raise torch.OutOfMemoryError(
+                    "a stage of the pipeline has no memory for a forward pass that the other stages are in the middle of "
+                    f"({reason}); set zo_batched_probes=False or smaller batches, and resume from the last "
+                    "checkpoint."
+                ) from error
             raise
         self._has_begun = False
         return outputs if self.streams else self._channel.share(outputs)
