@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import AlbertConfig, AlbertForMaskedLM, GemmaConfig, GemmaForCausalLM
 
 from tests.conftest import (
     assert_same_bits,
@@ -30,7 +30,7 @@ from zo_hf import ZerothOrder
 from zo_hf.directions import GAUSSIAN
 from zo_hf.rng import Stream
 from zo_hf.subspaces import LowRank, Norms
-from zo_hf.subspaces.input_scales import scale_of
+from zo_hf.subspaces.input_scales import Moments
 
 MODELS = [tiny_opt, tiny_llama, tiny_gpt2, tiny_mixtral, tiny_bert, tiny_t5]
 
@@ -63,7 +63,7 @@ def test_a_scale_is_that_of_numpy_and_a_probe_moves_outputs_as_far_as_before(
 ) -> None:
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
     x[:, 0] = x[:, 0] * outlier + outlier
-    scale, a = scale_of(x).double().numpy(), moments(x)
+    scale, a = Moments(x).scale().double().numpy(), moments(x)
     assert np.allclose(scale, 1 / np.sqrt(np.maximum(a, 1e-2)), rtol=1e-5)
     # E‖(s ⊙ V)ᵀx‖² = Σ s²x², on average over tokens of length √n. Inputs under the bound count for less.
     assert (scale**2 * a).mean() <= 1 + 1e-5
@@ -74,7 +74,7 @@ def test_a_scale_is_that_of_numpy_and_a_probe_moves_outputs_as_far_as_before(
 def test_an_input_that_is_always_zero_has_a_bounded_scale() -> None:
     x = torch.randn(20, 5)
     x[:, 3] = 0
-    assert scale_of(x)[3] == pytest.approx(10)
+    assert Moments(x).scale()[3] == pytest.approx(10)
 
 
 @pytest.mark.parametrize("build", [tiny_opt, tiny_llama, tiny_gemma])
@@ -139,6 +139,21 @@ def test_every_linear_layer_and_norm_is_divided_and_nothing_else(build: Callable
         assert torch.equal(scale, torch.ones_like(scale)) == name.endswith("bias"), name
 
 
+def test_a_layer_that_stands_for_several_is_divided_by_the_inputs_of_all() -> None:
+    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AlbertForMaskedLM(AlbertConfig(vocab_size=61, num_hidden_layers=3, **sizes)).eval()
+    name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    spaces = [LowRank(model, preconditioner=kind) for kind in ("inputs", "none")]
+    handle.remove()
+    ratio = spaces[0].basis(f"{name}.weight") / spaces[1].basis(f"{name}.weight")
+    assert len(seen) == 3 and not torch.allclose(seen[0], seen[1])
+    expected = 1 / np.sqrt(np.maximum(moments(torch.cat(seen)), 1e-2))
+    assert np.allclose(ratio[:, 0].numpy(), expected, rtol=1e-4)
+
+
 def test_a_step_moves_along_the_direction_that_it_has_probed() -> None:
     model = seeded(tiny_llama, attn_implementation="eager").double().eval()
     zo = ZerothOrder(model, subspace="norms", preconditioner="inputs", estimator="forward_gradient", seed=3)
@@ -160,7 +175,7 @@ def test_one_large_input_no_longer_outweighs_all_others() -> None:
     """The share of the largest coordinate in E‖J·z‖² falls from nearly 1 to 1/n."""
     x = torch.randn(200, 16)
     x[:, 5] = 40 + torch.randn(200)
-    energy = (x.square() * scale_of(x).square()).mean(0)
+    energy = (x.square() * Moments(x).scale().square()).mean(0)
     assert (x.square().mean(0) / x.square().mean(0).sum())[5] > 0.98
     assert float((energy / energy.sum())[5]) == pytest.approx(1 / 16, rel=0.3)
 

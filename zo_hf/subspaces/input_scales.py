@@ -19,7 +19,7 @@ with the output layer is the exception: what it looks up moves √(mean_j s_j²)
 the estimate has the mean s² ⊙ ∇ℓ, a gradient preconditioned by A's diagonal. The bound on a_j is for inputs that are nearly
 always 0.
 
-The inputs are those of random tokens, see `random_tokens`.
+The inputs are those of random tokens, see `random_tokens`, and of all calls in which a layer meets them.
 """
 
 from __future__ import annotations
@@ -61,26 +61,48 @@ def measure_scales(
     Raises:
         ValueError: the model cannot read tokens alone.
     """
-    scales: dict[str, Tensor] = {}
-    looks = [(module, _look(scales, name, _input)) for name, modules in layers.items() for module in modules]
-    looks += [(module, _look(scales, name, _factor_of_weight)) for name, module in norms.items()]
+    moments: dict[str, Moments] = {}
+    looks = [(module, _look(moments, name, _input)) for name, modules in layers.items() for module in modules]
+    looks += [(module, _look(moments, name, _factor_of_weight)) for name, module in norms.items()]
     read_random_tokens(model, looks, stream, "zo_preconditioner='inputs'", "zo_preconditioner='none'")
-    return scales
+    return {name: found.scale() for name, found in moments.items()}
 
 
-def scale_of(x: Tensor) -> Tensor:
-    """Return s for inputs x of shape (tokens, n); float32 of shape (n,), on the device of `x`."""
-    # On the CPU and in float64, so that every kind of device sums alike.
-    unit = nn.functional.normalize(x.detach().double().cpu(), dim=1)
-    moments = unit.square().mean(0) * x.shape[1]
-    return moments.clamp(min=_SMALLEST).rsqrt().float().to(x.device)
+class Moments:
+    """Second moments of the inputs that a weight has met, each of length 1.
+
+    Args:
+        x: the first inputs, (tokens, n).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._device, self._tokens = x.device, 0
+        self._sums = torch.zeros(x.shape[1], dtype=torch.float64)
+        self.add(x)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs of another call, (tokens, n): a layer that stands for several, as ALBERT's, meets those of all."""
+        # On the CPU and in float64, so that every kind of device sums alike.
+        unit = nn.functional.normalize(x.detach().double().cpu(), dim=1)
+        self._sums += unit.square().sum(0)
+        self._tokens += len(x)
+
+    def scale(self) -> Tensor:
+        """Return s, float32 (n,), on the device of the first inputs."""
+        moments = self._sums / self._tokens * len(self._sums)
+        return moments.clamp(min=_SMALLEST).rsqrt().float().to(self._device)
 
 
-def _look(scales: dict[str, Tensor], name: str, factor: Factor) -> Look:
+def _look(moments: dict[str, Moments], name: str, factor: Factor) -> Look:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = factor(module, args, kwargs)
-        if x is not None and x.numel() and name not in scales:
-            scales[name] = scale_of(x.reshape(-1, x.shape[-1]))
+        if x is None or not x.numel():
+            return
+        x = x.reshape(-1, x.shape[-1])
+        if name in moments:
+            moments[name].add(x)
+        else:
+            moments[name] = Moments(x)
 
     return look
 
