@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zo_hf.cli import bench
+from zo_hf.cli import bench, bench_steps
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.refusals import refusals_end_the_command
@@ -159,9 +159,9 @@ def count_launches(device: str, small: bool) -> dict[str, dict[str, int]]:
     parser = CommandParser()
     bench.add_arguments(parser)
     args = parser.parse_args(_setup(device, "tiny" if small else "opt-125m"))
-    model, batch = bench.build(args)
+    model, batch = bench_steps.build(args)
     variants = {"forward": "forward", "step": "low_rank", "step by rows": "low_rank-rows-rademacher"}
-    return {what: _profiled(bench.VARIANTS[name](model, batch), device) for what, name in variants.items()}
+    return {what: _profiled(bench_steps.VARIANTS[name](model, batch), device) for what, name in variants.items()}
 
 
 def _profiled(run: Any, device: str) -> dict[str, int]:

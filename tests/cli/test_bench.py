@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import assert_same_bits, weights_of
-from zo_hf.cli import bench
+from zo_hf.cli import bench, bench_steps
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -36,11 +36,11 @@ def test_the_memory_of_a_variant_is_that_of_a_process_of_its_own() -> None:
     assert bench.measure_memory(options(), "low_rank") > 0
 
 
-@pytest.mark.parametrize("name", [name for name in bench.VARIANTS if name != "forward"])
+@pytest.mark.parametrize("name", [name for name in bench_steps.VARIANTS if name != "forward"])
 def test_every_variant_takes_a_real_step_and_leaves_the_model_to_the_next(name: str) -> None:
-    model, batch = bench.build(options())
+    model, batch = bench_steps.build(options())
     before = weights_of(model)
-    step = bench.VARIANTS[name](model, batch)
+    step = bench_steps.VARIANTS[name](model, batch)
     with step.attached():
         for _ in range(51 if "low_rank" in name else 2):  # which writes the weights when it folds
             step()
@@ -52,8 +52,8 @@ def test_every_variant_takes_a_real_step_and_leaves_the_model_to_the_next(name: 
 @pytest.mark.parametrize("name", ["low_rank-rows", "full-gaussian"])
 def test_the_noise_is_the_time_in_which_directions_are_drawn(name: str) -> None:
     """Those of two rows together, in the time that a clock of calls shows; `full` draws a module's part at a time."""
-    model, batch = bench.build(options())
-    step, ticks = bench.VARIANTS[name](model, batch), iter(range(10**6))
+    model, batch = bench_steps.build(options())
+    step, ticks = bench_steps.VARIANTS[name](model, batch), iter(range(10**6))
     with step.attached():
         step()
     drawn: list[int] = []
@@ -66,9 +66,9 @@ def test_the_noise_is_the_time_in_which_directions_are_drawn(name: str) -> None:
 
 
 def test_the_bare_forward_changes_nothing() -> None:
-    model, batch = bench.build(options())
+    model, batch = bench_steps.build(options())
     before = weights_of(model)
-    bench.VARIANTS["forward"](model, batch)()
+    bench_steps.VARIANTS["forward"](model, batch)()
     assert_same_bits(weights_of(model), before)
 
 

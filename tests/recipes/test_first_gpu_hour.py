@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.recipes.recipe_module import recipe_module
-from zo_hf.cli import bench
+from zo_hf.cli import bench, bench_steps
 
 recipe: Any = recipe_module("first_gpu_hour")
 
@@ -24,8 +24,8 @@ def test_every_benchmark_is_one_that_the_command_takes(device: str, small: bool)
     assert len(parts) == (1 if small else 7)
     for part in parts:
         args = parser.parse_args([word for word in part.arguments[3:] if word not in ("--output", "{output}")])
-        assert set(args.variants or ()) <= set(bench.variants(args))
-        assert args.device == device and args.shape in bench.SHAPES
+        assert set(args.variants or ()) <= set(bench_steps.variants(args))
+        assert args.device == device and args.shape in bench_steps.SHAPES
 
 
 def test_a_part_that_fails_or_takes_too_long_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
