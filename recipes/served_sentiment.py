@@ -20,6 +20,7 @@ With --noise N, it compares c along N directions with this process, at several d
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ WORDS = range(8, 13)  # of a sentence
 LONGEST = 64
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--server", action="append", help="address of a server; may be given several times")
     parser.add_argument(
@@ -67,8 +68,11 @@ def main() -> None:
     distances = [1e-3, 1e-2, 3e-2, 1e-1]
     parser.add_argument("--distances", type=float, nargs="+", default=distances, help="of --noise (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/served_sentiment"), help="folder of the run")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     path = args.model or str(default_model())
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = with_lora(AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval())
@@ -83,7 +87,30 @@ def main() -> None:
     prompts = [encode_prompt(tokenizer, PROMPT_B, text, LONGEST) for text in sentences.held_out["text"]]
     right = [words[label] for label in sentences.held_out["label"]]
 
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [StepTimes()]}
+    trainer: ZOTrainer
+    if args.reward:
+        evolution = EvolutionConfig(**options(args), population=2 * args.directions, max_completion_length=1)
+        data = as_prompts(sentences.train, PROMPT_B)
+        trainer = EvolutionTrainer(model, exact_match, evolution, train_dataset=data, **common)
+    else:
+        config = ZOConfig(**options(args), zo_num_directions=args.directions)
+        trainer = ZOTrainer(model, config, train_dataset=Dataset.from_list(train), data_collator=collate, **common)
+    results: dict[str, Any] = {}
+    if args.server:
+        results["before"] = answered(trainer, prompts, right)
+    last = get_last_checkpoint(str(args.output)) if args.output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    if args.server:
+        results["after"] = answered(trainer, prompts, right)
+    results["log"] = trainer.state.log_history
+    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that runs by a loss and by a reward share."""
+    shared = {
         "output_dir": str(args.output),
         "server_url": args.server,
         "max_steps": args.steps,
@@ -99,27 +126,7 @@ def main() -> None:
         "report_to": [],
         "seed": args.seed,
     }
-    if args.server:
-        options["server_max_loras"] = args.max_loras
-    common: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [StepTimes()]}
-    trainer: ZOTrainer
-    if args.reward:
-        data = as_prompts(sentences.train, PROMPT_B)
-        evolution = EvolutionConfig(**options, population=2 * args.directions, max_completion_length=1)
-        trainer = EvolutionTrainer(model, exact_match, evolution, train_dataset=data, **common)
-    else:
-        config = ZOConfig(**options, zo_num_directions=args.directions)
-        trainer = ZOTrainer(model, config, train_dataset=Dataset.from_list(train), data_collator=collate, **common)
-    results: dict[str, Any] = {}
-    if args.server:
-        results["before"] = answered(trainer, prompts, right)
-    last = get_last_checkpoint(str(args.output)) if args.output.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model()
-    if args.server:
-        results["after"] = answered(trainer, prompts, right)
-    results["log"] = trainer.state.log_history
-    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return shared | ({"server_max_loras": args.max_loras} if args.server else {})
 
 
 class StepTimes(TrainerCallback):

@@ -91,12 +91,7 @@ class EvolutionTrainer(ZOTrainer):
             )
         if fsdp_settings(args) is not None:
             raise ValueError("fsdp=... does not work with EvolutionTrainer, because it generates; leave it out.")
-        dispatches = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
-        if isinstance(train_dataset, IterableDataset) and dispatches:
-            raise ValueError(
-                "a streamed train_dataset is read by one process for all, which cannot send texts to the others; set "
-                "accelerator_config={'dispatch_batches': False}."
-            )
+        _check_data(args, train_dataset, eval_dataset)
         init: Any = args.model_init_kwargs or {}
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **init)
@@ -105,13 +100,6 @@ class EvolutionTrainer(ZOTrainer):
             processing_class = AutoTokenizer.from_pretrained(name)
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(f"processing_class is a {type(processing_class).__name__}; give the model's tokenizer.")
-        for option, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            columns = data.column_names if isinstance(data, datasets.Dataset | datasets.IterableDataset) else None
-            if columns is not None and "prompt" not in columns:
-                raise ValueError(
-                    f"{option} has the columns {', '.join(columns) or 'none'}; EvolutionTrainer needs a column 'prompt', with "
-                    "texts or lists of messages."
-                )
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -237,6 +225,27 @@ class EvolutionTrainer(ZOTrainer):
         super().log(logs, *args, **kwargs)
         if is_training and self.args.log_completions and self.is_world_process_zero() and self._answered is not None:
             self._answered.show(self.state.global_step, self.args.num_completions_to_print)
+
+
+def _check_data(args: EvolutionConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse data without prompts, and a stream that one process would have to send to the others.
+
+    Raises:
+        ValueError: the data is such; the message names the argument and the way out.
+    """
+    dispatches = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
+    if isinstance(train_dataset, IterableDataset) and dispatches:
+        raise ValueError(
+            "a streamed train_dataset is read by one process for all, which cannot send texts to the others; set "
+            "accelerator_config={'dispatch_batches': False}."
+        )
+    for option, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        columns = data.column_names if isinstance(data, datasets.Dataset | datasets.IterableDataset) else None
+        if columns is not None and "prompt" not in columns:
+            raise ValueError(
+                f"{option} has the columns {', '.join(columns) or 'none'}; EvolutionTrainer needs a column 'prompt', with "
+                "texts or lists of messages."
+            )
 
 
 def _checked(model: Any) -> str:
