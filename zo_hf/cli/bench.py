@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table."""
-    if min(args.rounds, args.rows, args.threads) < 1 or args.length < 2:
-        raise ValueError("--rounds, --rows and --threads must be at least 1, and --length at least 2.")
+    for option, least in (("rounds", 1), ("rows", 1), ("threads", 1), ("length", 2)):
+        if vars(args)[option] < least:
+            raise ValueError(f"--{option} {vars(args)[option]} must be at least {least}.")
     if args.device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device} is not a device of this benchmark; use --device cpu or cuda.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

@@ -238,7 +238,9 @@ def _low_rank(model: Any, linear: dict[str, nn.Module], setup: Setup, rank: int)
 def _vectors(model: Any) -> list[str]:
     names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no parameter of one dimension for norms to move.")
+        raise ValueError(
+            f"{type(model).__name__} has no parameter of one dimension for norms to move; plan other setups."
+        )
     return names
 
 

@@ -48,7 +48,9 @@ class RewardFunction:
                 found = _awaited(found)
         except Exception as error:
             reason = str(error).split("\n")[0]
-            raise RewardError(f"the reward function {self.name!r} raised {type(error).__name__}: {reason}") from error
+            raise RewardError(
+                f"the reward function {self.name!r} raised {type(error).__name__}: {reason}; correct it."
+            ) from error
         if isinstance(found, Tensor | np.ndarray):
             found = found.tolist()
         if not isinstance(found, Sequence) or isinstance(found, str):

@@ -90,7 +90,8 @@ class Sharding:
         fsdp2_prepare_model(self._accelerator_for_sharding(device), model)
         if adapter and any(is_sharded(p) for p in model.parameters() if p.requires_grad):
             raise ValueError(
-                "zo_subspace='adapter' with FSDP keeps the adapter whole, which needs torch 2.7 or newer."
+                "zo_subspace='adapter' with fsdp=... keeps the adapter whole, which needs torch 2.7 or newer; install one, or use "
+                "zo_subspace='low_rank' on a model without an adapter."
             )
         if self._plugin.reshard_after_forward:
             # FSDP keeps the root's weights gathered for a backward pass that never comes.

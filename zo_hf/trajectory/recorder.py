@@ -167,7 +167,10 @@ def resume(
             read_start(trajectory)
     except TrajectoryError as reason:
         if required:
-            raise ValueError(f"save_only_trajectory=True needs the log of the run so far: {reason}") from reason
+            raise ValueError(
+                f"save_only_trajectory=True needs the log of the run so far ({str(reason).rstrip('.')}); leave it out, so that "
+                "checkpoints hold weights."
+            ) from reason
         logger.warning(
             "the new log begins at step %d: it does not begin at the base model, and cannot be replayed (%s)",
             zo.step,
