@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
-from transformers.training_args import OptimizerNames
 
 from zo_hf.directions import DISTRIBUTIONS, Distribution
+from zo_hf.method_info import plain
 from zo_hf.offload import is_offloaded
 from zo_hf.quantization import is_quantized, quantized_layers
 from zo_hf.settings import Settings
@@ -50,8 +50,7 @@ class Case:
         named = {f"zo_{f.name}": getattr(self.settings, f.name) for f in fields(self.settings)}
         if self.distribution is not None:
             named["zo_direction"] = self.distribution.name
-        values = {**self.arguments, **named}
-        return {name: repr(str(v) if isinstance(v, OptimizerNames) else v) for name, v in values.items()}
+        return {name: repr(plain(value)) for name, value in {**self.arguments, **named}.items()}
 
     def argument(self, name: str) -> Any:
         """The value of an argument; None without a Trainer."""

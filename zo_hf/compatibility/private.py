@@ -6,6 +6,7 @@ from typing import Any
 
 from zo_hf.case import Case
 from zo_hf.compatibility.conflict import Conflict, rows_of
+from zo_hf.method_info import plain
 
 #: Estimators whose numbers are a row's own: no division by what other rows have.
 PRIVATE_ESTIMATORS = ("two_point", "one_sided")
@@ -23,8 +24,7 @@ def _given(name: str, why: str, instead: str, *allowed: Any) -> Conflict:
     """Return the row of an argument that must be absent, false, or one of some values."""
 
     def applies(case: Case) -> bool:
-        value = case.argument(name)
-        value = getattr(value, "value", value)  # of an enum of transformers
+        value = plain(case.argument(name))
         return bool(value) and value not in allowed
 
     return _private(f"{name}={{{name}}}", why, instead, applies)
@@ -108,8 +108,7 @@ PRIVATE: tuple[Conflict, ...] = (
         "use hub_strategy='every_save' or 'end'",
         lambda case: (
             bool(case.argument("push_to_hub"))
-            and str(getattr(case.argument("hub_strategy"), "value", case.argument("hub_strategy")))
-            in ("checkpoint", "all_checkpoints")
+            and plain(case.argument("hub_strategy")) in ("checkpoint", "all_checkpoints")
         ),
     ),
     _private("fsdp=...", "this is not supported", "leave it out", lambda case: "fsdp" in case.facts),

@@ -2,7 +2,20 @@
 
 from zo_hf.method_info.method import Method, canonical_name
 from zo_hf.method_info.option import Options, option
-from zo_hf.method_info.values import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole, checked, shown
+from zo_hf.method_info.values import (
+    Choice,
+    Flag,
+    Name,
+    OneOrMore,
+    Pattern,
+    Real,
+    Texts,
+    Values,
+    Whole,
+    checked,
+    plain,
+    shown,
+)
 
 __all__ = [
     "Choice",
@@ -19,5 +32,6 @@ __all__ = [
     "canonical_name",
     "checked",
     "option",
+    "plain",
     "shown",
 ]

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,11 @@ def checked(name: str, value: Any, values: Values, instead: str) -> Any:
         return values.clean(value)
     except Unfit as unfit:
         raise ValueError(f"{name}={shown(value)} must be {unfit}; {instead}.") from None
+
+
+def plain(value: Any) -> Any:
+    """Return the value of a member of an enumeration, as other libraries have for options; any other value as it is."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def shown(value: Any) -> str:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zo_hf.method_info import plain
 from zo_hf.untrusted import plain_json
 from zo_hf.untrusted.fields import (
     Fits,
@@ -151,7 +152,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
         raise ValueError(f"{path} is no configuration of PEFT, because {error}; use another copy of it.") from error
     if not is_object(content) or not is_text(content.get("peft_type")):
         raise ValueError(f"{path} is no configuration of PEFT, because it names no peft_type; use another copy of it.")
-    kinds = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds = {str(plain(kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = kinds.get(content["peft_type"])
     if kind is None:
         raise ValueError(

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
+from zo_hf.method_info import plain
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
@@ -186,8 +188,4 @@ def _config(model: nn.Module) -> PeftConfig | None:
 def _method(model: nn.Module) -> str | None:
     config = _config(model)
     # Compared by name, because an older PEFT lacks some members of the enumeration.
-    return (
-        None
-        if config is None or config.peft_type is None
-        else str(getattr(config.peft_type, "value", config.peft_type))
-    )
+    return None if config is None or config.peft_type is None else str(plain(config.peft_type))

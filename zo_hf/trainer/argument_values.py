@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from transformers import Seq2SeqTrainingArguments
 
-from zo_hf.method_info import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole, checked
+from zo_hf.method_info import Choice, Flag, Name, OneOrMore, Pattern, Real, Texts, Values, Whole, checked, plain
 from zo_hf.parallel.ranks import PARALLEL
 from zo_hf.stability.actions import ACTIONS
 
@@ -152,8 +152,8 @@ def check_arguments(args: Any) -> None:
         setattr(args, name, _interval(name, getattr(args, name)))
     if isinstance(args.output_dir, str) and not args.output_dir.strip():
         raise ValueError("output_dir='' names no folder; leave it out for the default, or name one.")
-    _check_optim_args(str(getattr(args.optim, "value", args.optim)), args.optim_args)
-    if args.logging_steps == 0 and str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps":
+    _check_optim_args(str(plain(args.optim)), args.optim_args)
+    if args.logging_steps == 0 and plain(args.logging_strategy) == "steps":
         raise ValueError("logging_steps=0 must be above 0; use logging_strategy='no' to log nothing.")
     for name, needs_workers in (
         ("dataloader_persistent_workers", args.dataloader_persistent_workers),

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerControl
 
 from zo_hf import checkpoint
+from zo_hf.method_info import plain
 from zo_hf.trainer import changes, setup
 from zo_hf.trainer.checkpoints import check_saveable
 from zo_hf.trainer.learning_rate import rate_of_checkpoint
@@ -68,7 +69,7 @@ def _check_schedule(trainer: ZOTrainer, steps: int, optimizer: object) -> None:
     except (TypeError, ValueError, KeyError) as error:
         args = trainer.args
         raise ValueError(
-            f"lr_scheduler_type={str(getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type))!r} does not work with "
+            f"lr_scheduler_type={plain(args.lr_scheduler_type)!r} does not work with "
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} and {steps} steps ({error}); use 'constant' or 'linear'."
         ) from error
     finally:
