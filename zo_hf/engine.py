@@ -461,7 +461,7 @@ class ZerothOrder:
         if self.row_groups is not None and state.get("row_groups") is not None:
             self.row_groups.load_state(state["row_groups"])
         self._pending_decay = dict(state["pending_decay"])
-        self.subspace.remember(state.get("still") or ())
+        self._reads.remember(state.get("still") or ())
         if isinstance(self.subspace, Folded):
             self.subspace.next_fold = self.step, self._pending_decay
         self.distribution.load_state(state.get("distribution", {}))

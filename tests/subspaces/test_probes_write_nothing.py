@@ -133,7 +133,7 @@ def test_state_dict_and_config_are_the_plain_models_while_training(subspace: str
     zo.estimate(loss_of(model, causal_batch()))
     assert list(model.state_dict()) == keys
     assert model.config.to_dict() == config
-    assert not zo.subspace.unread()
+    assert not zo.subspace.reads.unread()
 
 
 @EVERY_SUBSPACE

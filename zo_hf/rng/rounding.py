@@ -41,6 +41,27 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, uniform: Tensor) -> Ten
     return torch.where(values.isfinite(), rounded, values).to(dtype)
 
 
+def round_in_tiles(value: Tensor, dtype: torch.dtype, stream: Stream, name: str) -> Tensor:
+    """Round a whole tensor stochastically, some elements at a time.
+
+    Args:
+        value: float32 of any shape.
+        dtype: torch.bfloat16 or torch.float16.
+        stream: source of the random bits.
+        name: name of the tensor, which keys them.
+
+    Returns:
+        A tensor of the shape of `value` in `dtype`.
+    """
+    rounded = torch.empty(value.shape, dtype=dtype, device=value.device)
+    flat, target = value.reshape(-1), rounded.view(-1)
+    for start in range(0, len(flat), TILE):
+        stop = min(start + TILE, len(flat))
+        uniform = draw_uniform(stream, name, start, stop, value.device)
+        target[start:stop] = stochastic_round(flat[start:stop], dtype, uniform)
+    return rounded
+
+
 def _drop_low_bits(values: Tensor, uniform: Tensor, bits: int) -> Tensor:
     """Add a random fraction of the last bit that is kept, then clear the `bits` bits below it."""
     mask = -(1 << bits)

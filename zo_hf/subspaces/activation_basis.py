@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from zo_hf.directions import GAUSSIAN
 from zo_hf.rng import Stream, draw_slice
+from zo_hf.subspaces.layer_inputs import first_input
 from zo_hf.subspaces.random_tokens import Look, read_random_tokens
-from zo_hf.subspaces.subspace import first_input
 
 BASES = ("random", "activation")
 

@@ -19,7 +19,7 @@ from zo_hf.directions import Distribution
 from zo_hf.method_info import Method
 from zo_hf.offload import bring_in, check_values
 from zo_hf.rng import Purpose, Stream, StreamOf
-from zo_hf.rng.rounding import draw_uniform, stochastic_round
+from zo_hf.rng.rounding import round_in_tiles
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, held, run_upcast
 from zo_hf.subspaces.peft_methods import (
@@ -112,9 +112,8 @@ class Adapter(Subspace):
                 if module in self._half_dtypes and site.parameter.dtype != self._half_dtypes[module]:
                     # Rounding to nearest would lose every change of less than half a unit in the last place.
                     stream = Stream(self.seed, purpose=Purpose.ROUNDING)
-                    value = site.parameter.data
-                    uniform = draw_uniform(stream, site.name, 0, value.numel(), value.device).view(value.shape)
-                    site.parameter.data = stochastic_round(value, self._half_dtypes[module], uniform)
+                    half = self._half_dtypes[module]
+                    site.parameter.data = round_in_tiles(site.parameter.data, half, stream, site.name)
 
     @property
     def takes_groups_cheaply(self) -> bool:

@@ -22,10 +22,10 @@ from zo_hf.quantization.gptq import ErrorFeedback
 from zo_hf.quantization.layer import squares
 from zo_hf.rng import Purpose, Stream
 from zo_hf.rng.rounding import draw_uniform
+from zo_hf.subspaces.layer_inputs import first_input
 from zo_hf.subspaces.own_text import sample_text, writes_text
 from zo_hf.subspaces.random_tokens import LENGTH, Look, check_reads_tokens, random_tokens, read_tokens, refusing
 from zo_hf.subspaces.sites import Site
-from zo_hf.subspaces.subspace import first_input
 
 ROUNDINGS = ("stochastic", "gptq")
 _OPTION, _WAY_OUT = "zo_fold_rounding='gptq'", "zo_fold_rounding='stochastic'"

@@ -28,9 +28,10 @@ from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform, stochastic_round
 from zo_hf.rng.stream import tensor_key
 from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
 from zo_hf.subspaces.per_group import functional_call_per_group
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
-from zo_hf.subspaces.subspace import Subspace, first_input, require_equal_parts
+from zo_hf.subspaces.subspace import Subspace
 
 # Elements of a weight perturbed or updated at a time, so that the noise of a large weight never exists as a whole.
 # Measured on a CPU: smaller tiles spend time on calls, larger ones on cache misses.

@@ -29,10 +29,6 @@ HALF = (torch.float16, torch.bfloat16)
 _READ_ALL = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
 
-class Entry(functools.partial):
-    """The callable that a subspace puts in front of the forward of a module."""
-
-
 def held(module: nn.Module, path: str) -> Tensor | None:
     """Return the parameter at a dotted path from `module`, as the module at the end of the path holds it now."""
     *children, name = path.split(".")

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from zo_hf.rng import Stream
 from zo_hf.subspaces.functional import functional_call
+from zo_hf.subspaces.layer_inputs import first_input
 from zo_hf.subspaces.random_tokens import Look, read_random_tokens
-from zo_hf.subspaces.subspace import first_input
 
 PRECONDITIONERS = ("none", "inputs")
 

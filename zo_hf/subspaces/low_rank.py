@@ -35,6 +35,7 @@ from zo_hf.subspaces.factors import Factors, width_of
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.input_scales import measure_scales
+from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
 from zo_hf.subspaces.lora import (
     BaseWarning,
     check_expressible,
@@ -49,7 +50,6 @@ from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
-from zo_hf.subspaces.subspace import first_input, require_equal_parts
 
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 

@@ -23,16 +23,13 @@ from transformers.cache_utils import Cache
 from zo_hf import kernels
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.rng import draw
-from zo_hf.subspaces.functional import HALF, Entry, functional_call, map_tensors, upcast_from, with_parameters
+from zo_hf.subspaces.entries import is_entered
+from zo_hf.subspaces.functional import HALF, functional_call, map_tensors, upcast_from, with_parameters
 
 #: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
 _BROADCASTS: dict[tuple[Callable, int], bool] = {}
 
 _NEEDS_SHAPE = (nn.LayerNorm.forward, nn.RMSNorm.forward)
-
-
-def _is_entered(module: nn.Module) -> bool:
-    return any(isinstance(module.__dict__.get(key), Entry) for key in ("forward", "_old_forward"))
 
 
 def functional_call_per_group(
@@ -64,7 +61,7 @@ def functional_call_per_group(
     if groups == 1:
         return functional_call(module, parameters(0), args, kwargs)
     inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim > 0]
-    if any(_is_entered(child) for child in module.modules() if child is not module):
+    if any(is_entered(child) for child in module.modules() if child is not module):
         raise NotBatchable(f"{type(module).__name__} has both parameters and child modules with parameters")
     if not inputs:
         raise NotBatchable(f"{type(module).__name__} takes no tensor that carries the batch")

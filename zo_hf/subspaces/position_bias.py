@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from zo_hf.estimators.probe import Probe
-from zo_hf.subspaces.functional import Entry
+from zo_hf.subspaces.entries import Entry
 
 _TABLE, _METHOD = "relative_attention_bias", "compute_bias"
 

@@ -177,6 +177,10 @@ class ReadWatch:
             self.read_names.add(name)
             self._read_here.add(name)
 
+    def unread(self) -> set[str]:
+        """Return the names of the sites that no probe has read yet."""
+        return {site.name for site in self.subspace.sites} - self.read_names
+
     @contextmanager
     def inside(self, module: nn.Module) -> Iterator[None]:
         """Mark that the entered forward of a module is running."""

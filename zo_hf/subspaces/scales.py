@@ -20,8 +20,9 @@ from zo_hf.quantization import QuantizedLayer
 from zo_hf.rng import Purpose, Stream
 from zo_hf.rng.rounding import draw_uniform
 from zo_hf.subspaces.folded import Folded
+from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
 from zo_hf.subspaces.sites import Pattern, Site
-from zo_hf.subspaces.subspace import first_input, no_stream, require_equal_parts
+from zo_hf.subspaces.subspace import no_stream
 
 
 class Scales(Folded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.subspaces.reports import unread_parameters
@@ -33,8 +34,16 @@ class SettledReads:
         if self._has_settled and not subspace.still:
             return []
         first, self._has_settled = not self._has_settled, True
-        unread = self._ranks.shared_by_all(list(subspace.coordinates), subspace.unread(), subspace.device)
-        begins = subspace.settle(unread)
+        unread = self._ranks.shared_by_all(list(subspace.coordinates), subspace.reads.unread(), subspace.device)
+        before = subspace.still
+        self.remember(unread)
+        subspace.reads.settle()
         if first and unread:
             logger.warning("%s", unread_parameters(subspace))
-        return begins
+        return sorted(before - subspace.still)
+
+    def remember(self, still: Iterable[str]) -> None:
+        """Continue a run in which only the parameters `still` have not been read yet, by a probe on any rank."""
+        subspace = self._subspace
+        subspace.still = set(still)
+        subspace.reads.read_names |= {site.name for site in subspace.sites} - subspace.still

@@ -13,15 +13,16 @@ from torch.autograd import forward_ad
 
 from zo_hf.directions import GAUSSIAN, DirectionContext, Distribution, layers_of
 from zo_hf.directions.options import DirectionOptions
-from zo_hf.estimators.probe import NotBatchable, Probe
+from zo_hf.estimators.probe import Probe
 from zo_hf.method_info import Method
 from zo_hf.offload import BlockLoader, is_offloaded
 from zo_hf.quantization import quantized_layers
 from zo_hf.rng import Purpose, Stream, StreamOf
-from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
+from zo_hf.rng.rounding import round_in_tiles
 from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
-from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
+from zo_hf.subspaces.entries import enter, leave
+from zo_hf.subspaces.functional import HALF, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.per_group import compare_ahead
 from zo_hf.subspaces.reads import ReadWatch, must_read
@@ -47,7 +48,7 @@ class Subspace:
         probes: probes of the current forward pass; empty outside of `at`.
         clip_factor: product of the factors by which the estimate of this step has been clipped.
         reads: the parameters that probes have read, and where.
-        still: names of sites that do not move, because no probe has read their parameters yet. `settle` fills it.
+        still: names of sites that do not move, because no probe has read their parameters yet. `SettledReads` fills it.
     """
 
     #: Name in options.
@@ -146,11 +147,7 @@ class Subspace:
     def attach(self) -> None:
         """Enter the forward of each module that has a moving parameter, and of each that rounds its input."""
         for module in self._entered():
-            # accelerate's hook moves the inputs to the device of a dispatched module, and then calls `_old_forward`.
-            key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
-            previous = module.__dict__.get(key)
-            # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
-            module.__dict__[key] = Entry(_entered_forward, self, module, previous)
+            enter(module, _entered_forward, self)
         for module, sites in self._holders.items():
             compare_ahead(module, {name: self.coordinates[site.name] for name, site in sites.items()})
         self._with_bias = position_bias.layers_with_bias(self.model, self._holders)
@@ -166,13 +163,7 @@ class Subspace:
         self.reads.end()
         position_bias.leave(self._with_bias)
         for module in self._entered():
-            for key in ("_old_forward", "forward"):
-                entry = module.__dict__.get(key)
-                if isinstance(entry, Entry):
-                    if entry.args[2] is None:
-                        del module.__dict__[key]
-                    else:
-                        module.__dict__[key] = entry.args[2]
+            leave(module)
 
     def _entered(self) -> list[nn.Module]:
         rough = [m for m, layer in self.quantized.items() if layer.rounds_activations and m not in self._holders]
@@ -228,29 +219,6 @@ class Subspace:
             self._is_differentiable = False
             for block in self.coordinate_blocks:
                 block.point = None
-
-    def unread(self) -> set[str]:
-        """Return the names of parameters that no probe has read yet."""
-        return {site.name for site in self.sites} - self.reads.read_names
-
-    def settle(self, unread: Iterable[str]) -> list[str]:
-        """Decide, after the probes of a step, which parameters move in it: those that a probe has read, now or before.
-
-        Args:
-            unread: names of the parameters that no process has read.
-
-        Returns:
-            Names of parameters that did not move before and do so from now on.
-        """
-        before, self.still = self.still, set(unread)
-        self.reads.read_names |= {site.name for site in self.sites} - self.still
-        self.reads.settle()
-        return sorted(before - self.still)
-
-    def remember(self, still: Iterable[str]) -> None:
-        """Continue a run in which only the parameters `still` have not been read yet."""
-        self.still = set(still)
-        self.reads.read_names |= {site.name for site in self.sites} - self.still
 
     def hold_still(self) -> None:
         """Discard the estimate for the parameters that do not move."""
@@ -312,14 +280,7 @@ class Subspace:
             return value.to(dtype)
         if self._is_differentiable or any(probe.derivative for probe in self.probes):
             return value.to(dtype)
-        rounded = torch.empty(value.shape, dtype=dtype, device=value.device)
-        stream = Stream(self.seed, purpose=Purpose.ROUNDING)
-        flat, target = value.reshape(-1), rounded.view(-1)
-        for start in range(0, len(flat), TILE):
-            stop = min(start + TILE, len(flat))
-            uniform = draw_uniform(stream, site.name, start, stop, value.device)
-            target[start:stop] = stochastic_round(flat[start:stop], dtype, uniform)
-        return rounded
+        return round_in_tiles(value, dtype, Stream(self.seed, purpose=Purpose.ROUNDING), site.name)
 
     def _value_at_point(self, site: Site, parameter: Tensor) -> Tensor:
         """Return a parameter at the current point, in its own dtype or in the coordinates'."""
@@ -419,26 +380,6 @@ class Subspace:
 def no_stream(direction: int) -> Stream:
     """Stand in for a map of streams when only the current point is evaluated, which has no direction."""
     raise AssertionError("the current point needs no direction")
-
-
-def first_input(args: Sequence, kwargs: Mapping) -> Tensor:
-    """Return the input of a layer with a single input, of any shape."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def require_equal_parts(x: Tensor, groups: int) -> None:
-    """Refuse an input of a linear layer if its batch cannot be divided into one equal part per probe.
-
-    Args:
-        x: the input, (batch, ..., n) or (n,).
-        groups: number of probes.
-
-    Raises:
-        NotBatchable: the size of the batch is not a multiple of `groups`.
-    """
-    leading = x.shape[0] if x.ndim > 1 else 1
-    if leading % groups:
-        raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
 
 
 def _entered_forward(

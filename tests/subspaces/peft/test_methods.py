@@ -37,9 +37,9 @@ def test_a_probe_is_the_loss_of_the_weights_it_stands_for(method: Method) -> Non
     """To the bit: another model, in which ξ ± εz is written, has the losses that the probes found."""
     model, written, batch = method.model(moved=0.1), method.model(moved=0.1), method.batch()
     zo = ZerothOrder(model, "adapter", eps=1e-2, num_directions=2, batched_probes=False, seed=5)
-    assert zo.subspace.unread()
+    assert zo.subspace.reads.unread()
     losses = zo.probe(lambda: method.exact_loss(model, batch))
-    assert not zo.subspace.unread()
+    assert not zo.subspace.reads.unread()
     named = dict(written.named_parameters())
     start = weights_of(written)
     for probe, loss in zip(zo.estimator.probes(), losses, strict=True):
