@@ -65,8 +65,8 @@ def test_bases_are_the_same_in_wider_rows(monkeypatch: pytest.MonkeyPatch) -> No
     space = _space(tiny_opt, torch.bfloat16, 4)
     for name in expected.factored:
         assert torch.equal(space.basis(name), expected.basis(name))
-        assert space._wide_bases[name].shape[1] == width_of(4) == 8
-        assert not space._wide_bases[name][:, 4:].any()
+        assert space._bases.wide(name).shape[1] == width_of(4) == 8
+        assert not space._bases.wide(name)[:, 4:].any()
 
 
 def test_a_fold_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,7 @@ class TracedLowRank(LowRank):
         layout = TracedLayout(shapes, torch.device("cpu"))
         flat = layout.draw(Stream(self.seed, step), ELEMENTWISE["gaussian"])
         for name, view in layout.views(flat).items():
-            dtype = self.factored[name].parameter.dtype
-            basis = view.to(dtype if dtype in HALF else self.coordinates[name].dtype)
-            self._bases[name] = basis.t().contiguous().t()
+            self._bases.take(name, view)
 
     def read_before_fold(self) -> None:
         """Make the forward pass in which a fold rounds the codes of every layer by the layer's inputs."""

@@ -21,7 +21,6 @@ from zo_hf.method_info import Method
 from zo_hf.rng import Purpose, Stream, draw_slice
 from zo_hf.rng.single_thread import single_thread
 from zo_hf.subspaces.folded import Folded
-from zo_hf.subspaces.functional import HALF
 from zo_hf.subspaces.low_rank import LowRank
 
 
@@ -44,11 +43,8 @@ class Core(LowRank):
             rows, columns = site.matrix_shape
             left = self._orthonormal(stream, f"{name}/left", rows) * ((rows * columns) ** 0.5 / self.rank)
             right = self._orthonormal(stream, name, columns)
-            dtype, device = self._dtype_of(site), site.device
-            coordinate_dtype = self.coordinates[name].dtype
-            self._left_bases[name] = left.to(coordinate_dtype).to(device)
-            right = right.to(dtype if dtype in HALF else coordinate_dtype).to(device)
-            self._bases[name] = right.t().contiguous().t()
+            self._left_bases[name] = left.to(self.coordinates[name].dtype).to(site.device)
+            self._bases.take(name, right.to(site.device))
 
     def read_at_point(self) -> list[Tensor]:
         return [*super().read_at_point(), *self._left_bases.values()]

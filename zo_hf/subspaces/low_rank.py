@@ -11,8 +11,7 @@ After LOZO (Chen et al., arXiv 2410.07698), with the low-rank term inside the fo
 An entry of U · Vᵀ / √r has unit variance, so ε and the learning rate mean the same as for a dense direction. A probe
 costs two thin products beside x · Wᵀ and no pass over W, whatever format W is stored in.
 
-B and V also make up a LoRA adapter. Over a quantized model without folds, they become one at the end. Then only linear
-layers move, except for the output layer, as with PEFT's "all-linear".
+Over a quantized model without folds, B and V become a LoRA adapter at the end, see `adapter_at_end`.
 """
 
 from __future__ import annotations
@@ -30,22 +29,14 @@ from zo_hf.parallel.shards import local_part
 from zo_hf.rng import NoiseLayout, Purpose, Stream, StreamOf, draw
 from zo_hf.subspaces import code_rounding, fold_pieces
 from zo_hf.subspaces.activation_basis import measure_bases
+from zo_hf.subspaces.adapter_at_end import AdapterAtEnd
+from zo_hf.subspaces.bases import Bases
 from zo_hf.subspaces.blocks import CoordinateBlock
-from zo_hf.subspaces.factors import Factors, width_of
-from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
+from zo_hf.subspaces.factors import Factors
+from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.input_scales import measure_scales
 from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
-from zo_hf.subspaces.lora import (
-    BaseWarning,
-    check_expressible,
-    check_head,
-    check_peft,
-    check_wrappable,
-    is_expressible,
-    with_adapter,
-    without_read_only,
-)
 from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
@@ -54,7 +45,7 @@ from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
-class LowRank(Folded):
+class LowRank(AdapterAtEnd):
     """Low-rank factors as coordinates, as in the formula above.
 
     Args:
@@ -111,9 +102,7 @@ class LowRank(Folded):
                 raise ValueError(f"zo_rank={rank} is not below the width of {site.name}; choose a smaller rank.")
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=site.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
-        self._bases: dict[str, Tensor] = {}
-        self._wide_bases: dict[str, Tensor] = {}
-        self._wide: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._bases = Bases(rank, self._dtype_of_basis)
         self._begin()
         self._factors = self._make_factors()
         self._vectors = {
@@ -128,50 +117,6 @@ class LowRank(Folded):
     def _coordinate_shape(self, shape: torch.Size) -> torch.Size:
         return torch.Size((shape[0], self.rank))
 
-    @property
-    def becomes_adapter(self) -> bool:
-        """True if the factors become a LoRA adapter at the end instead of a fold into the weights."""
-        return self.fold_steps == 0 and any(site.layer is not None for site in self.sites)
-
-    def _find_sites(self, among: Iterable[Tensor] | None) -> list[Site]:
-        sites = super()._find_sites(among)
-        if self.fold_steps == 0 and self.target_modules is None:
-            sites = without_read_only(sites)
-        quantized = {site.name: site.layer for site in sites if site.layer is not None}
-        if not quantized:
-            return sites
-        if self.fold_steps == 0:
-            if self.target_modules is not None:
-                check_expressible(self.model, sites)
-            return [site for site in sites if is_expressible(self.model, site)]
-        for name, layer in quantized.items():
-            if not layer.can_requantize:
-                raise ValueError(
-                    f"zo_fold_steps={self.fold_steps} would write {name}, which is in {layer.format}; use "
-                    "zo_fold_steps=0, which ends with a LoRA adapter."
-                )
-        return sites
-
-    def _hook_state_dicts(self) -> None:
-        if self.becomes_adapter:  # the factors are written nowhere, so a state dict cannot hold the weights of now
-            self._state_dict_hooks.append(self.model.register_state_dict_post_hook(BaseWarning()))
-        else:
-            super()._hook_state_dicts()
-
-    def check_end(self) -> None:
-        """Refuse to start a run that cannot be finished because the factors must become an adapter.
-
-        Raises:
-            ValueError: PEFT is missing or cannot hold the moving parameters; the message says what to use instead.
-        """
-        if not self.becomes_adapter:
-            return
-        check_peft()
-        check_head(self.model, self.sites)
-        read_only = [site.layer for site in self.sites if site.layer is not None and not site.layer.can_requantize]
-        for layer in {type(layer.module): layer for layer in read_only}.values():
-            check_wrappable(layer)
-
     def draw_bases(self, step: int) -> None:
         """Draw V / √r for every matrix, (n, r), keyed by the step from which it is used."""
         super().draw_bases(step)
@@ -184,10 +129,10 @@ class LowRank(Folded):
             layout = NoiseLayout(shapes, device)
             flat = layout.draw(stream, GAUSSIAN).mul_(self.rank**-0.5)
             if self._has_factors(device):
-                self._widen(layout, flat)
+                self._bases.take_all(layout, flat)
                 continue
             for name, view in layout.views(flat).items():
-                self._set_basis(name, view)
+                self._bases.take(name, view)
         if (self.basis_kind, self.preconditioner) != ("random", "none"):
             self._measure_inputs(stream)
 
@@ -207,31 +152,10 @@ class LowRank(Folded):
                 bias_of[block].setdefault(weight.name, bias.name)
         return {block: Factors(block, self.rank, bias_of[block]) for block in blocks}
 
-    def _widen(self, layout: NoiseLayout, flat: Tensor) -> None:
-        """Take V / √r of all matrices from a flat vector, each with columns of zeros up to the width of factors."""
-        rows = flat.view(-1, self.rank)
-        for dtype in {self._dtype_of_basis(name) for name in layout.shapes}:
-            wide = self._wide.get((rows.device, dtype))  # where graphs know it to lie
-            if wide is None:
-                wide = self._wide[rows.device, dtype] = rows.new_zeros(len(rows), width_of(self.rank), dtype=dtype)
-            wide[:, : self.rank].copy_(rows)
-        for name, shape in layout.shapes.items():
-            start = layout.offsets[name] // self.rank
-            self._wide_bases[name] = self._wide[rows.device, self._dtype_of_basis(name)][start : start + shape[0]]
-            self._bases[name] = self._wide_bases[name][:, : self.rank]
-
     def _dtype_of_basis(self, name: str) -> torch.dtype:
         # The forward multiplies by V in the weight's dtype, so the fold must add the V that is rounded to it.
         dtype = self._dtype_of(self.factored[name])
         return dtype if dtype in HALF else self.coordinates[name].dtype
-
-    def _set_basis(self, name: str, basis: Tensor) -> None:
-        rounded = basis.to(self._dtype_of_basis(name))
-        if name in self._bases:
-            self._bases[name].copy_(rounded)
-            return
-        # Column-major, because this makes x · V about five times faster on a CPU.
-        self._bases[name] = rounded.t().contiguous().t()
 
     def _measure_inputs(self, stream: Stream) -> None:
         """Make V of the inputs of linear layers, or divide directions by them, at the weights without the coordinates."""
@@ -243,7 +167,7 @@ class LowRank(Folded):
         try:
             if self.basis_kind == "activation":
                 for name, basis in measure_bases(self.model, layers, self.rank, stream).items():
-                    self._set_basis(name, basis)
+                    self._bases.take(name, basis)
             if self.preconditioner == "inputs":
                 norms = {
                     site.name: module
@@ -259,7 +183,7 @@ class LowRank(Folded):
     def _scale(self, name: str, scale: Tensor) -> None:
         if name in self.factored:
             basis = self.basis(name)  # a tied weight may lie on another device than the inputs of the output layer
-            self._set_basis(name, basis * scale.to(basis.device)[:, None])
+            self._bases.take(name, basis * scale.to(basis.device)[:, None])
         else:
             self._coordinate_blocks.of(name).set_scale(name, scale)
 
@@ -287,7 +211,7 @@ class LowRank(Folded):
         return next(dtypes, torch.float32)
 
     def read_at_point(self) -> list[Tensor]:
-        return [*super().read_at_point(), *self._bases.values(), *self._wide.values()]
+        return [*super().read_at_point(), *self._bases.tensors()]
 
     def basis(self, name: str) -> Tensor:
         """Return V / √r of one matrix, (n, r), in the dtype of the product; a fold writes the next one into it."""
@@ -369,7 +293,7 @@ class LowRank(Folded):
         if self.packing is None:
             require_equal_parts(x, groups)
             if merged is not None and weight is not None:
-                basis = self._wide_bases[weight.name].to(output.dtype)
+                basis = self._bases.wide(weight.name).to(output.dtype)
                 if merged.add_product(output.view(rows, -1), x_rows, weight.name, basis, bias is not None):
                     return output
         thin, factors = self._thin_product(output, x_rows, weight, bias)
@@ -389,7 +313,7 @@ class LowRank(Folded):
         """
         merged = self._merged(weight, bias)
         if merged is not None and weight is not None:
-            basis = self._wide_bases[weight.name].to(output.dtype)
+            basis = self._bases.wide(weight.name).to(output.dtype)
             thin = x @ basis if bias is None else torch.addmm(merged.one(output.dtype), x, basis)
             return thin, merged.of(weight.name, output.dtype)
         left: list[Tensor] = []  # (rows, r) and (rows, 1)
@@ -428,7 +352,7 @@ class LowRank(Folded):
         thin = looked_up_per_group(module, factors, args, kwargs)
         if thin is None:
             thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
-        basis = self.basis(weight.name) if merged is None else self._wide_bases[weight.name]
+        basis = self.basis(weight.name) if merged is None else self._bases.wide(weight.name)
         thin, right = thin.to(dtype), basis.t().to(dtype)
         if merged is not None and thin.shape[:-1] == output.shape[:-1]:
             output.view(-1, output.shape[-1]).addmm_(thin.flatten(0, -2), right)
@@ -474,20 +398,6 @@ class LowRank(Folded):
     def _value_at_point(self, site: Site, parameter: Tensor) -> Tensor:
         self._refresh_point()
         return self._in_coordinates_dtype(site, parameter, 0)
-
-    def finish(self, step: int, decay: Mapping[str, float]) -> nn.Module:
-        if not self.becomes_adapter:
-            return super().finish(step, decay)
-        self.clear_gradient()
-        self.detach()
-        return with_adapter(self.model, self.adapter_weights(), self.rank)
-
-    def adapter_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return copies of LoRA's A = Vᵀ/√r, (r, n), and B, (m, r), of every layer, by the layer's name."""
-        return {
-            name.removesuffix(".weight"): (self.basis(name).t().clone().contiguous(), self._left(name).clone())
-            for name in self.factored
-        }
 
     @torch.no_grad()
     def _fold_plain(self, targets: Iterable[tuple[Site, Tensor]], step: int, decay: Mapping[str, float]) -> None:
