@@ -24,15 +24,17 @@ from zo_hf.evaluation.flat_loss import FlatLossWarning
 from zo_hf.evaluation.pass_graphs import PassGraphs
 from zo_hf.evaluation.private_rows import PrivateRows
 from zo_hf.evaluation.rows import RowGroups
+from zo_hf.evaluation.step_losses import LossSum, StepLosses, WeightedLoss
+from zo_hf.evaluation.step_randomness import StepRandomness
 from zo_hf.parallel.ranks import Ranks
-from zo_hf.parallel.signals import make_steps_whole, whole
+from zo_hf.parallel.signals import make_steps_whole
 from zo_hf.rng import Stream, StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.rules import ScalarNormalization
 from zo_hf.rules.step_probes import forward_passes_of_a_step, probes_of_a_step
 from zo_hf.settings import Settings, method_of
-from zo_hf.subspaces import SUBSPACES, Folded, Subspace
-from zo_hf.subspaces.folded import decay_of_step
+from zo_hf.subspaces import SUBSPACES, Subspace
+from zo_hf.subspaces.folds import Folds
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
 
@@ -117,12 +119,12 @@ class ZerothOrder:
         self.evaluator.all_reduce_and = self.ranks.all_reduce_and
         self.step, self.skipped_steps = 0, 0
         self._optimizer: Optimizer | None = None
-        self._losses: Tensor | None = None
-        self._curvature_losses: Tensor | None = None
-        self._batches: list[tuple[Callable[[], Any], float | Tensor, GlobalGenerators | None]] = []
+        self._losses = StepLosses(subspace, self.evaluator, self.ranks)
+        self._sum, self._curvature_sum = LossSum(self.ranks), LossSum(self.ranks)
+        self._batches: list[WeightedLoss] = []
         self._clean_loss: float | None = None
         self._applied: tuple[tuple[float, ...], bool] | None = None
-        self._pending_decay: dict[str, float] = {}
+        self._folds = Folds(subspace)
         self._flat_loss = FlatLossWarning()
         self._reads = SettledReads(subspace, self.ranks)
         # A step that looks back takes the directions of earlier steps, and cannot tell which of those rows have shared.
@@ -170,26 +172,22 @@ class ZerothOrder:
 
         In private training, it returns none: (0,).
         """
-        self.distribution.begin()
-        generators = self._generators()
+        random = self.begin()
         if self.private is not None:  # whose rows have a divisor of their own
-            self.private.evaluate(closure, self._probes(), self._stream, self.distribution, generators, self.step)
+            self.private.evaluate(closure, self._probes(), random, self.step)
             return torch.zeros(0)
         if self.row_groups is not None:
-            found = self.row_groups.evaluate(
-                closure, self._probes(), self._stream, self.distribution, weight, generators
-            )
+            found = self.row_groups.evaluate(closure, self._probes(), random, weight)
             if found is not None:
-                more, drawn = self.row_groups.evaluate_more, (self._stream, self.distribution)
-                self._measure_curvature(lambda at: more(closure, at, *drawn, weight, generators))
+                more = self.row_groups.evaluate_more
+                self._measure_curvature(lambda at: more(closure, at, random, weight))
                 return found
-        losses = self._own_losses(closure, self._probes(), generators)
-        if isinstance(weight, Tensor) or weight != 1.0:  # a product is a launch
-            losses = losses * weight
-        self._losses = losses if self._losses is None else self._losses + losses
-        self._measure_curvature(lambda at: self._own_losses(closure, at, generators) * weight)
+        batch = WeightedLoss(closure, weight, random)
+        losses = self._losses.own(batch, self._probes())
+        self._sum.add(losses)
+        self._measure_curvature(lambda at: self._losses.own(batch, at))
         if self.rule.candidates:
-            self._batches.append((closure, weight, generators))
+            self._batches.append(batch)
         return losses
 
     def _measure_curvature(self, losses_at: Callable[[Sequence[Probe]], Tensor]) -> None:
@@ -197,8 +195,7 @@ class ZerothOrder:
         probes = self._curvature_probes
         if self.curvature is not None and probes is not None:
             with self.curvature.along(self.subspace):
-                more = losses_at(probes)
-            self._curvature_losses = more if self._curvature_losses is None else self._curvature_losses + more
+                self._curvature_sum.add(losses_at(probes))
 
     @property
     def _curvature_probes(self) -> Sequence[Probe] | None:
@@ -222,40 +219,27 @@ class ZerothOrder:
             stream_of: the stream of each direction index; None takes the step's.
             distribution: the distribution of directions; None takes the step's.
         """
-        self.distribution.begin()
+        random = self.begin(stream_of, distribution)
         # The first step makes the choice that batched_probes="auto" stands for, not this evaluation.
         batched, self.evaluator.batched = self.evaluator.batched, False
-        generators = self._generators()
         try:
-            own = [
-                self._own_losses(closure, probes, generators, stream_of, distribution) * weight
-                for closure, weight in batches
-            ]
+            return self._losses.mean_at([WeightedLoss(*batch, random) for batch in batches], probes)
         finally:
             self.evaluator.batched = batched
-            if generators is not None:
-                generators.restore()
-        return self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist()
+            random.restore()
 
     def _probes(self) -> list[Probe]:
         return probes_of_a_step(self.estimator, type(self.rule), self.rule.options, self.step)
 
-    def _own_losses(
-        self,
-        closure: Callable[[], Any],
-        probes: Sequence[Probe],
-        generators: GlobalGenerators | None,
-        stream_of: StreamOf | None = None,
-        distribution: Distribution | None = None,
-    ) -> Tensor:
-        """Return the losses at this rank's share of the probes, and count the forward passes of all ranks."""
-        own = [probes[i] for i in self.ranks.grid.own(probes)]
-        if not own:
-            self.evaluator.forward_passes += len(probes)
-            device = self.subspace.device
-            return torch.zeros(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        stream_of, distribution = stream_of or self._stream, distribution or self.distribution
-        return self.evaluator.losses(self.subspace, closure, own, stream_of, distribution, len(probes), generators)
+    def begin(self, stream_of: StreamOf | None = None, distribution: Distribution | None = None) -> StepRandomness:
+        """Prepare for evaluations of the loss, and return their random numbers.
+
+        Args:
+            stream_of: the stream of each direction index; None takes the step's.
+            distribution: the distribution of directions; None takes the step's.
+        """
+        self.distribution.begin()
+        return StepRandomness(stream_of or self._stream, distribution or self.distribution, self._generators())
 
     def _generators(self) -> GlobalGenerators | None:
         return GlobalGenerators.now(self.subspace.device) if self.settings.common_random_numbers else None
@@ -300,7 +284,9 @@ class ZerothOrder:
     @property
     def at_start_of_step(self) -> bool:
         """True if no micro-batch of the step has been probed yet."""
-        return self._losses is None and not any(rows and rows.has_losses for rows in (self.row_groups, self.private))
+        return self._sum.of_rank is None and not any(
+            rows and rows.has_losses for rows in (self.row_groups, self.private)
+        )
 
     def finish_estimate(self) -> Estimate:
         """Turn the losses that `probe` has gathered on all ranks into the gradient of this step."""
@@ -312,10 +298,10 @@ class ZerothOrder:
             by_group = groups.gather()
             losses = [sum(losses_at_probe) for losses_at_probe in zip(*by_group, strict=True)]
         else:
-            assert self._losses is not None, "finish_estimate needs a probe first"
-            losses = self.ranks.mean_losses(self._losses, probes).tolist()
+            assert self._sum.of_rank is not None, "finish_estimate needs a probe first"
+            losses = self._sum.gather(probes)
             by_group = [losses]
-        self._losses = None
+        self._sum.discard()
         curvatures = self._found_curvatures(losses[:here])
         self._clean_loss = next((loss for loss, probe in zip(losses, probes, strict=True) if not probe.scale), None)
         self._begins_to_move = self._reads.settle(self.step)
@@ -348,11 +334,9 @@ class ZerothOrder:
 
     def _found_curvatures(self, losses: Sequence[float]) -> list[float]:
         """Return the curvatures that the step has measured, given the losses at its own probes."""
-        if self.curvature is None or self._curvature_losses is None:
+        if self.curvature is None or self._curvature_sum.of_rank is None:
             return []
-        probes = self.curvature.probes
-        more = self.ranks.mean_losses(self._curvature_losses, probes).tolist() if probes else []
-        self._curvature_losses = None
+        more = self._curvature_sum.gather(self.curvature.probes)
         dtype = self.evaluator.dtype_of_computation(self.subspace, self.evaluator.dtype)
         return self.curvature.record(losses, more, dtype)
 
@@ -404,15 +388,16 @@ class ZerothOrder:
         # Consecutive negative indices, because ranks that share a batch divide these probes among them as well.
         probes = [Probe(-1 - i, step) for i, step in enumerate(steps) if step or clean is None]
         after = self._generators()
-        own = [self._own_losses(closure, probes, begin) * weight for closure, weight, begin in self._batches]
+        found = iter(self._losses.mean_at(self._batches, probes))
         if after is not None:
             after.restore()
-        found = iter(self.ranks.mean_losses(torch.stack(own).sum(0), probes).tolist())
         return [clean if clean is not None and not step else next(found) for step in steps]
 
     def discard(self) -> None:
         """Forget the micro-batches probed since the last step."""
-        self._losses, self._curvature_losses, self._batches = None, None, []
+        self._sum.discard()
+        self._curvature_sum.discard()
+        self._batches = []
         for rows in (self.row_groups, self.private):
             if rows is not None:
                 rows.discard()
@@ -424,18 +409,11 @@ class ZerothOrder:
             The trained model: usually the model itself. If factors over a quantized model are never folded, it is a PEFT
             model around it, with the factors as a LoRA adapter.
         """
-        subspace, decay = self.subspace, self._pending_decay
-        self._pending_decay = {}
-        if self.step == 0 and isinstance(subspace, Folded) and subspace.at_origin:
-            subspace.clear_gradient()  # nothing is written: adding zeros would turn a weight of -0.0 into 0.0
-            subspace.detach()
-            return self.model
-        with whole():
-            return subspace.finish(self.step, decay)
+        return self._folds.finish(self.step)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
         """Return a state dict of the model as `finish` would leave it; None if the model already is in that state."""
-        return self.subspace.folded_state_dict(self.step, self._pending_decay)
+        return self._folds.state_dict(self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the engine's state as plain numbers, without the coordinates and the optimizer's state."""
@@ -446,7 +424,7 @@ class ZerothOrder:
             "skipped_steps": self.skipped_steps,
             "batched": self.evaluator.batched,
             "row_groups": None if self.row_groups is None else self.row_groups.state(),
-            "pending_decay": dict(self._pending_decay),
+            "pending_decay": dict(self._folds.decay),
             "normalization": None if normalization is None else [normalization.mean_square, normalization.steps],
             "distribution": self.distribution.state(),
             "curvature": None if self.curvature is None else self.curvature.state(),
@@ -460,10 +438,8 @@ class ZerothOrder:
         self.evaluator.batched = state["batched"]
         if self.row_groups is not None and state.get("row_groups") is not None:
             self.row_groups.load_state(state["row_groups"])
-        self._pending_decay = dict(state["pending_decay"])
+        self._folds.load(self.step, state["pending_decay"])
         self._reads.remember(state.get("still") or ())
-        if isinstance(self.subspace, Folded):
-            self.subspace.next_fold = self.step, self._pending_decay
         self.distribution.load_state(state.get("distribution", {}))
         if self.curvature is not None and state.get("curvature") is not None:
             self.curvature.load_state(state["curvature"])
@@ -479,15 +455,9 @@ class ZerothOrder:
         self._report_step()
         self.step += 1
         self.subspace.coordinates_changed()
-        if isinstance(self.subspace, Folded):
-            assert self._optimizer is not None
-            for name, factor in decay_of_step(self.subspace.coordinates, self._optimizer).items():
-                self._pending_decay[name] = self._pending_decay.get(name, 1.0) * factor
-            if self.subspace.fold_steps and self.step % self.subspace.fold_steps == 0:
-                self.subspace.fold(self.step, self._pending_decay)
-                self._pending_decay = {}
-                self.rule.after_fold()
-            self.subspace.next_fold = self.step, self._pending_decay
+        assert self._optimizer is not None
+        if self._folds.advance(self.step, self._optimizer):
+            self.rule.after_fold()
 
     def _report_step(self) -> None:
         gradients, skipped = self._applied or ((math.nan,) * self.numbers, True)

@@ -94,9 +94,9 @@ def test_ranks_that_share_the_directions_find_what_one_finds(estimator: str, dat
     for zo in engines:
         zo.model.ripple = 30.0 * (zo.ranks.grid.data_index - (data - 1) / 2)  # ranks' data differ, their mean does not
         zo.probe(zo.model)
-        own = zo._losses
+        own = zo._sum.of_rank
         zo.finish_estimate()
-        zo._losses = own
+        zo._sum.of_rank = own
     found = [zo.finish_estimate() for zo in engines]
     assert all(other == found[0] for other in found)
     assert found[0].projected_gradients == pytest.approx(expected.projected_gradients, rel=1e-6)

@@ -15,15 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator, check_draws_nothing, one_number
 from zo_hf.evaluation.packed_loss import PackedLoss
 from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.row_losses import GroupedLoss, model_rows
-from zo_hf.rng import StreamOf
-from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.evaluation.step_randomness import StepRandomness
 from zo_hf.subspaces.subspace import Subspace
 
 
@@ -45,9 +43,7 @@ class GroupPasses:
         probes: the estimator's probes for one group.
         groups: the number of groups in the batch.
         first: the number of the batch's first group in the step.
-        stream_of: the stream of each direction of the step.
-        distribution: the distribution of the directions.
-        generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+        random: the random numbers of the step.
     """
 
     def __init__(
@@ -58,13 +54,11 @@ class GroupPasses:
         probes: Sequence[Probe],
         groups: int,
         first: int,
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> None:
-        self._evaluator, self.subspace, self._closure, self.generators = evaluator, subspace, closure, generators
+        self._evaluator, self.subspace, self._closure, self._random = evaluator, subspace, closure, random
         self._probes, self._groups, self._first = probes, groups, first
-        self._drawn = stream_of, distribution
+        self.generators = random.generators
         self._packing = closure.packing(groups) if isinstance(closure, PackedLoss) and groups > 1 else None
         self.device = subspace.device
 
@@ -113,11 +107,10 @@ class GroupPasses:
         """
         if not isinstance(self._closure, BatchableByGroups):
             raise NotBatchable(self.why_not_batchable)
-        if self.generators is not None:
-            self.generators.restore()
+        self._random.restore()
         points = [point for probe in self._probes for point in self.points(probe)]
         rows, how = self._closure.rows // self._groups, (self._groups, len(self._probes))
-        with self._evaluator.at(self.subspace, points, *self._drawn, rows):
+        with self._evaluator.at(self.subspace, points, *self._random.of_directions, rows):
             shares = self._or_zeros(
                 lambda: self._evaluator.in_one_pass(self._closure, how, lambda loss: loss.batched_by_groups(*how)),
                 how[::-1],
@@ -129,11 +122,10 @@ class GroupPasses:
         return loss_or_zeros(loss, shape, self._evaluator.dtype, self.device)
 
     def _losses(self, at: Sequence[Probe], loss: Callable[[], Any]) -> Tensor:
-        if self.generators is not None:
-            self.generators.restore()
+        self._random.restore()
         rows = 1 if self._packing is not None else model_rows(self._closure) // len(at)
         packing = self._packing if len(at) > 1 else None
-        with self._evaluator.at(self.subspace, at, *self._drawn, rows, packing):
+        with self._evaluator.at(self.subspace, at, *self._random.of_directions, rows, packing):
             return loss_and_derivative(loss) if at[0].derivative else loss().detach()[None]
 
 

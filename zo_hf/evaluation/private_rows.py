@@ -20,7 +20,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from zo_hf.directions import Distribution
 from zo_hf.estimators import Estimator
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.evaluate import ProbeEvaluator
@@ -28,9 +27,9 @@ from zo_hf.evaluation.first_batch import some_elsewhere, why_not_apart
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.precision import rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
+from zo_hf.evaluation.step_randomness import StepRandomness
 from zo_hf.parallel.ranks import Ranks
 from zo_hf.privacy import GaussianMechanism, Guarantee, Secret
-from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.subspaces.subspace import Subspace
 
@@ -112,9 +111,7 @@ class PrivateRows:
         self,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
         step: int,
     ) -> None:
         """Evaluate one micro-batch, and add the bounded numbers of its rows to the step's sums.
@@ -122,9 +119,7 @@ class PrivateRows:
         Args:
             closure: the loss, a `LossOfRows` or a function that returns `RowLosses`.
             probes: the estimator's probes.
-            stream_of: the stream of each direction of the step.
-            distribution: the distribution of the directions.
-            generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+            random: the random numbers of the step.
             step: number of the step.
 
         Raises:
@@ -135,7 +130,7 @@ class PrivateRows:
                 "zo_dp_noise_multiplier divides by the expected number of rows of a step, which is unknown; set "
                 "zo.private.expected_rows, and draw every step's rows by Poisson sampling."
             )
-        at = _Batch(self._evaluator, self._subspace, packed(closure), stream_of, distribution, generators)
+        at = _Batch(self._evaluator, self._subspace, packed(closure), random)
         if not step and not self._micro_batches:
             self._evaluator.forward_passes += PASSES_OF_CHECK
         first, count = (self._rows, at.rows) if self.part_of is None else self.part_of(step, self._micro_batches)
@@ -184,7 +179,7 @@ class PrivateRows:
 
     def _check_independent(self, at: _Batch, probe: Probe) -> None:
         points = [probe] * at.rows
-        before = at.generators or GlobalGenerators.now(self._subspace.device)
+        before = at.random.generators or GlobalGenerators.now(self._subspace.device)
         found = at.losses(points), at.losses(some_elsewhere(points))
         if before.have_moved():
             raise ValueError(
@@ -208,7 +203,7 @@ class _Batch:
 
     Attributes:
         rows: rows of the batch.
-        generators: the state of the global generators at which every evaluation begins; None leaves them alone.
+        random: the random numbers of the step.
     """
 
     def __init__(
@@ -216,17 +211,14 @@ class _Batch:
         evaluator: ProbeEvaluator,
         subspace: Subspace,
         closure: Any,
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> None:
         if isinstance(closure, PackedLoss):
             raise ValueError(
                 "zo_dp_noise_multiplier does not take sequences that are packed into rows, because a row of the data decides "
                 "what the others share a batch with; use a collator that pads."
             )
-        self._evaluator, self._subspace, self._closure = evaluator, subspace, closure
-        self._drawn, self.generators = (stream_of, distribution), generators
+        self._evaluator, self._subspace, self._closure, self.random = evaluator, subspace, closure, random
         if isinstance(closure, LossOfRows):
             self.rows, self._model_rows = closure.rows, model_rows(closure)
         else:
@@ -236,15 +228,14 @@ class _Batch:
     def losses(self, points: Sequence[Probe]) -> Tensor:
         """Return the loss of every row, (rows,), in float64 on the CPU; there is one point for all rows, or one for each."""
         rows = self._model_rows // self.rows if len(points) > 1 else 0
-        with self._evaluator.at(self._subspace, points, *self._drawn, rows):
+        with self._evaluator.at(self._subspace, points, *self.random.of_directions, rows):
             found = self._once()
         if len(found) != self.rows:
             raise ValueError(f"the loss has {len(found)} values for {self.rows} rows; return one for every row.")
         return found.cpu().double()
 
     def _once(self) -> Tensor:
-        if self.generators is not None:
-            self.generators.restore()
+        self.random.restore()
         try:
             found = self._closure.losses_of_rows() if isinstance(self._closure, LossOfRows) else self._closure()
         except NotBatchable as error:

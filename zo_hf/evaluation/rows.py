@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import own_passes
@@ -36,9 +35,8 @@ from zo_hf.evaluation.packed_loss import PackedLoss, packed
 from zo_hf.evaluation.pass_graphs import NotCapturable
 from zo_hf.evaluation.precision import rounding
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
+from zo_hf.evaluation.step_randomness import StepRandomness
 from zo_hf.parallel.ranks import Ranks
-from zo_hf.rng import StreamOf
-from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.subspaces.subspace import Subspace
 
 logger = logging.getLogger(__name__)
@@ -133,26 +131,22 @@ class RowGroups:
         self,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
+        random: StepRandomness,
         weight: float | Tensor,
-        generators: GlobalGenerators | None,
     ) -> Tensor | None:
         """Evaluate one micro-batch, and keep the losses for `gather`.
 
         Args:
             closure: the loss.
             probes: the estimator's probes for one group.
-            stream_of: the stream of each direction of the step.
-            distribution: the distribution of the directions.
+            random: the random numbers of the step.
             weight: factor of the loss.
-            generators: see `ProbeEvaluator.losses`.
 
         Returns:
             The loss of the micro-batch at each of the probes, (probes,); None if the run's loss does not come apart.
         """
         self._batch = len(self._parts)
-        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        losses = self._by_groups_or_together(closure, probes, random)
         if losses is None:
             return None
         assert self.groups_per_batch is not None
@@ -165,10 +159,8 @@ class RowGroups:
         self,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
+        random: StepRandomness,
         weight: float | Tensor,
-        generators: GlobalGenerators | None,
     ) -> Tensor:
         """Return the loss of the micro-batch that `evaluate` has had at more probes of its groups, (probes,).
 
@@ -176,7 +168,7 @@ class RowGroups:
         """
         if not probes:
             return torch.zeros(0, device=self._subspace.device)
-        losses = self._by_groups_or_together(closure, probes, stream_of, distribution, generators)
+        losses = self._by_groups_or_together(closure, probes, random)
         assert losses is not None
         return (losses * weight).sum(1)
 
@@ -184,41 +176,37 @@ class RowGroups:
         self,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> Tensor | None:
         """Return the losses of the groups, (probes, groups), with one group if the batch stays whole.
 
         None means that the run's loss does not come apart.
         """
-        losses = self._apart(closure, probes, stream_of, distribution, generators)
+        losses = self._apart(closure, probes, random)
         if not self.works or losses is not None:
             return losses if self.works else None
         first = self._first_group() * directions_of(probes)
         together = [replace(probe, direction=first + probe.direction) for probe in probes]
-        return self._evaluator.losses(
-            self._subspace, closure, together, stream_of, distribution, len(probes), generators
-        )[:, None]
+        count, generators = len(probes), random.generators
+        losses = self._evaluator.losses(self._subspace, closure, together, *random.of_directions, count, generators)
+        return losses[:, None]
 
     @torch.no_grad()
     def decide(
         self,
         closure: Callable[[], Any],
         probe: Probe,
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> bool:
         """Find out before the first step, in four forward passes, whether the run's loss comes apart by rows.
 
         Args:
             closure: the loss of a batch.
             probe: a point away from the present one.
-            stream_of, distribution, generators: as for `evaluate`.
+            random: the random numbers of the step.
         """
         if self.works is None:
-            self._apart(closure, (probe,), stream_of, distribution, generators)
+            self._apart(closure, (probe,), random)
         return bool(self.works)
 
     def in_step(self, micro_batches: int) -> int:
@@ -249,25 +237,23 @@ class RowGroups:
         self,
         closure: Callable[[], Any],
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> Tensor | None:
         """Return the losses of the groups at each of the probes, (probes, groups); None if the batch stays whole."""
         if self.works is False:
             return None
-        loss = packed(self._with_rows(closure, generators))
+        loss = packed(self._with_rows(closure, random))
         if self.works is None:
             self._expect_sequences(loss)
         if not isinstance(loss, GroupedLoss):
             if self.works is None:
                 self._decide("the loss is neither the model's own nor RowLosses")
             return None
-        losses = self._tried(loss, probes, stream_of, distribution, generators)
+        losses = self._tried(loss, probes, random)
         if losses is None and self.works and isinstance(loss, LossByRows) and self._micro_batches is None:
-            again = self._with_rows(loss.closure, generators, looks=True)
+            again = self._with_rows(loss.closure, random, looks=True)
             if isinstance(again, LossByRows) and again.rows != loss.rows:
-                losses = self._tried(again, probes, stream_of, distribution, generators)
+                losses = self._tried(again, probes, random)
         return losses
 
     def _expect_sequences(self, loss: Any) -> None:
@@ -278,7 +264,7 @@ class RowGroups:
             self._packs = True
             self.expect(most, self._micro_batches)
 
-    def _with_rows(self, closure: Any, generators: GlobalGenerators | None, looks: bool = False) -> Callable[[], Any]:
+    def _with_rows(self, closure: Any, random: StepRandomness, looks: bool = False) -> Callable[[], Any]:
         """Return a closure of `RowLosses` as a loss that comes apart, and any other closure as it is.
 
         One evaluation shows which it is, and the number of rows. A caller that knows its batches, see `expect`, says so
@@ -286,7 +272,7 @@ class RowGroups:
 
         Args:
             closure: the loss.
-            generators: see `evaluate`.
+            random: the random numbers of the step.
             looks: True if the rows may be others than before.
         """
         if isinstance(closure, GroupedLoss) or self._micro_batches is not None:
@@ -295,15 +281,14 @@ class RowGroups:
             loss = closure()
             self._evaluator.forward_passes += 1
             self._rows = len(loss) if isinstance(loss, RowLosses) else None
-            if generators is not None:
-                generators.restore()
+            random.restore()
         return closure if self._rows is None else LossByRows(closure, self._rows)
 
-    def _tried(self, closure: GroupedLoss, *how: Any) -> Tensor | None:
+    def _tried(self, closure: GroupedLoss, probes: Sequence[Probe], random: StepRandomness) -> Tensor | None:
         """Return what `_by_groups` returns, or None if the batch does not come apart."""
         before = self._evaluator.forward_passes
         try:
-            return self._by_groups(closure, *how)
+            return self._by_groups(closure, probes, random)
         except NotCapturable:
             raise
         except Exception as error:  # another kind of batch, or out of memory
@@ -321,9 +306,7 @@ class RowGroups:
         self,
         closure: GroupedLoss,
         probes: Sequence[Probe],
-        stream_of: StreamOf,
-        distribution: Distribution,
-        generators: GlobalGenerators | None,
+        random: StepRandomness,
     ) -> Tensor:
         """Return the losses of the groups at each of the probes, (probes, groups); the first batch decides `works`."""
         if self.groups_per_batch is None:
@@ -332,8 +315,8 @@ class RowGroups:
         equal = not isinstance(closure, PackedLoss)
         groups = _divisor(closure.rows, self._rows_per_direction, self.groups_per_batch, equal)
         self._rows_per_group = closure.rows / groups
-        evaluator, drawn = self._evaluator, (stream_of, distribution, generators)
-        passes = GroupPasses(evaluator, self._subspace, closure, probes, groups, self._first_group(), *drawn)
+        evaluator = self._evaluator
+        passes = GroupPasses(evaluator, self._subspace, closure, probes, groups, self._first_group(), random)
         if self.works is None and evaluator.batched and passes.why_not_batchable is not None:
             raise NotBatchable(passes.why_not_batchable)
         own, whole = own_passes(probes), None

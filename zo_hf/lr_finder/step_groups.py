@@ -14,7 +14,6 @@ from torch import Tensor
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
 from zo_hf.rng import Stream
-from zo_hf.rng.global_generators import GlobalGenerators
 
 #: The micro-batches of a step: for each, a function that evaluates its loss, and its weight in the step's loss.
 Batch = Sequence[tuple[Callable[[], Any], float | Tensor]]
@@ -34,10 +33,9 @@ def groups_of_step(zo: ZerothOrder, batch: Batch) -> int:
     if groups is None:
         return 1
     closure, _ = batch[0]
-    probe, generators = zo.estimator.probes()[-1], _begin(zo)
-    works = groups.decide(closure, probe, lambda i: Stream(zo.seed, -1, i), zo.distribution, generators)
-    if generators is not None:
-        generators.restore()
+    random = zo.begin(lambda i: Stream(zo.seed, -1, i))
+    works = groups.decide(closure, zo.estimator.probes()[-1], random)
+    random.restore()
     return groups.in_step(len(batch)) if works else 1
 
 
@@ -55,20 +53,13 @@ def shares_at(zo: ZerothOrder, batch: Batch, stream: Stream, scales: Sequence[fl
     """
     groups, probes = zo.row_groups, [Probe(0, scale) for scale in scales]
     assert groups is not None
-    generators = _begin(zo)
+    random = zo.begin(lambda i: stream)
     # The first step makes the choice that batched_probes="auto" stands for, not this evaluation.
     batched, zo.evaluator.batched = zo.evaluator.batched, False
     try:
         for closure, weight in batch:
-            groups.evaluate(closure, probes, lambda i: stream, zo.distribution, weight, generators)
+            groups.evaluate(closure, probes, random, weight)
     finally:
         zo.evaluator.batched = batched
-    if generators is not None:
-        generators.restore()
+    random.restore()
     return groups.gather()
-
-
-def _begin(zo: ZerothOrder) -> GlobalGenerators | None:
-    """Prepare the distribution, and return the state of the global generators if all probes begin with it."""
-    zo.distribution.begin()
-    return GlobalGenerators.now(zo.subspace.device) if zo.settings.common_random_numbers else None

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, Distribution
@@ -371,22 +370,6 @@ class Folded(Subspace):
     def _rows(self, site: Site, start: int, stop: int) -> Tensor:
         """Return rows start to stop - 1 of f(ξ) for a quantized weight, float32 (stop - start, n)."""
         raise NotImplementedError
-
-
-def decay_of_step(coordinates: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, float]:
-    """Return the factors by which an optimizer's last step decayed coordinates, by name, where they are not 1.
-
-    The next fold applies them to the weights as well.
-    """
-    names = {id(coordinate): name for name, coordinate in coordinates.items()}
-    return {
-        names[id(parameter)]: 1.0 - float(group["lr"]) * group["weight_decay"]
-        for group in optimizer.param_groups
-        if float(group["lr"]) * group.get("weight_decay", 0.0) != 0.0
-        for parameter in group["params"]
-        if parameter.grad
-        is not None  # else a skipped step, in which the optimizer did not decay the coordinate either
-    }
 
 
 def _put_present_weights(
