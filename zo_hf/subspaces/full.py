@@ -27,7 +27,7 @@ from zo_hf.method_info import Method
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform, stochastic_round
 from zo_hf.rng.stream import tensor_key
-from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.functional import HALF, forward_of
 from zo_hf.subspaces.per_group import functional_call_per_group
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
 from zo_hf.subspaces.subspace import Subspace, first_input, require_equal_parts
@@ -79,9 +79,9 @@ class Full(Subspace):
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
         weight = None if self.probes[0].derivative else holders.get("weight")
-        if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if weight is not None and isinstance(module, nn.Linear) and forward_of(module) is nn.Linear.forward:
             return self._linear(module, weight, holders.get("bias"), first_input(args, kwargs))
-        if weight is not None and type(module).forward is nn.Embedding.forward:
+        if weight is not None and forward_of(module) is nn.Embedding.forward:
             ids = first_input(args, kwargs)
             return self._lookup(weight, original(*args, **kwargs), ids)
 

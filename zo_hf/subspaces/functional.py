@@ -18,6 +18,7 @@ an exception or an interrupt in the middle of a forward leaves nothing to restor
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,53 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
+_METHOD = "_zo_method"
+MEMBERS = "_named_members"
 _READ_ALL = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
 
 class Entry(functools.partial):
     """The callable that a subspace puts in front of the forward of a module."""
+
+
+class Members(functools.partial):
+    """The callable that a subspace puts in front of a module's `_named_members`; its last argument is the module."""
+
+
+def forward_key(module: nn.Module) -> str:
+    """Return the attribute of an instance that holds its own forward: accelerate's hook calls `_old_forward`."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def forward_of(module: nn.Module) -> Callable:
+    """Return the function that computes a module's output, to be called with the module or a stand-in for it."""
+    return module.__dict__.get(_METHOD) or type(module).forward
+
+
+def note_method(module: nn.Module) -> bool:
+    """Keep the method that somebody has put in place of the forward of this instance, for `forward_of`.
+
+    Returns:
+        False if it has a forward that is no method of it, such as a closure over the module.
+    """
+    own = module.__dict__.get(forward_key(module))
+    if isinstance(own, Entry):
+        return True
+    forget_method(module)
+    if own is None:
+        return True
+    if not inspect.ismethod(own) or own.__self__ is not module:
+        return False
+    # Liger's norms compute what their classes do, but take one set of parameters.
+    is_ligers = own.__func__.__module__.startswith("liger_kernel.")
+    if own.__func__ is not type(module).forward and not is_ligers:
+        module.__dict__[_METHOD] = own.__func__
+    return True
+
+
+def forget_method(module: nn.Module) -> None:
+    """Undo `note_method`."""
+    module.__dict__.pop(_METHOD, None)
 
 
 def held(module: nn.Module, path: str) -> Tensor | None:
@@ -63,7 +106,7 @@ def functional_call(
         parameters = dict(others) | dict(parameters)
         parameters = {path: None if t is None else to_float(t) for path, t in parameters.items()}
         args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
-    output = type(module).forward(with_parameters(module, parameters), *args, **kwargs)
+    output = forward_of(module)(with_parameters(module, parameters), *args, **kwargs)
     return map_tensors(output, lambda t: t.to(half) if t.dtype == torch.float32 else t) if half is not None else output
 
 
@@ -93,6 +136,9 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
         else:
             own[first] = tensor
     stand_in.__dict__["_parameters"] = {**module._parameters, **own}
+    members = module.__dict__.get(MEMBERS)
+    if isinstance(members, Members):
+        stand_in.__dict__[MEMBERS] = Members(members.func, *members.args[:-1], stand_in)
     if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
         stand_in.__dict__["_flat_weights"] = [stand_in._parameters[name] for name in module._flat_weights_names]
     if inside:
@@ -125,7 +171,7 @@ def _hooked_forward(hook: Any, stand_in: nn.Module, *args: Any, **kwargs: Any) -
 
 def reads_all_parameters(module: nn.Module) -> bool:
     """Return True if the module's forward reads each of its parameters, without looking them up by name each time."""
-    return isinstance(module, nn.RNNBase) or type(module).forward in _READ_ALL
+    return isinstance(module, nn.RNNBase) or forward_of(module) in _READ_ALL
 
 
 def to_float(tensor: Tensor) -> Tensor:

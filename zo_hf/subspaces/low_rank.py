@@ -33,8 +33,9 @@ from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.blocks import CoordinateBlock
 from zo_hf.subspaces.factors import Factors, width_of
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS, Folded
-from zo_hf.subspaces.functional import HALF, held
+from zo_hf.subspaces.functional import HALF, forward_of, held
 from zo_hf.subspaces.input_scales import measure_scales
+from zo_hf.subspaces.lookups import only_looks_up, writable
 from zo_hf.subspaces.lora import (
     BaseWarning,
     check_expressible,
@@ -312,10 +313,9 @@ class LowRank(Folded):
             if plain is not None:
                 return self._move_linear(*plain, x, weight, bias)
             return self._correct_linear(original(*args, **kwargs), x, weight, bias)
-        if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
-            output = original(*args, **kwargs)
-            if isinstance(output, Tensor):  # ProphetNet's also returns the positions that it has looked up
-                return self._correct_lookup(module, weight, output, args, kwargs)
+        if weight is not None and weight.name in self.factored and only_looks_up(module, args, kwargs):
+            output = writable(module, original(*args, **kwargs))
+            return self._correct_lookup(module, weight, output, args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}
@@ -339,7 +339,7 @@ class LowRank(Folded):
         return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
 
     def _is_linear(self, module: nn.Module) -> bool:
-        return type(module).forward in _LINEAR or module in self.quantized
+        return forward_of(module) in _LINEAR or module in self.quantized
 
     def _is_corrected(self, module: nn.Module) -> bool:
         weight = self._holders[module].get("weight")
@@ -413,7 +413,7 @@ class LowRank(Folded):
         return factors if bias is None or factors.bias_of.get(weight.name) == bias.name else None
 
     def _correct_lookup(
-        self, module: nn.Embedding, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
+        self, module: nn.Module, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
     ) -> Tensor:
         """Add lookup(B) · Vᵀ to the output, (..., n).
 

@@ -23,7 +23,15 @@ from transformers.cache_utils import Cache
 from zo_hf import kernels
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.rng import draw
-from zo_hf.subspaces.functional import HALF, Entry, functional_call, map_tensors, upcast_from, with_parameters
+from zo_hf.subspaces.functional import (
+    HALF,
+    Entry,
+    forward_of,
+    functional_call,
+    map_tensors,
+    upcast_from,
+    with_parameters,
+)
 
 #: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
 _BROADCASTS: dict[tuple[Callable, int], bool] = {}
@@ -82,7 +90,7 @@ def functional_call_per_group(
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups
     if stacked is not None and not shared and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        if type(module).forward is nn.Linear.forward:
+        if forward_of(module) is nn.Linear.forward:
             every = stacked()
             if all(value.dtype == args[0].dtype for value in every.values()):
                 return _linear(module, every, args[0])
@@ -132,7 +140,7 @@ def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwar
         (groups · size, ..., n)
     """
     groups = len(weights)
-    if type(module).forward is not nn.Embedding.forward or kwargs or len(args) != 1 or groups == 1:
+    if forward_of(module) is not nn.Embedding.forward or kwargs or len(args) != 1 or groups == 1:
         return None
     ids = args[0]
     if (
@@ -176,7 +184,7 @@ def _may_broadcast(module: nn.Module, x: Tensor) -> bool:
     """Return True for a norm or a module like it: code of torch or transformers, without children."""
     if next(module.children(), None) is not None or x.ndim < 2 or not x.is_floating_point():
         return False
-    forward = type(module).forward
+    forward = forward_of(module)
     return forward in _NEEDS_SHAPE or forward.__module__.startswith("transformers.")
 
 
@@ -195,13 +203,13 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     groups = len(next(iter(parameters.values())))
     parts = x.reshape(groups, -1, *x.shape[1:])
     own = {name: value.reshape(groups, *[1] * (x.ndim - 1), -1) for name, value in parameters.items()}
-    if type(module).forward not in _NEEDS_SHAPE:
+    if forward_of(module) not in _NEEDS_SHAPE:
         return functional_call(module, own, (parts,), {}).reshape(x.shape)
     # These two check the shape of their parameters, so the parameters come after them.
     half = upcast_from(module, own)
     stand_in: Any = with_parameters(module, own)
     parts = parts if half is None else parts.float()
-    if type(module).forward is nn.RMSNorm.forward:
+    if forward_of(module) is nn.RMSNorm.forward:
         normal = nn.functional.rms_norm(parts, stand_in.normalized_shape, None, stand_in.eps)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
@@ -228,7 +236,7 @@ def _by_kernel(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     Returns:
         None if there is no kernel for it.
     """
-    if type(module).forward not in _NEEDS_SHAPE or torch.compiler.is_compiling():
+    if forward_of(module) not in _NEEDS_SHAPE or torch.compiler.is_compiling():
         return None
     names = {name for name, value in module._parameters.items() if value is not None}
     if "weight" not in names or names != parameters.keys():
@@ -246,7 +254,7 @@ def _by_kernel(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     bias = norm.bias if "bias" in names else None
     # torch takes ε from the dtype in which it computes.
     eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-    rows, centers = x.reshape(-1, x.shape[-1]).contiguous(), type(module).forward is nn.LayerNorm.forward
+    rows, centers = x.reshape(-1, x.shape[-1]).contiguous(), forward_of(module) is nn.LayerNorm.forward
     return moved_norm(rows, norm.weight, bias, eps, centers).view(x.shape)
 
 
@@ -274,7 +282,7 @@ def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
         parameters: those of any number of groups, (..., d), by name.
         x: the input, (..., d).
     """
-    key = type(module).forward, x.ndim
+    key = forward_of(module), x.ndim
     if key not in _BROADCASTS:
         has_values = not (x.is_meta or isinstance(x, FakeTensor))  # a plan has none, and decides nothing for a run
         if torch.compiler.is_compiling() or not has_values:

@@ -21,7 +21,7 @@ from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import TILE, draw_uniform, stochastic_round
 from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
-from zo_hf.subspaces.functional import HALF, Entry, reads_all_parameters
+from zo_hf.subspaces.functional import HALF, Entry, forget_method, forward_key, note_method, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.per_group import compare_ahead
 from zo_hf.subspaces.reads import ReadWatch, must_read
@@ -147,7 +147,8 @@ class Subspace:
         """Enter the forward of each module that has a moving parameter, and of each that rounds its input."""
         for module in self._entered():
             # accelerate's hook moves the inputs to the device of a dispatched module, and then calls `_old_forward`.
-            key = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+            note_method(module)
+            key = forward_key(module)
             previous = module.__dict__.get(key)
             # A partial, not a closure, so that a deep copy of the model gets entries that refer to the copy.
             module.__dict__[key] = Entry(_entered_forward, self, module, previous)
@@ -166,6 +167,7 @@ class Subspace:
         self.reads.end()
         position_bias.leave(self._with_bias)
         for module in self._entered():
+            forget_method(module)
             for key in ("_old_forward", "forward"):
                 entry = module.__dict__.get(key)
                 if isinstance(entry, Entry):

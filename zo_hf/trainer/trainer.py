@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,7 @@ class ZOTrainer(SavingTrainer):
                 "passes; call train(), or compute_loss for a loss alone."
             )
         self._root_mode.enter(model, self.model)
+        self.zo.subspace.reads.list_moved(model)
         labels = labels_on_host(inputs)
         inputs = self._prepare_inputs(inputs)
         micro_batches = self.current_gradient_accumulation_steps
@@ -446,6 +448,11 @@ class ZOTrainer(SavingTrainer):
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, as `Trainer.prediction_step` does."""
+        with nullcontext() if self.zo is None else self.zo.subspace.reads.evaluating():
+            return super().prediction_step(*args, **kwargs)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.

@@ -39,7 +39,7 @@ def forward_only(trainer: type[Trainer], config: type[TrainingArguments]) -> tup
 
 def _prepared(trainer: type[Trainer]) -> type[Trainer]:
     kind = next((name for name in kinds_of(trainer) if name in REFUSED), None)
-    return _by_rows(trainer) if kind is None else _refusing(trainer, kind)
+    return _by_rows(trainer) if kind is None else _refusing(trainer, kind)  # type: ignore[arg-type]
 
 
 @functools.cache
