@@ -367,7 +367,7 @@ class LowRank(Folded):
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
         x_rows, merged = x.reshape(rows, -1).to(output.dtype), self._merged(weight, bias)
         if self.packing is None:
-            require_equal_parts(x, groups)
+            require_equal_parts(x, groups, self.rows_per_probe)
             if merged is not None and weight is not None:
                 basis = self._wide_bases[weight.name].to(output.dtype)
                 if merged.add_product(output.view(rows, -1), x_rows, weight.name, basis, bias is not None):
@@ -425,7 +425,7 @@ class LowRank(Folded):
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
 
-        thin = looked_up_per_group(module, factors, args, kwargs)
+        thin = looked_up_per_group(module, factors, self.rows_per_probe, args, kwargs)
         if thin is None:
             thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
         basis = self.basis(weight.name) if merged is None else self._wide_bases[weight.name]

@@ -82,11 +82,12 @@ def functional_call_per_group(
     first = next((t for t in inputs if t.shape[0] != 1), inputs[0])
     total = first.shape[0]
     shared = total == 1
-    if isinstance(module, nn.Embedding) and first.ndim == 1 and total not in (1, groups * rows):
-        raise NotBatchable(f"{type(module).__name__} looks up {total} positions that belong to no row")
+    looks_up = isinstance(module, nn.Embedding)
+    if looks_up:
+        require_ids_of_rows(first, groups, rows)
     # An embedding of positions may get the positions of one row beside the ids of all rows.
-    dimensions = min(first.ndim, 2) if isinstance(module, nn.Embedding) else 1
-    if not shared and total % groups:
+    dimensions = min(first.ndim, 2) if looks_up else 1
+    if not (shared or looks_up or is_of_rows(total, groups, rows)):
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups
     if stacked is not None and not shared and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
@@ -127,12 +128,61 @@ def functional_call_per_group(
     return _concatenate(outputs)
 
 
-def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwargs: Mapping) -> Tensor | None:
+def is_of_rows(leading: int, groups: int, rows: int) -> bool:
+    """Return whether a first dimension may be that of the batch, or a multiple of it, as that of all tokens is.
+
+    Others are lengths, which may still be a multiple of the number of groups.
+
+    Args:
+        leading: size of the first dimension.
+        groups: number of groups.
+        rows: rows of the batch in each group.
+    """
+    return leading % (groups * max(1, rows)) == 0
+
+
+def require_ids_of_rows(ids: Tensor, groups: int, rows: int) -> None:
+    """Refuse ids without a dimension of rows, such as the distances of all positions, (length, length).
+
+    Args:
+        ids: (rows of the batch, ...), (1, ...) for all rows, or (groups, length, length) for a table of position biases.
+        groups: number of groups.
+        rows: rows of the batch in each group.
+
+    Raises:
+        NotBatchable: they have another first dimension.
+    """
+    leading, is_table = len(ids), ids.ndim == 3 and len(ids) == groups
+    of_rows = leading == groups * rows if ids.ndim == 1 else is_of_rows(leading, groups, rows)
+    of_rows = of_rows and not _are_positions(ids)
+    if leading != 1 and not is_table and not of_rows:
+        raise NotBatchable(f"an embedding looks up {leading} positions that belong to no row")
+
+
+def _are_positions(ids: Tensor) -> bool:
+    """Return whether ids count on, (length,), or are those of the distance of two positions, (length, length).
+
+    A batch may have as many rows. Then its ids of tokens would hardly do either.
+    """
+    is_square = ids.ndim == 2 and ids.shape[0] == ids.shape[1]
+    if len(ids) == 1 or not (ids.ndim == 1 or is_square):
+        return False
+    if ids.is_meta or isinstance(ids, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    if ids.ndim == 1:
+        return bool((ids.diff() == 1).all())
+    return bool((ids[1:, 1:] == ids[:-1, :-1]).all()) and bool((ids != ids[0, 0]).any())
+
+
+def looked_up_per_group(
+    module: nn.Module, weights: Tensor, rows: int, args: Sequence, kwargs: Mapping
+) -> Tensor | None:
     """Look ids up in the weight of their group, in one call; None where a lookup is more than that.
 
     Args:
         module: an embedding.
-        weights: the weight of every group, (groups, rows, n).
+        weights: the weight of every group, (groups, ids, n).
+        rows: rows of the batch in each group.
         args: the ids of all groups in order, int64 (groups · size, ...).
         kwargs: inputs by keyword.
 
@@ -145,8 +195,9 @@ def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwar
     ids = args[0]
     if (
         ids.ndim < 2
+        or _are_positions(ids)
         or ids.shape[0] == 1
-        or ids.shape[0] % groups
+        or not (is_of_rows(ids.shape[0], groups, rows) or (ids.ndim == 3 and ids.shape[0] == groups))
         or forward_ad.unpack_dual(weights).tangent is not None
     ):
         return None

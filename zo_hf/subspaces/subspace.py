@@ -23,7 +23,7 @@ from zo_hf.subspaces import position_bias
 from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.functional import HALF, Entry, forget_method, forward_key, note_method, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
-from zo_hf.subspaces.per_group import compare_ahead
+from zo_hf.subspaces.per_group import compare_ahead, is_of_rows
 from zo_hf.subspaces.reads import ReadWatch, must_read
 from zo_hf.subspaces.sites import Pattern, Site, find_sites, is_decayed
 
@@ -428,18 +428,19 @@ def first_input(args: Sequence, kwargs: Mapping) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def require_equal_parts(x: Tensor, groups: int) -> None:
+def require_equal_parts(x: Tensor, groups: int, rows: int) -> None:
     """Refuse an input of a linear layer if its batch cannot be divided into one equal part per probe.
 
     Args:
         x: the input, (batch, ..., n) or (n,).
         groups: number of probes.
+        rows: rows of the batch for each probe.
 
     Raises:
-        NotBatchable: the size of the batch is not a multiple of `groups`.
+        NotBatchable: the first dimension is not that of the batch, or a multiple of it.
     """
     leading = x.shape[0] if x.ndim > 1 else 1
-    if leading % groups:
+    if groups > 1 and not is_of_rows(leading, groups, rows):
         raise NotBatchable(f"a linear layer sees {leading} rows, which {groups} probes cannot share equally")
 
 
