@@ -318,7 +318,7 @@ def test_a_head_that_the_loss_reads_goes_one_probe_at_a_time() -> None:
     expected = inside.estimate(lambda: inside.model(**batch).loss)
     assert estimate.projected_gradients == pytest.approx(expected.projected_gradients, rel=1e-3)
     probes = zo.estimator.probes()
-    at_all = zo.subspace.at(probes, zo._stream, zo.distribution, rows=4)
+    at_all = zo.subspace.at(probes, zo._stream, zo.distribution, rows=2)
     with pytest.raises(NotBatchable, match=r"lm_head\.weight is read outside"), at_all, torch.no_grad():
         hidden(dict(batch))
 

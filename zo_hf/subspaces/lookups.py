@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from zo_hf.subspaces.functional import HALF, forward_of, functional_call
 
 _WIDTH = 3
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_GIVES_VIEWS: WeakSet[nn.Module] = WeakSet()
 
 
 def only_looks_up(module: nn.Module, args: Sequence, kwargs: Mapping) -> bool:
@@ -47,8 +48,8 @@ def only_looks_up(module: nn.Module, args: Sequence, kwargs: Mapping) -> bool:
 
 
 def writable(module: nn.Module, output: Tensor) -> Tensor:
-    """Return the output of a lookup, or a copy where its class may return what it keeps, such as a view of its weight."""
-    return output if forward_of(module) is nn.Embedding.forward else output.clone()
+    """Return the output of a lookup, or a copy where the module returns a view of its weight."""
+    return output.clone() if module in _GIVES_VIEWS else output
 
 
 def _keeps_products(module: nn.Embedding, weight: Tensor, args: Sequence, kwargs: Mapping) -> bool:
@@ -56,7 +57,11 @@ def _keeps_products(module: nn.Embedding, weight: Tensor, args: Sequence, kwargs
     left, right = (torch.randn(n, _WIDTH, generator=generator, dtype=torch.float64) for n in (len(weight), _WIDTH))
 
     def looked_up(value: Tensor) -> Any:
-        return functional_call(module, {"weight": value.to(weight.device, weight.dtype)}, args, kwargs)
+        value = value.to(weight.device, weight.dtype)
+        output = functional_call(module, {"weight": value}, args, kwargs)
+        if isinstance(output, Tensor) and output.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
+            _GIVES_VIEWS.add(module)
+        return output
 
     try:
         whole, part = looked_up(left @ right), looked_up(left)

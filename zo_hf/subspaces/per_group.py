@@ -169,9 +169,18 @@ def _are_positions(ids: Tensor) -> bool:
         return False
     if ids.is_meta or isinstance(ids, FakeTensor) or torch.compiler.is_compiling():
         return False
+    if _is_captured():  # a launched pass over the same ids has come before
+        return False
     if ids.ndim == 1:
         return bool((ids.diff() == 1).all())
     return bool((ids[1:, 1:] == ids[:-1, :-1]).all()) and bool((ids != ids[0, 0]).any())
+
+
+def _is_captured() -> bool:
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # torch without CUDA
+        return False
 
 
 def looked_up_per_group(

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map
 
 from zo_hf.estimators.probe import NotBatchable, Probe
@@ -102,8 +103,9 @@ class ModuleReads:
         """Return a stand-in for the parameter that moves it when an operation needs its values."""
         made = raw.detach().as_subclass(Unresolved)
         made.reads, made.attribute, made.raw = self, attribute, raw
-        with torch._C.DisableTorchFunctionSubclass():
-            made.requires_grad_(raw.requires_grad)
+        if raw.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:  # vmap refuses it
+            with torch._C.DisableTorchFunctionSubclass():
+                made.requires_grad_()
         made._is_param = True  # for isinstance(..., nn.Parameter)
         return made
 
@@ -218,6 +220,8 @@ class ReadWatch:
         Between losses, it has the parameter itself, which optimizers and callbacks write.
         """
         is_read = bool(self.subspace.probes or self.running or self._evaluates) and self.subspace.is_moved
+        if isinstance(parameter, FakeTensor):  # a plan, which has no values
+            return parameter
         record = self._listed.get(parameter) if is_read and not torch.compiler.is_compiling() else None
         return parameter if record is None or is_sharded(parameter) else record[0].unresolved(record[1], parameter)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -451,7 +450,10 @@ class ZOTrainer(SavingTrainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch, as `Trainer.prediction_step` does."""
-        with nullcontext() if self.zo is None else self.zo.subspace.reads.evaluating():
+        if self.zo is None:
+            return super().prediction_step(*args, **kwargs)
+        subspace = self.zo.subspace
+        with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace.model):
             return super().prediction_step(*args, **kwargs)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
