@@ -243,6 +243,27 @@ def test_a_penalty_on_listed_parameters_is_a_part_of_the_loss(
     assert all(type(p) is nn.Parameter for p in model.parameters())
 
 
+def test_a_loss_that_switches_parameters_off_and_on_changes_the_parameters_themselves() -> None:
+    """As PEFT does to evaluate a model without its adapter; no values are read."""
+    model, loss = made(CallsAKernel)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    seen = []
+
+    def switching() -> Tensor:
+        model.body.requires_grad_(False)
+        seen.append([p.requires_grad for p in model._modules["body"]._parameters.values()])  # type: ignore[union-attr]
+        seen.append([p.requires_grad for p in model.body.parameters()])
+        for p in model.body.parameters():
+            p.requires_grad = True
+        model.zero_grad()
+        return loss()
+
+    zo.estimate(switching)
+    assert seen == 4 * [[False, False]]
+    assert all(p.requires_grad for p in model.parameters())
+    assert {name for _, name in zo.subspace.reads.elsewhere} == {"weight"}  # the head's, which the kernel reads
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_evaluation_between_folds_sees_the_factors(kind: type[nn.Module]) -> None:
     model, loss = made(kind)

@@ -47,6 +47,9 @@ _METADATA |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tens
 _METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed}
 
 
+_SETTERS = {Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.grad.__set__}
+
+
 class Movable(Protocol):
     """The part of a subspace that reads need; see `Subspace`."""
 
@@ -134,7 +137,9 @@ class Unresolved(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Sequence = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _METADATA:
+        if function in _SETTERS:  # of the parameter itself, such as an adapter that is switched off for a while
+            function(args[0].raw, *args[1:], **kwargs)
+        if function in _METADATA or function in _SETTERS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         args, kwargs = tree_map(_resolved, (tuple(args), kwargs))
