@@ -47,7 +47,7 @@ _METADATA |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tens
 _METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed}
 
 
-_SETTERS = {Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.grad.__set__}
+_SETTERS = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad"))}
 
 
 class Movable(Protocol):
