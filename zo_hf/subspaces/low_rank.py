@@ -350,7 +350,7 @@ class LowRank(Folded):
     ) -> Tensor:
         """Return the output of a plain layer, (..., m); matrix: (n, m); vector: (m,); x: (..., n)."""
         groups = max(1, len(self.probes))
-        require_equal_parts(x, groups)
+        require_equal_parts(x, groups, self.rows_per_probe)
         rows = x.reshape(-1, x.shape[-1])
         if bias is not None and vector is not None:
             vector = vector + self._coordinate_blocks.at_point(bias.name)

@@ -11,8 +11,8 @@ Such a read must give the moved tensor. `ReadWatch` therefore makes the paramete
 own parametrizations do: the module gets a subclass of its class, and its table of parameters stays as it is. Most
 modules get their class back after the first step, when all of their parameters have been read in their own forward.
 
-A list of parameters is read through `Members`. Code often reads only a parameter's dtype, device or shape. Until a first operation on the values tells the difference,
-a read outside gives an `Unresolved` tensor.
+A list of parameters is read through `Members`. Code often reads only a parameter's dtype, device or shape. Until a first
+operation on the values tells the difference, a read outside gives an `Unresolved` tensor.
 """
 
 from __future__ import annotations
