@@ -75,7 +75,7 @@ class KeptBuffers:
             )
 
     def _before(self, module: nn.Module, name: str, tensor: Tensor | None) -> _Before:
-        if tensor is None or tensor.is_inference():
+        if tensor is None or tensor.is_meta or tensor.is_inference():
             return _Before(module, name, tensor, 0, None)
         is_copied = (module, name) in self._written if self._has_run else tensor.numel() <= MOST_ELEMENTS
         return _Before(module, name, tensor, tensor._version, tensor.clone() if is_copied else None)
@@ -84,7 +84,10 @@ class KeptBuffers:
     def _restore(self, before: _Before) -> bool:
         """Restore a buffer; return False if it has been written and there is no copy."""
         module, name, tensor = before.module, before.name, before.tensor
-        if module._buffers.get(name) is not tensor:
+        now = module._buffers.get(name)
+        if any(value is not None and value.is_meta for value in (now, tensor)):
+            return True  # offloaded: the forward has written a copy, which is gone
+        if now is not tensor:
             module._buffers[name] = tensor
         if tensor is None or tensor.is_inference():
             return True
