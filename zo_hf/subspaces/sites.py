@@ -112,7 +112,9 @@ def find_sites(
                 layers[id(parameter)] = quantized[module]
             elif not parameter.requires_grad or not parameter.is_floating_point() or id(parameter) in coded:
                 continue
-            if not parameter.numel() or (allowed is not None and id(parameter) not in allowed):
+            if allowed is not None and id(parameter) not in allowed:
+                continue
+            if not parameter.numel() and module not in quantized:  # whose stand-in for a weight is empty
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
             key = next((k for k, (_, p) in first.items() if _is_transposed_view(parameter, p)), id(parameter))
