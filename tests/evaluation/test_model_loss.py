@@ -114,6 +114,41 @@ def test_a_term_that_is_0_at_first_is_noticed_when_it_comes() -> None:
         assert losses().item() == pytest.approx(model(**causal_batch()).loss.item(), rel=1e-6)
 
 
+class WarmsUpForCausalLM(OPTForCausalLM):
+    """Adds a term to its loss function after the first evaluations."""
+
+    strength = 0.0
+
+    @property
+    def loss_function(self) -> Any:
+        return lambda logits, *args, **kwargs: (
+            super(WarmsUpForCausalLM, self).loss_function(logits, *args, **kwargs)
+            + self.strength * logits.square().mean()
+        )
+
+
+def assigned() -> nn.Module:
+    """The same function on an instance of a class of transformers."""
+    model: Any = seeded(tiny_opt)
+    plain, model.strength = model.loss_function, 0.0
+    model.loss_function = lambda logits, *args, **kwargs: (
+        plain(logits, *args, **kwargs) + model.strength * logits.square().mean()
+    )
+    return model
+
+
+@pytest.mark.parametrize("build", [lambda: seeded(lambda: WarmsUpForCausalLM(tiny_opt().config)), assigned])
+def test_a_loss_function_of_ones_own_is_compared_in_every_batch(build: Any) -> None:
+    model = build()
+    losses = loss_of(model, causal_batch(), LossChecks())
+    with torch.no_grad():
+        assert losses.batched(2)[0].item() == pytest.approx(losses().item(), rel=1e-5)
+        model.strength = 1.0
+        with pytest.raises(NotBatchable, match="terms of its own"):
+            losses.batched(2)
+        assert losses().item() == pytest.approx(model(**causal_batch()).loss.item(), rel=1e-6)
+
+
 def loss_of(model: PreTrainedModel, batch: dict[str, Tensor], checks: LossChecks | None = None) -> ModelLoss:
     return ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks)
 

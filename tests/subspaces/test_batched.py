@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -287,6 +288,38 @@ def test_a_linear_layer_without_the_batch_in_front_is_not_batched(subspace: str)
     with pytest.raises(
         NotBatchable, match=rf"^{TRUE_CANNOT}: a linear layer sees 1 rows, which 2 probes cannot share equally; use"
     ):
+        ZerothOrder(model, subspace, batched_probes=True).estimate(loss)
+
+
+class AddsDistances(nn.Module):
+    """A layer with a table of distances between positions, as MPNet and many music and speech models have."""
+
+    def __init__(self, layer: nn.Module, ids_of: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.table, self.layer, self.ids_of = nn.Embedding(64, 32), layer, ids_of
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        looked_up = self.table(self.ids_of(x.shape[1]))
+        return self.layer(x, *args, **kwargs) + looked_up.flatten(0, -2).mean(0)
+
+
+DISTANCES = {
+    "square": lambda length: (torch.arange(length)[:, None] - torch.arange(length)).abs(),
+    "longer than the batch": lambda length: torch.arange(2 * length - 2)[:, None] + torch.arange(length),
+    "positions": torch.arange,
+}
+
+
+@pytest.mark.parametrize("length", [LENGTH, 8, 16])
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("subspace", ["low_rank", "core", "full"])
+def test_a_lookup_without_the_batch_in_front_is_not_batched(subspace: str, name: str, length: int) -> None:
+    """The lengths can be divided by two probes, and some by their rows, too."""
+    model = seeded(tiny_llama)
+    model.model.layers[0].mlp = AddsDistances(model.model.layers[0].mlp, DISTANCES[name])
+    batch = {key: value[:4, :1].expand(4, length).contiguous() for key, value in batch_for(model).items()}
+    loss = own_loss(model, batch)
+    with pytest.raises(NotBatchable, match=rf"^{TRUE_CANNOT}: an embedding looks up \d+ positions that belong to no"):
         ZerothOrder(model, subspace, batched_probes=True).estimate(loss)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,7 +98,81 @@ class CallsAKernel(nn.Module):
         return Multiplies.apply(self.body(x), self.head.weight)
 
 
-MODELS = [ReadsDirectly, Attends, Encodes, Recurs, Normed, CallsAKernel]
+class Unit(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * F.normalize(super().forward(ids), dim=-1)
+
+
+class Shifted(nn.Embedding):
+    """Adds numbers of its own to what it looks up."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+
+class RunningSum(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).cumsum(-1)
+
+
+class Positions(nn.Embedding):
+    """Returns a view of its weight, as tables of positions do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[: len(ids)]
+
+
+class LooksUp(nn.Module):
+    """An embedding whose forward does more than look up."""
+
+    kind = nn.Embedding
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = self.kind(32, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (10 * x.abs().sum(-1)).long() % 32
+        return self.out(torch.tanh(self.table(ids)))
+
+
+LOOKUPS = [
+    type(f"LooksUp{kind.__name__}", (LooksUp,), {"kind": kind}) for kind in (Unit, Shifted, RunningSum, Positions)
+]
+
+
+class Patched(nn.Module):
+    """Has layers whose forward somebody has replaced, each in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.out = nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+        layer, out = self.layer, self.out
+
+        def cubed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+            return (x * norm.weight) ** 3 + norm.bias
+
+        layer.forward = lambda x: 3 * torch.relu(F.linear(x, layer.weight, layer.bias))  # type: ignore[method-assign]
+        self.norm.forward = types.MethodType(cubed, self.norm)  # type: ignore[method-assign]
+        plain = out.forward
+        out.forward = functools.wraps(plain)(lambda x: torch.tanh(plain(x)))  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.layer(x)))
+
+
+class Penalized(nn.Module):
+    """Adds a penalty on its weights in its forward, which reads one of its own, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(8, 6), nn.Parameter(torch.linspace(1, 2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) * self.scale + sum(p.abs().sum() for p in self.parameters())
+
+
+MODELS = [ReadsDirectly, Attends, Encodes, Recurs, Normed, CallsAKernel, *LOOKUPS, Patched, Penalized]
 
 
 def made(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -106,6 +182,25 @@ def made(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> t
     return model, lambda: (model(x).double() ** 2).mean() * 5
 
 
+def step_taken(
+    model: nn.Module, loss: Callable[[], Tensor], subspace: str, seed: int
+) -> tuple[float, float, dict[str, Tensor]]:
+    """c of a step, the slope of the loss along the direction that the step took, and that direction."""
+    start = weights_of(model)
+    zo = ZerothOrder(model, subspace, rank=2, seed=seed, eps=EPS, batched_probes=False)
+    optimizer = sgd(zo, lr=1.0)
+    c = zo.estimate(loss).projected_gradients[0]
+    optimizer.step()
+    zo.finish()
+    step = {name: (tensor - start[name]) / -c for name, tensor in weights_of(model).items()}
+    ends = []
+    for sign in (1, -1):
+        model.load_state_dict({name: start[name] + sign * EPS * step[name] for name in start})
+        with torch.no_grad():
+            ends.append(loss().item())
+    return c, (ends[0] - ends[1]) / (2 * EPS), step
+
+
 @pytest.mark.parametrize("subspace", WAYS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_c_is_the_slope_along_the_step_taken(kind: type[nn.Module], subspace: str) -> None:
@@ -113,23 +208,60 @@ def test_c_is_the_slope_along_the_step_taken(kind: type[nn.Module], subspace: st
     for seed in range(2):
         model, loss = made(kind)
         start = weights_of(model)
-        zo = ZerothOrder(model, subspace, rank=2, seed=seed, eps=EPS, batched_probes=False)
-        optimizer = sgd(zo, lr=1.0)
-        c = zo.estimate(loss).projected_gradients[0]
-        optimizer.step()
-        zo.finish()
-        step = {name: (tensor - start[name]) / -c for name, tensor in weights_of(model).items()}
-        ends = []
-        for sign in (1, -1):
-            model.load_state_dict({name: start[name] + sign * EPS * step[name] for name in start})
-            with torch.no_grad():
-                ends.append(loss().item())
+        c, slope, step = step_taken(model, loss, subspace, seed)
         assert c != 0.0
-        assert c == pytest.approx((ends[0] - ends[1]) / (2 * EPS), rel=1e-8)
+        assert c == pytest.approx(slope, rel=1e-8)
         unread = {name for name in start if name.startswith(("unused", "idle"))}
         movable = {name for name in start if name not in unread and (subspace != "norms" or start[name].ndim == 1)}
         assert {name for name, z in step.items() if z.any()} >= movable - {"old.weight_g", "new.weight_g"}
         assert not any(step[name].any() for name in unread)
+
+
+@pytest.mark.parametrize("subspace", WAYS)
+@pytest.mark.parametrize(
+    "listed",
+    [
+        lambda model: [p for p in model.parameters() if p.requires_grad],
+        lambda model: [p for name, p in model.named_parameters() if name.startswith("body")],
+        lambda model: [nn.utils.parameters_to_vector(model.body.parameters()), model.get_parameter("head.weight")],
+        lambda model: [dict(model.named_parameters())["body.bias"].data],
+    ],
+)
+def test_a_penalty_on_listed_parameters_is_a_part_of_the_loss(
+    listed: Callable[[nn.Module], list[Tensor]], subspace: str
+) -> None:
+    """Between steps, the list has the parameters themselves."""
+    model, loss = made(CallsAKernel)
+
+    def penalized() -> Tensor:
+        return loss() + sum((p**2).sum() for p in listed(model))
+
+    c, slope, _ = step_taken(model, penalized, subspace, seed=0)
+    assert c == pytest.approx(slope, rel=1e-8)
+    model, loss = made(CallsAKernel)
+    assert c != pytest.approx(step_taken(model, loss, subspace, seed=0)[0], rel=1e-2)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_a_loss_that_switches_parameters_off_and_on_changes_the_parameters_themselves() -> None:
+    """As PEFT does to evaluate a model without its adapter; no values are read."""
+    model, loss = made(CallsAKernel)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    seen = []
+
+    def switching() -> Tensor:
+        model.body.requires_grad_(False)
+        seen.append([p.requires_grad for p in model._modules["body"]._parameters.values()])  # type: ignore[union-attr]
+        seen.append([p.requires_grad for p in model.body.parameters()])
+        for p in model.body.parameters():
+            p.requires_grad = True
+        model.zero_grad()
+        return loss()
+
+    zo.estimate(switching)
+    assert seen == 4 * [[False, False]]
+    assert all(p.requires_grad for p in model.parameters())
+    assert {name for _, name in zo.subspace.reads.elsewhere} == {"weight"}  # the head's, which the kernel reads
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -207,7 +339,7 @@ def test_a_head_that_the_loss_reads_goes_one_probe_at_a_time() -> None:
     expected = inside.estimate(lambda: inside.model(**batch).loss)
     assert estimate.projected_gradients == pytest.approx(expected.projected_gradients, rel=1e-3)
     probes = zo.estimator.probes()
-    at_all = zo.subspace.at(probes, zo._stream, zo.distribution, rows=4)
+    at_all = zo.subspace.at(probes, zo._stream, zo.distribution, rows=2)
     with pytest.raises(NotBatchable, match=r"lm_head\.weight is read outside"), at_all, torch.no_grad():
         hidden(dict(batch))
 

@@ -103,6 +103,31 @@ def test_a_custom_loss_learns(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before - 0.5
 
 
+class Penalty(ZOTrainer):
+    """Minimizes the size of all weights, which it reads from the model's list of parameters."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = sum((p.double() ** 2).sum() for p in model.parameters() if p.requires_grad)
+        return (loss, {}) if return_outputs else loss
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
+@pytest.mark.parametrize(("subspace", "options"), [("low_rank", {}), ("full", {}), ("low_rank", COMPILED)], ids=str)
+def test_a_penalty_on_all_parameters_is_minimized(tmp_path: Path, subspace: str, options: dict[str, Any]) -> None:
+    """An evaluation between folds has the present weights, as one after training does."""
+    options = options | {"zo_subspace": subspace, "learning_rate": 1e-5, "max_steps": 20, "prediction_loss_only": True}
+    trainer = make_trainer(tmp_path, kind=Penalty, eval_strategy="steps", eval_steps=20, **options)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    (during,) = logged(trainer, "eval_loss")
+    assert during < before - 0.05
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(during, rel=1e-6)
+
+
 # Losses that are not numbers.
 
 

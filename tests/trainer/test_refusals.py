@@ -121,6 +121,12 @@ class Strided(PreTrainedModel):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+def with_scripted_head() -> nn.Module:
+    model = seeded(tiny_opt)
+    model.lm_head = torch.jit.script(nn.Linear(model.config.hidden_size, model.config.vocab_size))
+    return model
+
+
 def sgd_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-3)
 
@@ -189,6 +195,7 @@ WRONG_RUNS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "requires_grad",
         lambda folder: trains(make_trainer(folder, seeded(tiny_opt).requires_grad_(False))),
     ),
+    "a scripted module": ("TorchScript", lambda folder: make_trainer(folder, with_scripted_head())),
     "weights in another order": ("zo_exclude_modules", lambda folder: trains(make_trainer(folder, Strided()))),
     "an optimizer factory": (
         "optimizer_cls_and_kwargs",

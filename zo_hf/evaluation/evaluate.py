@@ -10,13 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from zo_hf.directions import Distribution
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import loss_and_derivative, own_passes
+from zo_hf.evaluation.kept_buffers import KeptBuffers
 from zo_hf.evaluation.pass_graphs import NotCapturable, PassGraphs
 from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.precision import coarsest, rounding
@@ -117,6 +118,7 @@ class ProbeEvaluator:
         self._has_batched = False
         self._has_failed = False
         self._configs: list[PretrainedConfig] | None = None
+        self._buffers: KeptBuffers | None = None
 
     @contextmanager
     def at(
@@ -128,11 +130,18 @@ class ProbeEvaluator:
         rows: int = 0,
         packing: Packing | None = None,
     ) -> Iterator[None]:
-        """Evaluate the model at the probes as `Subspace.at` does, and without a key-value cache."""
+        """Evaluate the model at the probes as `Subspace.at` does, without a key-value cache, and leave its buffers."""
         if self._configs is None:
             self._configs = configs_with_cache(subspace.model)
-        with without_cache(self._configs), subspace.at(probes, stream_of, distribution, rows, packing):
+        at = subspace.at(probes, stream_of, distribution, rows, packing)
+        with without_cache(self._configs), self.leaving_buffers(subspace.model), at:
             yield
+
+    def leaving_buffers(self, model: nn.Module, runs: bool = True) -> AbstractContextManager[None]:
+        """Restore the buffers that a model's forward writes, after this context; see `KeptBuffers`."""
+        if self._buffers is None:
+            self._buffers = KeptBuffers(model)
+        return self._buffers.kept(runs)
 
     def losses(
         self,

@@ -387,7 +387,10 @@ def _carries_rows(name: str, value: Any, rows: int) -> bool:
 
 
 def _has_stock_forward(model: PreTrainedModel) -> bool:
-    """Return whether code of transformers computes the model's output, and not a forward of the user's own."""
+    """Return whether code of transformers computes the model's output: no forward or `loss_function` of the user's own."""
+    loss_function = getattr(type(model), "loss_function", None)
+    if "_loss_function" in model.__dict__ or loss_function is not PreTrainedModel.loss_function:
+        return False
     own = model.__dict__.get("forward")
     replaced = own is not None and inspect.unwrap(own) not in (
         type(model).forward,

@@ -21,7 +21,7 @@ from zo_hf.offload import bring_in, check_values
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import round_in_tiles
 from zo_hf.subspaces.blocks import CoordinateBlocks
-from zo_hf.subspaces.functional import HALF, held, run_upcast
+from zo_hf.subspaces.functional import HALF, forward_of, held, run_upcast
 from zo_hf.subspaces.peft_methods import (
     LORA_FROM_ZERO,
     begins_without_effect,
@@ -120,7 +120,7 @@ class Adapter(Subspace):
         # Other modules of PEFT call their base layer once for each group, or make a weight of its size.
         def in_one_call(module: nn.Module) -> bool:
             are_vectors = all(len(site.shape) == 1 for site in self._holders[module].values())
-            return type(module).forward is nn.Linear.forward or (are_vectors and not list(module.children()))
+            return forward_of(module) is nn.Linear.forward or (are_vectors and not list(module.children()))
 
         return all(map(in_one_call, self._holders))
 

@@ -27,8 +27,9 @@ from zo_hf.method_info import Method
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import draw_uniform, stochastic_round
 from zo_hf.rng.stream import tensor_key
+from zo_hf.subspaces.entries import forward_of
 from zo_hf.subspaces.functional import HALF
-from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
+from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts, require_ids_of_rows
 from zo_hf.subspaces.per_group import functional_call_per_group
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
 from zo_hf.subspaces.subspace import Subspace
@@ -80,9 +81,9 @@ class Full(Subspace):
     def forward(self, module: nn.Module, original: Callable, args: Sequence, kwargs: Mapping) -> Any:
         holders = self._holders[module]
         weight = None if self.probes[0].derivative else holders.get("weight")
-        if weight is not None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if weight is not None and isinstance(module, nn.Linear) and forward_of(module) is nn.Linear.forward:
             return self._linear(module, weight, holders.get("bias"), first_input(args, kwargs))
-        if weight is not None and type(module).forward is nn.Embedding.forward:
+        if weight is not None and forward_of(module) is nn.Embedding.forward:
             ids = first_input(args, kwargs)
             return self._lookup(weight, original(*args, **kwargs), ids)
 
@@ -97,7 +98,7 @@ class Full(Subspace):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         groups = len(self.probes)
         rows = x.numel() // features_in
-        require_equal_parts(x, groups)
+        require_equal_parts(x, groups, self.rows_per_probe)
         parts = x.reshape(groups, rows // groups, features_in).to(dtype)
         if (
             isinstance(self._distribution, Rademacher)
@@ -155,8 +156,8 @@ class Full(Subspace):
         if ids.shape[0] == 1 and groups > 1:
             output = output.expand(groups * self.rows_per_probe, *output.shape[1:]).clone()
             ids = ids.expand(groups * self.rows_per_probe, *ids.shape[1:])
-        if ids.shape[0] % groups:
-            raise NotBatchable(f"an embedding sees {ids.shape[0]} rows, which {groups} probes cannot share equally")
+        if groups > 1:
+            require_ids_of_rows(ids, groups, self.rows_per_probe)
         for probe, part, part_ids in zip(self.probes, output.chunk(groups), ids.chunk(groups), strict=True):
             if probe.scale == 0.0:
                 continue

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zo_hf.subspaces.entries import MEMBERS, Members, forward_of
+
 HALF = (torch.float16, torch.bfloat16)
 _READ_ALL = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
@@ -59,7 +61,7 @@ def functional_call(
         parameters = dict(others) | dict(parameters)
         parameters = {path: None if t is None else to_float(t) for path, t in parameters.items()}
         args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
-    output = type(module).forward(with_parameters(module, parameters), *args, **kwargs)
+    output = forward_of(module)(with_parameters(module, parameters), *args, **kwargs)
     return map_tensors(output, lambda t: t.to(half) if t.dtype == torch.float32 else t) if half is not None else output
 
 
@@ -89,6 +91,9 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
         else:
             own[first] = tensor
     stand_in.__dict__["_parameters"] = {**module._parameters, **own}
+    members = module.__dict__.get(MEMBERS)
+    if isinstance(members, Members):
+        stand_in.__dict__[MEMBERS] = Members(members.func, *members.args[:-1], stand_in)
     if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
         stand_in.__dict__["_flat_weights"] = [stand_in._parameters[name] for name in module._flat_weights_names]
     if inside:
@@ -121,7 +126,7 @@ def _hooked_forward(hook: Any, stand_in: nn.Module, *args: Any, **kwargs: Any) -
 
 def reads_all_parameters(module: nn.Module) -> bool:
     """Return True if the module's forward reads each of its parameters, without looking them up by name each time."""
-    return isinstance(module, nn.RNNBase) or type(module).forward in _READ_ALL
+    return isinstance(module, nn.RNNBase) or forward_of(module) in _READ_ALL
 
 
 def to_float(tensor: Tensor) -> Tensor:

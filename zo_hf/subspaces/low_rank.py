@@ -32,11 +32,13 @@ from zo_hf.subspaces.activation_basis import measure_bases
 from zo_hf.subspaces.adapter_at_end import AdapterAtEnd
 from zo_hf.subspaces.bases import Bases
 from zo_hf.subspaces.blocks import CoordinateBlock
+from zo_hf.subspaces.entries import forward_of
 from zo_hf.subspaces.factors import Factors
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.input_scales import measure_scales
 from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
+from zo_hf.subspaces.lookups import only_looks_up, writable
 from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
@@ -236,10 +238,9 @@ class LowRank(AdapterAtEnd):
             if plain is not None:
                 return self._move_linear(*plain, x, weight, bias)
             return self._correct_linear(original(*args, **kwargs), x, weight, bias)
-        if isinstance(module, nn.Embedding) and weight is not None and weight.name in self.factored:
-            output = original(*args, **kwargs)
-            if isinstance(output, Tensor):  # ProphetNet's also returns the positions that it has looked up
-                return self._correct_lookup(module, weight, output, args, kwargs)
+        if weight is not None and weight.name in self.factored and only_looks_up(module, args, kwargs):
+            output = writable(module, original(*args, **kwargs))
+            return self._correct_lookup(module, weight, output, args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:
             return {name: self._moved_parameter(site, held(module, name), group) for name, site in holders.items()}
@@ -263,7 +264,7 @@ class LowRank(AdapterAtEnd):
         return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
 
     def _is_linear(self, module: nn.Module) -> bool:
-        return type(module).forward in _LINEAR or module in self.quantized
+        return forward_of(module) in _LINEAR or module in self.quantized
 
     def _is_corrected(self, module: nn.Module) -> bool:
         weight = self._holders[module].get("weight")
@@ -274,7 +275,7 @@ class LowRank(AdapterAtEnd):
     ) -> Tensor:
         """Return the output of a plain layer, (..., m); matrix: (n, m); vector: (m,); x: (..., n)."""
         groups = max(1, len(self.probes))
-        require_equal_parts(x, groups)
+        require_equal_parts(x, groups, self.rows_per_probe)
         rows = x.reshape(-1, x.shape[-1])
         if bias is not None and vector is not None:
             vector = vector + self._coordinate_blocks.at_point(bias.name)
@@ -291,7 +292,7 @@ class LowRank(AdapterAtEnd):
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
         x_rows, merged = x.reshape(rows, -1).to(output.dtype), self._merged(weight, bias)
         if self.packing is None:
-            require_equal_parts(x, groups)
+            require_equal_parts(x, groups, self.rows_per_probe)
             if merged is not None and weight is not None:
                 basis = self._bases.wide(weight.name).to(output.dtype)
                 if merged.add_product(output.view(rows, -1), x_rows, weight.name, basis, bias is not None):
@@ -337,7 +338,7 @@ class LowRank(AdapterAtEnd):
         return factors if bias is None or factors.bias_of.get(weight.name) == bias.name else None
 
     def _correct_lookup(
-        self, module: nn.Embedding, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
+        self, module: nn.Module, weight: Site, output: Tensor, args: Sequence, kwargs: Mapping
     ) -> Tensor:
         """Add lookup(B) · Vᵀ to the output, (..., n).
 
@@ -349,7 +350,7 @@ class LowRank(AdapterAtEnd):
         def parameters(group: int) -> dict[str, Tensor]:
             return {"weight": factors[group]}
 
-        thin = looked_up_per_group(module, factors, args, kwargs)
+        thin = looked_up_per_group(module, factors, self.rows_per_probe, args, kwargs)
         if thin is None:
             thin = functional_call_per_group(module, parameters, len(factors), self.rows_per_probe, args, kwargs)
         basis = self.basis(weight.name) if merged is None else self._bases.wide(weight.name)

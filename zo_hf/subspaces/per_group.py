@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache
 from zo_hf import kernels
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.rng import draw
-from zo_hf.subspaces.entries import is_entered
+from zo_hf.subspaces.entries import forward_of, is_entered
 from zo_hf.subspaces.functional import HALF, functional_call, map_tensors, upcast_from, with_parameters
+from zo_hf.subspaces.layer_inputs import are_positions, is_of_rows, require_ids_of_rows
 
 #: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
 _BROADCASTS: dict[tuple[Callable, int], bool] = {}
@@ -71,15 +72,16 @@ def functional_call_per_group(
     first = next((t for t in inputs if t.shape[0] != 1), inputs[0])
     total = first.shape[0]
     shared = total == 1
-    if isinstance(module, nn.Embedding) and first.ndim == 1 and total not in (1, groups * rows):
-        raise NotBatchable(f"{type(module).__name__} looks up {total} positions that belong to no row")
+    looks_up = isinstance(module, nn.Embedding)
+    if looks_up:
+        require_ids_of_rows(first, groups, rows)
     # An embedding of positions may get the positions of one row beside the ids of all rows.
-    dimensions = min(first.ndim, 2) if isinstance(module, nn.Embedding) else 1
-    if not shared and total % groups:
+    dimensions = min(first.ndim, 2) if looks_up else 1
+    if not (shared or looks_up or is_of_rows(total, groups, rows)):
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
     size = total // groups
     if stacked is not None and not shared and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        if type(module).forward is nn.Linear.forward:
+        if forward_of(module) is nn.Linear.forward:
             every = stacked()
             if all(value.dtype == args[0].dtype for value in every.values()):
                 return _linear(module, every, args[0])
@@ -116,12 +118,15 @@ def functional_call_per_group(
     return _concatenate(outputs)
 
 
-def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwargs: Mapping) -> Tensor | None:
+def looked_up_per_group(
+    module: nn.Module, weights: Tensor, rows: int, args: Sequence, kwargs: Mapping
+) -> Tensor | None:
     """Look ids up in the weight of their group, in one call; None where a lookup is more than that.
 
     Args:
         module: an embedding.
-        weights: the weight of every group, (groups, rows, n).
+        weights: the weight of every group, (groups, ids, n).
+        rows: rows of the batch in each group.
         args: the ids of all groups in order, int64 (groups · size, ...).
         kwargs: inputs by keyword.
 
@@ -129,13 +134,14 @@ def looked_up_per_group(module: nn.Module, weights: Tensor, args: Sequence, kwar
         (groups · size, ..., n)
     """
     groups = len(weights)
-    if type(module).forward is not nn.Embedding.forward or kwargs or len(args) != 1 or groups == 1:
+    if forward_of(module) is not nn.Embedding.forward or kwargs or len(args) != 1 or groups == 1:
         return None
     ids = args[0]
     if (
         ids.ndim < 2
+        or are_positions(ids)
         or ids.shape[0] == 1
-        or ids.shape[0] % groups
+        or not (is_of_rows(ids.shape[0], groups, rows) or (ids.ndim == 3 and ids.shape[0] == groups))
         or forward_ad.unpack_dual(weights).tangent is not None
     ):
         return None
@@ -173,7 +179,7 @@ def _may_broadcast(module: nn.Module, x: Tensor) -> bool:
     """Return True for a norm or a module like it: code of torch or transformers, without children."""
     if next(module.children(), None) is not None or x.ndim < 2 or not x.is_floating_point():
         return False
-    forward = type(module).forward
+    forward = forward_of(module)
     return forward in _NEEDS_SHAPE or forward.__module__.startswith("transformers.")
 
 
@@ -192,13 +198,13 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     groups = len(next(iter(parameters.values())))
     parts = x.reshape(groups, -1, *x.shape[1:])
     own = {name: value.reshape(groups, *[1] * (x.ndim - 1), -1) for name, value in parameters.items()}
-    if type(module).forward not in _NEEDS_SHAPE:
+    if forward_of(module) not in _NEEDS_SHAPE:
         return functional_call(module, own, (parts,), {}).reshape(x.shape)
     # These two check the shape of their parameters, so the parameters come after them.
     half = upcast_from(module, own)
     stand_in: Any = with_parameters(module, own)
     parts = parts if half is None else parts.float()
-    if type(module).forward is nn.RMSNorm.forward:
+    if forward_of(module) is nn.RMSNorm.forward:
         normal = nn.functional.rms_norm(parts, stand_in.normalized_shape, None, stand_in.eps)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
@@ -225,7 +231,7 @@ def _by_kernel(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     Returns:
         None if there is no kernel for it.
     """
-    if type(module).forward not in _NEEDS_SHAPE or torch.compiler.is_compiling():
+    if forward_of(module) not in _NEEDS_SHAPE or torch.compiler.is_compiling():
         return None
     names = {name for name, value in module._parameters.items() if value is not None}
     if "weight" not in names or names != parameters.keys():
@@ -243,7 +249,7 @@ def _by_kernel(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     bias = norm.bias if "bias" in names else None
     # torch takes ε from the dtype in which it computes.
     eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-    rows, centers = x.reshape(-1, x.shape[-1]).contiguous(), type(module).forward is nn.LayerNorm.forward
+    rows, centers = x.reshape(-1, x.shape[-1]).contiguous(), forward_of(module) is nn.LayerNorm.forward
     return moved_norm(rows, norm.weight, bias, eps, centers).view(x.shape)
 
 
@@ -271,7 +277,7 @@ def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
         parameters: those of any number of groups, (..., d), by name.
         x: the input, (..., d).
     """
-    key = type(module).forward, x.ndim
+    key = forward_of(module), x.ndim
     if key not in _BROADCASTS:
         has_values = not (x.is_meta or isinstance(x, FakeTensor))  # a plan has none, and decides nothing for a run
         if torch.compiler.is_compiling() or not has_values:

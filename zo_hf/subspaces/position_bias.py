@@ -80,7 +80,7 @@ class _Repeated:
         self._table, self._groups = table, groups
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self._table(ids.repeat(self._groups, 1))
+        return self._table(ids.expand(self._groups, *ids.shape)).flatten(0, 1)
 
     @property
     def weight(self) -> Any:

@@ -5,13 +5,14 @@ A subspace enters the forward of the module that holds a parameter. Some code re
     hidden @ lm_head.weight.T       a loss that multiplies by the head itself
     self.conv1d.weight              a parent that calls a kernel with its children's weights (Mamba)
     module.weight_g                 a hook before the forward (torch.nn.utils.weight_norm)
+    model.parameters()              a penalty on all weights
 
 Such a read must give the moved tensor. `ReadWatch` therefore makes the parameters properties of the module, as torch's
 own parametrizations do: the module gets a subclass of its class, and its table of parameters stays as it is. Most
 modules get their class back after the first step, when all of their parameters have been read in their own forward.
 
-Code often reads only a parameter's dtype, device or shape. Until a first operation on the values tells the difference,
-a read outside gives an `Unresolved` tensor.
+A list of parameters is read through `Members`. Code often reads only a parameter's dtype, device or shape. Until a first
+operation on the values tells the difference, a read outside gives an `Unresolved` tensor.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map
 
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.parallel.shards import is_sharded
+from zo_hf.subspaces.entries import MEMBERS, Members, note_method
 from zo_hf.subspaces.functional import HALF
 from zo_hf.subspaces.sites import Site
 
@@ -43,6 +46,9 @@ _METHODS += " get_device __len__ __hash__ storage_offset has_names is_signed is_
 _METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
 _METADATA |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
 _METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed}
+
+
+_SETTERS = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad"))}
 
 
 class Movable(Protocol):
@@ -82,7 +88,7 @@ class ModuleReads:
             raw: the parameter in the holder's table.
         """
         watch, name = self.watch, self.sites[attribute].name
-        if holder is not self.module or not watch.running.isdisjoint(self.readers[attribute]):
+        if holder is not self.module or self.runs(attribute):
             watch.note(name)
             return raw
         if torch.compiler.is_compiling() or not watch.subspace.is_moved:
@@ -91,10 +97,21 @@ class ModuleReads:
             return self.moved(attribute, raw)
         if not watch.subspace.probes or is_sharded(raw):
             return raw
-        unresolved = raw.detach().as_subclass(Unresolved)
-        unresolved.reads, unresolved.attribute, unresolved.raw = self, attribute, raw
-        unresolved._is_param = True  # for isinstance(..., nn.Parameter)
-        return unresolved
+        return self.unresolved(attribute, raw)
+
+    def runs(self, attribute: str) -> bool:
+        """Return whether an entered forward that reads the parameter is running, for which it has moved already."""
+        return not self.watch.running.isdisjoint(self.readers[attribute])
+
+    def unresolved(self, attribute: str, raw: Tensor) -> Tensor:
+        """Return a stand-in for the parameter that moves it when an operation needs its values."""
+        made = raw.detach().as_subclass(Unresolved)
+        made.reads, made.attribute, made.raw = self, attribute, raw
+        if raw.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:  # vmap refuses it
+            with torch._C.DisableTorchFunctionSubclass():
+                made.requires_grad_()
+        made._is_param = True  # for isinstance(..., nn.Parameter)
+        return made
 
     def moved(self, attribute: str, raw: Tensor) -> Tensor:
         """Return the parameter at the current point, and take note that it is read here."""
@@ -105,7 +122,9 @@ class ModuleReads:
                 f"{site.name} is read outside of its module's forward, where probes cannot share a batch"
             )
         self.watch.note(site.name)
-        return subspace.parameter_at_point(site, self.module, raw)
+        value: Any = subspace.parameter_at_point(site, self.module, raw)
+        value._is_param = True
+        return value
 
 
 class Unresolved(Tensor):
@@ -119,7 +138,9 @@ class Unresolved(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Sequence = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _METADATA:
+        if function in _SETTERS:  # of the parameter itself, such as an adapter that is switched off for a while
+            function(args[0].raw, *args[1:], **kwargs)
+        if function in _METADATA or function in _SETTERS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         args, kwargs = tree_map(_resolved, (tuple(args), kwargs))
@@ -129,6 +150,8 @@ class Unresolved(Tensor):
 def _resolved(value: Any) -> Any:
     if not isinstance(value, Unresolved):
         return value
+    if value.reads.runs(value.attribute):  # torch.func.functional_call gives a module what its list of parameters has
+        return value.raw
     # Kept with the tensor, because a kernel may use the address that one call returns in the next call.
     if value._at_point is None:
         value._at_point = value.reads.moved(value.attribute, value.raw)
@@ -138,9 +161,12 @@ def _resolved(value: Any) -> Any:
 def must_read(module: nn.Module, attribute: str, site: Site) -> bool:
     """Return True if a parameter must be moved by its reads, although the module's own forward reads it.
 
-    In half precision an entered module computes in float32. Its children would then get inputs of another dtype than
-    their weights.
+    A forward that is a closure over the module reads the module itself, so a stand-in would not reach it. And in half
+    precision an entered module computes in float32. Its children would then get inputs of another dtype than their
+    weights.
     """
+    if site.layer is None and not note_method(module):
+        return True
     if "." in attribute or site.layer is not None or site.parameter.dtype not in HALF:
         return False
     return any(p.dtype in HALF for child in module.children() for p in child.parameters())
@@ -165,9 +191,14 @@ class ReadWatch:
         self.elsewhere: set[tuple[nn.Module, str]] = set()
         self._read_here: set[str] = set()
         self._watched: dict[nn.Module, ModuleReads] = {}
+        self._evaluates = False
+        self._lists: list[nn.Module] = []
+        self._listed: dict[nn.Parameter, tuple[ModuleReads, str]] = {}
         fused = {m for kind in subspace.model.modules() if isinstance(kind, _FUSED) for m in kind.modules()}
         for module, record in _records(self, subspace.sites).items():
             self._watched[module] = record
+            for attribute, site in record.sites.items():
+                self._listed.setdefault(site.parameter, (record, attribute))
             if module in fused:
                 self.elsewhere |= {(module, attribute) for attribute in record.sites}
 
@@ -193,8 +224,36 @@ class ReadWatch:
         finally:
             self.running.discard(module)
 
+    def listed(self, parameter: Any) -> Any:
+        """Return what a list of parameters has in place of one: the moved tensor, once a loss reads the values.
+
+        Between losses, it has the parameter itself, which optimizers and callbacks write.
+        """
+        is_read = bool(self.subspace.probes or self.running or self._evaluates) and self.subspace.is_moved
+        if isinstance(parameter, FakeTensor):  # a plan, which has no values
+            return parameter
+        record = self._listed.get(parameter) if is_read and not torch.compiler.is_compiling() else None
+        return parameter if record is None or is_sharded(parameter) else record[0].unresolved(record[1], parameter)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Mark that a loss is evaluated at the current point, without a probe."""
+        before, self._evaluates = self._evaluates, True
+        try:
+            yield
+        finally:
+            self._evaluates = before
+
+    def list_moved(self, *modules: nn.Module) -> None:
+        """Let lists of parameters of these modules, such as a compiled wrapper of the model, have the moved ones."""
+        for module in modules:
+            if MEMBERS not in module.__dict__:
+                module.__dict__[MEMBERS] = Members(_members, self, module)
+                self._lists.append(module)
+
     def begin(self) -> None:
         """Watch the modules."""
+        self.list_moved(*self.subspace.model.modules())
         for module, record in self._watched.items():
             if _KEY not in module.__dict__:
                 module.__dict__[_KEY] = record
@@ -213,6 +272,9 @@ class ReadWatch:
         """Stop watching all modules."""
         for module in self._watched:
             _restore(module)
+        for module in self._lists:
+            module.__dict__.pop(MEMBERS, None)
+        self._lists.clear()
 
 
 def _records(watch: ReadWatch, sites: Iterable[Site]) -> dict[nn.Module, ModuleReads]:
@@ -233,6 +295,12 @@ def _records(watch: ReadWatch, sites: Iterable[Site]) -> dict[nn.Module, ModuleR
             else:
                 readers.add(reader)
     return records
+
+
+def _members(watch: ReadWatch, module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what `module._named_members` does, on which `parameters` and `buffers` rest."""
+    for name, member in nn.Module._named_members(module, *args, **kwargs):
+        yield name, watch.listed(member)
 
 
 def _restore(module: nn.Module) -> None:

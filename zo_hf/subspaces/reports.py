@@ -43,7 +43,7 @@ def what_stays(subspace: Subspace) -> str:
             if packed and parameter is module._parameters.get("weight"):
                 continue
             total += parameter.numel()
-            if id(parameter) not in moving:
+            if id(parameter) not in moving and parameter.numel():
                 state = "not selected" if parameter.requires_grad else "frozen"
                 sizes[f"{_class_of(module)} ({state})"] += parameter.numel()
     if not sizes:

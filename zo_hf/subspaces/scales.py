@@ -96,7 +96,7 @@ class Scales(Folded):
         site, x = self._holders[module]["weight"], first_input(args, kwargs)
         assert site.layer is not None
         groups = max(1, len(self.probes))
-        require_equal_parts(x, groups)
+        require_equal_parts(x, groups, self.rows_per_probe)
         output = site.layer.scaled_forward(
             original,
             x.reshape(groups, -1, x.shape[-1]),

@@ -114,6 +114,8 @@ def find_sites(
                 continue
             if allowed is not None and id(parameter) not in allowed:
                 continue
+            if not parameter.numel() and module not in quantized:  # whose stand-in for a weight is empty
+                continue
             name = f"{module_name}.{attribute}" if module_name else attribute
             key = next((k for k, (_, p) in first.items() if _is_transposed_view(parameter, p)), id(parameter))
             first.setdefault(key, (name, parameter))

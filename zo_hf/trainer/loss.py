@@ -61,9 +61,10 @@ class MicroBatchLosses:
             batch: the micro-batch.
             counts: False if the loss leaves no metrics, as in a search before training.
         """
-        weight = self._weight(model, batch)  # may change what the closure passes on
-        calls = self._calls(model, batch.num_items, counts)
-        passes = calls.at_current_point(batch.inputs, self._trainer.args.device)
+        with self._trainer.zo.evaluator.leaving_buffers(self._trainer.zo.subspace.model, runs=False):
+            weight = self._weight(model, batch)  # may change what the closure passes on
+            calls = self._calls(model, batch.num_items, counts)
+            passes = calls.at_current_point(batch.inputs, self._trainer.args.device)
         if calls.entries is not None and not self._knows_rows:
             self._find_rows(batch.inputs, calls.entries)
         self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions

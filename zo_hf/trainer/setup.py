@@ -29,6 +29,12 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
     Raises:
         ValueError: the model cannot be trained; the message names the argument and the way out.
     """
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise ValueError(
+            f"model has a TorchScript module ({scripted or type(model).__name__!r}), which runs without the Python that a "
+            "perturbation enters; pass the module from which it was made."
+        )
     settings = args.settings()
     if args.zo_subspace == "adapter" and not is_peft(model):
         raise ValueError(

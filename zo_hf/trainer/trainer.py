@@ -315,6 +315,7 @@ class ZOTrainer(SearchingTrainer):
                 "passes; call train(), or compute_loss for a loss alone."
             )
         self._root_mode.enter(model, self.model)
+        self.zo.subspace.reads.list_moved(model)
         labels = labels_on_host(inputs)
         inputs = self._prepare_inputs(inputs)
         micro_batches = self.current_gradient_accumulation_steps
@@ -343,6 +344,14 @@ class ZOTrainer(SearchingTrainer):
                 self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch, as `Trainer.prediction_step` does."""
+        if self.zo is None:
+            return super().prediction_step(*args, **kwargs)
+        subspace = self.zo.subspace
+        with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace.model):
+            return super().prediction_step(*args, **kwargs)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.

@@ -150,7 +150,9 @@ def settings_of(model: nn.Module, trajectory: Trajectory) -> Settings:
     held = 0
     if has_factors(kind):
         rank = settings.rank or kind.default_rank
-        matrices = [t for t in tensors if t.ndim >= 2 and rank < max(t.shape[-1], t.numel() // t.shape[0])]
+        matrices = [
+            t for t in tensors if t.ndim >= 2 and t.numel() and rank < max(t.shape[-1], t.numel() // t.shape[0])
+        ]
         held += sum(rank * (t.numel() // max(1, t.shape[-1]) + t.shape[-1]) for t in matrices)
     if settings.rule == SVRG.name:
         held += settings.svrg_batches * settings.num_directions

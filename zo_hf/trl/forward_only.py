@@ -26,19 +26,37 @@ def forward_only(trainer: type[Trainer], config: type[TrainingArguments]) -> tup
 
     Returns:
         The two classes, named `ZO...` after the given ones. The config has the options and defaults of `config`, and the
-        `zo_*` options. The options about gradients (`ABOUT_GRADIENTS`) are those of `ZOConfig`.
+        `zo_*` options. The options about gradients (`ABOUT_GRADIENTS`) are those of `ZOConfig`. Where the trainer is one of
+        TRL that samples completions, or inherits from one, every call of the first class raises a ValueError. Its message
+        names the way out.
 
     Raises:
         TypeError: an argument is not such a subclass; the message names it.
-        ValueError: it is a trainer of TRL that samples completions, or inherits from one; the message names the way out.
     """
     is_trainer = isinstance(trainer, type) and issubclass(trainer, Trainer)
-    kind = next((name for name in kinds_of(trainer) if name in REFUSED), None) if is_trainer else None
-    if kind is not None:
+    return make_forward_only(_prepared(trainer) if is_trainer else trainer, config)  # type: ignore[arg-type]
+
+
+def _prepared(trainer: type[Trainer]) -> type[Trainer]:
+    kind = next((name for name in kinds_of(trainer) if name in REFUSED), None)
+    return _by_rows(trainer) if kind is None else _refusing(trainer, kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _refusing(trainer: type[Trainer], kind: str) -> type[Trainer]:
+    """Return a subclass that refuses to be made, so that a script which only names the class still runs.
+
+    Args:
+        trainer: a trainer that samples completions.
+        kind: a name of `REFUSED`.
+    """
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             f"trainer={trainer.__name__} does not train without a backward pass: TRL's {kind}Trainer {REFUSED[kind]}."
         )
-    return make_forward_only(_by_rows(trainer) if is_trainer else trainer, config)  # type: ignore[arg-type]
+
+    return type(trainer.__name__, (trainer,), {"__init__": __init__, "__module__": __name__})
 
 
 @functools.cache
