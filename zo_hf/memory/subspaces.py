@@ -22,6 +22,7 @@ from zo_hf.subspaces.code_rounding import ROWS
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.full import TILE
 from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.layer_inputs import LINEAR
 from zo_hf.subspaces.random_tokens import LENGTH
 from zo_hf.subspaces.reads import ReadWatch
 from zo_hf.subspaces.sites import Site
@@ -90,6 +91,9 @@ class TracedLowRank(LowRank):
         flat = layout.draw(Stream(self.seed, step), ELEMENTWISE["gaussian"])
         for name, view in layout.views(flat).items():
             self._bases.take(name, view)
+
+    def _is_linear(self, module: nn.Module) -> bool:
+        return type(module).forward in LINEAR  # whatever stands in for a quantized one, see `computed_in`
 
     def read_before_fold(self) -> None:
         """Make the forward pass in which a fold rounds the codes of every layer by the layer's inputs."""

@@ -75,12 +75,15 @@ def note_method(module: nn.Module) -> bool:
     _forget_method(module)
     if own is None:
         return True
-    if not inspect.ismethod(own) or own.__self__ is not module:
+    function = own.__func__ if inspect.ismethod(own) and own.__self__ is module else None
+    if isinstance(own, functools.partial) and own.args == (module,) and not own.keywords:
+        function = own.func
+    if function is None:
         return False
     # Liger's norms compute what their classes do, but take one set of parameters.
-    is_ligers = own.__func__.__module__.startswith("liger_kernel.")
-    if own.__func__ is not type(module).forward and not is_ligers:
-        module.__dict__[_METHOD] = own.__func__
+    is_ligers = function.__module__.startswith("liger_kernel.")
+    if function is not type(module).forward and not is_ligers:
+        module.__dict__[_METHOD] = function
     return True
 
 

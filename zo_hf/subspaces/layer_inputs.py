@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from transformers.pytorch_utils import Conv1D
 
 from zo_hf.estimators.probe import NotBatchable
+
+#: Forwards that multiply their input by one weight, and add a bias.
+LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
 def first_input(args: Sequence, kwargs: Mapping) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.method_info import Method
@@ -37,14 +36,12 @@ from zo_hf.subspaces.factors import Factors
 from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.input_scales import measure_scales
-from zo_hf.subspaces.layer_inputs import first_input, require_equal_parts
+from zo_hf.subspaces.layer_inputs import LINEAR, first_input, require_equal_parts
 from zo_hf.subspaces.lookups import only_looks_up, writable
 from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
 from zo_hf.subspaces.sites import Pattern, Site, coordinate_dtype
-
-_LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 
 class LowRank(AdapterAtEnd):
@@ -264,7 +261,7 @@ class LowRank(AdapterAtEnd):
         return (self.forward if is_corrected else super().forward_packed)(module, original, args, kwargs)
 
     def _is_linear(self, module: nn.Module) -> bool:
-        return forward_of(module) in _LINEAR or module in self.quantized
+        return forward_of(module) in LINEAR or module in self.quantized
 
     def _is_corrected(self, module: nn.Module) -> bool:
         weight = self._holders[module].get("weight")

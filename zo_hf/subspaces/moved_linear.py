@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.rng import draw
+from zo_hf.subspaces.layer_inputs import LINEAR
 
 
 def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -30,7 +31,7 @@ def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Ten
     Returns:
         None if the forward is another one, or an autocast, a compiler or a subclass of tensors is to see it.
     """
-    if _function_of(original) not in (nn.Linear.forward, Conv1D.forward):
+    if _function_of(original) not in LINEAR:
         return None
     if type(x) is not Tensor or draw.is_launched(x.device) or x.dtype != torch.float32:
         return None
