@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["zo-hf[demo]"]
+# dependencies = ["zo-hf[demo,peft]"]
 # ///
 """Compare the gradient noise scale that forward passes find, and the gain it predicts, with autograd's along a run.
 
@@ -42,6 +42,7 @@ from transformers.utils import logging
 
 from zo_hf import RowLosses, ZerothOrder
 from zo_hf.comparison.finished_runs import finished_runs_are_kept
+from zo_hf.comparison.subject import with_lora
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.data import embedded_reviews
@@ -51,6 +52,7 @@ from zo_hf.tasks.refusals import refusals_end_the_command
 SETTINGS = (
     "model",
     "loss",
+    "subspace",
     "learning_rate",
     "batch_size",
     "steps",
@@ -62,6 +64,7 @@ SETTINGS = (
 )
 DATA_SEED = 0
 WORDS = range(8, 13)
+EXCLUDED = r".*(embed|norm|Norm).*"  # the matrices of the layers move
 TRAIN_ROWS = 1000
 
 
@@ -76,6 +79,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         default=losses[0],
         help="the cross entropy of the label word among all words or among the label words, or that of a fresh "
         "classification head (%(default)s)",
+    )
+    add(
+        "--subspace",
+        choices=("low_rank", "adapter"),
+        default="low_rank",
+        help="the coordinates: factors of the layers' matrices, or B of a LoRA adapter of rank 8 (%(default)s)",
     )
     add("--learning-rate", type=float, default=1.8e-5, help="the constant learning rate of SGD (%(default)s)")
     add("--batch-size", type=int, default=16, help="sentences in a forward pass (%(default)s)")
@@ -132,11 +141,12 @@ class Task:
         path: the model, a folder or a name.
         loss: "vocabulary" is the model's own loss of the label word, "label_words" compares the label words alone, and
             "head" is the loss of a fresh classification head on an encoder.
-        seed: determines the order of the sentences, and a fresh head.
+        subspace: with "adapter" the model has a LoRA adapter.
+        seed: determines the order of the sentences, a fresh head, and A of an adapter.
     """
 
-    def __init__(self, path: str, loss: str, seed: int) -> None:
-        self._path, self._loss, self._seed = path, loss, seed
+    def __init__(self, path: str, loss: str, subspace: str, seed: int) -> None:
+        self._path, self._loss, self._subspace, self._seed = path, loss, subspace, seed
         self.tokenizer = tokenizer = AutoTokenizer.from_pretrained(path)
         sentences, longest = embedded_reviews(TRAIN_ROWS, 1, DATA_SEED, WORDS).train, 4 * WORDS.stop
         if loss == "head":
@@ -153,13 +163,14 @@ class Task:
         self._generator = torch.Generator().manual_seed(seed)
 
     def model(self) -> Any:
-        """Return the model as it is stored, in float32."""
+        """Return the model as it is stored, in float32, with the adapter that moves if one does."""
+        model: Any
         if self._loss == "head":
             torch.manual_seed(self._seed)  # transformers draws the head from torch's own generator
-            return AutoModelForSequenceClassification.from_pretrained(
-                self._path, num_labels=2, dtype=torch.float32
-            ).eval()
-        return AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
+            model = AutoModelForSequenceClassification.from_pretrained(self._path, num_labels=2, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32)
+        return (with_lora(model, self._seed) if self._subspace == "adapter" else model).eval()
 
     def draw(self, rows: int) -> list[int]:
         """Return the indices of sentences of a batch, all different."""
@@ -188,12 +199,14 @@ class Task:
         return closure
 
 
-def engine(model: Any, seed: int, rows_per_direction: int, every: int, rate: float) -> tuple[ZerothOrder, Any]:
-    """Return an engine that moves the layers' matrices, and its optimizer."""
+def engine(
+    model: Any, subspace: str, seed: int, rows_per_direction: int, every: int, rate: float
+) -> tuple[ZerothOrder, Any]:
+    """Return an engine that moves the layers' matrices or an adapter, and its optimizer."""
     zo = ZerothOrder(
         model,
-        "low_rank",
-        exclude_modules=r".*(embed|norm|Norm).*",
+        subspace,
+        exclude_modules=EXCLUDED if subspace == "low_rank" else None,  # any pattern would make A of an adapter move
         direction="rademacher",
         rows_per_direction=rows_per_direction,
         noise_scale_steps=every,
@@ -243,7 +256,7 @@ def measure(task: Task, weights: Mapping[str, Tensor], settings: Mapping[str, An
     for rows_per_direction, every in ((1, 2), (rows, 0)):
         model = task.model()
         model.load_state_dict(weights)
-        zo, optimizer = engine(model, settings["seed"] + 1, rows_per_direction, every, 0.0)
+        zo, optimizer = engine(model, settings["subspace"], settings["seed"] + 1, rows_per_direction, every, 0.0)
         if rows_per_direction == 1:
             found |= from_autograd(task, zo, settings["sentences"])
         steps = 2 * estimates if every else estimates
@@ -262,9 +275,11 @@ def points_of(steps: int, points: int) -> list[int]:
 def train(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make one run, and return its settings and measurements."""
     torch.set_num_threads(1)
-    task = Task(settings["model"], settings["loss"], settings["seed"])
+    task = Task(settings["model"], settings["loss"], settings["subspace"], settings["seed"])
     model = task.model()
-    zo, optimizer = engine(model, settings["seed"], 1, settings["every"], settings["learning_rate"])
+    zo, optimizer = engine(
+        model, settings["subspace"], settings["seed"], 1, settings["every"], settings["learning_rate"]
+    )
     at, curve = points_of(settings["steps"], settings["points"]), []
     for step in tqdm(range(settings["steps"] + 1), desc=f"seed {settings['seed']}", unit="step"):
         if step in at:

@@ -96,7 +96,7 @@ def test_it_measures_where_the_run_is_and_goes_on(
 def test_the_mean_of_the_rows_is_the_loss_that_a_comparison_trains_on(
     recipe: ModuleType, model_folder: str, encoder_folder: str, loss: str
 ) -> None:
-    task = recipe.Task(encoder_folder if loss == "head" else model_folder, loss, 0)
+    task = recipe.Task(encoder_folder if loss == "head" else model_folder, loss, "low_rank", 0)
     model, rows = task.model(), task.draw(5)
     examples = [task.examples[row] for row in rows]
     collator = LabelWordCollator(task.tokenizer, model) if loss != "head" else DataCollatorWithPadding(task.tokenizer)
@@ -108,6 +108,19 @@ def test_the_mean_of_the_rows_is_the_loss_that_a_comparison_trains_on(
     found = task.loss(model, rows)()
     assert found.shape == (5,)
     assert found.mean_loss().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_adapter_begins_as_its_model_and_moves_b(recipe: ModuleType, model_folder: str) -> None:
+    tasks = {name: recipe.Task(model_folder, "vocabulary", name, 0) for name in ("low_rank", "adapter")}
+    models = {name: task.model() for name, task in tasks.items()}
+    rows = tasks["adapter"].draw(4)
+    plain, adapted = (tasks[name].loss(model, rows)() for name, model in models.items())
+    assert adapted.tolist() == pytest.approx(plain.tolist())
+    zo, _ = recipe.engine(models["adapter"], "adapter", 0, 1, 0, 1e-3)
+    assert zo.subspace.coordinates and all(".lora_B." in name for name in zo.subspace.coordinates)
+    measured = recipe.from_autograd(tasks["adapter"], zo, 4)
+    assert measured["autograd"] > 0, "the gradient of B is not zero where B is"
+    zo.finish()
 
 
 @pytest.mark.parametrize("option", ["--points 1", "--sentences 2", "--batch-size 1"])

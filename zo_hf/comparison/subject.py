@@ -93,13 +93,23 @@ def parts_of_task(task: str, sizes: Sizes) -> Parts:
     return digits(sizes) if task in NETWORKS else TASKS[task].load(sizes)
 
 
+def with_lora(model: Any, seed: int) -> Any:
+    """Return a model with the LoRA adapter of all comparisons: rank 8 on every linear layer except the head, with B = 0.
+
+    Args:
+        model: a model without an adapter.
+        seed: seed of A.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # PEFT draws the adapter from torch's own generator
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+
+
 def _ready(model: Any, job: Job, options: dict[str, Any]) -> Any:
     """Add a LoRA adapter if the options need one, and move the model to its device."""
     if options.get("zo_subspace") == "adapter":
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(job.seed)  # PEFT draws the adapter from torch's own generator
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        model = with_lora(model, job.seed)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
