@@ -30,7 +30,6 @@ from pathlib import Path
 
 from common.finished import add_report_options
 from common.method_report import plot, table
-from tqdm import tqdm
 
 from zo_hf.comparison.finished_runs import FinishedRuns, finished_runs_are_kept
 from zo_hf.comparison.job import SETTINGS, Job, Problem
@@ -38,6 +37,7 @@ from zo_hf.comparison.methods import METHODS, added_method, choose
 from zo_hf.comparison.options import add_options, check_options, check_passes_to, protocol_of
 from zo_hf.comparison.passes import passes_table
 from zo_hf.comparison.processes import executor_of
+from zo_hf.comparison.progress_bar import ProgressBar
 from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
@@ -111,17 +111,15 @@ def main(argv: list[str] | None = None) -> None:
     comparison = comparison_of(args)
     if not args.plot_only:
         executor = executor_of(args.processes)
-        with tqdm(total=comparison.total(), initial=comparison.made(), unit="run", smoothing=0) as bar:
+        with ProgressBar([comparison]) as bar:
 
-            def show(comparison: Comparison, job: Job) -> None:
-                kind = "trial" if job.evaluations == 0 else f"seed {job.seed}"
-                bar.set_description(f"{job.method}, {kind}, {job.learning_rate:.2g}", refresh=False)
-                bar.update(comparison.made() - bar.n)
+            def done(comparison: Comparison, job: Job) -> None:
+                bar.done(comparison, job)
                 if job.method in args.methods and comparison.plan(job.method).result is not None:
                     report(comparison, args)
 
             try:
-                run_all([comparison], executor, args.processes, show)
+                run_all([comparison], executor, args.processes, bar.starts, done)
             finally:
                 executor.shutdown(wait=False, cancel_futures=True)
     print(report(comparison, args))

@@ -109,8 +109,9 @@ def test_an_encoder_gets_no_prompt(tmp_path: Path) -> None:
     size = {"vocab_size": 64, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**size, intermediate_size=8)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot continue a prompt; use --alignments head"):
-        evaluate_methods.check_model(str(tmp_path), ["prompt", "head"])
-    evaluate_methods.check_model(str(tmp_path), ["head"])
+        evaluate_methods.alignments_of(str(tmp_path), ["prompt", "head"])
+    assert evaluate_methods.alignments_of(str(tmp_path), ["head"]) == ["head"]
+    assert evaluate_methods.alignments_of(str(tmp_path), None) == ["head"], "without a wish it gets what it can"
 
 
 def test_help_describes_every_task_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:

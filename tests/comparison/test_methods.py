@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zo_hf.comparison.methods import Method, added_method, choose
+from zo_hf.comparison.methods import METHODS, Method, added_method, choose, follows_slopes
 
 
 def test_methods_that_do_not_exist_here_are_named_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +25,11 @@ def test_a_method_can_be_added_by_its_options() -> None:
     assert added_method(words) == ("mine", expected)
     with pytest.raises(ValueError, match="--add mine must be a name, a learning rate, and OPTION=VALUE words"):
         added_method(["mine"])
+
+
+def test_methods_that_divide_by_slopes_have_the_same_rates_for_every_loss() -> None:
+    divide = {name for name, method in METHODS.items() if not follows_slopes(method.options)}
+    assert divide == {
+        *("fzoo q8", "evolution q4", "rows adamw", "low_rank normalized", "low_rank adamw", "sign"),
+        *("zo-muon", "power_iteration", "adamw with backward"),
+    }

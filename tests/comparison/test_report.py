@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_the_summary_has_controls_and_verdicts() -> None:
         "| numbers, prompt | 0.550 | 0.500 ± 0.000 | 0.603 ± 0.006 | 0.603 ± 0.006 | 0.903 ± 0.006 | task | task |"
     )
     assert second == "| numbers, bare text, fresh head | 0.550 | 0.500 ± 0.000 | 0.903 ± 0.006 | - | - | - | - |"
+
+
+def test_titles_name_the_model_where_there_are_several() -> None:
+    found = report(low_rank=[0.6, 0.61])
+    other = replace(found, problem=replace(found.problem, model="folder/n"))
+    assert "| numbers, prompt |" in summary([found])
+    assert [row.split(" | ")[0] for row in summary([found, other]).splitlines()[2:]] == [
+        "| m: numbers, prompt",
+        "| n: numbers, prompt",
+    ]
+    assert "Of 2 learning rates, 2 are at an end of those tried" in page([found, other], "how")
 
 
 def test_the_control_of_a_loss_is_the_lower_one() -> None:

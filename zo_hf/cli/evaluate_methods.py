@@ -2,7 +2,7 @@
 
     zo-hf evaluate-methods                                        all tasks that need no hub, SmolLM2-135M; days on a CPU
     zo-hf evaluate-methods --model MODEL --tasks sentiment entailment --forward-passes 400 --seeds 0 1 2
-    zo-hf evaluate-methods --model ENCODER --alignments head      an encoder, which cannot continue a prompt
+    zo-hf evaluate-methods --model MODEL ENCODER                  a table over models; an encoder gets no prompt
     zo-hf evaluate-methods --tasks digits-cnn --forward-passes 5000
     zo-hf evaluate-methods --report-only                          only the report of the finished runs
 
@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -51,6 +50,7 @@ from zo_hf.comparison.job import ALIGNMENTS, SCRATCH, SETTINGS, Job, Problem
 from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, METHODS, ONE_DIRECTION, added_method, choose
 from zo_hf.comparison.options import add_options, check_options, check_passes_to, protocol_of
 from zo_hf.comparison.processes import executor_of
+from zo_hf.comparison.progress_bar import ProgressBar
 from zo_hf.comparison.report import FIGURES, ProblemReport, page, plot
 from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.comparison.subject import parts_of_task
@@ -83,15 +83,19 @@ def arguments(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     """Parse the command line; a wrong one ends the program with exit code 2 and one sentence."""
     parser = CommandParser(prog, description=f"{__doc__}\ntasks:\n{task_list()}")
     add = parser.add_argument
-    add("--model", help="a language model, a folder or a name; default: the embedded SmolLM2-135M")
+    add(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help="models of text, folders or names; default: the embedded SmolLM2-135M",
+    )
     names = [*OFFLINE, *NETWORKS, *HUB]
     add("--tasks", nargs="+", choices=names, metavar="TASK", help="tasks, listed above; default: all without a hub")
     add(
         "--alignments",
         nargs="+",
         choices=ALIGNMENTS,
-        default=list(ALIGNMENTS),
-        help="default: both, for tasks of text",
+        help="default: those that a model has, for tasks of text",
     )
     add(
         "--methods",
@@ -131,10 +135,10 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
     check_folder("--output", args.output, *(name for name, _, _ in FIGURES), "report.md")
     if find_spec("matplotlib") is None:
         raise ValueError("zo-hf evaluate-methods draws figures; install matplotlib.")
-    texts = [task for task in args.tasks if task not in NETWORKS]
-    if texts:
-        args.model = args.model or str(default_model())
-        check_model(args.model, args.alignments)
+    ways: list[tuple[str, str]] = []
+    if not NETWORKS.keys() >= set(args.tasks):
+        args.model = list(dict.fromkeys(args.model or [str(default_model())]))
+        ways = [(model, alignment) for model in args.model for alignment in alignments_of(model, args.alignments)]
     datasets.disable_progress_bars()
     for task in args.tasks:
         parts = parts_of_task(task, Sizes(args.train_rows, args.eval_rows, args.max_words))
@@ -145,23 +149,26 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
     protocol = protocol_of(args)
     sizes = (args.batch_size, args.train_rows, args.eval_rows, args.max_words, "label_words")
     problems = [
-        Problem("" if task in NETWORKS else args.model, task, alignment, *sizes)
+        Problem(model, task, alignment, *sizes)
         for task in args.tasks
-        for alignment in ((SCRATCH,) if task in NETWORKS else dict.fromkeys(args.alignments))
+        for model, alignment in ([("", SCRATCH)] if task in NETWORKS else ways)
     ]
     return [Comparison(problem, protocol, finished) for problem in problems]
 
 
-def check_model(model: str, alignments: Sequence[str]) -> None:
-    """Refuse a model that cannot be put to a task in one of the wanted ways.
+def alignments_of(model: str, wanted: Sequence[str] | None) -> list[str]:
+    """Return the ways in which tasks are put to a model: the wanted ones, or without a wish those that it has.
 
     Raises:
-        ValueError: its architecture has no language-modeling head or no classification head.
+        ValueError: its architecture lacks the language-modeling head or the classification head that is wanted.
     """
     remedy = "name a folder of a language model, or leave the option out for the embedded one"
     config = loaded(f"--model {model}", lambda: AutoConfig.from_pretrained(model), remedy)
     continues = not set(config.architectures or ()).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     takes_head = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if wanted is None and (continues or takes_head):
+        return [alignment for alignment, has in zip(ALIGNMENTS, (continues, takes_head), strict=True) if has]
+    alignments = list(dict.fromkeys(wanted or ALIGNMENTS))
     if "prompt" in alignments and not continues:
         raise ValueError(
             f"--model {model} was not saved as a causal language model, so that it cannot continue a prompt; use --alignments "
@@ -172,27 +179,21 @@ def check_model(model: str, alignments: Sequence[str]) -> None:
             f"--model {model} ({config.model_type}) has no class with a classification head in transformers; use --alignments "
             "prompt, or another model."
         )
+    return alignments
 
 
 def make_runs(comparisons: Sequence[Comparison], args: argparse.Namespace) -> None:
     """Make the runs that are missing, with a progress bar, and renew the report whenever a problem is finished."""
     executor = executor_of(args.processes)
-    total = sum(comparison.total() for comparison in comparisons)
-    with tqdm(
-        total=total, initial=sum(comparison.made() for comparison in comparisons), unit="run", smoothing=0
-    ) as bar:
+    with ProgressBar(comparisons) as bar:
 
-        def show(comparison: Comparison, job: Job) -> None:
-            kind = "trial" if job.evaluations == 0 else f"seed {job.seed}"
-            bar.set_description(
-                f"{comparison.problem.name}: {job.method}, {kind}, {job.learning_rate:.2g}", refresh=False
-            )
-            bar.update(sum(each.made() for each in comparisons) - bar.n)
+        def done(comparison: Comparison, job: Job) -> None:
+            bar.done(comparison, job)
             if not comparison.wanted():
                 report(comparisons, args)
 
         try:
-            run_all(comparisons, executor, args.processes, show)
+            run_all(comparisons, executor, args.processes, bar.starts, done)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -215,7 +216,7 @@ def report(comparisons: Sequence[Comparison], args: argparse.Namespace) -> str:
 
 def heading(args: Any) -> str:
     """Return the sentence that says how the runs were made."""
-    model = f"{Path(args.model).name}, " if args.model else ""
+    model = "".join(f"{Path(model).name}, " for model in args.model or [])
     return (
         f"{model}{args.forward_passes} forward passes of {args.batch_size} rows, {args.rates} trials of "
         f"{args.trial_forward_passes} for each learning rate, {args.eval_rows} test rows, seeds "

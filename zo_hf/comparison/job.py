@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 #: The ways to put a task to a model: with a prompt and label words, or as the bare text with a fresh head.
 ALIGNMENTS = ("prompt", "head")
@@ -42,6 +45,15 @@ class Problem:
         return f"{self.task}, {kind}"
 
 
+def titles(problems: Sequence[Problem]) -> list[str]:
+    """Return the name of each problem, after that of its model if there are several models."""
+    several = len({problem.model for problem in problems if problem.model}) > 1
+    return [
+        f"{Path(problem.model).name}: {problem.name}" if several and problem.model else problem.name
+        for problem in problems
+    ]
+
+
 @dataclass(frozen=True)
 class Job(Problem):
     """A run of a method.
@@ -61,6 +73,11 @@ class Job(Problem):
     seed: int
     budget: int
     evaluations: int
+
+    @property
+    def passes(self) -> int:
+        """The forward passes of a batch that the run makes at most, those for its scores included."""
+        return self.budget + max(self.evaluations, 1) * math.ceil(self.eval_rows / self.batch_size)
 
 
 SETTINGS = tuple(field.name for field in fields(Job))

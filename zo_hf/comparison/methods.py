@@ -97,6 +97,13 @@ METHODS = {
 }
 
 
+def follows_slopes(options: Mapping[str, Any]) -> bool:
+    """Return whether a step grows with the slopes of the loss, so that another model or loss wants another rate."""
+    divided = options.get("zo_normalize") or "adamw" in str(options.get("optim"))
+    rule, estimator = RULES[options.get("zo_rule", "none")], ESTIMATORS[options.get("zo_estimator", "two_point")]
+    return not (divided or rule.divides_scale_out or estimator.is_scale_free)
+
+
 def added_method(words: list[str]) -> tuple[str, Method]:
     """Return the method that `--add` describes.
 

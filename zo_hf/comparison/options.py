@@ -37,9 +37,14 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int], evaluatio
     add("--seeds", type=int, nargs="+", default=list(seeds), help="seeds of the full runs (%(default)s)")
     add("--forward-passes", type=int, default=2000, help="forward passes of a full run (%(default)s)")
     add("--trial-forward-passes", type=int, default=500, help="forward passes of a trial (%(default)s)")
-    add("--rates", type=int, default=5, help="number of trials of each method (%(default)s)")
+    add(
+        "--rates",
+        type=int,
+        default=5,
+        help="number of trials of each method; up to as many more while the best rate is at an end (%(default)s)",
+    )
     add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
-    add("--factor", type=float, default=1.0, help="factor on all centers, for another model or loss (%(default)s)")
+    add("--factor", type=float, default=1.0, help="factor on the centers of rates that grow with slopes (%(default)s)")
     add("--evaluations", type=int, default=evaluations, help="number of scores during a full run (%(default)s)")
     add("--batch-size", type=int, default=8, help="rows in a forward pass (%(default)s)")
     add("--train-rows", type=int, default=1000, help="number of training rows (%(default)s)")

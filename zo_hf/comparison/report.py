@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from zo_hf.comparison.job import Problem
+from zo_hf.comparison.job import Problem, titles
 from zo_hf.comparison.methods import FIRST_ORDER, FORWARD_GRADIENT, ONE_DIRECTION
 from zo_hf.comparison.passes import passes_table
 from zo_hf.comparison.result import Result, draw_curve, spread
@@ -78,13 +78,19 @@ def summary(reports: Sequence[ProblemReport]) -> str:
         f"| problem | majority | untrained | {' | '.join(methods)} | verdict by accuracy | verdict by loss |",
         f"|---|{'---:|' * (2 + len(methods))}---|---|",
     ]
-    for report in reports:
-        cells = [report.problem.name, f"{report.constant('accuracy'):.3f}", spread(report.untrained("accuracy"))]
+    for title, report in _titled(reports):
+        cells = [title, f"{report.constant('accuracy'):.3f}", spread(report.untrained("accuracy"))]
         for name in methods:
             result = report.results.get(name)
             cells.append("-" if result is None else spread(result.finals("accuracy")))
         lines.append(f"| {' | '.join([*cells, *map(report.verdict, ('accuracy', 'loss'))])} |")
     return "\n".join(lines) + "\n"
+
+
+def edges(reports: Sequence[ProblemReport]) -> str:
+    """Return a sentence that says how many learning rates are at an end of those tried."""
+    found = [result.at_edge for report in reports for result in report.results.values()]
+    return f"Of {len(found)} learning rates, {sum(found)} are at an end of those tried, so that a better one may lie beyond."
 
 
 def details(report: ProblemReport) -> str:
@@ -118,9 +124,9 @@ def page(reports: Sequence[ProblemReport], heading: str, passes_to: Sequence[str
         heading: a sentence that says how the runs were made.
         passes_to: names of methods; every problem then has a table of the forward passes to their final losses.
     """
-    parts = [heading, summary(reports)]
-    for report in reports:
-        parts.append(f"### {report.problem.name}\n\n{details(report)}")
+    parts = [heading, summary(reports), edges(reports)]
+    for title, report in _titled(reports):
+        parts.append(f"### {title}\n\n{details(report)}")
         parts.append(passes_table(report.results, {"loss": mean(report.untrained("loss"))}, passes_to))
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -145,7 +151,7 @@ def plot(reports: Sequence[ProblemReport], key: str, against: str, path: Path) -
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat[len(reports) :]:
         axes.set_axis_off()
-    for axes, report in zip(panels.flat, reports, strict=False):
+    for axes, (title, report) in zip(panels.flat, _titled(reports), strict=False):
         start = {key: mean(report.untrained(key))}
         for name, result in report.results.items():
             if against == "peak_mib":
@@ -157,7 +163,7 @@ def plot(reports: Sequence[ProblemReport], key: str, against: str, path: Path) -
         axes.axhline(report.constant(key), linestyle=":", linewidth=0.8, color="gray")
         if key == "loss":  # the limit keeps a diverged method from squeezing all others
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.25 * max(start[key], report.constant(key))))
-        axes.set_title(report.problem.name, fontsize="small")
+        axes.set_title(title, fontsize="small")
         axes.set_xlabel(_AXES[against], fontsize="small")
         axes.set_ylabel(f"test {key}", fontsize="small")
         axes.grid(alpha=0.3)
@@ -166,3 +172,7 @@ def plot(reports: Sequence[ProblemReport], key: str, against: str, path: Path) -
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def _titled(reports: Sequence[ProblemReport]) -> list[tuple[str, ProblemReport]]:
+    return list(zip(titles([report.problem for report in reports]), reports, strict=True))

@@ -15,10 +15,10 @@ from typing import Any
 
 from zo_hf.comparison.finished_runs import FinishedRuns
 from zo_hf.comparison.job import Job, Problem
-from zo_hf.comparison.methods import Method
+from zo_hf.comparison.methods import Method, follows_slopes
 from zo_hf.comparison.result import Result
 from zo_hf.comparison.run import run
-from zo_hf.comparison.tuning import finite, first_rates, next_rate
+from zo_hf.comparison.tuning import best_rate, first_rates, is_at_edge, is_complete, next_rate
 
 #: The seed of trials, which no full run has.
 TRIAL_SEED = 12_345
@@ -37,7 +37,7 @@ class Protocol:
         trial_forward_passes: forward passes of a trial.
         rates: number of trials of each method.
         ratio: ratio of the learning rates of the first trials.
-        factor: factor on all centers of learning rates.
+        factor: factor on the centers of learning rates, of methods whose steps grow with the slopes of the loss.
         evaluations: number of scores during a full run.
     """
 
@@ -56,13 +56,15 @@ class Plan:
     """The progress of one method.
 
     Attributes:
+        made: finished runs.
         wanted: runs that can start now.
-        made: number of finished runs.
+        later: forward passes of the runs that follow them, without trials beyond the number that was asked for.
         result: the method's result, once all full runs are finished.
     """
 
+    made: list[Job]
     wanted: list[Job]
-    made: int
+    later: int = 0
     result: Result | None = None
 
 
@@ -105,59 +107,79 @@ class Comparison:
         def trial(rate: float) -> Job:
             return self.job(method, rate, TRIAL_SEED, protocol.trial_forward_passes, 0)
 
-        center = protocol.methods[method].rate * protocol.factor * RATE_FACTORS[self.problem.alignment]
+        def full(rate: float) -> list[Job]:
+            return [
+                self.job(method, rate, seed, protocol.forward_passes, protocol.evaluations) for seed in protocol.seeds
+            ]
+
+        center = self.center(protocol.methods[method])
         rates = first_rates(center, protocol.ratio, protocol.rates)
         while True:
             trials = {rate: self.find(trial(rate)) for rate in rates}
             losses = {rate: made["scores"][-1]["loss"] for rate, made in trials.items() if made is not None}
-            if len(losses) < len(rates):
-                return Plan([trial(rate) for rate in rates if rate not in losses], len(losses))
-            if len(losses) == protocol.rates:
+            made, wanted = ([trial(rate) for rate in rates if (rate in losses) == found] for found in (True, False))
+            if wanted:
+                more = max(protocol.rates - len(rates), 0) * trial(center).passes
+                return Plan(made, wanted, more + sum(job.passes for job in full(center)))
+            if is_complete(losses, protocol.rates):
                 break
             rates.append(next_rate(losses, protocol.ratio))
-        best = min(losses, key=lambda rate: finite(losses[rate]))
-        jobs = [self.job(method, best, seed, protocol.forward_passes, protocol.evaluations) for seed in protocol.seeds]
-        runs = [made for made in map(self.find, jobs) if made is not None]
-        made = len(losses) + len(runs)
-        if len(runs) < len(jobs):
-            return Plan([job for job in jobs if self.find(job) is None], made)
-        at_edge = len(losses) > 1 and best in (min(losses), max(losses))
-        return Plan([], made, Result(protocol.methods[method].group, best, at_edge, runs))
+        best = best_rate(losses)
+        runs = {job: found for job in full(best) if (found := self.find(job)) is not None}
+        wanted = [job for job in full(best) if job not in runs]
+        result = None
+        if not wanted:
+            result = Result(protocol.methods[method].group, best, is_at_edge(losses), list(runs.values()))
+        return Plan(made + list(runs), wanted, result=result)
+
+    def center(self, method: Method) -> float:
+        """Return the center of a method's grid of learning rates."""
+        factor = self.protocol.factor if follows_slopes(method.options) else 1.0
+        return method.rate * factor * RATE_FACTORS[self.problem.alignment]
 
     def results(self) -> dict[str, Result]:
         """Return the results of the methods whose runs are all finished."""
         plans = {method: self.plan(method).result for method in self.protocol.methods}
         return {method: result for method, result in plans.items() if result is not None}
 
-    def total(self) -> int:
-        """Return the number of runs."""
-        each = self.protocol.rates + len(self.protocol.seeds)
-        return len(self.untrained()) + len(self.protocol.methods) * each
-
-    def made(self) -> int:
-        """Return the number of finished runs."""
-        untrained = sum(self.find(job) is not None for job in self.untrained())
-        return untrained + sum(self.plan(method).made for method in self.protocol.methods)
+    def passes(self) -> tuple[int, int]:
+        """Return the forward passes that are made, and those that are left, as far as can be known."""
+        made = left = 0
+        for job in self.untrained():
+            if self.find(job) is None:
+                left += job.passes
+            else:
+                made += job.passes
+        for method in self.protocol.methods:
+            plan = self.plan(method)
+            made += sum(job.passes for job in plan.made)
+            if method not in self.failed:
+                left += sum(job.passes for job in plan.wanted) + plan.later
+        return made, left
 
     def wanted(self) -> list[Job]:
-        """Return all runs that can start now, in the order of the methods in the table."""
+        """Return all runs that can start now: trials, then full runs seed by seed, so that methods can be compared early."""
         jobs = [job for job in self.untrained() if self.find(job) is None]
-        for method in self.protocol.methods:
-            if method not in self.failed:
-                jobs += self.plan(method).wanted
-        return jobs
+        seeds = [TRIAL_SEED, *self.protocol.seeds]
+        plans = [self.plan(method).wanted for method in self.protocol.methods if method not in self.failed]
+        return jobs + sorted((job for wanted in plans for job in wanted), key=lambda job: seeds.index(job.seed))
 
 
 def run_all(
-    comparisons: Sequence[Comparison], executor: Executor, processes: int, done: Callable[[Comparison, Job], None]
+    comparisons: Sequence[Comparison],
+    executor: Executor,
+    processes: int,
+    starts: Callable[[Comparison, Job], None],
+    done: Callable[[Comparison, Job], None],
 ) -> None:
-    """Make all runs of some comparisons, one comparison after the other, and call `done` after each run.
+    """Make all runs of some comparisons, one comparison after the other.
 
     Args:
         comparisons: the comparisons.
         executor: makes the runs.
         processes: number of runs at a time.
-        done: called with the comparison and the run.
+        starts: called with the comparison and the run before each run.
+        done: called with them after each run.
 
     Raises:
         SystemExit: a process was killed.
@@ -169,6 +191,7 @@ def run_all(
                 break
             for job in comparison.wanted():
                 if len(pending) < processes and all(job != other for _, other in pending.values()):
+                    starts(comparison, job)
                     pending[executor.submit(run, job)] = comparison, job
         if not pending:
             return

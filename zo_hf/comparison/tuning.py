@@ -1,7 +1,8 @@
 """The search for a learning rate by short trials, the same for every method.
 
 The first trials use a center, and rates that are `ratio` times larger and smaller. If the best rate is the largest or the
-smallest, the next trial goes one step further; otherwise it lies between the best rate and its better neighbor.
+smallest, the next trial goes one step further; otherwise it lies between the best rate and its better neighbor. If the
+best rate is still the largest or the smallest after the number of trials that was asked for, up to as many trials follow.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ def first_rates(center: float, ratio: float, trials: int) -> list[float]:
 def next_rate(losses: Mapping[float, float], ratio: float) -> float:
     """Return a rate beyond the best one if that is at an end, else between the best one and its better neighbor."""
     rates = sorted(losses)
-    at = min(range(len(rates)), key=lambda i: finite(losses[rates[i]]))
+    at = rates.index(best_rate(losses))
     if at == len(rates) - 1:
         return rates[at] * ratio
     if at == 0:
         return rates[at] / ratio
     neighbor = min(rates[at - 1], rates[at + 1], key=lambda rate: finite(losses[rate]))
     return math.sqrt(rates[at] * neighbor)
+
+
+def is_complete(losses: Mapping[float, float], trials: int) -> bool:
+    """Return whether the search is over, given the losses so far.
+
+    Args:
+        losses: the loss of each rate.
+        trials: number of trials that was asked for. With fewer than three, the best rate is always at an end, and no
+            more follow.
+    """
+    return len(losses) >= trials and (trials < 3 or not is_at_edge(losses) or len(losses) == 2 * trials)
+
+
+def is_at_edge(losses: Mapping[float, float]) -> bool:
+    """Return whether the best of several rates is the largest or the smallest, so that a better one may lie beyond."""
+    return len(losses) > 1 and best_rate(losses) in (min(losses), max(losses))
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """Return the rate with the least loss, and the smallest of those with the same."""
+    return min(sorted(losses), key=lambda rate: finite(losses[rate]))
 
 
 def finite(loss: float) -> float:
