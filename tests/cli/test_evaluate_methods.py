@@ -114,6 +114,18 @@ def test_an_encoder_gets_no_prompt(tmp_path: Path) -> None:
     assert evaluate_methods.alignments_of(str(tmp_path), None) == ["head"], "without a wish it gets what it can"
 
 
+def test_label_words_that_a_tokenizer_does_not_tell_apart_are_refused_before_any_run(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schedule, "run", lambda job: pytest.fail("a run was made"))
+    words = f"evaluate-methods --model {folder} --tasks acceptability questions --output {tmp_path / 'out'} {SMALL}"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words.split())
+    assert stopped.value.code == 2
+    # " person" and " place" both begin with the token of " p".
+    assert "--tasks questions needs label words" in capsys.readouterr().err
+
+
 def test_help_describes_every_task_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["evaluate-methods", "--help"])

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -54,12 +54,13 @@ from zo_hf.comparison.progress_bar import ProgressBar
 from zo_hf.comparison.report import FIGURES, ProblemReport, page, plot
 from zo_hf.comparison.schedule import Comparison, run_all
 from zo_hf.comparison.subject import parts_of_task
-from zo_hf.comparison.suite import HUB, OFFLINE, Sizes
+from zo_hf.comparison.suite import HUB, OFFLINE, TASKS, Sizes
 from zo_hf.comparison.suite.digits import NETWORKS
 from zo_hf.tasks.assets import default_model
 from zo_hf.tasks.command_line import CommandParser
 from zo_hf.tasks.console import command
 from zo_hf.tasks.loading import loaded
+from zo_hf.tasks.prompts import label_token_ids
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
 from zo_hf.trainer.output_paths import check_folder
 
@@ -139,6 +140,8 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
     if not NETWORKS.keys() >= set(args.tasks):
         args.model = list(dict.fromkeys(args.model or [str(default_model())]))
         ways = [(model, alignment) for model in args.model for alignment in alignments_of(model, args.alignments)]
+        for model in [model for model, alignment in ways if alignment == "prompt"]:
+            check_label_words(model, [task for task in args.tasks if task not in NETWORKS])
     datasets.disable_progress_bars()
     for task in args.tasks:
         parts = parts_of_task(task, Sizes(args.train_rows, args.eval_rows, args.max_words))
@@ -180,6 +183,24 @@ def alignments_of(model: str, wanted: Sequence[str] | None) -> list[str]:
             "prompt, or another model."
         )
     return alignments
+
+
+def check_label_words(model: str, tasks: Sequence[str]) -> None:
+    """Refuse tasks of text whose label words a model's tokenizer does not tell apart.
+
+    Raises:
+        ValueError: the message names the task.
+    """
+    remedy = "name a folder that has a tokenizer, too"
+    tokenizer = loaded(f"the tokenizer of --model {model}", lambda: AutoTokenizer.from_pretrained(model), remedy)
+    for task in tasks:
+        try:
+            label_token_ids(tokenizer, TASKS[task].prompt())
+        except ValueError as error:
+            raise ValueError(
+                f"--tasks {task} needs label words, {', '.join(TASKS[task].words)}, whose first tokens after the prompt differ, and "
+                f"with the tokenizer of --model {model} they do not; leave the task out, or use --alignments head."
+            ) from error
 
 
 def make_runs(comparisons: Sequence[Comparison], args: argparse.Namespace) -> None:

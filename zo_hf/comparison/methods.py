@@ -93,7 +93,7 @@ METHODS = {
         | {"zo_rank": 64, "zo_fold_steps": 100, "zo_estimator": "one_sided", "zo_rule": "power_iteration"},
     ),
     FORWARD_GRADIENT: Method("controls", 3e-5, LOW_RANK | {"zo_estimator": "forward_gradient"}),
-    FIRST_ORDER: Method("controls", 1e-4, MATRICES | {"backward": True, "optim": "adamw_torch"}),
+    FIRST_ORDER: Method("controls", 3e-5, MATRICES | {"backward": True, "optim": "adamw_torch"}),
 }
 
 

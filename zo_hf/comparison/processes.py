@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 
 class InThisProcess(Executor):
@@ -27,10 +28,12 @@ class InThisProcess(Executor):
 
 
 def prepare_process() -> None:
-    """Set up a process that makes runs: one thread, no progress bars, and an end together with the parent process."""
+    """Set up a process that makes runs: one thread, an end together with the parent process, and no bars and warnings."""
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # Every run would warn anew, in the middle of the comparison's own bar.
+    logging.getLogger("zo_hf").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     parent = multiprocessing.parent_process()
     if parent is not None:
