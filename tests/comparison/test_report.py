@@ -44,23 +44,29 @@ def test_the_summary_has_controls_and_verdicts() -> None:
         report(low_rank=[0.6, 0.61, 0.6], exact=[0.6, 0.6, 0.61], first=[0.9, 0.91, 0.9]),
         report("head", low_rank=[0.9, 0.9, 0.91]),
     ]
-    header, _, first, second = summary(both).splitlines()
-    assert header.startswith("| problem | majority | untrained | low_rank | forward gradient | adamw with backward |")
-    assert first == (
-        "| numbers, prompt | 0.550 | 0.500 ± 0.000 | 0.603 ± 0.006 | 0.603 ± 0.006 | 0.903 ± 0.006 | task | task |"
+    header, _, first, second = summary(both, "accuracy").splitlines()
+    assert header == (
+        "| test accuracy | majority | untrained | low_rank | forward gradient | adamw with backward | verdict |"
     )
-    assert second == "| numbers, bare text, fresh head | 0.550 | 0.500 ± 0.000 | 0.903 ± 0.006 | - | - | - | - |"
+    assert first == (
+        "| numbers, prompt | 0.550 | 0.500 ± 0.000 | 0.603 ± 0.006 (edge) | 0.603 ± 0.006 (edge) | 0.903 ± 0.006 (edge) "
+        "| task |"
+    )
+    assert second == "| numbers, bare text, fresh head | 0.550 | 0.500 ± 0.000 | 0.903 ± 0.006 (edge) | - | - | - |"
+    by_loss = summary(both[1:], "loss").splitlines()
+    assert by_loss[0].startswith("| test loss |")
+    assert by_loss[2] == "| numbers, bare text, fresh head | 0.690 | 0.900 ± 0.000 | 0.097 ± 0.006 (edge) | - |"
 
 
 def test_titles_name_the_model_where_there_are_several() -> None:
     found = report(low_rank=[0.6, 0.61])
     other = replace(found, problem=replace(found.problem, model="folder/n"))
-    assert "| numbers, prompt |" in summary([found])
-    assert [row.split(" | ")[0] for row in summary([found, other]).splitlines()[2:]] == [
+    assert "| numbers, prompt |" in summary([found], "loss")
+    assert [row.split(" | ")[0] for row in summary([found, other], "loss").splitlines()[2:]] == [
         "| m: numbers, prompt",
         "| n: numbers, prompt",
     ]
-    assert "Of 2 learning rates, 2 are at an end of those tried" in page([found, other], "how")
+    assert "Of 2 learning rates, 2 are the largest or the smallest tried" in page([found, other], "how")
 
 
 def test_the_control_of_a_loss_is_the_lower_one() -> None:
@@ -76,7 +82,10 @@ def test_details_name_rates_costs_and_failures() -> None:
     text = details(found)
     assert "| low_rank | 2 | 0.0001 (edge) | 0.350 ± 0.071 | 0.650 ± 0.071 | 1.00 | 100 |" in text
     assert "| majority | | | 0.690 | 0.550 | | |" in text and text.endswith("failed: rows: ValueError: no\n")
-    assert page([found], "how").startswith("how\n\n| problem |")
+    text = page([found], "how")
+    assert text.startswith("how\n\n| test accuracy |") and text.index("| test accuracy |") < text.index(
+        "| test loss |"
+    )
     assert "| forward passes to the final loss of | low_rank |" in page([found], "how", ["low_rank", "rows"])
 
 

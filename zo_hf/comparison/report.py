@@ -1,4 +1,4 @@
-"""The report of a suite: a table of all problems with controls and verdicts, a table of each problem, and figures.
+"""The report of a suite: tables of all problems with controls and verdicts, a table of each problem, and figures.
 
 Figures show the mean over seeds and a band of one standard deviation, against forward passes, training time and peak memory,
 with the untrained model (dashed) and the best constant answer (dotted).
@@ -71,26 +71,31 @@ class ProblemReport:
         return verdict(control, *scores)
 
 
-def summary(reports: Sequence[ProblemReport]) -> str:
-    """Return a Markdown table of test accuracies with a row for each problem, controls first and verdicts last."""
+def summary(reports: Sequence[ProblemReport], key: str) -> str:
+    """Return a Markdown table of a score with a row for each problem, controls first and the verdict last.
+
+    Args:
+        reports: the problems.
+        key: the score, "accuracy" or "loss".
+    """
     methods = list(dict.fromkeys(name for report in reports for name in report.results))
     lines = [
-        f"| problem | majority | untrained | {' | '.join(methods)} | verdict by accuracy | verdict by loss |",
-        f"|---|{'---:|' * (2 + len(methods))}---|---|",
+        f"| test {key} | majority | untrained | {' | '.join(methods)} | verdict |",
+        f"|---|{'---:|' * (2 + len(methods))}---|",
     ]
     for title, report in _titled(reports):
-        cells = [title, f"{report.constant('accuracy'):.3f}", spread(report.untrained("accuracy"))]
+        cells = [title, f"{report.constant(key):.3f}", spread(report.untrained(key))]
         for name in methods:
             result = report.results.get(name)
-            cells.append("-" if result is None else spread(result.finals("accuracy")))
-        lines.append(f"| {' | '.join([*cells, *map(report.verdict, ('accuracy', 'loss'))])} |")
+            cells.append("-" if result is None else spread(result.finals(key)) + " (edge)" * result.at_edge)
+        lines.append(f"| {' | '.join([*cells, report.verdict(key)])} |")
     return "\n".join(lines) + "\n"
 
 
 def edges(reports: Sequence[ProblemReport]) -> str:
     """Return a sentence that says how many learning rates are at an end of those tried."""
     found = [result.at_edge for report in reports for result in report.results.values()]
-    return f"Of {len(found)} learning rates, {sum(found)} are at an end of those tried, so that a better one may lie beyond."
+    return f"Of {len(found)} learning rates, {sum(found)} are the largest or the smallest tried (edge): a better one may lie beyond."
 
 
 def details(report: ProblemReport) -> str:
@@ -124,7 +129,7 @@ def page(reports: Sequence[ProblemReport], heading: str, passes_to: Sequence[str
         heading: a sentence that says how the runs were made.
         passes_to: names of methods; every problem then has a table of the forward passes to their final losses.
     """
-    parts = [heading, summary(reports), edges(reports)]
+    parts = [heading, summary(reports, "accuracy"), summary(reports, "loss"), edges(reports)]
     for title, report in _titled(reports):
         parts.append(f"### {title}\n\n{details(report)}")
         parts.append(passes_table(report.results, {"loss": mean(report.untrained("loss"))}, passes_to))
