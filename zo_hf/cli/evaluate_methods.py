@@ -11,8 +11,8 @@ word answers. With "head", the model gets the bare text, and a fresh classificat
 digits-cnn and digits-transformer train a small network from random weights instead.
 
 All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
-method makes the same number of short trials with a seed of their own, and the learning rate with the least loss on development
-rows then trains with each of --seeds. Test rows choose nothing.
+method makes trials with a seed of their own, as many as --rates and more while the best rate is the largest or the smallest one.
+The learning rate with the least loss on development rows then trains with each of --seeds. Test rows choose nothing.
 
 Every table has controls: the model as it is, always the same answer, backpropagation ("adamw with backward") and the forward
 gradient, which has the exact derivative along as many directions. They give the verdict on "low_rank", whose directions and
