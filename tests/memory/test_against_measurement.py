@@ -65,8 +65,15 @@ def predicted(config: Any, setup: Setup, given: Assumptions) -> tuple[int, int]:
     return row.weights, row.total
 
 
+def as_planned(setup: Setup, given: Assumptions) -> Assumptions:
+    """By rows, a plan with "auto" counts a pass for each sign, which is what a device without room for both makes."""
+    goes_by_rows = given.rows_per_direction != 0 and not (setup.kind == "full" and given.rows_per_direction == "auto")
+    return replace(given, batched=False) if goes_by_rows and given.batched == "auto" else given
+
+
 def measured(config: Any, setup: Setup, given: Assumptions) -> tuple[int, int]:
     """Bytes of the weights, and of these with the allocator's peak."""
+    given = as_planned(setup, given)
     model = real_model(config, setup, given)
     batch = real_batch(given, config.vocab_size)
     if setup.needs_backward:
@@ -139,7 +146,6 @@ def test_the_passes_of_several_directions_are_those_that_the_engine_makes(
 
 
 def assert_same_passes(setup: Setup, given: Assumptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By rows, a plan with "auto" counts a pass for each sign, which is what a device without room for both makes."""
     model = real_model(TINY, setup, given)
     made, counted, estimate = [], [], ZerothOrder.estimate
 
@@ -152,9 +158,7 @@ def assert_same_passes(setup: Setup, given: Assumptions, monkeypatch: pytest.Mon
         return found
 
     monkeypatch.setattr(ZerothOrder, "estimate", watched)
-    goes_by_rows = given.rows_per_direction != 0 and not (setup.kind == "full" and given.rows_per_direction == "auto")
-    real = replace(given, batched=False) if goes_by_rows and given.batched == "auto" else given
-    real_steps(model, setup, real, real_batch(given, TINY.vocab_size))()
+    real_steps(model, setup, as_planned(setup, given), real_batch(given, TINY.vocab_size))()
     planned = plan(TINY, "1GB", given, [setup]).rows[0].passes
     assert planned == tuple(made[-1])
     assert sum(planned) == counted[-1] * given.batch_size, "a step counts an evaluation of the batch for each probe"

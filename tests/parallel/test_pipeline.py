@@ -120,7 +120,9 @@ def test_a_pipeline_has_the_bits_of_one_process(
     folder = launched(processes)
     results = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)]
     first = results[0]
-    one = trainer_of(tmp_path, name, model_of(name))
+    # A single CPU takes both signs of rows in one pass, and makes two more passes to find that out.
+    alone = {"zo_batched_probes": False} if "by rows" in name else {}
+    one = trainer_of(tmp_path, name, model_of(name), **alone)
     assert first["eval_loss"] == one.evaluate()["eval_loss"]
     one.train()
     assert first["loss"] == logged(one, "loss")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 import pickle
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tests.subspaces.helpers import move_off_the_origin, sgd
 from tests.trainer.runs import trained
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable
+from zo_hf.subspaces.functional import with_parameters
 from zo_hf.trajectory import read_trajectory, replay
 
 EPS = 1e-3
@@ -459,3 +462,21 @@ def test_a_resumed_run_goes_on_with_what_has_been_read(tmp_path: Path) -> None:
         resumed = trained(tmp_path / f"resumed-{step}", RoutedTask(), resume=str(folder), **options)
         assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
         assert_same_bits(weights_of(replay(RoutedTask(), tmp_path / f"resumed-{step}")), weights_of(whole.model))
+
+
+def test_the_moved_parameters_of_a_module_are_freed_with_its_forward() -> None:
+    """A stand-in that referred to itself would keep all of them until a garbage collection."""
+    model = seeded(tiny_opt)
+    zo = ZerothOrder(model, "full", eps=1e-3, seed=0)
+    zo.subspace.attach()
+    layer = model.get_decoder().layers[0].fc1
+    gc.disable()
+    try:
+        stand_in = with_parameters(layer, {"weight": layer.weight + 1})
+        assert [name for name, _ in stand_in.named_parameters()] == ["weight", "bias"]
+        freed = weakref.ref(stand_in)
+        del stand_in
+        assert freed() is None
+    finally:
+        gc.enable()
+        zo.subspace.detach()

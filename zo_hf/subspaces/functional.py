@@ -18,6 +18,7 @@ an exception or an interrupt in the middle of a forward leaves nothing to restor
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
     stand_in.__dict__["_parameters"] = {**module._parameters, **own}
     members = module.__dict__.get(MEMBERS)
     if isinstance(members, Members):
-        stand_in.__dict__[MEMBERS] = Members(members.func, *members.args[:-1], stand_in)
+        # A proxy, because a cycle would keep the moved parameters until a garbage collection.
+        stand_in.__dict__[MEMBERS] = Members(members.func, *members.args[:-1], weakref.proxy(stand_in))
     if isinstance(module, nn.RNNBase):  # it reads its parameters from a list
         stand_in.__dict__["_flat_weights"] = [stand_in._parameters[name] for name in module._flat_weights_names]
     if inside:
