@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import assert_same_bits, weights_of
+from tests.quantization.stand_ins import Awq
 from tests.subspaces.helpers import sgd
 from tests.trainer.runs import trained
 from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation import kept_buffers
+from zo_hf.evaluation.evaluate import At
 from zo_hf.trajectory import replay
 
 
@@ -104,6 +108,50 @@ def test_a_run_leaves_them_and_can_be_replayed(tmp_path: Path, kind: type[Layers
     trainer = trained(tmp_path, kind(), max_steps=3, zo_rank=2, eval_strategy="steps", eval_steps=1)
     assert_same_bits(dict(trainer.model.named_buffers()), before)
     assert_same_bits(weights_of(replay(kind(), tmp_path)), weights_of(trainer.model))
+
+
+class Population:
+    """A loss that evaluates all of its members at once, as one of generated answers does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._loss = loss_of(model)
+
+    def __call__(self) -> Tensor:
+        return self._loss()
+
+    def losses_at(self, probes: Sequence[Probe], at: At) -> Tensor:
+        losses = []
+        for probe in probes:
+            with at((probe,), 0):
+                losses.append(self._loss())
+        return torch.stack(losses).double()
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_members_of_a_population_see_the_buffers_from_before(kind: type[Layers]) -> None:
+    model, alone = kind(), kind()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    options: dict[str, Any] = {"rank": 2, "seed": 0, "batched_probes": False}
+    together = ZerothOrder(model, "low_rank", **options).estimate(Population(model))
+    one_by_one = ZerothOrder(alone, "low_rank", **options).estimate(loss_of(alone))
+    assert together == one_by_one
+    assert_same_bits(dict(model.named_buffers()), before)
+
+
+def test_codes_of_quantized_layers_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Size] = []
+    model = Counts()
+    model.body = Awq(nn.Linear(8, 8))  # type: ignore[assignment]
+    zo, clone = ZerothOrder(model, "low_rank", rank=2, batched_probes=False), Tensor.clone
+
+    def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copied.append(tensor.shape)
+        return clone(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "clone", noted)
+    with zo.evaluator.leaving_buffers(zo.subspace):
+        pass
+    assert copied == [model.count.shape]
 
 
 def test_a_cache_stays_as_the_forward_leaves_it() -> None:

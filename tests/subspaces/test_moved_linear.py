@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.estimate import Estimate
 from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 
 GROUPS, ROWS, N, M, RANK = 3, 4, 10, 6, 2
@@ -77,3 +79,39 @@ def test_a_layer_that_does_anything_else_is_not_plain() -> None:
         assert plain_weights(layer, bound(layer), x) is None
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(N, M))
     assert plain_weights(normed, bound(normed), x) is None
+    assert plain_weights(layer, bound(layer), x[:0]) is None
+    seen = []
+    torch.func.vmap(lambda row: seen.append(plain_weights(layer, bound(layer), row)) or row)(x)
+    assert seen == [None]
+
+
+class Experts(nn.Module):
+    """A layer that some tokens choose, and one that none does."""
+
+    def __init__(self, has_bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.chosen, self.other = nn.Linear(N, M, bias=has_bias), nn.Linear(N, M, bias=has_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.chosen(x), self.other(x[:0])])
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_a_layer_may_see_no_rows(subspace: str, has_bias: bool) -> None:
+    model, x = Experts(has_bias), random(ROWS, N)
+    options: dict[str, Any] = {"rank": RANK} if subspace == "low_rank" else {}
+    zo = ZerothOrder(model, subspace, batched_probes=False, **options)
+    assert zo.estimate(lambda: model(x).square().mean()).is_finite
+
+
+@pytest.mark.parametrize("moving", [".*", ".*bias"])
+def test_torch_func_may_map_a_model(moving: str) -> None:
+    def estimated(mapped: bool) -> Estimate:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(N, M), nn.Tanh(), nn.Linear(M, 1)), random(ROWS, N)
+        zo = ZerothOrder(model, "low_rank", rank=RANK - 1, target_modules=moving, batched_probes=False)
+        return zo.estimate(lambda: (torch.func.vmap(model) if mapped else model)(x).square().mean())
+
+    assert estimated(True).loss == pytest.approx(estimated(False).loss, rel=1e-5)

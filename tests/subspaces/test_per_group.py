@@ -123,3 +123,17 @@ def test_a_model_without_values_decides_nothing_for_those_that_have_some(monkeyp
     per_group.compare_ahead(module, dict(module.named_parameters()))
     assert set(per_group._BROADCASTS.values()) == {True}
     per_group.compare_ahead(module, {})  # a module of which nothing moves
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_torch_func_may_map_a_norm_over_positions(kind: type[nn.Module]) -> None:
+    """vmap has no rule for an operation that writes into a given tensor."""
+    module, generator = kind(WIDTH), torch.Generator().manual_seed(1)
+    x = torch.randn(GROUPS * SIZE, 5, WIDTH, generator=generator)
+    stacked = {key: 1 + torch.randn(GROUPS, WIDTH, generator=generator) for key in module._parameters}
+
+    def called(part: torch.Tensor) -> Any:
+        return per_group._in_one_call(module, stacked, part)
+
+    torch.testing.assert_close(torch.func.vmap(called, in_dims=1, out_dims=1)(x), called(x))

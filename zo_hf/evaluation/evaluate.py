@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from zo_hf.directions import Distribution
@@ -134,13 +134,13 @@ class ProbeEvaluator:
         if self._configs is None:
             self._configs = configs_with_cache(subspace.model)
         at = subspace.at(probes, stream_of, distribution, rows, packing)
-        with without_cache(self._configs), self.leaving_buffers(subspace.model), at:
+        with without_cache(self._configs), self.leaving_buffers(subspace), at:
             yield
 
-    def leaving_buffers(self, model: nn.Module, runs: bool = True) -> AbstractContextManager[None]:
-        """Restore the buffers that a model's forward writes, after this context; see `KeptBuffers`."""
+    def leaving_buffers(self, subspace: Subspace, runs: bool = True) -> AbstractContextManager[None]:
+        """Restore the buffers that the model's forward writes, after this context; see `KeptBuffers`."""
         if self._buffers is None:
-            self._buffers = KeptBuffers(model)
+            self._buffers = KeptBuffers(subspace.model, subspace.quantized)
         return self._buffers.kept(runs)
 
     def losses(
@@ -176,8 +176,10 @@ class ProbeEvaluator:
         self.forward_passes += count
         if isinstance(closure, JointLoss):
 
-            def at(points: Sequence[Probe], rows: int) -> AbstractContextManager[None]:
-                return subspace.at(points, stream_of, distribution, rows=rows)
+            @contextmanager
+            def at(points: Sequence[Probe], rows: int) -> Iterator[None]:
+                with self.leaving_buffers(subspace), subspace.at(points, stream_of, distribution, rows=rows):
+                    yield
 
             with torch.no_grad():
                 return closure.losses_at(probes, at)

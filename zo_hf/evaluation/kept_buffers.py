@@ -8,7 +8,7 @@ Buffers outside of the state dict are caches, which belong to other attributes o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,10 +35,11 @@ class KeptBuffers:
 
     Args:
         model: the model.
+        quantized: its quantized layers, whose buffers hold codes that no forward writes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [module for module in model.modules() if module._buffers]
+    def __init__(self, model: nn.Module, quantized: Collection[nn.Module] = ()) -> None:
+        self._modules = [module for module in model.modules() if module._buffers and module not in quantized]
         self._written: set[tuple[nn.Module, str]] = set()
         self._has_run = False
 
@@ -61,7 +62,8 @@ class KeptBuffers:
         try:
             yield
         finally:
-            lost = [entry for entry in before if not self._restore(entry)]
+            with torch.no_grad():
+                lost = [entry for entry in before if not self._restore(entry)]
         self._has_run = self._has_run or runs
         for entry in lost:
             written = f"the forward of {type(entry.module).__name__} has written its buffer {entry.name!r}"
@@ -80,7 +82,6 @@ class KeptBuffers:
         is_copied = (module, name) in self._written if self._has_run else tensor.numel() <= MOST_ELEMENTS
         return _Before(module, name, tensor, tensor._version, tensor.clone() if is_copied else None)
 
-    @torch.no_grad()
     def _restore(self, before: _Before) -> bool:
         """Restore a buffer; return False if it has been written and there is no copy."""
         module, name, tensor = before.module, before.name, before.tensor

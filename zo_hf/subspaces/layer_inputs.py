@@ -84,6 +84,11 @@ def are_positions(ids: Tensor) -> bool:
     return bool((ids[1:, 1:] == ids[:-1, :-1]).all()) and bool((ids != ids[0, 0]).any())
 
 
+def is_transformed() -> bool:
+    """Return whether torch.func transforms what runs, so that a result may not be written into a tensor of other inputs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_captured() -> bool:
     try:
         return torch.cuda.is_current_stream_capturing()

@@ -286,6 +286,8 @@ class LowRank(AdapterAtEnd):
 
         output: (..., m), written in place; x: (..., n)
         """
+        if not output.numel():  # such as that of an expert that no token chose
+            return output
         groups, rows = max(1, len(self.probes)), output.numel() // output.shape[-1]
         x_rows, merged = x.reshape(rows, -1).to(output.dtype), self._merged(weight, bias)
         if self.packing is None:

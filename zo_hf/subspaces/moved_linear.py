@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.rng import draw
-from zo_hf.subspaces.layer_inputs import LINEAR
+from zo_hf.subspaces.layer_inputs import LINEAR, is_transformed
 
 
 def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -29,7 +29,8 @@ def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Ten
         x: its input, (..., n).
 
     Returns:
-        None if the forward is another one, or an autocast, a compiler or a subclass of tensors is to see it.
+        None if the forward is another one, if there are no rows, or if an autocast, a compiler, torch.func or a subclass of
+        tensors is to see it.
     """
     if _function_of(original) not in LINEAR:
         return None
@@ -37,8 +38,10 @@ def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Ten
         return None
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return None
+    if is_transformed():
+        return None
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or x.shape[-1] == 0:
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not x.numel():
         return None
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != torch.float32):
         return None

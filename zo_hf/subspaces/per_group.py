@@ -25,7 +25,7 @@ from zo_hf.estimators.probe import NotBatchable
 from zo_hf.rng import draw
 from zo_hf.subspaces.entries import forward_of, is_entered
 from zo_hf.subspaces.functional import HALF, functional_call, map_tensors, upcast_from, with_parameters
-from zo_hf.subspaces.layer_inputs import are_positions, is_of_rows, require_ids_of_rows
+from zo_hf.subspaces.layer_inputs import are_positions, is_of_rows, is_transformed, require_ids_of_rows
 
 #: Whether a forward broadcasts, by the forward and the number of dimensions of its input.
 _BROADCASTS: dict[tuple[Callable, int], bool] = {}
@@ -214,7 +214,7 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     out = None
     if half is not None and not has_tangent:
         out = torch.empty_like(normal, dtype=half)
-    elif not (has_tangent or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    elif not (has_tangent or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()):
         out = normal if all(value.dtype == normal.dtype for value in own.values()) else None
     if weight is not None and bias is not None:
         normal = torch.addcmul(bias, normal, weight, out=out)

@@ -31,6 +31,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.subspaces.entries import MEMBERS, Members, note_method
 from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.layer_inputs import is_transformed
 from zo_hf.subspaces.sites import Site
 
 _KEY = "_zo_reads"
@@ -107,7 +108,7 @@ class ModuleReads:
         """Return a stand-in for the parameter that moves it when an operation needs its values."""
         made = raw.detach().as_subclass(Unresolved)
         made.reads, made.attribute, made.raw = self, attribute, raw
-        if raw.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:  # vmap refuses it
+        if raw.requires_grad and not is_transformed():  # vmap refuses it
             with torch._C.DisableTorchFunctionSubclass():
                 made.requires_grad_()
         made._is_param = True  # for isinstance(..., nn.Parameter)

@@ -350,7 +350,7 @@ class ZOTrainer(SearchingTrainer):
         if self.zo is None:
             return super().prediction_step(*args, **kwargs)
         subspace = self.zo.subspace
-        with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace.model):
+        with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace):
             return super().prediction_step(*args, **kwargs)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
