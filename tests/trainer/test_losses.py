@@ -113,6 +113,20 @@ class Penalty(ZOTrainer):
         return (loss, {}) if return_outputs else loss
 
 
+class PenaltyInItsOwnWay(Penalty):
+    """Evaluates a batch as TRL's trainers do, without Trainer's method, and counts the batches in a buffer."""
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.model, "calls"):
+            self.model.register_buffer("calls", torch.zeros(()))
+        self.model.calls += 1
+        return super().compute_loss(model, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
@@ -125,6 +139,17 @@ def test_a_penalty_on_all_parameters_is_minimized(tmp_path: Path, subspace: str,
     trainer.train()
     (during,) = logged(trainer, "eval_loss")
     assert during < before - 0.05
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(during, rel=1e-6)
+
+
+def test_a_subclass_that_evaluates_in_its_own_way_sees_the_present_weights_and_leaves_buffers(tmp_path: Path) -> None:
+    every_20 = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 20}
+    trainer = make_trainer(tmp_path, kind=PenaltyInItsOwnWay, learning_rate=1e-5, **every_20)
+    trainer.evaluate()
+    calls = trainer.model.calls.item()
+    trainer.train()
+    assert trainer.model.calls.item() == calls > 0
+    (during,) = logged(trainer, "eval_loss")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(during, rel=1e-6)
 
 

@@ -238,7 +238,7 @@ def test_the_mixin_makes_another_trainer_forward_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [ZOTrainer, ZOSeq2SeqTrainer])
 def test_data_evaluation_and_the_loop_are_the_stock_ones(kind: type[ZOTrainer]) -> None:
     stock = Seq2SeqTrainer if kind is ZOSeq2SeqTrainer else Trainer
-    names = ["evaluate", "predict", "evaluation_loop", "compute_loss", "push_to_hub"]
+    names = ["evaluate", "predict", "prediction_step", "compute_loss", "push_to_hub"]
     names += ["save_model", "hyperparameter_search", "_inner_training_loop", "_run_epoch"]
     for name in names:
         assert getattr(kind, name) is getattr(stock, name), name

@@ -345,13 +345,16 @@ class ZOTrainer(SearchingTrainer):
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate one batch, as `Trainer.prediction_step` does."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, at the present weights wherever a loss reads them, and leave the model's buffers.
+
+        Not by batch: a subclass, such as TRL's or the one that generates, evaluates a batch in its own way.
+        """
         if self.zo is None:
-            return super().prediction_step(*args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
         subspace = self.zo.subspace
         with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace):
-            return super().prediction_step(*args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
