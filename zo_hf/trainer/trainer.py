@@ -346,15 +346,22 @@ class ZOTrainer(SearchingTrainer):
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as Trainer does, at the present weights wherever a loss reads them, and leave the model's buffers.
-
-        Not by batch: a subclass, such as TRL's or the one that generates, evaluates a batch in its own way.
-        """
+        """Evaluate as Trainer does, at the present weights wherever a loss reads them, and leave the model's buffers."""
         if self.zo is None:
             return super().evaluation_loop(*args, **kwargs)
-        subspace = self.zo.subspace
-        with subspace.reads.evaluating(), self.zo.evaluator.leaving_buffers(subspace):
+        zo, predict = self.zo, self.prediction_step
+
+        def predict_at_present(*args: Any, **kwargs: Any) -> Any:
+            with zo.subspace.reads.evaluating(), zo.evaluator.leaving_buffers(zo.subspace):
+                return predict(*args, **kwargs)
+
+        # In front of a subclass's own method, such as TRL's or the one that generates. Not around the loop, which may
+        # prepare the model first and writes its parameters then.
+        self.__dict__["prediction_step"] = predict_at_present
+        try:
             return super().evaluation_loop(*args, **kwargs)
+        finally:
+            del self.__dict__["prediction_step"]
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
