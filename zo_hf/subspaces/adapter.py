@@ -21,7 +21,8 @@ from zo_hf.offload import bring_in, check_values
 from zo_hf.rng import Purpose, Stream, StreamOf
 from zo_hf.rng.rounding import round_in_tiles
 from zo_hf.subspaces.blocks import CoordinateBlocks
-from zo_hf.subspaces.functional import HALF, forward_of, held, run_upcast
+from zo_hf.subspaces.entries import forward_of
+from zo_hf.subspaces.functional import HALF, held, run_upcast
 from zo_hf.subspaces.peft_methods import (
     LORA_FROM_ZERO,
     begins_without_effect,

@@ -63,6 +63,15 @@ def forward_of(module: nn.Module) -> Callable:
     return module.__dict__.get(_METHOD) or type(module).forward
 
 
+def function_of(forward: Callable, module: nn.Module) -> Callable | None:
+    """Return the function that a forward binds to a module, as a method or a partial does; None if it is anything else."""
+    if inspect.ismethod(forward):
+        return forward.__func__ if forward.__self__ is module else None
+    if isinstance(forward, functools.partial) and forward.args == (module,) and not forward.keywords:
+        return forward.func
+    return None
+
+
 def note_method(module: nn.Module) -> bool:
     """Keep the method that somebody has put in place of the forward of this instance, for `forward_of`.
 
@@ -75,9 +84,7 @@ def note_method(module: nn.Module) -> bool:
     _forget_method(module)
     if own is None:
         return True
-    function = own.__func__ if inspect.ismethod(own) and own.__self__ is module else None
-    if isinstance(own, functools.partial) and own.args == (module,) and not own.keywords:
-        function = own.func
+    function = function_of(own, module)
     if function is None:
         return False
     # Liger's norms compute what their classes do, but take one set of parameters.

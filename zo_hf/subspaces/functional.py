@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from zo_hf.subspaces.entries import MEMBERS, Members, forward_of
+from zo_hf.subspaces.layer_inputs import LINEAR
 
 HALF = (torch.float16, torch.bfloat16)
-_READ_ALL = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+_READ_ALL = (*LINEAR, nn.Embedding.forward)
 
 
 def held(module: nn.Module, path: str) -> Tensor | None:

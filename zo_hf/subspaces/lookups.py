@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from zo_hf.subspaces.functional import HALF, forward_of, functional_call
+from zo_hf.subspaces.entries import forward_of
+from zo_hf.subspaces.functional import HALF, functional_call
 
 _WIDTH = 3
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

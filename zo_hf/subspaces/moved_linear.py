@@ -8,8 +8,6 @@ of that copy, so the output is written no more often than without a probe.
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zo_hf.rng import draw
+from zo_hf.subspaces.entries import function_of
 from zo_hf.subspaces.layer_inputs import LINEAR, is_transformed
 
 
@@ -32,7 +31,7 @@ def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Ten
         None if the forward is another one, if there are no rows, or if an autocast, a compiler, torch.func or a subclass of
         tensors is to see it.
     """
-    if _function_of(original) not in LINEAR:
+    if function_of(original, module) not in LINEAR:
         return None
     if type(x) is not Tensor or draw.is_launched(x.device) or x.dtype != torch.float32:
         return None
@@ -46,13 +45,6 @@ def plain_weights(module: nn.Module, original: Callable, x: Tensor) -> tuple[Ten
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != torch.float32):
         return None
     return (weight if isinstance(module, Conv1D) else weight.t()), bias
-
-
-def _function_of(forward: Callable) -> Callable | None:
-    """Return the function behind a forward that is bound to its module."""
-    if isinstance(forward, functools.partial):
-        return forward.func
-    return forward.__func__ if isinstance(forward, types.MethodType) else None
 
 
 def moved_linear(

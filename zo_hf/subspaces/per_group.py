@@ -198,13 +198,14 @@ def _in_one_call(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor)
     groups = len(next(iter(parameters.values())))
     parts = x.reshape(groups, -1, *x.shape[1:])
     own = {name: value.reshape(groups, *[1] * (x.ndim - 1), -1) for name, value in parameters.items()}
-    if forward_of(module) not in _NEEDS_SHAPE:
+    forward = forward_of(module)
+    if forward not in _NEEDS_SHAPE:
         return functional_call(module, own, (parts,), {}).reshape(x.shape)
     # These two check the shape of their parameters, so the parameters come after them.
     half = upcast_from(module, own)
     stand_in: Any = with_parameters(module, own)
     parts = parts if half is None else parts.float()
-    if forward_of(module) is nn.RMSNorm.forward:
+    if forward is nn.RMSNorm.forward:
         normal = nn.functional.rms_norm(parts, stand_in.normalized_shape, None, stand_in.eps)
     else:
         normal = nn.functional.layer_norm(parts, stand_in.normalized_shape, None, None, stand_in.eps)
