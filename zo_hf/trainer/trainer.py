@@ -357,11 +357,14 @@ class ZOTrainer(SearchingTrainer):
 
         # In front of a subclass's own method, such as TRL's or the one that generates. Not around the loop, which may
         # prepare the model first and writes its parameters then.
+        before = self.__dict__.get("prediction_step")
         self.__dict__["prediction_step"] = predict_at_present
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             del self.__dict__["prediction_step"]
+            if before is not None:  # somebody has put it on this trainer alone
+                self.__dict__["prediction_step"] = before
 
     def loss_by_rows(self, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, for a subclass that knows them; None leaves it to `RowLosses` to show them.
