@@ -244,6 +244,19 @@ def test_data_evaluation_and_the_loop_are_the_stock_ones(kind: type[ZOTrainer]) 
         assert getattr(kind, name) is getattr(stock, name), name
 
 
+def test_a_prediction_step_of_one_trainer_is_called_in_every_evaluation_and_stays(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, seeded(tiny_opt), max_steps=2, eval_strategy="steps", eval_steps=1)
+    stock, called = trainer.prediction_step, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        called.append(trainer.state.global_step)
+        return stock(*args, **kwargs)
+
+    trainer.prediction_step = own  # type: ignore[method-assign]
+    trainer.train()
+    assert set(called) == {1, 2} and trainer.prediction_step is own
+
+
 @pytest.mark.parametrize("name", ["get_eval_dataloader", "get_test_dataloader"])
 def test_without_a_pipeline_data_for_evaluation_is_what_trainer_hands_out(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
