@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from zo_hf.estimators.probe import Probe
+from zo_hf.reason import reason_of
 
 
 def own_passes(probes: Sequence[Probe]) -> list[Probe]:
@@ -37,7 +38,7 @@ def loss_and_derivative(closure: Callable[[], Tensor]) -> Tensor:
     try:
         value, derivative = forward_ad.unpack_dual(closure())
     except NotImplementedError as error:
-        reason = str(error).split("\n")[0].rstrip(".")
+        reason = reason_of(error)
         raise ValueError(
             f"zo_estimator='forward_gradient' cannot differentiate this model ({reason}); use zo_estimator='two_point'."
         ) from error

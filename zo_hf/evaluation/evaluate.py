@@ -23,6 +23,7 @@ from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
+from zo_hf.reason import reason_of
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
 from zo_hf.subspaces.packing import Packing
@@ -216,7 +217,7 @@ class ProbeEvaluator:
                 logger.warning(
                     "a forward pass for all probes failed (%s: %s); a batch like this is evaluated one probe at a time",
                     type(error).__name__,
-                    _first_line(error),
+                    reason_of(error),
                 )
             self._has_failed = True
         # Only here, outside of the handler, has the traceback given back the memory of the failed forward pass.
@@ -257,7 +258,7 @@ class ProbeEvaluator:
                     raise  # other processes may be in the middle of the same forward pass, waiting for this one
                 self.recover()
             self.all_reduce_and(torch.tensor(False, device=expected.device))
-            self._choose(False, _first_line(error))
+            self._choose(False, reason_of(error))
             return expected
         finally:
             if after is not None:
@@ -378,10 +379,6 @@ def one_number(loss: Any, device: torch.device) -> Tensor:
             "closure, for example with .mean(), or return RowLosses."
         )
     raise ValueError(f"the loss is a {type(loss).__name__}; compute_loss or the closure must return one number.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
 
 
 def _spread(losses: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.kernels.launch import on_device
 from zo_hf.offload import computing_devices
+from zo_hf.reason import reason_of
 from zo_hf.subspaces.subspace import Subspace
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class PassGraphs:
         except (NotBatchable, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            reason = str(error).split("\n")[0] or type(error).__name__
+            reason = reason_of(error)
             raise NotCapturable(
                 f"zo_cuda_graph=True cannot capture the forward pass of this model ({reason}); use zo_cuda_graph=False."
             ) from error

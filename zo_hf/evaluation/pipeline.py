@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from zo_hf.evaluation.passed_on import PassedOn
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
 from zo_hf.parallel.channel import Channel
+from zo_hf.reason import reason_of
 
 
 class Stage:
@@ -95,7 +96,7 @@ class Stage:
             if self._is_between and isinstance(error, (IndexError, TypeError, ValueError)):
                 raise self._refusal("return more than hidden states") from error
             if isinstance(error, torch.OutOfMemoryError):
-                reason = str(error).split("\n")[0].rstrip(".")
+                reason = reason_of(error)
                 raise torch.OutOfMemoryError(
                     "a stage of the pipeline has no memory for a forward pass that the other stages are in the middle of "
                     f"({reason}); set zo_batched_probes=False or smaller batches, and resume from the last "

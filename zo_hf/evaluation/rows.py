@@ -37,6 +37,7 @@ from zo_hf.evaluation.precision import rounding
 from zo_hf.evaluation.row_losses import GroupedLoss, LossByRows, RowLosses
 from zo_hf.evaluation.step_randomness import StepRandomness
 from zo_hf.parallel.ranks import Ranks
+from zo_hf.reason import reason_of
 from zo_hf.subspaces.subspace import Subspace
 
 logger = logging.getLogger(__name__)
@@ -299,7 +300,7 @@ class RowGroups:
                 self._evaluator.recover()
             self._evaluator.forward_passes = before  # as on ranks whose batch came apart: all rows together count
             if self.works is None:
-                self._decide(str(error).split("\n")[0] or type(error).__name__)
+                self._decide(reason_of(error))
             logger.debug("a batch does not come apart by rows: %s", error)
         return None
 

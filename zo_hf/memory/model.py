@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from zo_hf.reason import reason_of
+
 
 def load_config(name: str) -> PretrainedConfig:
     """Load the config of a model from a folder with config.json, from such a file, or by name from the hub.
@@ -21,7 +23,7 @@ def load_config(name: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise ValueError(
             f"model={name!r} has no readable config ({reason}); give a folder with config.json, the path of a "
             "config.json, or a name on the hub while it can be reached."

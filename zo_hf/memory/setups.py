@@ -19,6 +19,7 @@ from zo_hf.memory.model import build, fill, layers, shortened, size_in_bytes, te
 from zo_hf.memory.quantized import computed_in, quantizable_layers, saved_bytes
 from zo_hf.memory.subspaces import TracedAdapter, TracedFull, TracedLowRank, TracedScales
 from zo_hf.memory.trace import without_values
+from zo_hf.reason import reason_of
 from zo_hf.subspaces.peft_methods import base_model, is_peft
 
 HALF, FLOAT32 = "half", "float32"
@@ -143,7 +144,7 @@ def _trace(config: PretrainedConfig, given: Assumptions, setups: Sequence[Setup]
                         try:
                             usages[_key(setup)] = _usage(model, linear, setup, given)
                         except RuntimeError as error:  # for example, routing to experts depends on values
-                            reason = str(error).split("\n")[0].rstrip(".")
+                            reason = reason_of(error)
                             raise ValueError(
                                 f"model={config.model_type!r} cannot be planned, because a step of {setup.kind} does not run "
                                 f"on tensors without values ({reason}); use a dense model such as Llama, OPT or GPT-2."

@@ -15,6 +15,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation.evaluate import At
 from zo_hf.evaluation.precision import rounding
+from zo_hf.reason import reason_of
 from zo_hf.rewards.config import EvolutionConfig
 from zo_hf.rewards.prompts import up_to_end
 from zo_hf.rewards.sampling import sampler
@@ -120,7 +121,7 @@ class Generator:
             logger.warning(
                 "a generation for all members failed (%s: %s); a batch like this is answered by one member at a time",
                 type(error).__name__,
-                _first_line(error),
+                reason_of(error),
             )
         self._has_failed = True
 
@@ -139,7 +140,7 @@ class Generator:
             allowed = rounding(zo.evaluator.dtype_of_computation(zo.subspace, torch.float32))
             problem = _difference(together, [torch.cat(parts) for parts in zip(*alone, strict=True)], allowed)
         except Exception as error:  # out of memory, or a module that members cannot share
-            problem = _first_line(error)
+            problem = reason_of(error)
         zo.evaluator.forward_passes += len(probes)
         vote = torch.tensor(problem is None, device=batch["input_ids"].device)
         zo.evaluator.batched = zo.evaluator.all_reduce_and(vote)
@@ -183,7 +184,3 @@ def _difference(together: Sequence[Tensor], alone: Sequence[Tensor], allowed: fl
         if not apart <= allowed * size:
             return f"the scores of token {position + 1} differ by {apart:.2g}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from zo_hf.reason import reason_of
 from zo_hf.rewards.prompts import is_conversation
 
 
@@ -47,7 +48,7 @@ class RewardFunction:
             if inspect.isawaitable(found):
                 found = _awaited(found)
         except Exception as error:
-            reason = str(error).split("\n")[0]
+            reason = reason_of(error)
             raise RewardError(
                 f"the reward function {self.name!r} raised {type(error).__name__}: {reason}; correct it."
             ) from error

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from zo_hf.quantization import QuantizedLayer
+from zo_hf.reason import reason_of
 from zo_hf.subspaces.adapter_config import read_adapter_config
 from zo_hf.subspaces.sites import Site
 
@@ -76,7 +77,7 @@ def check_wrappable(layer: QuantizedLayer) -> None:
         with torch.random.fork_rng():
             get_peft_model(nn.ModuleDict({"layer": layer.module}), LoraConfig(r=1, target_modules=["layer"]))
     except Exception as error:  # PEFT looks for attributes of the formats that it knows
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         raise ValueError(
             f"PEFT cannot put a LoRA adapter around a {type(layer.module).__name__} ({reason}); "
             "use zo_subspace='norms'."
