@@ -88,7 +88,7 @@ def fake_cuda(kernels: bool = False) -> Iterator[Counts]:
     _set_device_guard()
     counts = Counts()
     # Cached tensors, by their device.
-    tables = (distributions._quantiles, distributions._signs, philox_wide._multipliers, philox_wide._weyl)
+    tables = (distributions._quantiles, distributions._to_sign_bit, philox_wide._multipliers, philox_wide._weyl)
     tables += (launch.on_device,)
     state = torch.get_rng_state()  # a real device keeps its generator's state on the host, too
     with (

@@ -115,8 +115,8 @@ class Rademacher(DrawnByKernels):
 
     @staticmethod
     def decode(packed: Tensor) -> Tensor:
-        bytes_ = packed.view(torch.uint8).to(torch.int32).flatten()
-        return torch.index_select(_signs(packed.device), 0, bytes_).flatten()
+        bits = packed.view(torch.int32).unsqueeze(-1) << _to_sign_bit(packed.device)
+        return bits.bitwise_and_(_SIGN_BIT).bitwise_or_(_ONE).view(torch.float32).flatten()
 
     @staticmethod
     def table(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -135,10 +135,14 @@ def _quantiles(device: torch.device, dtype: torch.dtype = torch.float32) -> Tens
 
 
 @cache
-def _signs(device: torch.device) -> Tensor:
-    """Return eight signs for every byte, float32 (256, 8). The lowest bit comes first, and a set bit gives -1."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return (1 - 2 * bits).to(device=device, dtype=torch.float32)
+def _to_sign_bit(device: torch.device) -> Tensor:
+    """Return the shifts that move each bit of a word to the sign bit, int32 (32,). The lowest bit comes first."""
+    return torch.arange(31, -1, -1, dtype=torch.int32, device=device)
+
+
+# The sign bit of a float32, and the number 1.0 without its sign, as integers of 32 bits.
+_SIGN_BIT = -(2**31)
+_ONE = 0x3F800000
 
 
 GAUSSIAN = Gaussian()
