@@ -204,7 +204,7 @@ class Subspace:
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
-            with tangents:
+            with tangents, self.reads.finding_held():
                 yield
         finally:
             self.probes, self.rows_per_probe, self.packing, self._lengths = (), 0, None, None
