@@ -231,6 +231,22 @@ class Runs:
         }
 
 
+def finished(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file.
+
+    Raises:
+        ValueError: the file has other lines, or runs of an earlier version, which measured less.
+    """
+    points = read_runs(path, NAMES)
+    for point in points:
+        missing = [name for name in (*COLUMNS, "critical") if name not in point]
+        if "level" in point and missing:
+            raise ValueError(
+                f"{path} holds runs of an earlier version without {missing[0]!r}; make the runs again, without --plot-only."
+            )
+    return points
+
+
 COLUMNS = {
     "step": "steps",
     "trace": "Tr",
@@ -341,7 +357,7 @@ def main() -> None:
     if not args.plot_only:
         found = [point for activation in args.activations for point in Runs(activation, args).train()]
         results.write_text("".join(json.dumps(point) + "\n" for point in found), encoding="utf-8")
-    points = read_runs(results, NAMES)
+    points = finished(results)
     report_runs(args, points, functools.partial(table, args), functools.partial(plot, args))
 
 

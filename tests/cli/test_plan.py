@@ -42,6 +42,7 @@ def test_many_rows_in_a_pass_stay_apart_from_the_weights_that_move() -> None:
     printed = command.text(Plan("opt", 1, Assumptions(batch_size=128, num_directions=64), (row,)))
     assert "8.0B 1 x 16384 " in printed
     assert "full and scales: all 128 probes in one forward pass" in printed
+    assert "a step: 128 probes, one after another (a CPU takes --in-one-pass)" in printed
 
 
 def test_every_assumption_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,38 @@ def test_a_cache_stays_as_the_forward_leaves_it() -> None:
     assert model.seen == 2
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_one_that_a_forward_makes_is_none_again_unless_it_is_a_cache(
+    persistent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the second probe would read the mean at the first."""
+
+    class Makes(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", None, persistent=persistent)
+            self.made = 0
+
+        def between(self, x: Tensor) -> Tensor:
+            if self.mean is None:
+                self.made, self.mean = self.made + 1, x.detach().mean((0, 1))
+            return x - self.mean
+
+    model = Makes()
+    zo = ZerothOrder(model, "low_rank", rank=2, seed=0, eps=1e-2, batched_probes=False)
+    (probe, other), loss = zo.estimator.probes(), loss_of(model)
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        found = zo.losses_at([(loss, 1.0)], [probe, other])
+    told = "the forward of Makes makes its buffer 'mean', which is None again after every probe; make it in"
+    assert len([m for m in caplog.messages if m.startswith(told)]) == persistent
+    assert (model.made, model.mean is None, "mean" in model.state_dict()) == (
+        (2, True, False) if persistent else (1, False, False)
+    )
+    alone = ZerothOrder(Makes(), "low_rank", rank=2, seed=0, eps=1e-2, batched_probes=False)
+    at_other = alone.losses_at([(loss_of(alone.model), 1.0)], [other])
+    assert (found[1] == at_other[0]) is persistent
+
+
 def test_an_exception_restores_them() -> None:
     model = Counts()
     zo, loss = ZerothOrder(model, "low_rank", rank=2, batched_probes=False), loss_of(model)

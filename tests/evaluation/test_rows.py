@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from transformers import BertForSequenceClassification, BertForTokenClassification, PreTrainedModel
 
@@ -31,7 +32,7 @@ from tests.conftest import (
 )
 from tests.subspaces.helpers import prepared, sgd
 from tests.trainer.runs import SaveAt, logged, make_trainer, with_lora
-from zo_hf import ZOTrainer
+from zo_hf import RowLosses, ZOTrainer
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.estimators.probe import Probe
@@ -333,6 +334,53 @@ def test_a_closure_keeps_one_direction_and_the_log_says_so_once(caplog: pytest.L
     assert len([r for r in caplog.records if "all rows of a step share" in r.message]) == 1
     first = plain.estimate(lambda: plain.model(**batch).loss)
     assert len(first.projected_gradients) == 1
+
+
+class Joins(nn.Module):
+    """Classifies rows of tokens; it may join them without padding in between, as models for flash attention do."""
+
+    def __init__(self, joins: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.norm = nn.Embedding(64, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.out, self.joins = nn.Linear(8, 4), joins
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        kept = mask.flatten().nonzero().flatten()
+        x = torch.tanh(self.norm(self.body(x.flatten(0, 1)[kept] if self.joins else x)))
+        if self.joins:
+            x = x.new_zeros(mask.numel(), 8).index_copy(0, kept, x).view(*mask.shape, 8)
+        return self.out((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    def losses(self, lengths: list[int]) -> RowLosses:
+        """The losses of rows of these lengths."""
+        ids = torch.randint(0, 64, (4, 6), generator=torch.Generator().manual_seed(sum(lengths)))
+        mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).float()
+        return RowLosses(cross_entropy(self(ids, mask), ids[:, 0] % 4, reduction="none"))
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full", "norms"])
+def test_rows_of_unlike_length_that_a_model_joins_share_a_direction(
+    subspace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokens of the later batches can be divided by the number of rows, and some parts would have tokens of two rows."""
+    found: list[list[tuple[float, ...]]] = []
+    for joins in (False, True):
+        model = Joins(joins)
+        zo = ZerothOrder(model, subspace, eps=EPS, seed=0, rows_per_direction=1)
+        optimizer, of_steps = sgd(zo, 0.0), []
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="zo_hf"):
+            for lengths in ([6, 6, 6, 6], [2, 6, 5, 3], [1, 6, 2, 3]):
+                estimate = zo.estimate(partial(model.losses, lengths))
+                of_steps.append(estimate.projected_gradients)
+                optimizer.step()
+        found.append(of_steps)
+    (whole, *_), (joined, *later) = found
+    assert joined == pytest.approx(whole, rel=1e-3, abs=1e-4) and all(joined)
+    assert all([bool(c) for c in of_step] == [True, False, False, False] for of_step in later)
+    assert len([m for m in caplog.messages if "share its directions: a layer sees 16 tokens of 4 rows" in m]) == 1
 
 
 def test_a_model_with_terms_of_its_own_keeps_one_direction() -> None:

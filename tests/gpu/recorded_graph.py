@@ -43,9 +43,12 @@ class RecordedGraph(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """Repeat everything, and write what an operation returned to where it was."""
+        """Repeat everything, and write what an operation returned to where it was.
+
+        A graph's replay is no call of torch's functions, so none of their modes sees it.
+        """
         self.replays += 1
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             for func, args, kwargs, result in self._done:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -145,7 +145,26 @@ def test_the_passes_of_several_directions_are_those_that_the_engine_makes(
     assert_same_passes(Setup(kind, "float32"), given, monkeypatch)
 
 
+@pytest.mark.parametrize("rows_per_direction", ["auto", 2])
+def test_a_cpu_takes_one_pass_by_rows(rows_per_direction: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Assumptions.batched` says: it cannot tell whether there is memory for that."""
+    given = replace(GIVEN, rows_per_direction=rows_per_direction, sequence_length=8)
+    setup, in_one_pass = Setup("low_rank", "float32"), replace(given, batched=True)
+    (passes, _) = passes_of_last_step(setup, given, monkeypatch)
+    assert tuple(passes) == plan(TINY, "1GB", in_one_pass, [setup]).rows[0].passes == (2 * given.batch_size,)
+
+
 def assert_same_passes(setup: Setup, given: Assumptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, counted = passes_of_last_step(setup, as_planned(setup, given), monkeypatch)
+    planned = plan(TINY, "1GB", given, [setup]).rows[0].passes
+    assert planned == tuple(made)
+    assert sum(planned) == counted * given.batch_size, "a step counts an evaluation of the batch for each probe"
+
+
+def passes_of_last_step(
+    setup: Setup, given: Assumptions, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Sequence[int], int]:
+    """The rows of every forward pass, and the number of passes that the engine counts."""
     model = real_model(TINY, setup, given)
     made, counted, estimate = [], [], ZerothOrder.estimate
 
@@ -158,10 +177,8 @@ def assert_same_passes(setup: Setup, given: Assumptions, monkeypatch: pytest.Mon
         return found
 
     monkeypatch.setattr(ZerothOrder, "estimate", watched)
-    real_steps(model, setup, as_planned(setup, given), real_batch(given, TINY.vocab_size))()
-    planned = plan(TINY, "1GB", given, [setup]).rows[0].passes
-    assert planned == tuple(made[-1])
-    assert sum(planned) == counted[-1] * given.batch_size, "a step counts an evaluation of the batch for each probe"
+    real_steps(model, setup, given, real_batch(given, TINY.vocab_size))()
+    return made[-1], counted[-1]
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "full"])

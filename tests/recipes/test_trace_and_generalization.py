@@ -143,3 +143,18 @@ def test_a_damaged_file_of_runs_is_refused_in_one_sentence(
         ValueError, match=r"runs\.jsonl holds lines that no comparison writes; move it away to start anew\."
     ):
         recipe.main()
+
+
+def test_runs_of_an_earlier_version_are_refused_in_one_sentence(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = {"activation": "gelu", "seed": 0, "margin": 8.0, "step_size": 0.1, "step": 20}
+    measured = {"level": 0.2, "loss": 0.19, "trace": 1.0, "largest": 0.1, "critical": 1.0, "test_loss": 0.3}
+    points = [point | {"end": "diverged"}, point | measured | {"test_accuracy": 0.5}]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+    monkeypatch.setattr(sys, "argv", ["recipe", "--plot-only", "--output", str(tmp_path)])
+    with pytest.raises(
+        ValueError,
+        match=r"runs\.jsonl holds runs of an earlier version without 'distance'; make .* without --plot-only\.$",
+    ):
+        recipe.main()

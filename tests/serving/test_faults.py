@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,22 +301,70 @@ def test_an_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
     assert_same_bits({n: p.detach() for n, p in trainer.model.named_parameters()}, before)
 
 
+#: A self-signed certificate from one day to another, which `openssl req` cannot make.
+AUTHORITY = """
+[ca]
+default_ca = own
+[own]
+database = {folder}/index.txt
+new_certs_dir = {folder}
+rand_serial = yes
+default_md = sha256
+policy = names
+x509_extensions = more
+[names]
+commonName = supplied
+[more]
+subjectAltName = {names}
+"""
+
+
+def certificate(folder: Path, names: str, start: datetime, end: datetime) -> Path:
+    """Make a key and a self-signed certificate in one file; the certificate alone is in the file `crt` beside it."""
+    key, request, made, config = (folder / name for name in ("server.pem", "csr", "crt", "config"))
+    config.write_text(AUTHORITY.format(folder=folder, names=names), encoding="utf-8")
+    (folder / "index.txt").touch()
+    asks = f"req -newkey rsa:2048 -nodes -subj /CN=tests -keyout {key} -out {request}"
+    days = f"-startdate {start:%Y%m%d%H%M%SZ} -enddate {end:%Y%m%d%H%M%SZ}"
+    signs = f"ca -batch -notext -selfsign -config {config} -keyfile {key} -in {request} -out {made} {days}"
+    for words in (asks, signs):
+        subprocess.run(["openssl", *words.split()], check=True, capture_output=True)
+    key.write_text(key.read_text(encoding="utf-8") + made.read_text(encoding="utf-8"), encoding="utf-8")
+    return key
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_a_certificate_is_trusted_by_name_or_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = str(tmp_path / "server.pem")
-    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tests -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run(
-        ["openssl", *words.split(), "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True
-    )
-    with open(file, "a", encoding="utf-8") as both:
-        both.write(Path(f"{file}.crt").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("names", "first", "last", "sentence"),
+    [
+        ("IP:127.0.0.1", -1, 1, None),
+        ("IP:127.0.0.1", -3, -1, r"has a certificate that has expired \(.*\); renew it on the server, .* anew\.$"),
+        (
+            "IP:127.0.0.1",
+            1,
+            3,
+            r"has a certificate that is not valid yet \(.*\); set the clock of this machine, .*\.$",
+        ),
+        ("IP:127.0.0.2", -1, 1, r"has a certificate that names another server \(.*\); set server_url to a name .*\.$"),
+    ],
+)
+def test_a_certificate_is_trusted_by_name_or_ends_the_run(
+    names: str, first: int, last: int, sentence: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one sentence with the way out, which is SSL_CERT_FILE only for one that this machine does not know."""
+    now = datetime.now(timezone.utc)
     stand_in = StandIn(base)
-    stand_in.certificate = Path(file)
+    stand_in.certificate = certificate(tmp_path, names, now + timedelta(days=first), now + timedelta(days=last))
     stand_in.start()
     try:
-        with pytest.raises(ServingError, match=r"does not trust .* in the variable SSL_CERT_FILE\.$"):
-            Server(stand_in.url, 10).base()
-        monkeypatch.setenv("SSL_CERT_FILE", f"{file}.crt")
-        assert Server(stand_in.url, 10).base().name == "base"
+        if sentence is None:
+            with pytest.raises(ServingError, match=r"does not trust .* in the variable SSL_CERT_FILE\.$"):
+                Server(stand_in.url, 10).base()
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "crt"))
+        if sentence is None:
+            assert Server(stand_in.url, 10).base().name == "base"
+        else:
+            with pytest.raises(ServingError, match=sentence):
+                Server(stand_in.url, 10).base()
     finally:
         stand_in.stop()

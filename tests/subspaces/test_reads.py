@@ -11,12 +11,14 @@ import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.overrides import _len_torch_function_stack
 from transformers import MambaConfig, MambaForCausalLM
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
@@ -244,6 +246,102 @@ def test_a_penalty_on_listed_parameters_is_a_part_of_the_loss(
     model, loss = made(CallsAKernel)
     assert c != pytest.approx(step_taken(model, loss, subspace, seed=0)[0], rel=1e-2)
     assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+class HoldsItsList(CallsAKernel):
+    """Penalizes in its forward the weights that it has listed when it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalized = list(self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.stack([p.abs().sum() for p in self.penalized]).sum()
+
+
+@pytest.mark.parametrize("subspace", WAYS)
+def test_a_penalty_on_a_list_from_before_is_a_part_of_the_loss(subspace: str) -> None:
+    """As of a list that a Trainer's subclass or a module has made in its `__init__`, in later steps, too."""
+    model, loss = made(CallsAKernel)
+    held = list(model.parameters())
+
+    def penalized() -> Tensor:
+        return loss() + sum((p**2).sum() for p in held) + nn.utils.parameters_to_vector(held).abs().sum()
+
+    c, slope, _ = step_taken(model, penalized, subspace, seed=0)
+    assert c == pytest.approx(slope, rel=1e-8)
+    assert all(type(p) is nn.Parameter and p is q for p, q in zip(held, model.parameters(), strict=True))
+    model, loss = made(HoldsItsList)
+    c, slope, _ = step_taken(model, loss, subspace, seed=0)
+    assert c == pytest.approx(slope, rel=1e-8)
+
+
+@pytest.mark.parametrize("subspace", WAYS)
+def test_a_list_from_before_gives_what_a_list_of_now_does_in_later_steps(subspace: str) -> None:
+    def numbers_of_steps(lists: Callable[[nn.Module], Callable[[], Any]]) -> list[float]:
+        model, loss = made(CallsAKernel)
+        zo = ZerothOrder(model, subspace, rank=2, seed=0, eps=EPS, batched_probes=False)
+        optimizer, listed, numbers = sgd(zo, lr=1e-3), lists(model), []
+        for _ in range(3):
+            numbers += zo.estimate(lambda: loss() + sum((p**2).sum() for p in listed())).projected_gradients
+            optimizer.step()
+        return numbers
+
+    def from_before(model: nn.Module) -> Callable[[], Any]:
+        held = list(model.parameters())
+        return lambda: held
+
+    assert numbers_of_steps(from_before) == numbers_of_steps(lambda model: model.parameters)
+
+
+def test_a_list_from_before_is_looked_for_in_the_first_step_only() -> None:
+    """Operations cost more while it is."""
+    model, loss = made(CallsAKernel)
+    zo, modes = ZerothOrder(model, "low_rank", rank=2, batched_probes=False), []
+
+    def noted() -> Tensor:
+        modes.append(_len_torch_function_stack())
+        return loss()
+
+    optimizer = sgd(zo, 0.0)
+    for _ in range(2):
+        zo.estimate(noted)
+        optimizer.step()
+    assert modes == [1, 1, 0, 0]
+
+
+def test_what_converts_or_copies_a_module_in_a_loss_gets_the_parameters_themselves() -> None:
+    """As routers of transformers convert themselves in their forward; otherwise the moved values would be written."""
+    model, loss = made(CallsAKernel)
+    before, copies = weights_of(model), []
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+
+    def converts() -> Tensor:
+        model.body.to(torch.float64)
+        model.body.to(torch.float32).to(torch.float64)
+        copies.append(copy.deepcopy(model.body))
+        return loss()
+
+    with torch.no_grad():
+        model.load_state_dict({name: tensor.float().double() for name, tensor in before.items()})
+    before = weights_of(model)
+    zo.estimate(converts)
+    assert_same_bits(weights_of(model), before)
+    for made_copy in copies:
+        assert_same_bits(weights_of(made_copy), weights_of(model.body))
+
+
+def test_an_evaluation_has_the_present_values_of_a_list_from_before() -> None:
+    model, loss = made(HoldsItsList)
+    zo = ZerothOrder(model, "low_rank", rank=2, seed=0, batched_probes=False, fold_steps=0)
+    optimizer = sgd(zo, 1e-3)
+    zo.estimate(loss)
+    optimizer.step()
+    with torch.no_grad(), zo.subspace.reads.evaluating():
+        during = loss().item()
+    zo.finish()
+    with torch.no_grad():
+        assert during == pytest.approx(loss().item(), rel=1e-8)
 
 
 def test_a_loss_that_switches_parameters_off_and_on_changes_the_parameters_themselves() -> None:

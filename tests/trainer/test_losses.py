@@ -113,6 +113,18 @@ class Penalty(ZOTrainer):
         return (loss, {}) if return_outputs else loss
 
 
+class PenaltyOnAnOlderList(ZOTrainer):
+    """Lists the parameters before there is a step."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.penalized = list(model.parameters())
+        super().__init__(model, *args, **kwargs)
+
+    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss = sum((p.double() ** 2).sum() for p in self.penalized)
+        return (loss, {}) if return_outputs else loss
+
+
 class PenaltyInItsOwnWay(Penalty):
     """Evaluates a batch as TRL's trainers do, without Trainer's method, and counts the batches in a buffer."""
 
@@ -130,11 +142,24 @@ class PenaltyInItsOwnWay(Penalty):
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
-@pytest.mark.parametrize(("subspace", "options"), [("low_rank", {}), ("full", {}), ("low_rank", COMPILED)], ids=str)
-def test_a_penalty_on_all_parameters_is_minimized(tmp_path: Path, subspace: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("subspace", "kind", "options"),
+    [
+        ("low_rank", Penalty, {}),
+        ("full", Penalty, {}),
+        ("low_rank", Penalty, COMPILED),
+        ("low_rank", PenaltyOnAnOlderList, {}),
+        ("full", PenaltyOnAnOlderList, {}),
+        ("low_rank", PenaltyOnAnOlderList, COMPILED),
+    ],
+    ids=str,
+)
+def test_a_penalty_on_all_parameters_is_minimized(
+    tmp_path: Path, subspace: str, kind: type[ZOTrainer], options: dict[str, Any]
+) -> None:
     """An evaluation between folds has the present weights, as one after training does."""
     options = options | {"zo_subspace": subspace, "learning_rate": 1e-5, "max_steps": 20, "prediction_loss_only": True}
-    trainer = make_trainer(tmp_path, kind=Penalty, eval_strategy="steps", eval_steps=20, **options)
+    trainer = make_trainer(tmp_path, kind=kind, eval_strategy="steps", eval_steps=20, **options)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     (during,) = logged(trainer, "eval_loss")

@@ -87,10 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-after-another",
         action="store_true",
         help="one forward pass for each probe, zo_batched_probes=False; default: so where groups of rows have directions "
-        "of their own, else one for all probes",
+        "of their own, as a run does whose GPU has no memory left for more, else one for all probes",
     )
     passes.add_argument(
-        "--in-one-pass", action="store_true", help="one forward pass for all probes, zo_batched_probes=True"
+        "--in-one-pass",
+        action="store_true",
+        help="one forward pass for all probes, zo_batched_probes=True, and what a run on a CPU takes by itself",
     )
     directions = ("gaussian", "rademacher")
     add("--direction", default=DEFAULTS.direction, choices=directions, help="distribution of directions (%(default)s)")
@@ -191,7 +193,7 @@ def _assumptions(result: Plan) -> list[str]:
     if given.rows_per_direction:
         groups = f" for each of {given.groups} groups of rows, which the step holds"
         groups += f"; full and scales: {probes}, for all rows" if given.rows_per_direction == "auto" else ""
-        probes = one_after_another if given.batched == "auto" else probes
+        probes = f"{one_after_another} (a CPU takes --in-one-pass)" if given.batched == "auto" else probes
     targets = ", ".join(given.lora_targets) or "PEFT's choice"
     lines = [
         f"batch: {given.batch_size} rows of {given.sequence_length} tokens, "

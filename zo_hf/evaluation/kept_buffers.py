@@ -3,6 +3,9 @@
 A forward in evaluation mode seldom writes one, but a batch norm that its model keeps in training mode does, and so do counters.
 Otherwise the second probe would see other buffers than the first, and a replay, which has no data, other ones than the run.
 Buffers outside of the state dict are caches, which belong to other attributes of their module, and stay as they are.
+
+A buffer that is None until a forward makes it is None again, too. It may hold a mean of the first probe's values, which the second
+probe would then read, and a state dict with it would not fit a new model.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class KeptBuffers:
     def __init__(self, model: nn.Module, quantized: Collection[nn.Module] = ()) -> None:
         self._modules = [module for module in model.modules() if module._buffers and module not in quantized]
         self._written: set[tuple[nn.Module, str]] = set()
+        self._made: set[tuple[nn.Module, str]] = set()
         self._has_run = False
 
     @contextmanager
@@ -90,6 +94,14 @@ class KeptBuffers:
             return True  # offloaded: the forward has written a copy, which is gone
         if now is not tensor:
             module._buffers[name] = tensor
+        if tensor is None and now is not None and (module, name) not in self._made:
+            self._made.add((module, name))
+            logger.warning(
+                "the forward of %s makes its buffer %r, which is None again after every probe; make it in __init__, or "
+                "register it with persistent=False to keep it",
+                type(module).__name__,
+                name,
+            )
         if tensor is None or tensor.is_inference():
             return True
         key = (module, name)

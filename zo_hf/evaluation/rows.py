@@ -87,6 +87,7 @@ class RowGroups:
         self._rows_per_group = 1.0
         self._rows: int | None = None
         self._packs = False  # whether the first batch has had several sequences in a row
+        self._has_told = False  # that a batch has not come apart
 
     def state(self) -> list[Any]:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
@@ -301,6 +302,9 @@ class RowGroups:
             self._evaluator.forward_passes = before  # as on ranks whose batch came apart: all rows together count
             if self.works is None:
                 self._decide(reason_of(error))
+            elif not self._has_told:
+                self._has_told = True
+                self._tell("all rows of a batch like this share its directions", reason_of(error))
             logger.debug("a batch does not come apart by rows: %s", error)
         return None
 
@@ -374,8 +378,10 @@ class RowGroups:
         self._evaluator.forward_passes = int(spent.max())
         if not self.works:
             reason = problem or "the loss of another process does not come apart by rows"
-            level = logging.INFO if self.is_auto else logging.WARNING
-            logger.log(level, "all rows of a step share its directions: %s", reason)
+            self._tell("all rows of a step share its directions", reason)
+
+    def _tell(self, consequence: str, reason: str) -> None:
+        logger.log(logging.INFO if self.is_auto else logging.WARNING, "%s: %s", consequence, reason)
 
 
 def groups_of(rows: int, rows_per_direction: int | str, equal: bool = True) -> int:

@@ -28,6 +28,19 @@ _CONCURRENT = 16
 _BUSY = (429, 502, 503, 504)
 _FORBIDDEN = (401, 403)
 _MISSING = 404
+#: What is wrong with a certificate and the way out, by OpenSSL's codes; a file of authorities mends none of these.
+_CERTIFICATES = {
+    9: ("is not valid yet", "set the clock of this machine, or give the server a certificate that is valid now"),
+    10: ("has expired", "renew it on the server, and start the server anew"),
+    **dict.fromkeys(
+        (62, 64),
+        ("names another server", "set server_url to a name that is in it, or give the server one for this address"),
+    ),
+}
+_UNTRUSTED = (
+    "this machine does not trust",
+    "name the file with the certificate of its authority in the variable SSL_CERT_FILE",
+)
 
 
 class Server:
@@ -167,7 +180,7 @@ class Server:
         Raises:
             ServerLost: there is none within the time.
             BadAnswer: it is too long.
-            ServingError: the server's certificate is not trusted.
+            ServingError: the server's certificate is not valid or not trusted.
         """
         headers = {"Content-Type": "application/json"} | _authorization()
         kind = http.client.HTTPSConnection if self._is_safe else http.client.HTTPConnection
@@ -190,9 +203,9 @@ class Server:
         except TimeoutError as error:
             raise ServerLost(f"no answer within {self._timeout:g} seconds") from error
         except ssl.SSLCertVerificationError as error:  # a wait does not mend it
+            problem, way_out = _CERTIFICATES.get(error.verify_code, _UNTRUSTED)
             raise ServingError(
-                f"{self.url} has a certificate that this machine does not trust ({error.verify_message}); name the file with "
-                "the certificate of its authority in the variable SSL_CERT_FILE."
+                f"{self.url} has a certificate that {problem} ({error.verify_message}); {way_out}."
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise ServerLost(str(error) or type(error).__name__) from error

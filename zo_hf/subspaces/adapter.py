@@ -61,7 +61,8 @@ class Adapter(Subspace):
         among = of_active_adapter(model) if among is None else among
         super().__init__(model, target_modules, exclude_modules, among, seed)
         self.default_eps, self.default_learning_rate = family(model).eps, family(model).learning_rate
-        if any(begins_without_effect(model)(name) for name in self.start.keys() - {site.name for site in self.sites}):
+        begins_still = begins_without_effect(model)
+        if any(map(begins_still, self.start)) and not any(begins_still(site.name) for site in self.sites):
             self.default_learning_rate = LORA_FROM_ZERO.learning_rate
         held_in = [(site, _held(module, path)) for site in self.sites for module, path in site.uses]
         views = [(site, p) for site, p in held_in if site.as_held(p, p) is not p]

@@ -11,15 +11,16 @@ Such a read must give the moved tensor. `ReadWatch` therefore makes the paramete
 own parametrizations do: the module gets a subclass of its class, and its table of parameters stays as it is. Most
 modules get their class back after the first step, when all of their parameters have been read in their own forward.
 
-A list of parameters is read through `Members`. Code often reads only a parameter's dtype, device or shape. Until a first
-operation on the values tells the difference, a read outside gives an `Unresolved` tensor.
+A list of parameters is read through `Members`, and one that was made before through `HeldParameters`. Code often reads only
+a parameter's dtype, device or shape. Until a first operation on the values tells the difference, a read outside gives an
+`Unresolved` tensor.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.subspaces.entries import MEMBERS, Members, note_method
 from zo_hf.subspaces.functional import HALF
+from zo_hf.subspaces.held_parameters import HeldParameters
 from zo_hf.subspaces.layer_inputs import is_transformed
 from zo_hf.subspaces.sites import Site
 
@@ -58,6 +60,7 @@ class Movable(Protocol):
     model: nn.Module
     sites: list[Site]
     probes: Sequence[Probe]
+    loader: Any
 
     @property
     def is_moved(self) -> bool: ...
@@ -141,7 +144,7 @@ class Unresolved(Tensor):
         kwargs = kwargs or {}
         if function in _SETTERS:  # of the parameter itself, such as an adapter that is switched off for a while
             function(args[0].raw, *args[1:], **kwargs)
-        if function in _METADATA or function in _SETTERS:
+        if _reads_no_values(function):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         args, kwargs = tree_map(_resolved, (tuple(args), kwargs))
@@ -157,6 +160,10 @@ def _resolved(value: Any) -> Any:
     if value._at_point is None:
         value._at_point = value.reads.moved(value.attribute, value.raw)
     return value._at_point
+
+
+def _reads_no_values(function: Any) -> bool:
+    return function in _METADATA or function in _SETTERS
 
 
 def must_read(module: nn.Module, attribute: str, site: Site) -> bool:
@@ -183,6 +190,7 @@ class ReadWatch:
         running: modules whose entered forward is running.
         read_names: names of the sites that a probe has read.
         elsewhere: pairs (module, name of the parameter) that are read outside of an entered forward.
+        held: replaces parameters that a loss holds from before.
     """
 
     def __init__(self, subspace: Movable) -> None:
@@ -195,11 +203,15 @@ class ReadWatch:
         self._evaluates = False
         self._lists: list[nn.Module] = []
         self._listed: dict[nn.Parameter, tuple[ModuleReads, str]] = {}
+        self._readers: dict[nn.Parameter, set[nn.Module]] = {}
+        self.held = HeldParameters(self._held_moved, _reads_no_values)
+        self._looks_for_held = subspace.loader is None
         fused = {m for kind in subspace.model.modules() if isinstance(kind, _FUSED) for m in kind.modules()}
         for module, record in _records(self, subspace.sites).items():
             self._watched[module] = record
             for attribute, site in record.sites.items():
                 self._listed.setdefault(site.parameter, (record, attribute))
+                self._readers.setdefault(site.parameter, set()).update(record.readers[attribute])
             if module in fused:
                 self.elsewhere |= {(module, attribute) for attribute in record.sites}
 
@@ -236,12 +248,24 @@ class ReadWatch:
         record = self._listed.get(parameter) if is_read and not torch.compiler.is_compiling() else None
         return parameter if record is None or is_sharded(parameter) else record[0].unresolved(record[1], parameter)
 
+    def _held_moved(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the moved tensor of a parameter, or None if it is read where it has moved already, or does not move."""
+        record = self._listed.get(parameter) if self.subspace.is_moved else None
+        if record is None or is_sharded(parameter):
+            return None
+        return record[0].moved(record[1], parameter) if self.running.isdisjoint(self._readers[parameter]) else None
+
+    def finding_held(self) -> AbstractContextManager[Any]:
+        """Evaluate a loss in this context, where parameters that it holds from before have the values of the point."""
+        return self.held if self._looks_for_held else nullcontext()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Mark that a loss is evaluated at the current point, without a probe."""
         before, self._evaluates = self._evaluates, True
         try:
-            yield
+            with self.held if self.held.has_replaced else nullcontext():
+                yield
         finally:
             self._evaluates = before
 
@@ -262,7 +286,11 @@ class ReadWatch:
                 module.__class__ = _watching(kind, tuple(record.sites))
 
     def settle(self) -> None:
-        """Stop watching the modules of which all parameters have been read, and in an entered forward only."""
+        """Stop watching the modules of which all parameters have been read, and in an entered forward only.
+
+        Parameters that a loss holds from before are no longer looked for, unless there have been some.
+        """
+        self._looks_for_held = self.held.has_replaced
         for module, record in list(self._watched.items()):
             names = {site.name for site in record.sites.values()}
             if names <= self._read_here and not any((module, a) in self.elsewhere for a in record.sites):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from zo_hf.directions import GAUSSIAN, DirectionContext, Distribution, layers_of
 from zo_hf.directions.options import DirectionOptions
@@ -26,6 +27,7 @@ from zo_hf.subspaces.functional import HALF, reads_all_parameters
 from zo_hf.subspaces.packing import Packing
 from zo_hf.subspaces.per_group import compare_ahead
 from zo_hf.subspaces.reads import ReadWatch, must_read
+from zo_hf.subspaces.row_lengths import RowLengths
 from zo_hf.subspaces.sites import Pattern, Site, find_sites, is_decayed
 
 
@@ -74,6 +76,8 @@ class Subspace:
     #: The groups of sequences packed into the present batch, if they are not rows.
     packing: Packing | None = None
     _with_bias: Sequence[nn.Module] = ()  # the layers that `attach` has given biases of every group
+    _lengths: RowLengths | None = None  # of the present forward pass, if groups of rows share it
+    _look: RemovableHandle | None = None  # the hook that sees the model's inputs
 
     def __init__(
         self,
@@ -152,6 +156,7 @@ class Subspace:
             compare_ahead(module, {name: self.coordinates[site.name] for name, site in sites.items()})
         self._with_bias = position_bias.layers_with_bias(self.model, self._holders)
         position_bias.enter(self._with_bias, self)
+        self._look = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
         self.reads.begin()
         if self.loader is not None:
             self.loader.attach()  # outermost, so that a module holds its weights when the subspace enters its forward
@@ -161,9 +166,15 @@ class Subspace:
         if self.loader is not None:
             self.loader.detach()
         self.reads.end()
+        if self._look is not None:
+            self._look.remove()
         position_bias.leave(self._with_bias)
         for module in self._entered():
             leave(module)
+
+    def _see_inputs(self, _: nn.Module, args: Sequence, kwargs: Mapping) -> None:
+        if not torch.compiler.is_compiling() and self._lengths is not None:  # compiled code shall not depend on it
+            self._lengths.see((*args, *kwargs.values()))
 
     def _entered(self) -> list[nn.Module]:
         rough = [m for m, layer in self.quantized.items() if layer.rounds_activations and m not in self._holders]
@@ -189,13 +200,14 @@ class Subspace:
             packing: the groups of sequences packed into the batch, if they are not rows.
         """
         self.probes, self.rows_per_probe, self.packing = probes, rows, packing
+        self._lengths = RowLengths(len(probes) * rows) if len(probes) > 1 and rows and packing is None else None
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
-            with tangents:
+            with tangents, self.reads.finding_held():
                 yield
         finally:
-            self.probes, self.rows_per_probe, self.packing = (), 0, None
+            self.probes, self.rows_per_probe, self.packing, self._lengths = (), 0, None, None
             self._leave_point()
 
     @contextmanager
@@ -398,6 +410,8 @@ def _entered_forward(
     with subspace.reads.inside(module):
         if not subspace.moved(module):
             return original(*args, **kwargs)
+        if not torch.compiler.is_compiling() and subspace._lengths is not None:
+            subspace._lengths.require_rows((*args, *kwargs.values()))
         with nullcontext() if subspace._is_differentiable else torch.no_grad():
             forward = subspace.forward if subspace.packing is None else subspace.forward_packed
             return forward(module, original, args, kwargs)

@@ -105,6 +105,21 @@ def test_defaults_are_the_familys(name: str, tmp_path: Path, caplog: pytest.LogC
     assert trainer.args.learning_rate is None
 
 
+@pytest.mark.parametrize(
+    ("patterns", "rate"),
+    [
+        ({"zo_target_modules": ".*lora_.*"}, 1e-4),
+        ({"zo_exclude_modules": r".*layers[.]0[.].*"}, 1e-4),
+        ({"zo_exclude_modules": r".*(lora_A|layers[.]0[.]).*"}, 3e-4),
+        ({"zo_target_modules": ".*lora_A.*"}, 1e-4),
+    ],
+)
+def test_the_default_of_b_alone_is_for_b_alone(patterns: dict[str, str], rate: float, tmp_path: Path) -> None:
+    """A pattern moves both factors that it leaves in, also where it leaves some A out."""
+    trainer = trained(tmp_path, METHODS["lora"].model(), learning_rate=None, max_steps=1, **patterns)
+    assert trainer.state.log_history[0]["learning_rate"] == rate
+
+
 def test_an_explicit_number_wins(tmp_path: Path) -> None:
     trainer = trained(tmp_path, METHODS["prompt tuning"].model(), learning_rate=1e-5, max_steps=1)
     assert trainer.state.log_history[0]["learning_rate"] == trainer.args.learning_rate == 1e-5
