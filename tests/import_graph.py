@@ -26,7 +26,7 @@ FLOORS = (
     ("subspaces",),
     ("parallel", "offload"),
     ("directions", "estimators", "privacy"),
-    ("rng", "kernels", "quantization", "untrusted", "method_info", "version"),
+    ("rng", "kernels", "quantization", "untrusted", "method_info", "reason", "version"),
 )
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
