@@ -197,8 +197,8 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions,
         dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         if self.eps < torch.finfo(dtype).eps:
             raise ValueError(
-                f"zo_eps={self.eps:g} is below {torch.finfo(dtype).eps:.1e}, which is all that {str(dtype)[6:]} resolves, so "
-                "that probes would give equal losses; use 'auto' for the subspace's default."
+                f"zo_eps={self.eps:g} is below {torch.finfo(dtype).eps:.1e}, the resolution of {str(dtype)[6:]}, so probes "
+                "would give equal losses; use 'auto' for the subspace's default."
             )
 
     def to_saved(self) -> dict[str, Any]:

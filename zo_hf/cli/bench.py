@@ -149,7 +149,7 @@ def measure_memory(args: argparse.Namespace, name: str) -> float:
         return receive.recv()
     except EOFError:
         raise ValueError(
-            f"the process that measured --variants {name} ended early, probably for lack of memory; use a smaller --shape "
+            f"the process that measured --variants {name} ended early, probably out of memory; use a smaller --shape "
             "or fewer --rows."
         ) from None
     finally:

@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
         ValueError: an option has a wrong value, the folder holds no such model, or the message is empty or too long.
     """
     if args.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {args.max_new_tokens} is not above 0; give a whole number from 1.")
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(
-            f"--temperature {args.temperature:g} is not a finite number from 0; 0 draws nothing at random."
+            f"--temperature {args.temperature:g} must be a finite number of at least 0; 0 takes the most probable token."
         )
     text = args.prompt
     if text is None and not sys.stdin.isatty():

@@ -174,7 +174,7 @@ def alignments_of(model: str, wanted: Sequence[str] | None) -> list[str]:
     alignments = list(dict.fromkeys(wanted or ALIGNMENTS))
     if "prompt" in alignments and not continues:
         raise ValueError(
-            f"--model {model} was not saved as a causal language model, so that it cannot continue a prompt; use --alignments "
+            f"--model {model} was not saved as a causal language model, so it cannot continue a prompt; use --alignments "
             "head, or another model."
         )
     if "head" in alignments and not takes_head:

@@ -98,7 +98,7 @@ class Stage:
             if isinstance(error, torch.OutOfMemoryError):
                 reason = reason_of(error)
                 raise torch.OutOfMemoryError(
-                    "a stage of the pipeline has no memory for a forward pass that the other stages are in the middle of "
+                    "a stage of the pipeline ran out of memory in a forward pass that other stages have begun "
                     f"({reason}); set zo_batched_probes=False or smaller batches, and resume from the last "
                     "checkpoint."
                 ) from error

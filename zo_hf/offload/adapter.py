@@ -36,8 +36,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
     devices = set(getattr(model, "hf_device_map", {}).values())
     if peft_config.peft_type == peft.PeftType.PREFIX_TUNING and devices and devices <= {"cpu", "disk"}:
         raise ValueError(
-            "PEFT puts a prefix on a device that device_map names beside 'cpu' and 'disk', and it names none; use prompt "
-            "tuning, or let device_map keep a module on the device that computes."
+            "prefix tuning needs a device other than 'cpu' and 'disk' in device_map, and there is none; keep a "
+            "module on the device that computes, or use prompt tuning."
         )
     stand_ins = {weight: _stand_in(weight) for weight in offloaded_weights(model).values()}
     try:
