@@ -1,7 +1,7 @@
 """Adapters of PEFT on a model with offloaded weights.
 
-PEFT makes an adapter's weights on the device of the layer that it wraps. Of an offloaded layer that is the meta device, where
-their values are lost. Here the layers hold stand-ins while PEFT looks at them.
+PEFT makes an adapter's weights on the device of the layer that it wraps. For an offloaded layer this is the meta device, where
+their values are lost. So the layers hold stand-ins while PEFT wraps them.
 """
 
 from __future__ import annotations

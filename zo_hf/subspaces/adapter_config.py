@@ -1,4 +1,4 @@
-"""Reading of a PEFT adapter's configuration, `adapter_config.json`, of which nothing reaches PEFT unchecked.
+"""Reading of a PEFT adapter's configuration, `adapter_config.json`; every field is checked before PEFT gets it.
 
 Some of PEFT's fields name modules that it imports, models and tokenizers that it loads, or files that it opens. A
 configuration is therefore read by a table of the fields that a replay needs, each with its type. A field outside the table

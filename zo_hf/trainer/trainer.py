@@ -1,4 +1,4 @@
-"""`ZOTrainer`: a Trainer whose backward pass is replaced by forward passes.
+"""`ZOTrainer`: a Trainer with the backward pass replaced by forward passes.
 
 Trainer's loop stays as it is: data, clipping, `optimizer.step()`, schedule, callbacks, logs, evaluation, checkpoints. The
 class overrides only hooks of Trainer. They estimate the gradient of a step, give the optimizer its parameters, and add the
@@ -64,7 +64,7 @@ _DECAY = "get_decay_parameter_names"
 
 
 class ZOTrainer(SearchingTrainer):
-    """`transformers.Trainer` with backward replaced by forward passes.
+    """`transformers.Trainer` with the backward pass replaced by forward passes.
 
     It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.
 
