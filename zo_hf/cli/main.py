@@ -89,7 +89,7 @@ def help_text() -> str:
     lines += [f"  {name:<18}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`zo-hf COMMAND --help` describes a command and its options.", "", "start here:"]
     lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."', "  zo-hf sft --offline"]
-    lines += ["  zo-hf plan meta-llama/Meta-Llama-3-8B --gpu-memory 8GB"]
+    lines += ["  zo-hf plan facebook/opt-1.3b --gpu-memory 8GB"]
     return "\n".join(lines)
 
 
