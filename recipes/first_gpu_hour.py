@@ -4,7 +4,7 @@
 # ///
 """Run on a GPU what needs one: tests, kernel counts, benchmarks and the demo. It writes one JSON file and one table.
 
-    python3 run.py gpu                          on the GPU, in under eight minutes on an H100
+    python3 run.py gpu                          on the GPU, for at most eight minutes (--minutes)
     python3 run.py gpu --device cpu --small     the same parts, each as small as it goes, without a GPU
 
 Every part is a process of its own with a time limit. A part that fails, or for which no time is left, is reported, and the

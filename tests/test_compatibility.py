@@ -221,3 +221,10 @@ def test_a_made_subspace_is_refused_too() -> None:
 def test_a_plain_run_has_no_conflict(tmp_path: Path, estimator: str) -> None:
     args = config(tmp_path, zo_estimator=estimator, zo_num_directions=2)
     check(Case(args.settings(), vars(args)))
+
+
+def test_three_ways_out_are_joined_with_commas(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"; use zo_estimator='two_point', 'second_difference' or 'one_sided', or leave "
+    ):
+        config(tmp_path, zo_estimator="fzoo", zo_num_directions=2, zo_stability_steps=10)

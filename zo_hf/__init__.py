@@ -1,4 +1,4 @@
-"""Fine-tune language models with forward passes only: a Hugging Face `Trainer` whose backward pass is gone."""
+"""Fine-tune language models with forward passes only: the Hugging Face `Trainer` without a backward pass."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -273,7 +273,7 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
             zo.rule.load_state(rule)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the state in {folder} is not one of this method; resume from another checkpoint."
+            f"the state in {folder} belongs to another method; resume from another checkpoint."
         ) from error
     with torch.no_grad():
         if folder / COORDINATES_FILE in read:
@@ -320,7 +320,7 @@ def check_weights(model: nn.Module, folder: Path) -> None:
     if found is not None and found != written:
         raise ValueError(
             f"{folder} does not give the weights that were saved there: its weights, the dtype or class of this model, or "
-            "what is not saved of it (frozen or computed buffers) have changed; resume from another checkpoint."
+            "its unsaved buffers have changed; resume from another checkpoint."
         )
 
 
@@ -337,7 +337,7 @@ def load_adapter(model: nn.Module, folder: Path) -> bool:
     saved = _read(path, {}, whole_file=True)
     for name, tensor in saved.items():
         if name not in named or named[name].shape != tensor.shape:
-            raise ValueError(f"{path} is of another adapter than this model's; resume from another checkpoint.")
+            raise ValueError(f"{path} belongs to another adapter than this model's; resume from another checkpoint.")
     with torch.no_grad():
         for name, tensor in saved.items():
             named[name].copy_(tensor)
@@ -408,7 +408,7 @@ def _check_names(zo: ZerothOrder, state: Mapping[str, Any], folder: Path) -> Non
     names = {*engine["pending_decay"], *(engine.get("still") or ())} if engine is not None else {""}
     drawn = not isinstance(zo.subspace, Folded) or (state.get("drawn_at") is not None and "at_origin" in state)
     if not names <= set(zo.subspace.coordinates) or not drawn:
-        raise ValueError(f"the state in {folder} is not one of this method; resume from another checkpoint.")
+        raise ValueError(f"the state in {folder} belongs to another method; resume from another checkpoint.")
 
 
 def _read(path: Path, like: Mapping[str, Tensor], whole_file: bool = False) -> dict[str, Tensor]:

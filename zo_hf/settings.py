@@ -52,45 +52,48 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions,
 
     max_projected_grad: float | None = option(
         None,
-        "Largest magnitude of c. A larger c is clipped to it; 0 never clips. Default: 0; 100 for scales.",
+        "Maximum magnitude of a projected gradient c. A larger c is clipped to it; 0 never clips. Default: 0; 100 "
+        "for scales.",
         Real(0, also=(None,)),
         "use 0 to clip nothing",
     )
     normalize: bool = option(
         False,
-        "Divide c by its running root mean square. The learning rate is then the length of a step per coordinate, "
+        "Divide c by its running root mean square. The learning rate is then the size of a step per coordinate, "
         "whatever the scale of the loss.",
         Flag(),
         "False does not divide",
     )
     batched_probes: bool | str = option(
         "auto",
-        "Evaluate all probes of a step in one forward pass: True, False or auto. auto does so if the first step gives the "
-        "same losses both ways. Batched probes are faster, and need memory for the activations of all probes. A batch "
-        "for which such a forward pass fails is evaluated one probe at a time.",
+        "Evaluate all probes of a step in one forward pass: True, False or auto. auto does so if both ways give the "
+        "same losses in the first step. Batched probes are faster, and need memory for the activations of all "
+        "probes; False needs the least memory. A batch for which such a forward pass fails is evaluated one probe at "
+        "a time.",
         Choice(("auto",), also=(True, False)),
         "auto finds out which is right",
     )
     cuda_graph: bool = option(
         False,
-        "Capture the forward pass that all probes share as a CUDA graph, one for every shape of a batch, and replay it in "
-        "every step: one launch in place of hundreds. It needs zo_batched_probes True, a CUDA device and the model's own "
-        "loss. The graphs have not yet run on a GPU.",
+        "Capture the forward pass that all probes share as a CUDA graph, one for every shape of a batch, and replay "
+        "it in every step: one launch instead of hundreds. It needs zo_batched_probes=True, a CUDA device and the "
+        "model's own loss. Not yet run on a GPU.",
         Flag(),
         "False is the default",
     )
     common_random_numbers: bool = option(
         True,
-        "Let all probes of a step see the same random numbers of torch, numpy and Python, for a loss that draws them. "
-        "False saves about 0.1 ms per probe, and lets each probe draw its own.",
+        "Give all probes of a step the same random numbers of torch, numpy and Python, for a loss that draws them. "
+        "False lets each probe draw its own, and saves about 0.1 ms per probe, as measured on a CPU.",
         Flag(),
         "True is the default",
     )
     kernels: str = option(
         "auto",
-        "The code that draws noise, folds, moves layers and norms, and updates zo_subspace full: auto, torch or triton. triton "
-        "runs kernels that do in one launch what torch does in many; it needs Triton and a CUDA device of compute capability "
-        "8.0. auto does so where both are there, and torch never does. The kernels have not yet run on a GPU.",
+        "The code that draws noise, folds, perturbs layers and norms, and updates zo_subspace full: auto, torch or "
+        "triton. triton runs kernels that need one launch where torch needs many. It needs Triton and a CUDA device "
+        "of compute capability 8.0 or newer. auto chooses triton if both are available, and torch otherwise. Not yet "
+        "run on a GPU.",
         Choice(KERNELS),
         "'torch' needs no Triton",
     )
@@ -194,8 +197,8 @@ class Settings(SubspaceOptions, EstimatorOptions, DirectionOptions, RuleOptions,
         dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
         if self.eps < torch.finfo(dtype).eps:
             raise ValueError(
-                f"zo_eps={self.eps:g} is below {torch.finfo(dtype).eps:.1e}, which is all that {str(dtype)[6:]} resolves, so "
-                "that probes would give equal losses; use 'auto' for the subspace's default."
+                f"zo_eps={self.eps:g} is below {torch.finfo(dtype).eps:.1e}, the resolution of {str(dtype)[6:]}, so probes "
+                "would give equal losses; use 'auto' for the subspace's default."
             )
 
     def to_saved(self) -> dict[str, Any]:

@@ -206,9 +206,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"trust_remote_code": True}, "--trust_remote_code is not taken by zo-hf sft"),
     "two formats": ({"load_in_8bit": True, "load_in_4bit": True}, "are two formats"),
     "no model": ({"model_name_or_path": "/none", "offline": True}, "could not be loaded"),
-    "end": ({"eos_token": "<end>"}, "--eos_token <end> is no token of the tokenizer"),
-    "length": ({"max_length": 0}, "--max_length 0 is not above 0"),
-    "folder": ({"output_dir": f"{__file__}/out"}, "is no folder, because"),
+    "end": ({"eos_token": "<end>"}, "--eos_token <end> is not a token of the tokenizer"),
+    "length": ({"max_length": 0}, "--max_length 0 must be at least 1"),
+    "folder": ({"output_dir": f"{__file__}/out"}, "is not a folder, because"),
     "method": ({"zo_rank": 0}, "zo_rank=0"),
 }
 
@@ -313,9 +313,9 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max_new_tokens", "0"], "--max_new_tokens 0 is not above 0"),
-        (["--temperature", "-1"], "--temperature -1 is not a finite number"),
-        (["--temperature", "nan"], "--temperature nan is not a finite number"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1 must be a finite number"),
+        (["--temperature", "nan"], "--temperature nan must be a finite number"),
         (["--prompt", " "], "the message is empty"),
         (["--prompt", "a " * 500], "positions; write a shorter one"),
     ],

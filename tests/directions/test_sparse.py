@@ -125,7 +125,9 @@ def test_a_tensor_of_one_magnitude_moves_whole() -> None:
 def test_coordinates_without_small_entries_are_refused() -> None:
     """Of a new LoRA, all that moves by default is zero."""
     model = with_lora(seeded(tiny_opt))
-    with pytest.raises(ValueError, match=r"^zo_direction='sparse' .* one magnitude; use zo_direction='gaussian', or"):
+    with pytest.raises(
+        ValueError, match=r"^zo_direction='sparse' .* the same magnitude; use zo_direction='gaussian', or"
+    ):
         ZerothOrder(model, "adapter", direction="sparse")
     ZerothOrder(model, Adapter(model, target_modules=r".*lora_[AB].*"), direction="sparse")
 

@@ -85,7 +85,7 @@ def test_evaluation_is_the_servers(stand_in: StandIn, tmp_path: Path) -> None:
     [
         ({"generation_kwargs": {"min_new_tokens": 2}}, "server_url=... does not combine with generation_kwargs"),
         ({"cache_implementation": "static"}, "server_url=... does not combine with cache_implementation='static'"),
-        ({"server_url": "somewhere"}, "server_url='somewhere' is no address of a server"),
+        ({"server_url": "somewhere"}, "server_url='somewhere' is not the address of a server"),
     ],
     ids=str,
 )

@@ -134,7 +134,7 @@ def test_requests_have_a_bounded_size() -> None:
     ["", "localhost:8000", "ftp://a", "http://", "http://a:port", "http://a/?x=1", "http://a/#x", "http://a:70000"],
 )
 def test_wrong_addresses(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is no address of a server; give one such as"):
+    with pytest.raises(ValueError, match=r"is not the address of a server; give one such as"):
         Server(url, 1.0)
 
 

@@ -40,8 +40,8 @@ def with_a_norm() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Any, str]] = {
-    "no adapter": (base, "LlamaForCausalLM is no PEFT model; wrap the model by peft.get_peft_model"),
-    "an adapter of transformers": (with_own_adapter, "LlamaForCausalLM is no PEFT model"),
+    "no adapter": (base, "LlamaForCausalLM is not a PEFT model; wrap the model by peft.get_peft_model"),
+    "an adapter of transformers": (with_own_adapter, "LlamaForCausalLM is not a PEFT model"),
     "IA3": (with_ia3, "the model has an adapter of IA3Config"),
     "DoRA": (lambda: lora(use_dora=True), "use_dora of LoraConfig does not work with server_url=...; leave it out."),
     "ranks": (lambda: lora(rank_pattern={"q_proj": 2}), "rank_pattern of LoraConfig does not work"),
@@ -90,7 +90,7 @@ def test_other_losses(tmp_path: Path) -> None:
         ({"server_url": ""}, "server_url='' names no server"),
         ({"server_url": "http://127.0.0.1:1, http://127.0.0.1:1/"}, "names a server twice; give each address once"),
         ({"server_url": 5}, "server_url=5 must be a string or a list of strings"),
-        ({"server_url": [URL, "b"]}, "server_url='b' is no address of a server"),
+        ({"server_url": [URL, "b"]}, "server_url='b' is not the address of a server"),
         ({"server_url": URL, "server_max_loras": 0}, "server_max_loras=0 must be a whole number of at least 1"),
         ({"server_url": URL, "server_timeout": 0}, "server_timeout=0 must be a finite number above 0"),
         ({"server_folder": "x"}, "server_folder='x' has no effect with server_url=None"),

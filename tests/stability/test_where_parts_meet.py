@@ -118,7 +118,7 @@ def test_an_adam_of_the_users_is_planned_for_too(tmp_path: Path, given_as: str) 
 def test_a_first_step_that_the_search_leaves_unpaid_is_refused(tmp_path: Path) -> None:
     options = {"zo_num_directions": 100, "zo_max_forward_passes": 400, "max_steps": -1, "learning_rate": "auto"}
     options |= {"zo_rows_per_direction": 0}  # by rows, the search has already looked at how losses can be evaluated
-    with pytest.raises(ValueError, match=r"^zo_max_forward_passes=400 does not pay for the first step.*'auto'.*\.$"):
+    with pytest.raises(ValueError, match=r"^zo_max_forward_passes=400 is too small for the first step.*'auto'.*\.$"):
         trained(tmp_path, **options)
 
 

@@ -62,13 +62,13 @@ WRONG = {
         lines({"prompt": "a", "completion": "b"}, {"prompt": [USER], "completion": [ASSISTANT]}),
         "of messages",
     ),
-    "mixed within": (lines({"prompt": [USER], "completion": "b"}), "completion: b is no list of messages"),
-    "number": (lines({"text": 3}), "text: 3 is no text"),
-    "list": (lines({"text": ["a"]}), "text: .* is no text"),
-    "null": (lines({"prompt": "a", "completion": None}), "completion: .* is no text"),
+    "mixed within": (lines({"prompt": [USER], "completion": "b"}), "completion: b is not a list of messages"),
+    "number": (lines({"text": 3}), "text: 3 is not a text"),
+    "list": (lines({"text": ["a"]}), "text: .* is not a text"),
+    "null": (lines({"prompt": "a", "completion": None}), "completion: .* is not a text"),
     "blank text": (lines({"text": " "}), "text: it is empty"),
-    "messages are text": (lines({"messages": "hi"}), "messages: hi is no list of messages"),
-    "no messages": (lines({"messages": []}), "is no list of messages"),
+    "messages are text": (lines({"messages": "hi"}), "messages: hi is not a list of messages"),
+    "no messages": (lines({"messages": []}), "is not a list of messages"),
     "no role": (lines({"messages": [{"content": "a"}]}), "give every message a `role` and a `content`"),
     "no content": (lines({"messages": [{"role": "user"}]}), "give every message a `role` and a `content`"),
     "message is text": (lines({"messages": ["hi"]}), "a message is hi"),
@@ -115,7 +115,7 @@ def test_wrong_tables(tmp_path: Path, name: str, content: bytes, message: str) -
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("none.jsonl", "folder.jsonl"):
-        with pytest.raises(ValueError, match="does not exist or is no plain file"):
+        with pytest.raises(ValueError, match="does not exist or is not a plain file"):
             read_rows("--train_file", tmp_path / name)
 
 

@@ -56,7 +56,7 @@ def test_the_look_at_the_rows_is_paid_for(tmp_path: Path) -> None:
     for limit, expected in ((7, [7]), (10, [7, 9]), (11, [7, 9, 11])):
         assert passes(trained(tmp_path, zo_max_forward_passes=limit, max_steps=100)) == expected
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=6 does not pay for the first step, which takes 7.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=6 is too small for the first step, which takes 7.*\.$"
     ):
         trained(tmp_path, zo_max_forward_passes=6, max_steps=100)
 
@@ -81,7 +81,7 @@ def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pyt
     options = {"zo_estimator": "one_sided", "zo_rows_per_direction": 1, "zo_batched_probes": True, "max_steps": 100}
     assert passes(trained(tmp_path, zo_max_forward_passes=6, **options)) == [4, 5, 6]
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=3 does not pay for the first step, which takes 4.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=3 is too small for the first step, which takes 4.*\.$"
     ):
         trained(tmp_path, zo_max_forward_passes=3, **options)
 
@@ -92,7 +92,7 @@ def test_tangents_for_every_row_are_paid_for(tmp_path: Path) -> None:
     options = {"zo_estimator": "forward_gradient", "max_steps": 100}
     assert passes(trained(tmp_path, model, zo_max_forward_passes=11, **options)) == [8, 10]
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=7 does not pay for the first step, which takes 8.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=7 is too small for the first step, which takes 8.*\.$"
     ):
         trained(tmp_path, model, zo_max_forward_passes=7, **options)
 
@@ -340,4 +340,4 @@ def test_a_budget_that_is_none_is_refused(tmp_path: Path, options: dict[str, Any
 def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as refusal:
         trained(tmp_path, zo_max_forward_passes=3, zo_num_directions=2, max_steps=-1, **SEQUENTIAL)
-    assert str(refusal.value) == "zo_max_forward_passes=3 does not pay for the first step, which takes 4; raise it."
+    assert str(refusal.value) == "zo_max_forward_passes=3 is too small for the first step, which takes 4; raise it."

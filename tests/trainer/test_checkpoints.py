@@ -352,7 +352,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_then_replaced(
     cut_off(folder / "checkpoint-6", *CUTS[cut])
     with caplog.at_level(logging.WARNING, "zo_hf"):
         resumed = trained(folder, build(), resume=True, **TO_BE_CUT)
-    assert "checkpoint-6 is passed over, because" in caplog.text
+    assert "checkpoint-6 is skipped, because" in caplog.text
     assert_same_bits(weights_of(resumed.model), expected)
     again = trained(tmp_path / "again", build(), resume=str(folder / "checkpoint-6"), **TO_BE_CUT)
     assert_same_bits(weights_of(again.model), expected)
@@ -380,7 +380,7 @@ def test_asking_for_an_incomplete_checkpoint_by_name_is_refused(tmp_path: Path) 
 
 
 def test_without_any_checkpoint_resuming_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no good checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True finds no intact checkpoint"):
         trained(tmp_path, build(), resume=True)
 
 

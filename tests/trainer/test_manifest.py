@@ -77,10 +77,10 @@ def test_what_is_passed_over_is_said_with_the_reason_and_nothing_good_is_an_erro
     with caplog.at_level(logging.WARNING, "zo_hf"):
         assert to_resume(True, tmp_path, Ranks(), CPU) == tmp_path / "checkpoint-1"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'checkpoint-2'} is passed over, because zo_state.json has changed since it was written"
+        f"{tmp_path / 'checkpoint-2'} is skipped, because zo_state.json has changed since it was written"
     ]
     (tmp_path / "checkpoint-1" / manifest.FILE).unlink()
-    with pytest.raises(ValueError, match=r"no good checkpoint in .* \(checkpoint-2: zo_state.json has changed"):
+    with pytest.raises(ValueError, match=r"no intact checkpoint in .* \(checkpoint-2: zo_state.json has changed"):
         to_resume(True, tmp_path, Ranks(), CPU)
 
 

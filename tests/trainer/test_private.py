@@ -138,7 +138,7 @@ def test_a_budget_of_forward_passes_is_spent_and_not_exceeded(tmp_path: Path, ba
     """The check costs two passes of the first step alone."""
     trainer = run(tmp_path, max_steps=-1, zo_max_forward_passes=11, zo_batched_probes=batched)
     assert logged(trainer, "zo/forward_passes") == [4, 6, 8, 10]
-    with pytest.raises(ValueError, match="does not pay for the first step"):
+    with pytest.raises(ValueError, match="is too small for the first step"):
         run(tmp_path, max_steps=-1, zo_max_forward_passes=3, zo_batched_probes=batched)
 
 

@@ -30,7 +30,7 @@ def trainer_of(name: str, folder: Path, device_map: dict[str, str] | None) -> An
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
 def test_a_head_on_the_disk_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"^TRL's losses read lm_head\.weight .* device_map, and offload the layers alone\.$"
+        ValueError, match=r"^TRL's losses read lm_head\.weight .* device_map, and offload only the layers\.$"
     ):
         trainer_of(name, tmp_path, {"": "disk"})
 

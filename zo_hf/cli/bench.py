@@ -4,11 +4,11 @@
     zo-hf bench --shape opt-1.3b --dtype bfloat16 --rows 16 --length 64 --device cuda
     zo-hf bench --quantization int8                                 the same for an 8-bit model of bitsandbytes
 
-Weights are random, because the cost depends on shapes alone. In every round, each variant is timed once. The table
-shows medians: process CPU time on a CPU, elapsed time on a GPU. The bare forward pass takes the rows of both probes of
-a step, and computes logits at the last position, as the steps do. Peak memory is measured in a separate process for
-each variant; on a CPU it is that of the whole process, including libraries. `noise` is the part of a step in which it
-draws its directions, in per cent, from steps of their own. The variants with `rows` have a direction for every row.
+Weights are random, because the cost depends only on shapes. In every round, each variant is timed once. The table shows
+medians of process CPU time on a CPU, and of elapsed time on a GPU. The bare forward pass takes the rows of both probes of
+a step, and computes logits at the last position, as the steps do. Peak memory is measured in a separate process for each
+variant; on a CPU it includes libraries. `noise` is the percentage of a step that draws directions, measured in separate
+steps. The variants with `rows` have a direction for every row.
 
 `adapter` is a LoRA adapter of rank 8 on all linear layers. With a quantized model, `forward-exact` is the forward pass
 without rounding of the inputs, which probes need, and `low_rank` never folds.
@@ -149,7 +149,7 @@ def measure_memory(args: argparse.Namespace, name: str) -> float:
         return receive.recv()
     except EOFError:
         raise ValueError(
-            f"the process that measured --variants {name} ended early, probably for lack of memory; use a smaller --shape "
+            f"the process that measured --variants {name} ended early, probably out of memory; use a smaller --shape "
             "or fewer --rows."
         ) from None
     finally:

@@ -1,8 +1,8 @@
 """Talk with a model trained by `zo-hf sft`.
 
-The folder is a transformers checkpoint, or an adapter of PEFT, with a chat.json. Without --prompt, the command asks for one
-message after another, and the model sees the whole conversation; Ctrl-D ends it. Text from a pipe is one message. A model
-that was trained on plain text, without messages, continues each text that it gets.
+The folder is a transformers checkpoint or a PEFT adapter, with a chat.json. Without --prompt, the command asks for one
+message after another, and the model sees the whole conversation. Ctrl-D ends it. Text from a pipe is one message. A model
+trained on plain text, without messages, continues the text that it gets.
 
     zo-hf chat out
     zo-hf chat out --prompt "How many minutes are 3 hours?"
@@ -21,20 +21,20 @@ from zo_hf.tasks.answering import Answering, load_answering
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `zo-hf chat`."""
     parser.add_argument("folder", type=Path, help="output folder of a training run")
-    parser.add_argument("--prompt", metavar="TEXT", help="one message; the command prints the answer and ends")
+    parser.add_argument("--prompt", metavar="TEXT", help="a single message; the command prints the answer and exits")
     parser.add_argument(
         "--max_new_tokens",
         type=int,
         default=256,
         metavar="N",
-        help="maximum number of tokens of an answer (default: 256)",
+        help="maximum number of tokens in an answer (default: 256)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the most probable token each time (default); a higher number draws less probable ones more often",
+        help="0 takes the most probable token each time (default); a higher value samples less probable ones more often",
     )
 
 
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
         ValueError: an option has a wrong value, the folder holds no such model, or the message is empty or too long.
     """
     if args.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {args.max_new_tokens} is not above 0; give a whole number from 1.")
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1.")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(
-            f"--temperature {args.temperature:g} is not a finite number from 0; 0 draws nothing at random."
+            f"--temperature {args.temperature:g} must be a finite number of at least 0; 0 takes the most probable token."
         )
     text = args.prompt
     if text is None and not sys.stdin.isatty():

@@ -6,20 +6,20 @@
     zo-hf evaluate-methods --tasks digits-cnn --forward-passes 5000
     zo-hf evaluate-methods --report-only                          only the report of the finished runs
 
-Every task of text is put to the model in two ways. With the alignment "prompt", a template surrounds the text, and a label
-word answers. With "head", the model gets the bare text, and a fresh classification head answers. The tasks
+The model gets every text task in two ways (--alignments). With "prompt", a template surrounds the text, and the answer is a
+label word. With "head", the model gets the bare text, and the answer comes from a fresh classification head. The tasks
 digits-cnn and digits-transformer train a small network from random weights instead.
 
 All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
-method makes trials with a seed of their own, as many as --rates and more while the best rate is the largest or the smallest one.
-The learning rate with the least loss on development rows then trains with each of --seeds. Test rows choose nothing.
+method first makes --rates trials with a seed kept for trials, and more while the best rate is the largest or smallest tried.
+The learning rate with the lowest loss on development rows then trains with each of --seeds. Test rows choose nothing.
 
-Every table has controls: the model as it is, always the same answer, backpropagation ("adamw with backward") and the forward
-gradient, which has the exact derivative along as many directions. They give the verdict on "low_rank", whose directions and
-coordinates the forward gradient shares:
+Every table has controls: the untrained model, always the same answer, backpropagation ("adamw with backward") and the forward
+gradient, which has the exact derivative along as many directions. The controls give the verdict on "low_rank", which has the
+same directions and coordinates as the forward gradient:
 
-    reached     it has four fifths of backpropagation's gain over the controls without training
-    estimator   it has not, and the forward gradient has: the finite difference is the limit
+    reached     low_rank has four fifths of backpropagation's gain over the controls without training
+    estimator   low_rank has not, but the forward gradient has: the finite difference is the limit
     task        neither has: the finite difference is not the limit
     no signal   backpropagation gains nothing
     open        the seeds disagree too much to tell, at 95 % confidence
@@ -174,7 +174,7 @@ def alignments_of(model: str, wanted: Sequence[str] | None) -> list[str]:
     alignments = list(dict.fromkeys(wanted or ALIGNMENTS))
     if "prompt" in alignments and not continues:
         raise ValueError(
-            f"--model {model} was not saved as a causal language model, so that it cannot continue a prompt; use --alignments "
+            f"--model {model} was not saved as a causal language model, so it cannot continue a prompt; use --alignments "
             "head, or another model."
         )
     if "head" in alignments and not takes_head:

@@ -3,9 +3,9 @@
     zo-hf find-lr --offline                  finds a rate for `zo-hf train --offline`
     zo-hf find-lr --max_steps 2000 ...       takes the options of `zo-hf train`, and finds a value for --learning_rate
 
-The search takes 5 % of the forward passes that the training would take, at most 200 evaluations of a batch. If that is
-fewer than 20, it does not search. Nothing is trained. A plot, learning_rate.png, is saved in --output_dir. The command
-`zo-hf train --learning_rate auto` finds the same rate and trains with it.
+The search takes 5 % of the forward passes that the training would take, at most 200. If that is fewer than 20, there is no
+search. Nothing is trained. A plot, learning_rate.png, is saved in --output_dir. The command `zo-hf train --learning_rate
+auto` finds the same rate and trains with it.
 """
 
 from __future__ import annotations

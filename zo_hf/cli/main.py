@@ -62,8 +62,8 @@ def has_arguments(module: str) -> Callable[[list[str], str], None]:
 COMMANDS = {
     "train": Command("fine-tune a language model to label sentences", has_main("zo_hf.tasks.sentiment_job")),
     "sft": Command("fine-tune a language model on chats and instructions", has_main("zo_hf.tasks.sft_job")),
-    "predict": Command("label sentences with the trained model", has_arguments("zo_hf.cli.predict")),
-    "chat": Command("talk with the model trained by `zo-hf sft`", has_arguments("zo_hf.cli.chat")),
+    "predict": Command("label sentences with a model trained by `zo-hf train`", has_arguments("zo_hf.cli.predict")),
+    "chat": Command("talk with a model trained by `zo-hf sft`", has_arguments("zo_hf.cli.chat")),
     "replay": Command(
         "turn a base model and a run's log into the fine-tuned model", has_arguments("zo_hf.cli.replay")
     ),
@@ -89,6 +89,7 @@ def help_text() -> str:
     lines += [f"  {name:<18}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "`zo-hf COMMAND --help` describes a command and its options.", "", "start here:"]
     lines += ["  zo-hf train --offline", '  zo-hf predict out "a deep and moving film ."', "  zo-hf sft --offline"]
+    lines += ["  zo-hf plan facebook/opt-1.3b --gpu-memory 8GB"]
     return "\n".join(lines)
 
 

@@ -5,8 +5,9 @@ downloaded, and no weight is ever allocated.
     zo-hf plan path/to/config.json --gpu-memory 16GiB --batch-size 4 --sequence-length 1024
     zo-hf plan                                       the embedded default model
 
-MODEL is a folder with config.json, such a file, or a name on the hub. Each row is a training setup; the base is the
-format of the model's weights:
+MODEL is a name on the hub, a config.json, or a folder with one. Each row is a training setup. The setup names the
+zo_subspace to train with, and the base is the format of the model's weights. `streamed` stands for a model that is loaded
+with a device_map, see docs/guides/speed_and_memory.md:
 
     llama on 24.0 GB; sizes in GB
 
@@ -31,12 +32,11 @@ format of the model's weights:
     state    memory kept from step to step: coordinates, directions, gradients, optimizer
     working  memory beyond that at the peak of a step: activations, logits, scratch
     total    the sum, with the overhead; "fits" shows how much GPU memory is left, or missing
-    streamed weights stay off the GPU, and are loaded layer by layer: so many GB in a step
+    streamed weights stay off the GPU, and are loaded layer by layer; the last number is the GB that a step loads
 
-The code that trains runs one step of each setup on tensors with a shape and without values. The sizes of all storages
-alive at a time are added up. In float32 on a CPU, the result agrees with the peak of torch's allocator to within one
-percent. int8 and nf4 are modeled after the implementation of bitsandbytes; nothing has been measured on a GPU. GB is
-10⁹ bytes and GiB is 2³⁰; a card sold as 24 GB has about 24 GiB.
+One step of each setup runs on tensors that have a shape and no values, and the sizes of all live storages are added up. In
+float32 on a CPU, the result agrees with the peak of torch's allocator within 1 %. int8 and nf4 are modeled after
+bitsandbytes. Nothing has been measured on a GPU. GB is 10⁹ bytes and GiB is 2³⁰; a card sold as 24 GB has about 24 GiB.
 """
 
 from __future__ import annotations

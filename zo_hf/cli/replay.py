@@ -1,17 +1,17 @@
 """Turn a base model and the log of a fine-tuning run into the fine-tuned model, bit for bit.
 
-A run of zo_hf writes OUTPUT_DIR/trajectory, with about forty bytes for every optimizer step: the projected gradient,
-the learning rates and the clip factor. Directions are regenerated from the seed. So a replay needs no data and no
-forward pass, and a step costs one update. Send this folder instead of the model, or keep it as a record of the run.
+A run of zo_hf writes OUTPUT_DIR/trajectory: for every step the projected gradients, the learning rates and the clip
+factor, about 40 bytes with one direction and 8 more for each further one. Directions are regenerated from the seed, so a
+replay needs no data and no forward pass. Send this folder instead of the model, or keep it as a record of the run.
 
     zo-hf replay out --model facebook/opt-125m --output tuned
     zo-hf replay out --model facebook/opt-125m --output early --until 200
     zo-hf replay out --verify
 
-LOG is a run's output folder, one of its checkpoints, or the log itself. First the log's checksums are verified, and
-the base model must have exactly the weights with which the run began. The base is loaded in the run's dtype, and on a
-GPU if the run used one. The bits are those of the run on the same kind of device with the same version of torch. A run
-of a PEFT adapter is replayed into the adapter, whose starting weights are read from the log's folder.
+LOG is a run's output folder, one of its checkpoints, or the log itself. The command first verifies the checksums of the
+log. The base model must have exactly the weights with which the run began. It is loaded in the run's dtype, and on a GPU
+if the run used one. The result equals the run bit for bit on the same kind of device with the same version of torch. A
+run of a PEFT adapter gives the adapter; its starting weights are read from the log's folder.
 """
 
 import argparse

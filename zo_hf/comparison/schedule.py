@@ -202,7 +202,7 @@ def run_all(
                 comparison.finished.add(asdict(job) | future.result())
             elif isinstance(error, BrokenProcessPool):
                 raise SystemExit(
-                    "A process was killed, probably for lack of memory; use fewer --processes. Finished runs are kept."
+                    "A process was killed, probably out of memory; use fewer --processes. Finished runs are kept."
                 )
             elif isinstance(error, Exception) and job.budget:
                 comparison.failed[job.method] = f"{type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 The control is the forward gradient, which arXiv 2605.15622 asks for in every comparison. It takes the exact derivative along as
 many directions, in as many forward passes. No finite difference along these directions finds what it misses.
 
-Four numbers decide. They are means over seeds of a score of which more is better, an accuracy or the negative of a loss:
+Four numbers decide. They are means over seeds of a score, an accuracy or the negative of a loss, so more is better:
 
     c   the better control without training: the untrained model, or the best answer that is always the same
     B   backpropagation

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict, with_argument
+from zo_hf.compatibility.conflict import Conflict, either, with_argument
 from zo_hf.compatibility.optimizers import NEEDS_BACKWARD, SCHEDULE_FREE, has_no_gradient, users_optimizers
 from zo_hf.directions import GivenMask, Sparse
 from zo_hf.evaluation.curvature_probes import MEASURED
@@ -23,7 +23,7 @@ def _stability(option: str, choices: tuple[str, ...], value: Callable[[Case], st
         "zo_stability_steps={zo_stability_steps}",
         f"zo_{option}={{zo_{option}}}",
         "the theory has no critical learning rate for it",
-        f"use zo_{option}={' or '.join(map(repr, choices))}, or leave zo_stability_steps out",
+        f"use zo_{option}={either(choices)}, or leave zo_stability_steps out",
         lambda case: bool(case.argument("zo_stability_steps")) and value(case) not in choices,
     )
 
@@ -79,8 +79,8 @@ ARGUMENTS: tuple[Conflict, ...] = (
         "use max_grad_norm=0",
         lambda case: bool(case.argument("max_grad_norm")) and bool(case.settings.rule_kind.candidates),
     ),
-    _backward_only("neftune_noise_alpha", "it adds noise in training mode only, and probes run in evaluation mode"),
-    _backward_only("deepspeed", "it partitions gradients, of which there are none"),
+    _backward_only("neftune_noise_alpha", "it adds noise only in training mode, and probes run in evaluation mode"),
+    _backward_only("deepspeed", "it partitions gradients, and there are none"),
     Conflict(
         "parallelism_config=... with cp_size, sp_size or tp_size above 1",
         "training without a backward pass",
@@ -91,8 +91,8 @@ ARGUMENTS: tuple[Conflict, ...] = (
         ),
     ),
     # One option: newer versions of transformers call it by the first name and keep the second as an alias.
-    _backward_only("activation_checkpointing", "it saves memory in a backward pass only"),
-    _backward_only("gradient_checkpointing", "it saves memory in a backward pass only"),
+    _backward_only("activation_checkpointing", "it saves memory only in a backward pass"),
+    _backward_only("gradient_checkpointing", "it saves memory only in a backward pass"),
     Conflict(
         "optim={optim}",
         "training without a backward pass",
@@ -164,7 +164,7 @@ ARGUMENTS: tuple[Conflict, ...] = (
     Conflict(
         "torch_compile=True",
         "zo_estimator={zo_estimator}",
-        "a compiled model loses tangents",
+        "a compiled model loses forward-mode derivatives",
         "leave it out",
         lambda case: bool(case.argument("torch_compile")) and case.settings.estimator_kind.needs_tangents,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from zo_hf.case import Case
@@ -33,6 +33,12 @@ class Conflict:
         else:
             sentence = f"{self.this} has no effect with {self.that}; {self.instead}."
         return sentence.format_map(case.values)
+
+
+def either(values: Iterable[object]) -> str:
+    """Return values as a choice in words: "'a', 'b' or 'c'"."""
+    *others, last = map(repr, values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def rows_of(this: str, holds: Callable[[Case], bool]) -> Callable[[str, str, str, Callable[[Case], bool]], Conflict]:

@@ -14,37 +14,37 @@ _graph = rows_of("zo_cuda_graph=True", lambda case: case.settings.cuda_graph)
 GRAPHS: tuple[Conflict, ...] = (
     _graph(
         "zo_batched_probes={zo_batched_probes}",
-        "a graph is captured of the forward pass that all probes share",
+        "the graph is that of one forward pass for all probes",
         "use zo_batched_probes=True",
         lambda case: case.settings.batched_probes is not True,
     ),
     _graph(
         "zo_subspace={zo_subspace}",
-        "its forward pass depends on numbers of the host, which a graph would freeze",
+        "its forward pass takes numbers from the CPU, which a graph would freeze",
         "use zo_subspace='low_rank'",
         lambda case: case.settings.subspace not in CAPTURED,
     ),
     _graph(
         "zo_feature_cache_gib={zo_feature_cache_gib}",
-        "the host decides for every batch which layers run",
+        "the CPU decides for every batch which layers run",
         "use zo_feature_cache_gib=0",
         lambda case: bool(case.argument("zo_feature_cache_gib")),
     ),
     _graph(
         "torch_compile=True",
-        "a compiled model may capture graphs of its own",
+        "a compiled model may capture its own graphs",
         "leave one of them out",
         lambda case: bool(case.argument("torch_compile")),
     ),
     _graph(
         "a quantized model",
-        "its layers may wait for the device",
+        "its layers may synchronize with the CPU",
         "use zo_cuda_graph=False",
         lambda case: bool({"quantized", "quantized layers"} & case.facts),
     ),
     _graph(
         "weights that device_map offloads",
-        "the host loads them during the forward pass",
+        "the CPU loads them during the forward pass",
         "use zo_cuda_graph=False",
         lambda case: "offloaded" in case.facts,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 from zo_hf.case import Case
 from zo_hf.compatibility.choices import directions_of_rows
-from zo_hf.compatibility.conflict import Conflict
+from zo_hf.compatibility.conflict import Conflict, either
 from zo_hf.directions import DISTRIBUTIONS, GivenMask, Layers
 from zo_hf.directions.masked import Masked
 from zo_hf.directions.options import DirectionOptions
@@ -35,7 +35,7 @@ def _unused(
         f"zo_{name}={{zo_{name}}}",
         f"zo_{part}={{zo_{part}}}",
         "",
-        f"leave it out, or use zo_{part}={' or '.join(map(repr, readers))}",
+        f"leave it out, or use zo_{part}={either(readers)}",
         lambda case: getattr(case.settings, name) != default and name not in uses_of(case),
     )
 
@@ -46,7 +46,7 @@ def _estimator_of_rule(rule: str) -> Conflict:
         f"zo_rule={rule!r}",
         "zo_estimator={zo_estimator}",
         "the rule needs numbers that this estimator does not give",
-        f"use zo_estimator={' or '.join(map(repr, needed))}",
+        f"use zo_estimator={either(needed)}",
         lambda case: case.settings.rule == rule and case.settings.estimator not in needed,
     )
 
@@ -55,7 +55,7 @@ def _by_rows(name: str, why: str, which: Sequence[Any]) -> Conflict:
     """Refuse `zo_rows_per_direction` with some values of an option, see `NOT_BY_ROWS`."""
     option = name if name.startswith("zo_") else f"zo_{name}"
     values = (BY_ROWS if name in BY_ROWS else RUNS_BY_ROWS)[name]
-    named = " or ".join(repr(value) for value in values if value is not None)
+    named = either(value for value in values if value is not None)
 
     def applies(case: Case) -> bool:
         value = getattr(case.settings, name) if name in BY_ROWS else case.argument(name)
@@ -75,8 +75,8 @@ METHODS: tuple[Conflict, ...] = (
     Conflict(
         "zo_rule={zo_rule}",
         "zo_subspace='full'",
-        "the rule works on tensors that this subspace never holds",
-        "use zo_subspace='low_rank', whose coordinates are held apart from the weights",
+        "the rule needs a gradient tensor, which this subspace never holds",
+        "use zo_subspace='low_rank', which holds one",
         lambda case: case.settings.rule_kind.needs_tensors and case.settings.subspace == Full.name,
     ),
     *(_estimator_of_rule(rule.name) for rule in RULES.values() if rule.needs_estimator),
@@ -124,7 +124,7 @@ METHODS: tuple[Conflict, ...] = (
         "per_device_train_batch_size={per_device_train_batch_size} and gradient_accumulation_steps="
         "{gradient_accumulation_steps}",
         f"a step would have more than {MOST_DIRECTIONS} directions",
-        "use zo_rows_per_direction=0, or smaller steps",
+        "use zo_rows_per_direction=0, or a smaller batch",
         lambda case: (
             case.settings.rows_per_direction not in (0, "auto")
             and "per_device_train_batch_size" in case.arguments
@@ -134,7 +134,7 @@ METHODS: tuple[Conflict, ...] = (
     Conflict(
         "zo_estimator={zo_estimator}",
         "zo_batched_probes=True",
-        "each of its probes takes a forward pass of its own",
+        "each of its probes needs a separate forward pass",
         "use zo_batched_probes='auto' or False",
         lambda case: case.settings.estimator_kind.needs_tangents and case.settings.batched_probes is True,
     ),

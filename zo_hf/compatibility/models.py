@@ -10,7 +10,7 @@ MODELS: tuple[Conflict, ...] = (
     Conflict(
         "fsdp=...",
         "zo_estimator={zo_estimator}",
-        "the estimator needs whole weights for its tangents",
+        "the estimator needs whole weights for its derivatives",
         "use zo_estimator='two_point'",
         lambda case: "fsdp" in case.facts and case.settings.estimator_kind.needs_tangents,
     ),
@@ -24,7 +24,7 @@ MODELS: tuple[Conflict, ...] = (
     Conflict(
         "zo_feature_cache_gib={zo_feature_cache_gib}",
         "fsdp=...",
-        "every process would gather all weights for the rows that it alone has not seen",
+        "processes gather weights together, and with a cache they run different layers",
         "use zo_feature_cache_gib=0",
         lambda case: bool(case.argument("zo_feature_cache_gib")) and "fsdp" in case.facts,
     ),
@@ -71,7 +71,7 @@ MODELS: tuple[Conflict, ...] = (
     Conflict(
         "zo_basis='activation'",
         "fsdp=...",
-        "every process would gather all weights for a forward pass of its own",
+        "every process would gather all weights for an extra forward pass",
         "use zo_basis='random'",
         lambda case: case.settings.basis == "activation" and "fsdp" in case.facts,
     ),

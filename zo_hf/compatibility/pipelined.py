@@ -34,7 +34,7 @@ PIPELINED: tuple[Conflict, ...] = (
     ),
     _pipelined(
         "zo_estimator={zo_estimator}",
-        "activations cross the network without tangents",
+        "activations cross the network without derivatives",
         "use zo_estimator='two_point'",
         lambda case: case.settings.estimator_kind.needs_tangents,
     ),
@@ -52,26 +52,26 @@ PIPELINED: tuple[Conflict, ...] = (
     ),
     _pipelined(
         "zo_dp_noise_multiplier={zo_dp_noise_multiplier}",
-        "every process would draw rows of its own, and stages share a batch",
+        "every process would draw its own rows, and stages share a batch",
         "use zo_parallel='data' and zo_pipeline_stages='auto'",
         lambda case: case.settings.is_private,
     ),
     _pipelined(
         "fsdp=...",
-        "each divides the weights in its own way",
+        "both divide the weights, in different ways",
         "leave one of them out",
         lambda case: "fsdp" in case.facts,
     ),
     _pipelined(
         "a quantized model",
-        "codes and scales cannot be left out of a layer",
+        "quantized layers cannot be divided",
         "load the model without quantization, or use zo_parallel='data'",
         lambda case: "quantized" in case.facts,
     ),
     _given("torch_compile", "a compiled model runs all of its layers"),
-    _given("zo_feature_cache_gib", "the cache stands for layers of every process", "use zo_feature_cache_gib=0"),
+    _given("zo_feature_cache_gib", "the cache would replace layers of every process", "use zo_feature_cache_gib=0"),
     _given("save_only_trajectory", "the log is replayed by one process that holds all weights"),
-    _given("save_on_each_node", "the first process alone collects the weights"),
+    _given("save_on_each_node", "only the first process collects the weights"),
     _given(
         "fp16_full_eval", "it would make copies of weights that a process does not hold", "load the model in float16"
     ),

@@ -22,7 +22,7 @@ PRECONDITIONED: tuple[Conflict, ...] = (
     ),
     _preconditioned(
         "zo_basis='activation'",
-        "one puts V where inputs are large, and the other takes it away from there",
+        "one concentrates V on large inputs, and the other divides by their size",
         "use zo_basis='random', or leave zo_preconditioner out",
         lambda case: case.settings.basis == "activation",
     ),
@@ -34,7 +34,7 @@ PRECONDITIONED: tuple[Conflict, ...] = (
     ),
     _preconditioned(
         "zo_estimator={zo_estimator}",
-        "its directions are single coordinates, whose lengths it must know",
+        "its directions are single coordinates of length 1",
         "use zo_estimator='two_point'",
         lambda case: case.settings.moves_along_coordinates,
     ),
@@ -46,13 +46,13 @@ PRECONDITIONED: tuple[Conflict, ...] = (
     ),
     _preconditioned(
         "learning_rate='auto'",
-        "the search takes all coordinates of a direction to be equally long",
+        "the search assumes that all coordinates of a direction have the same scale",
         "give a number",
         lambda case: case.argument("learning_rate") == "auto",
     ),
     _preconditioned(
         "fsdp=...",
-        "every process would gather all weights for a forward pass of its own",
+        "every process would gather all weights for an extra forward pass",
         "leave zo_preconditioner out",
         lambda case: "fsdp" in case.facts,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zo_hf.case import Case
-from zo_hf.compatibility.conflict import Conflict, rows_of
+from zo_hf.compatibility.conflict import Conflict, either, rows_of
 from zo_hf.method_info import plain
 
 #: Estimators whose numbers are a row's own: no division by what other rows have.
@@ -52,7 +52,7 @@ PRIVATE: tuple[Conflict, ...] = (
     _private(
         "zo_dp_max_c=None",
         "without a bound, one row could change a step by any amount",
-        "give the usual size of a row's c",
+        "set zo_dp_max_c to the usual size of a row's c",
         lambda case: case.settings.dp_max_c is None,
     ),
     _private(
@@ -63,25 +63,25 @@ PRIVATE: tuple[Conflict, ...] = (
     ),
     _private(
         "zo_estimator={zo_estimator}",
-        "its numbers are not bounded row by row",
-        f"use zo_estimator={' or '.join(map(repr, PRIVATE_ESTIMATORS))}",
+        "it does not bound what each row contributes",
+        f"use zo_estimator={either(PRIVATE_ESTIMATORS)}",
         lambda case: case.settings.estimator not in PRIVATE_ESTIMATORS,
     ),
     _private(
         "zo_rule={zo_rule}",
-        "the rule asks for losses of the rows without noise",
+        "the rule uses losses of the rows without noise",
         "use zo_rule='none'",
         lambda case: bool(case.settings.rule_kind.candidates) or case.settings.rule_kind.points > 1,
     ),
     _private(
         "zo_batched_probes=True",
-        "rows are evaluated at one probe at a time",
+        "rows are evaluated one probe at a time",
         "leave it out",
         lambda case: case.settings.batched_probes is True,
     ),
     _private(
         "zo_cuda_graph=True",
-        "rows are evaluated at one probe at a time",
+        "rows are evaluated one probe at a time",
         "leave it out",
         lambda case: case.settings.cuda_graph,
     ),
@@ -93,18 +93,18 @@ PRIVATE: tuple[Conflict, ...] = (
         lambda case: bool(case.argument("zo_stability_steps")),
     ),
     _given(
-        "zo_feature_cache_gib", "the part of the layers that ran tells which rows were drawn before", "leave it out"
+        "zo_feature_cache_gib", "the fraction of layers that run reveals which rows were drawn before", "leave it out"
     ),
-    _given("zo_max_time", "how long a step takes depends on its rows", "use max_steps, or zo_max_forward_passes"),
-    _given("auto_find_batch_size", "when memory is short depends on the rows", "leave it out"),
+    _given("zo_max_time", "the duration of a step depends on its rows", "use max_steps, or zo_max_forward_passes"),
+    _given("auto_find_batch_size", "running out of memory depends on the rows", "leave it out"),
     _given("include_num_input_tokens_seen", "it counts tokens of the rows without noise", "leave it out", "no"),
-    _given("train_sampling_strategy", "the account is that of Poisson sampling", "leave it out", "random"),
-    _given("ignore_data_skip", "a resumed run would take rows that earlier steps have drawn", "leave it out"),
-    _given("zo_parallel", "every process needs rows of its own", "use zo_parallel='data'", "data"),
-    _given("server_url", "servers evaluate no rows by themselves", "leave it out"),
+    _given("train_sampling_strategy", "the privacy guarantee needs Poisson sampling", "leave it out", "random"),
+    _given("ignore_data_skip", "a resumed run would use rows that earlier steps have drawn", "leave it out"),
+    _given("zo_parallel", "every process needs its own rows", "use zo_parallel='data'", "data"),
+    _given("server_url", "servers do not give a loss for every row", "leave it out"),
     _private(
         "hub_strategy={hub_strategy}",
-        "a checkpoint holds the secret that the noise follows from",
+        "a checkpoint holds the secret that determines the noise",
         "use hub_strategy='every_save' or 'end'",
         lambda case: (
             bool(case.argument("push_to_hub"))
@@ -114,7 +114,7 @@ PRIVATE: tuple[Conflict, ...] = (
     _private("fsdp=...", "this is not supported", "leave it out", lambda case: "fsdp" in case.facts),
     _private(
         "EvolutionTrainer",
-        "a population is compared by all of its rewards",
+        "a step compares all rewards of a population",
         "use ZOTrainer",
         lambda case: "population" in case.arguments,
     ),

@@ -29,19 +29,19 @@ SERVED: tuple[Conflict, ...] = (
     *(_alone(name, default) for name, default in _OF_SERVERS.items()),
     _served(
         "zo_subspace={zo_subspace}",
-        "servers move LoRA adapters alone",
+        "servers hold only LoRA adapters",
         "use zo_subspace='adapter', with a PEFT model",
         lambda case: case.settings.subspace not in ("auto", "adapter"),
     ),
     _served(
         "zo_rows_per_direction={zo_rows_per_direction}",
-        "every direction needs two adapters on the servers",
+        "every row would need two adapters on the servers",
         "use zo_rows_per_direction=0, and zo_num_directions for a population",
         lambda case: case.settings.rows_per_direction not in (0, "auto"),
     ),
     _served(
         "zo_estimator={zo_estimator}",
-        "servers give losses and no derivatives",
+        "servers give losses, but no derivatives",
         "use zo_estimator='two_point'",
         lambda case: case.settings.estimator_kind.needs_tangents,
     ),
@@ -53,8 +53,8 @@ SERVED: tuple[Conflict, ...] = (
     ),
     _served(
         "zo_parallel={zo_parallel}",
-        "one process asks all servers",
-        "leave it out, and give server_url a list",
+        "a single process uses all servers",
+        "leave it out, and set server_url to a list",
         lambda case: case.argument("zo_parallel") not in (None, "data"),
     ),
     _served(
@@ -64,8 +64,8 @@ SERVED: tuple[Conflict, ...] = (
         lambda case: case.argument("learning_rate") == "auto",
     ),
     _given("zo_stability_steps", "the curvature is measured in this process"),
-    _given("zo_feature_cache_gib", "the cache is one of this process's forward passes"),
+    _given("zo_feature_cache_gib", "the cache serves forward passes of this process"),
     _given("torch_compile", "the servers compile the model as they were started"),
-    _given("generation_kwargs", "a server takes the options of EvolutionConfig alone"),
+    _given("generation_kwargs", "a server takes only the options of EvolutionConfig"),
     _given("cache_implementation", "the servers have their own cache"),
 )

@@ -20,11 +20,12 @@ class DirectionOptions(Options):
     direction: str = option(
         "gaussian",
         "The distribution of directions: gaussian, rademacher, sphere, orthogonal, sparse, layers (or lezo) or "
-        "adaptive_layers. gaussian draws normal numbers, and rademacher draws random signs. sphere draws directions of "
-        "one length. orthogonal makes the directions of a step orthogonal to each other. sparse moves small weights only "
-        "(Sparse-MeZO). layers moves a few random layers in each step (LeZO). adaptive_layers draws layers with large "
-        "projected gradients more often (AdaLeZO). auto, which ZOConfig takes by default, is rademacher with a direction "
-        "for every row and zo_rule none, and gaussian elsewhere. Where the kernels of zo_kernels run, it is rademacher for zo_subspace full, too.",
+        "adaptive_layers. gaussian draws normal numbers, and rademacher draws random signs. sphere draws directions "
+        "of one length. orthogonal makes the directions of a step orthogonal to each other. sparse moves small "
+        "weights only (Sparse-MeZO). layers moves a few random layers in each step (LeZO). adaptive_layers draws "
+        "layers with large projected gradients more often (AdaLeZO). ZOConfig's default, auto, is rademacher if "
+        "every row has its own direction and zo_rule is none, and gaussian otherwise. Where the kernels of "
+        "zo_kernels run, auto is also rademacher for zo_subspace full.",
         Name(),
         "'gaussian' is MeZO's",
     )

@@ -51,8 +51,8 @@ class Sparse(Masked):
             )
         if all(_is_of_one_magnitude(c) for c in context.coordinates.values()):
             raise ValueError(
-                "zo_direction='sparse' moves small weights, but in every tensor here all have one magnitude; use "
-                "zo_direction='gaussian', or zo_subspace='full'."
+                "zo_direction='sparse' moves small weights, but all weights of each tensor have the same magnitude; "
+                "use zo_direction='gaussian', or zo_subspace='full'."
             )
         self._coordinates, self._sparsity = context.coordinates, sparsity
         self._thresholds: dict[str, float] = {}

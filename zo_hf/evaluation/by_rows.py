@@ -16,13 +16,13 @@ AUTO_DIRECTIONS = ("gaussian", "rademacher")
 #: Values of arguments of a run.
 RUNS_BY_ROWS: Mapping[str, Sequence[Any]] = {"zo_parallel": (None, "data", "pipeline")}
 
-_UNTESTED = "it has only been tested along directions that all rows share"
+_UNTESTED = "it has been tested only with directions that all rows share"
 #: Reasons against other values of an option, and the values that a reason is about; () stands for all the rest.
 NOT_BY_ROWS: Sequence[tuple[str, str, Sequence[Any]]] = (
     ("estimator", "an entry of the gradient is the slope of the whole loss", ("coordinate", "coordinate_forward")),
-    ("estimator", "its numbers do not add up over rows, or are not known to", ()),
-    ("direction", "a step by rows has more directions than its orthogonal ones", ("orthogonal",)),
-    ("direction", "it rates layers by slopes of the whole loss", ("adaptive_layers",)),
+    ("estimator", "its projected gradients may not add up over rows", ()),
+    ("direction", "it makes zo_num_directions directions orthogonal, and rows need more than that", ("orthogonal",)),
+    ("direction", "it chooses layers by slopes of the whole loss", ("adaptive_layers",)),
     ("rule", _UNTESTED, ()),
-    ("zo_parallel", "processes that divide the rows divide their directions, too", ()),
+    ("zo_parallel", "processes that divide the rows also divide their directions", ()),
 )

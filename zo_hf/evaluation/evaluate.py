@@ -354,7 +354,7 @@ def check_draws_nothing(generators: GlobalGenerators | None) -> None:
         NotBatchable: it has.
     """
     if generators is not None and generators.have_moved():
-        raise NotBatchable("the loss draws random numbers, and in one batch each probe would see others")
+        raise NotBatchable("the loss draws random numbers, and in one batch they would differ between probes")
 
 
 def one_number(loss: Any, device: torch.device) -> Tensor:

@@ -21,9 +21,9 @@ class FlatLossWarning:
         self._steps = 0 if any(projected_gradients) else self._steps + 1
         if self._steps == STEPS:
             logger.warning(
-                "the loss was the same at all probes of the last %d steps, so nothing is learned; if it is a step function, "
-                "such as an accuracy, raise zo_eps=%g; if it divides a value by its own detached copy, as the losses of "
-                "policy gradients do, a probe cannot see it, and it needs another objective",
+                "the loss was the same at all probes of the last %d steps, so nothing is learned. If the loss is a "
+                "step function, such as an accuracy, raise zo_eps=%g. If it divides a value by its own detached "
+                "copy, as policy-gradient losses do, its value never changes; use another loss.",
                 STEPS,
                 eps,
             )

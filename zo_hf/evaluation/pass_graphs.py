@@ -1,7 +1,7 @@
-"""CUDA graphs of the forward pass that all probes of a step share: one launch in place of hundreds.
+"""CUDA graphs of the forward pass that all probes of a step share: one launch instead of hundreds.
 
-A graph repeats its launches with the addresses and the numbers that it was captured with. What differs between steps must
-therefore lie in tensors that stay where they are:
+A graph repeats its launches with the addresses and the numbers of its capture. Values that differ between steps must
+therefore be in tensors that are never moved:
 
     rows of the batch     copied into tensors of the graph's own
     ξ ± ε·z               made before the pass, by few launches, in tensors that stay

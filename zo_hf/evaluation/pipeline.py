@@ -6,8 +6,8 @@ Forward-only training has no backward stream, so activations flow one way, and a
     stage 1              | pass 1 | pass 2 | pass 3 | …
     last stage                    | pass 1 | pass 2 | pass 3 | …  → losses
 
-Every process calls the same model on the same batch. What a model does around its layers, such as masks and positions, each
-process does itself. The layers of earlier stages are skipped: the first one gives the activations that have arrived. Behind
+Every process calls the same model on the same batch. It computes everything around the layers, such as masks and positions,
+itself. The layers of earlier stages are skipped: the first one gives the activations that have arrived. Behind
 its own last layer a stage sends its activations on, and ends the forward pass by an exception.
 
 Two kinds of passes differ in what comes back. By default all stages get the outputs of the last one, so that a forward of
@@ -98,7 +98,7 @@ class Stage:
             if isinstance(error, torch.OutOfMemoryError):
                 reason = reason_of(error)
                 raise torch.OutOfMemoryError(
-                    "a stage of the pipeline has no memory for a forward pass that the other stages are in the middle of "
+                    "a stage of the pipeline ran out of memory in a forward pass that other stages have begun "
                     f"({reason}); set zo_batched_probes=False or smaller batches, and resume from the last "
                     "checkpoint."
                 ) from error

@@ -1,7 +1,7 @@
 """The precision in which a model computes its loss, whatever the dtype of the loss itself.
 
-transformers returns the loss of any model in float32. What rounding can explain depends on the coarsest dtype on the way
-to it: that of the weights, of the loss, or of autocast.
+transformers returns the loss of any model in float32. Its rounding error depends on the coarsest dtype on the way to it:
+that of the weights, of the loss, or of autocast.
 """
 
 from __future__ import annotations

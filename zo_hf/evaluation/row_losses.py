@@ -77,7 +77,7 @@ class RowLosses(Tensor):
 
 
 class LossByRows:
-    """The loss of a batch of which a closure returns `RowLosses`.
+    """The loss of a batch for which a closure returns `RowLosses`.
 
     Args:
         closure: evaluates the model.

@@ -32,7 +32,7 @@ class WeightedLoss:
 
 
 class StepLosses:
-    """Evaluates micro-batches at points, of which every rank takes its share.
+    """Evaluates micro-batches at the rank's share of the points.
 
     Args:
         subspace: perturbs the model.

@@ -1,7 +1,7 @@
 """Adapters of PEFT on a model with offloaded weights.
 
-PEFT makes an adapter's weights on the device of the layer that it wraps. Of an offloaded layer that is the meta device, where
-their values are lost. Here the layers hold stand-ins while PEFT looks at them.
+PEFT makes an adapter's weights on the device of the layer that it wraps. For an offloaded layer this is the meta device, where
+their values are lost. So the layers hold stand-ins while PEFT wraps them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def get_peft_model(model: nn.Module, peft_config: Any, **options: Any) -> Any:
     devices = set(getattr(model, "hf_device_map", {}).values())
     if peft_config.peft_type == peft.PeftType.PREFIX_TUNING and devices and devices <= {"cpu", "disk"}:
         raise ValueError(
-            "PEFT puts a prefix on a device that device_map names beside 'cpu' and 'disk', and it names none; use prompt "
-            "tuning, or let device_map keep a module on the device that computes."
+            "prefix tuning needs a device other than 'cpu' and 'disk' in device_map, and there is none; keep a "
+            "module on the device that computes, or use prompt tuning."
         )
     stand_ins = {weight: _stand_in(weight) for weight in offloaded_weights(model).values()}
     try:

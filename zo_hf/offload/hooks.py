@@ -64,7 +64,7 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
     for target, source in _ties(model):
         if (target in tables) != (source in tables):
             raise ValueError(
-                f"device_map puts {target} and {source} on different devices, and they are one weight; give both the same one."
+                f"device_map puts {target} and {source} on different devices, and they share one weight; give both the same device."
             )
         if target in tables:
             (table, name), (other_table, other_name) = tables[target], tables[source]

@@ -1,4 +1,4 @@
-"""A model's tensors with their values, of which offloaded ones are read only when they are asked for."""
+"""A model's tensors with their values; offloaded ones are read only on request."""
 
 from __future__ import annotations
 

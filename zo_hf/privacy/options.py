@@ -20,18 +20,18 @@ class PrivacyOptions(Options):
 
     dp_noise_multiplier: float | None = option(
         None,
-        "Standard deviation of the noise of differentially private training, in units of zo_dp_max_c. Every step then draws "
-        "its rows by Poisson sampling, clips the number of every row, and adds noise to their sum. zo/dp_epsilon logs what "
-        "the run has revealed of any one row. 0 clips and adds no noise, which is not private. Default: training is not "
-        "private.",
+        "Standard deviation of the noise of differentially private training, in units of zo_dp_max_c. Every step "
+        "then draws its rows by Poisson sampling, clips the projected gradient c of every row, and adds noise to the "
+        "sum. zo/dp_epsilon logs how much the run has revealed of any one row. 0 clips without noise, which is not "
+        "private. Default: training is not private.",
         Real(0, MOST_NOISE, also=(None,)),
         "1 is a common start",
     )
     dp_max_c: float | None = option(
         None,
-        "Largest length of a row's numbers c in private training, in loss per unit along z: with one direction, the largest "
-        "magnitude of its c. Longer ones are shortened to it. Choose it from public data, or as a number that you "
-        "would also take for other data, one to four times the median length of a row's gradient.",
+        "Maximum of |c| of a row in private training, in loss per unit along z; larger values are clipped to it. "
+        "With several directions, it bounds the norm of the row's numbers c. Choose it from public data, or "
+        "independently of the data: one to four times the median norm of a row's gradient.",
         Real(0, above=True, also=(None,)),
         "use the usual size of a row's c",
     )

@@ -19,11 +19,11 @@ NO_SEARCH = (
 #: Options of `ZOConfig`, the values that they may have here, and the way out.
 _FIXED: Sequence[tuple[str, Sequence[Any], str]] = (
     ("zo_num_directions", (1,), "use population=..., which is twice the number of directions"),
-    ("zo_estimator", ("two_point",), "leave it out, and choose how rewards are compared with fitness=..."),
+    ("zo_estimator", ("two_point",), "leave it out, and set the comparison of rewards with fitness=..."),
     (
         "zo_rows_per_direction",
         (0, "0"),
-        "use generations_per_prompt=2, which gives every prompt a direction of its own",
+        "use generations_per_prompt=2, which gives every prompt its own direction",
     ),
     (
         "zo_rule",
@@ -72,41 +72,47 @@ class EvolutionConfig(ZOConfig):
 
     population: None | int = option(  # noqa: RUF036
         None,
-        "Number of members that a step compares: half of it directions, each with both signs. It must be even. More "
+        "Number of members that a step compares: both signs of half as many directions. It must be even. More "
         "members give a less noisy step. Default: num_generations if that is given, else 16.",
     )
     generations_per_prompt: None | int = option(  # noqa: RUF036
         None,
-        "Number of members that answer each prompt, in pairs of both signs. 2 gives every prompt a direction of its own "
-        "as long as the population is twice the number of prompts. Default: all of the population.",
+        "Number of members that answer each prompt, in pairs of both signs. 2 gives every prompt its own direction "
+        "if the population is twice the number of prompts. Default: all members.",
     )
     num_generations: None | int = option(  # noqa: RUF036
-        None, "GRPO's name of generations_per_prompt. If population is left out, it also is the population."
+        None, "GRPO's name for generations_per_prompt. If population is left out, it also sets the population."
     )
     fitness: str = option(
         "z_score",
-        "How the rewards of one prompt's answers are compared: z_score (as GRPO's advantages), centered_ranks or raw.",
+        "The comparison of the rewards of one prompt's answers: z_score (as GRPO's advantages), centered_ranks or "
+        "raw.",
     )
     reward_weights: list[float] | None = option(  # noqa: RUF009
         None, "Weight of every reward function. Default: 1 for each."
     )
     temperature: float = option(
         0.0,
-        "Temperature of sampling. All members that answer a prompt share their random numbers. 0 takes the likeliest "
-        "token.",
+        "Temperature of sampling. All members that answer a prompt share their random numbers. 0 takes the most "
+        "probable token.",
     )
-    top_p: float = option(1.0, "Total probability of the likeliest tokens that sampling chooses from; 1 keeps all.")
-    top_k: int = option(0, "Number of likeliest tokens that sampling chooses from; 0 keeps all.")
+    top_p: float = option(
+        1.0, "Total probability of the most probable tokens, from which sampling chooses; 1 keeps all."
+    )
+    top_k: int = option(0, "Number of the most probable tokens, from which sampling chooses; 0 keeps all.")
     min_p: None | float = option(  # noqa: RUF036
-        None, "Smallest probability of a token that sampling may choose, as a part of the largest. Default: no limit."
+        None,
+        "Smallest probability of a token that sampling may choose, as a fraction of the largest. Default: no limit.",
     )
-    repetition_penalty: float = option(1.0, "Penalty of tokens that the prompt or the answer already has; 1 for none.")
-    max_completion_length: int = option(256, "Maximum number of tokens of an answer.")
+    repetition_penalty: float = option(
+        1.0, "Penalty for tokens that are already in the prompt or the answer; 1 for none."
+    )
+    max_completion_length: int = option(256, "Maximum number of tokens in an answer.")
     max_prompt_length: None | int = option(  # noqa: RUF036
-        None, "Number of tokens kept of a longer prompt, its last ones. Default: all."
+        None, "Maximum number of tokens in a prompt; only the last ones of a longer prompt are kept. Default: all."
     )
     cache_implementation: None | str = option(  # noqa: RUF036
-        None, "The cache of keys and values, as in GenerationConfig, for example static. Default: the model's."
+        None, "The key-value cache, as in GenerationConfig, for example static. Default: the model's."
     )
     generation_kwargs: dict | str | None = option(  # noqa: RUF009
         None, "More arguments of GenerationConfig, for example suppress_tokens."
@@ -123,7 +129,9 @@ class EvolutionConfig(ZOConfig):
     )
 
     # Arguments of Trainer and of ZOConfig with other defaults.
-    remove_unused_columns: bool = option(False, "Remove the columns that the model does not take, which rewards need.")
+    remove_unused_columns: bool = option(
+        False, "Remove the columns that the model does not take. Reward functions may need them."
+    )
     zo_rows_per_direction: None | str | int = option(  # noqa: RUF036
         0, "Always 0 here; generations_per_prompt decides which prompts share a direction."
     )

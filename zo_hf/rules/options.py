@@ -22,23 +22,23 @@ class RuleOptions(Options):
 
     rule: str = option(
         "none",
-        "The rule that changes the estimate before the optimizer (optim) gets it. none changes nothing. sign takes the "
-        "sign of c. conservative takes the best of staying, stepping and stepping back; it costs three more forward "
-        "passes, or two with a clean loss. curvature (or hizoo) is HiZOO, and needs zo_estimator=second_difference. muon "
-        "takes the matrix sign (ZO-Muon). power_iteration (or mopi) takes the leading singular directions (ZO-MOPI). cocd "
-        "is coherent coordinate descent, which keeps differences along coordinates and reuses them; it needs zo_estimator "
-        "coordinate or coordinate_forward, and optim=sgd. svrg reduces variance by differences from a snapshot "
-        "(MeZO-SVRG); zo_fold_steps must be a multiple of zo_svrg_batches + zo_svrg_steps. With muon and "
-        "power_iteration, the learning rate is the root mean square length of a step per coordinate. With sign, it is "
-        "√q times that.",
+        "The rule that changes the estimated gradient before the optimizer (optim) gets it. none changes nothing. "
+        "sign takes the sign of c. conservative chooses the best of staying, stepping and stepping back, for three "
+        "more forward passes, or two with a clean loss. curvature (or hizoo) is HiZOO, and needs "
+        "zo_estimator=second_difference. muon takes the matrix sign (ZO-Muon). power_iteration (or mopi) takes the "
+        "leading singular directions (ZO-MOPI). cocd is coherent coordinate descent, which keeps differences along "
+        "coordinates and reuses them; it needs zo_estimator coordinate or coordinate_forward, and optim=sgd. svrg "
+        "reduces variance by differences from a snapshot (MeZO-SVRG); zo_fold_steps must be a multiple of "
+        "zo_svrg_batches + zo_svrg_steps. With muon and power_iteration, the learning rate is the root mean square "
+        "of a step's entries. With sign, it is √q times that.",
         Name(),
         "'none' changes nothing",
     )
     momentum: float = option(
         0.0,
-        "Weight of the past in the running mean of estimates, for zo_rule muon and power_iteration. The rule takes the "
-        "singular directions of that mean; 0 uses the latest estimate alone. Set the optimizer's own momentum through "
-        "optim_args.",
+        "Weight of the past in the running mean of estimates, for zo_rule muon and power_iteration. The rule takes "
+        "the singular directions of that mean; 0 uses only the latest estimate. Set the optimizer's own momentum "
+        "through optim_args.",
         Real(0, 1, below=True),
         "use 0 for none",
     )

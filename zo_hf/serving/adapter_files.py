@@ -46,7 +46,7 @@ def check_servable(model: nn.Module) -> None:
         from peft import LoraConfig, PeftModel
     if not is_peft_available() or not isinstance(model, PeftModel):
         raise ValueError(
-            f"server_url=... moves LoRA adapters, and {type(model).__name__} is no PEFT model; {way_out}."
+            f"server_url=... moves LoRA adapters, and {type(model).__name__} is not a PEFT model; {way_out}."
         )
     config: Any = model.active_peft_config
     if not isinstance(config, LoraConfig) or len(model.active_adapters) > 1:

@@ -65,7 +65,7 @@ class Server:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query or parts.fragment:
             raise ValueError(
-                f"server_url={url!r} is no address of a server; give one such as 'http://127.0.0.1:8000'."
+                f"server_url={url!r} is not the address of a server; give one such as 'http://127.0.0.1:8000'."
             )
         self._host, self._port, self._is_safe = parts.hostname, port, parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")

@@ -99,7 +99,7 @@ class Comparison:
         if not apart <= ADAPTER * effect:
             raise ServingError(
                 f"{server.url} does not apply the whole adapter: log-probabilities of tokens differ by {apart:.2g} on "
-                f"average, of an effect of {effect:.2g}; let its --lora-target-modules be those of the adapter."
+                f"average, for an effect of {effect:.2g}; let its --lora-target-modules be those of the adapter."
             )
 
     def _load(self, server: Server, name: str, folder: Path, slots: int) -> None:

@@ -81,7 +81,7 @@ def hessian_trace(
     """
     unknown = set(names or ()) - set(zo.subspace.coordinates)
     if unknown or (names is not None and not names):
-        raise ValueError(f"names={sorted(unknown)} are no coordinate tensors; use names of zo.subspace.coordinates.")
+        raise ValueError(f"names={sorted(unknown)} are not coordinate tensors; use names of zo.subspace.coordinates.")
     distribution = zo.distribution if isinstance(zo.distribution, Masked) else GAUSSIAN
     along = distribution if names is None else Restricted(distribution, names)
     around = SecondDifference(zo.estimator.eps if eps is None else eps, count)

@@ -81,7 +81,8 @@ def warn_of_rounding(zo: ZerothOrder, closure: Callable[[], Any], weight: float 
     zo.rounding_noise = noise
     if noise > NOISY:
         logger.warning(
-            "rounding makes up about %.0f%% of c at zo_eps=%g; raise zo_eps a little, or load the model in a finer dtype",
+            "rounding makes up about %.0f%% of the projected gradient at zo_eps=%g; raise zo_eps a little, or load "
+            "the model in a finer dtype",
             100 * noise,
             zo.estimator.eps,
         )

@@ -1,4 +1,4 @@
-"""Reading of a PEFT adapter's configuration, `adapter_config.json`, of which nothing reaches PEFT unchecked.
+"""Reading of a PEFT adapter's configuration, `adapter_config.json`; every field is checked before PEFT gets it.
 
 Some of PEFT's fields name modules that it imports, models and tokenizers that it loads, or files that it opens. A
 configuration is therefore read by a table of the fields that a replay needs, each with its type. A field outside the table
@@ -149,9 +149,9 @@ def read_adapter_config(folder: Path) -> PeftConfig:
             f"{path} cannot be read ({error.strerror}); copy it from where the adapter came from."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is no configuration of PEFT, because {error}; use another copy of it.") from error
+        raise ValueError(f"{path} is not a PEFT configuration, because {error}; use another copy of it.") from error
     if not is_object(content) or not is_text(content.get("peft_type")):
-        raise ValueError(f"{path} is no configuration of PEFT, because it names no peft_type; use another copy of it.")
+        raise ValueError(f"{path} is not a PEFT configuration, because it names no peft_type; use another copy of it.")
     kinds = {str(plain(kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = kinds.get(content["peft_type"])
     if kind is None:
@@ -173,7 +173,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
         return kind(**taken)
     except (ValueError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{path} is no configuration of PEFT ({shown(reason)}); {way_out}.") from error
+        raise ValueError(f"{path} is not a PEFT configuration ({shown(reason)}); {way_out}.") from error
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

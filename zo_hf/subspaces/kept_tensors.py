@@ -1,4 +1,4 @@
-"""The tensors that hold points, made anew where their number changes, or kept for every number.
+"""The tensors that hold points, made again when the number of points changes, or kept for every number.
 
 A CUDA graph reads the addresses that it was captured with, whatever lies there later. Between its replays an evaluation has
 another number of points, and would give their room away.

@@ -21,10 +21,11 @@ class SubspaceOptions(Options):
 
     subspace: str = option(
         "auto",
-        "The tensors that move: low_rank, core, full, adapter, norms, scales or auto. low_rank moves float32 factors of "
-        "every matrix, and every 1-D parameter. core moves r x r numbers of every matrix (SubZero). full moves all "
-        "weights (MeZO's algorithm). adapter moves the trainable weights of a PEFT model. norms moves the 1-D "
-        "parameters. scales moves the scales of quantized layers (QZO). auto is adapter for a PEFT model, else low_rank.",
+        "The tensors that move: low_rank, core, full, adapter, norms, scales or auto. low_rank moves float32 factors "
+        "of every matrix, and every 1-D parameter. core moves r x r numbers of every matrix (SubZero). full moves "
+        "all weights (MeZO's algorithm). adapter moves the trainable weights of a PEFT model. norms moves the 1-D "
+        "parameters. scales moves the scales of quantized layers (QZO). auto chooses adapter for a PEFT model, and "
+        "low_rank otherwise.",
         Name(),
         "use 'auto' for the subspace that suits the model",
     )
@@ -37,41 +38,42 @@ class SubspaceOptions(Options):
     fold_steps: int | None = option(
         None,
         "Number of steps between folds. A fold adds the low-rank factors, or the core, to the weights and draws new "
-        "bases; 0 never folds. Default: 50, but 0 for a quantized model, whose training then ends with a LoRA adapter. "
-        "Folds of a quantized model write its 8-bit and 4-bit weights anew, see zo_fold_rounding. A checkpoint is "
-        "smallest if save_steps is a multiple of zo_fold_steps.",
+        "bases; 0 never folds. Default: 50, but 0 for a quantized model, whose training then ends with a LoRA "
+        "adapter. Folds of a quantized model rewrite its 8-bit and 4-bit weights (see zo_fold_rounding). Checkpoints "
+        "are smallest if save_steps is a multiple of zo_fold_steps.",
         Whole(0, also=(None,)),
         "use 0 to never fold",
     )
     basis: str = option(
         "random",
-        "The source of V, the fixed one of the low-rank factors: random draws it from the seed. activation makes it of the "
-        "inputs that linear layers have when the model reads random tokens (AGZO), which takes one forward pass of 128 "
-        "tokens per fold. For zo_subspace low_rank.",
+        "The source of V, the low-rank factor that is fixed between folds. random draws it from the seed. activation "
+        "computes it from the inputs of linear layers when the model reads random tokens (AGZO), which takes one "
+        "forward pass of 128 tokens per fold. For zo_subspace low_rank.",
         Choice(BASES),
         "'random' needs no forward pass",
     )
     preconditioner: str = option(
         "none",
-        "The lengths of directions: none draws all coordinates alike. inputs divides them by the size of the inputs that the "
-        "weights of linear layers and norms are multiplied by (the diagonal of K-FAC's input factor), as measured in a "
+        "The scaling of directions: none or inputs. inputs divides each coordinate of a direction by the size of its "
+        "input in linear layers and norms (the diagonal of K-FAC's input factor). The sizes are measured in one "
         "forward pass of 128 random tokens per fold. For zo_subspace low_rank and norms.",
         Choice(PRECONDITIONERS),
         "'none' needs no forward pass",
     )
     fold_rounding: str = option(
         "stochastic",
-        "The rounding of folds into 8-bit and 4-bit weights: stochastic or gptq. stochastic keeps the expectation of every "
-        "weight. gptq lets a layer's weights make up for each other's errors, given the layer's inputs. They are those of 512 "
-        "tokens of text that a causal model writes itself at every fold; another model reads random tokens. For zo_subspace "
-        "low_rank and core.",
+        "The rounding of folds into 8-bit and 4-bit weights: stochastic or gptq. stochastic keeps the expectation of "
+        "every weight. gptq corrects the rounding errors of a layer's weights with its other weights, given the "
+        "layer's inputs. The inputs come from 512 tokens per fold: text that a causal model generates itself, or "
+        "random tokens for other models. For zo_subspace low_rank and core.",
         Choice(ROUNDINGS),
         "'stochastic' needs no text",
     )
     target_modules: str | Sequence[str] | None = option(
         None,
-        "The parameters that move: a regular expression that matches the whole name of a parameter or module, or a list "
-        "of name endings. Default: all trainable parameters, but only B of a LoRA that begins at zero.",
+        "The parameters that move: a regular expression that matches the whole name of a parameter or module, or a "
+        "list of name endings. Default: all trainable parameters, except that only B moves in a LoRA adapter that "
+        "begins at zero.",
         Pattern(also=(None,)),
         "leave it out to move all trainable parameters",
     )

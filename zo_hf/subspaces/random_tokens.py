@@ -1,7 +1,7 @@
-"""A forward pass of random tokens, in which the inputs of layers are looked at.
+"""A forward pass of random tokens that measures the inputs of layers.
 
-What is measured this way depends on the weights and the seed alone. So neither a log nor a checkpoint holds it, and every
-process measures the same.
+The measurement depends only on the weights and the seed. So neither a log nor a checkpoint holds it, and every process
+measures the same.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class ModuleReads:
 
 
 class Unresolved(Tensor):
-    """A parameter of which it is not known yet whether the reader needs its values, or only its dtype or shape."""
+    """A parameter that was read, perhaps only for its dtype or shape; it is resolved when its values are needed."""
 
     reads: ModuleReads
     attribute: str

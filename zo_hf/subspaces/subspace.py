@@ -98,7 +98,7 @@ class Subspace:
         if offloaded is not None and not self.moves_offloaded:
             raise ValueError(
                 f"zo_subspace={self.name!r} would write {offloaded} in every step, and it is offloaded; use "
-                "zo_subspace='low_rank', which writes weights at a fold alone."
+                "zo_subspace='low_rank', which writes weights only at a fold."
             )
         self.coordinates: dict[str, nn.Parameter] = {}
         self.probes: Sequence[Probe] = ()

@@ -55,7 +55,7 @@ def read_rows(option: str, path: Path, text_column: str = "text") -> ChatRows:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{what} has none of the endings {', '.join(SUFFIXES)}; give such a file.")
     if not path.is_file():
-        raise ValueError(f"{what} does not exist or is no plain file; give the path of a file with one row a line.")
+        raise ValueError(f"{what} does not exist or is not a plain file; give the path of a file with one row a line.")
     rows: list[dict[str, Any]] = []
     kind: tuple[tuple[str, ...], bool] | None = None
     for number, row in _records(what, path):
@@ -68,7 +68,7 @@ def read_rows(option: str, path: Path, text_column: str = "text") -> ChatRows:
         if row_kind != kind:
             first, other = (ChatRows("", *each, []).in_words for each in (kind, row_kind))
             raise ValueError(
-                f"{where} has {other}, and rows before it have {first}; put each format in a file of its own."
+                f"{where} has {other}, and rows before it have {first}; put each format in a separate file."
             )
         _check_values(where, values, kind[1])
         rows.append(
@@ -120,7 +120,7 @@ def _records(what: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except OSError as error:
         raise ValueError(f"{what} cannot be read ({error.strerror}); give a file that you may read.") from error
     if "\0" in text:
-        raise ValueError(f"{what} holds zero bytes, so it is no text; give a text file with rows of {FORMATS}.")
+        raise ValueError(f"{what} holds zero bytes, so it is not text; give a text file with rows of {FORMATS}.")
     if suffix in (".csv", ".tsv"):
         yield from _table(what, text, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
@@ -147,7 +147,7 @@ def _table(what: str, text: str, separator: str) -> Iterator[tuple[int, dict[str
     names = lines[0] if lines else []
     if len(set(names)) < len(names):
         raise ValueError(
-            f"{what} has a column twice among {', '.join(map(shown, names))}; give each a name of its own."
+            f"{what} has a column twice among {', '.join(map(shown, names))}; give each a different name."
         )
     for number, line in enumerate(lines[1:], 1):
         if not line:
@@ -193,7 +193,7 @@ def _check_values(where: str, values: dict[str, Any], is_chat: bool) -> None:
         if is_chat:
             _check_messages(f"{where} {name}:", value)
         elif not isinstance(value, str):
-            raise ValueError(f"{where} {name}: {shown(value)} is no text; give a text, as in the rows before.")
+            raise ValueError(f"{where} {name}: {shown(value)} is not a text; give a text, as in the rows before.")
         elif not value.strip() and name != "prompt":
             raise ValueError(f"{where} {name}: it is empty; leave the row out, or fill it.")
         else:
@@ -202,7 +202,9 @@ def _check_values(where: str, values: dict[str, Any], is_chat: bool) -> None:
 
 def _check_messages(where: str, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where} {shown(messages)} is no list of messages; give at least one with role and content.")
+        raise ValueError(
+            f"{where} {shown(messages)} is not a list of messages; give at least one with role and content."
+        )
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"{where} a message is {shown(message)}; give every message a `role` and a `content`.")
@@ -224,7 +226,7 @@ def _check_encodes(where: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} it holds half of a surrogate pair, which is no character; write the text anew."
+            f"{where} it holds half of a surrogate pair, which is not a character; correct the text."
         ) from error
 
 

@@ -66,7 +66,7 @@ class JobArguments(ModelArguments):
     loss: str = field(
         default="label_words",
         metadata={
-            "help": "cross entropy among the label words alone, or over the whole vocabulary",
+            "help": "cross entropy between the label words only, or over the whole vocabulary",
             "choices": ["label_words", "vocabulary"],
         },
     )

@@ -76,7 +76,7 @@ def parse_options(
     folder = Path(arguments.output_dir)
     there = next((part for part in (folder, *folder.parents) if part.exists()), None)
     if there is not None and not there.is_dir():
-        raise ValueError(f"--output_dir {folder} is no folder, because {there} is a file; name another one.")
+        raise ValueError(f"--output_dir {folder} is not a folder, because {there} is a file; name another one.")
     return job, arguments
 
 

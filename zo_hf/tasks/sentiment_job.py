@@ -6,9 +6,9 @@
         --template "{text} It was" --verbalizers " bad" " okay" " good"
 
 The command prints the accuracy of the untrained model, of the trained model, and of always answering the most frequent
-label. It also prints the forward passes and the time that training took, and the peak memory of training and of
-inference. It saves the trained model with its tokenizer and prompt.json (see `zo-hf predict`), metrics.json and
-run.png in --output_dir.
+label. It also prints the number of forward passes, the training time, and the peak memory of training and of inference.
+It saves the trained model with its tokenizer and prompt.json (see `zo-hf predict`), metrics.json and run.png in
+--output_dir.
 """
 
 import json

@@ -61,7 +61,7 @@ NEEDED = {
 #: Options of TRL that would do nothing here, or what this command does itself.
 NOT_TAKEN = {
     "model_init_kwargs": "name the dtype and the format of the weights with --dtype and --load_in_8bit",
-    "trust_remote_code": "train a model with code of its own in a script, with zo_hf.trl.ZOSFTTrainer",
+    "trust_remote_code": "train a model that brings its own code in a script, with zo_hf.trl.ZOSFTTrainer",
     "dataset_kwargs": "give rows of text; tokens are for a script, with zo_hf.trl.ZOSFTTrainer",
 }
 
@@ -90,7 +90,9 @@ class SftArguments(ModelArguments):
     )
     eval_fraction: float = field(
         default=0.1,
-        metadata={"help": "the part of --train_file that is held out without --eval_file; 0 holds none out"},
+        metadata={
+            "help": "the fraction of --train_file that is held out if there is no --eval_file; 0 holds none out"
+        },
     )
 
     def __post_init__(self) -> None:

@@ -5,12 +5,12 @@
     zo-hf sft --train_file chat.jsonl --use_peft --load_in_4bit --packing
 
 Every row of the file has `messages`, or `prompt` and `completion`, or `text`. The loss is on the completion if there is one.
-With --assistant_only_loss it is on what the assistant says. TRL's SFTTrainer makes tokens and batches of the rows, and
-computes the loss; all of its options work.
+With --assistant_only_loss it is on the messages of the assistant. TRL's SFTTrainer tokenizes and batches the rows, and
+computes the loss. The default learning rate is 1e-4 with the default method, and ZOConfig's otherwise, as with --use_peft.
 
-The command prints the loss on held-out rows before and after training, the forward passes and the time that training took,
-and the peak memory of training and of inference. It saves the trained model with its tokenizer and chat.json (see
-`zo-hf chat`), a model card, metrics.json and run.png in --output_dir.
+The command prints the loss on held-out rows before and after training, the number of forward passes, the training time, and
+the peak memory of training and of inference. It saves the trained model with its tokenizer and chat.json (see `zo-hf chat`),
+a model card, metrics.json and run.png in --output_dir.
 """
 
 from __future__ import annotations

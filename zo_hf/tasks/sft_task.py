@@ -62,7 +62,7 @@ def prepare(job: SftArguments, config: Any) -> SftTask:
         tokenizer, model_config = _load(job, lambda path: (load_tokenizer(path, job), load_config(path, job)))
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"--eos_token {config.eos_token} is no token of the tokenizer; name one that is.")
+            raise ValueError(f"--eos_token {config.eos_token} is not a token of the tokenizer; name one that is.")
         tokenizer.eos_token = config.eos_token
     use_template(tokenizer, config.chat_template_path, train, print_line)
     _check_lengths(model_config, config, tokenizer, [part for part in (train, held_out) if part], print_line)
@@ -107,7 +107,7 @@ def _check_lengths(
 ) -> None:
     """Cut rows to what the model has positions for, and say how many are cut."""
     if config.max_length is not None and config.max_length < 1:
-        raise ValueError(f"--max_length {config.max_length} is not above 0; give a whole number from 1.")
+        raise ValueError(f"--max_length {config.max_length} must be at least 1.")
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)  # not every model has some
     why = "--max_length"
     if positions is not None and (config.max_length is None or config.max_length > positions):

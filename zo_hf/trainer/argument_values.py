@@ -166,7 +166,7 @@ def check_arguments(args: Any) -> None:
     rate = args.learning_rate
     if isinstance(rate, int | float) and rate * args.weight_decay >= 1:
         raise ValueError(
-            f"weight_decay={args.weight_decay} with learning_rate={rate} would turn every weight around zero at each step; "
+            f"weight_decay={args.weight_decay} with learning_rate={rate} would flip the sign of every weight in each step; "
             "keep their product below 1."
         )
 

@@ -159,7 +159,7 @@ class Budget(TrainerCallback):
             if self._spent():
                 also += f", beside the {self._spent()} of learning_rate='auto'"
             raise ValueError(
-                f"zo_max_forward_passes={args.zo_max_forward_passes} does not pay for the first step, which takes "
+                f"zo_max_forward_passes={args.zo_max_forward_passes} is too small for the first step, which takes "
                 f"{self._cost(batches)}{also}; raise it."
             )
         # By the checkpoint's time, which is the same on every rank, and not by the clock.

@@ -163,7 +163,10 @@ class RunFiles:
                 "PeftModel.from_pretrained(..., is_trainable=True) and train it with zo_subspace='adapter'."
             )
         # If the checkpoint holds an optimizer's state, that belongs to other parameters than the coordinates.
-        logger.warning("%s holds no zeroth-order state; its weights are used, and everything else starts anew", folder)
+        logger.warning(
+            "%s holds no zeroth-order state; its weights are used, and everything else starts from the beginning",
+            folder,
+        )
         return False
 
     # The log.

@@ -42,26 +42,27 @@ class ZOConfig(Seq2SeqTrainingArguments):
     # Trainer's arguments with other defaults.
     learning_rate: None | str | float = option(  # noqa: RUF036
         None,
-        "The initial learning rate. auto finds one before training, with at most a twentieth of the run's forward passes "
-        "(see zo-hf find-lr). It means the same in every subspace: the weights move by learning_rate x c x z, as in MeZO. "
-        "Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 for LoRA, 1e-4 for other adapters, 1e-2 for prefixes "
-        "and prompts. The default for full along coordinates (zo_estimator=coordinate) is 1e-2. For fzoo, the default is "
-        "multiplied by zo_eps. The best value depends on the model. MeZO's are 1e-7 to 1e-6 for all weights of large "
-        "models, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for prefixes.",
+        "The initial learning rate. auto finds one before training, with at most a twentieth of the run's forward "
+        "passes (see zo-hf find-lr). In every subspace, the weights move by learning_rate times the projected "
+        "gradient c times the direction z, as in MeZO. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 "
+        "for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and prompts and for full along coordinates "
+        "(zo_estimator=coordinate). For fzoo, the default is multiplied by zo_eps. The best value depends on the "
+        "model. MeZO uses 1e-7 to 1e-6 for all weights of large models, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for "
+        "prefixes.",
     )
     lr_scheduler_type: str = option(
-        "constant", "The schedule of the learning rate. MeZO's is constant, and every schedule of Trainer works."
+        "constant", "The schedule of the learning rate. MeZO's schedule is constant. Every schedule of Trainer works."
     )
     optim: str = option(
         "sgd",
-        "The optimizer of the coordinates: sgd (momentum goes through optim_args), adamw_torch, adafactor, and every "
-        "other optimizer of Trainer that needs only gradients.",
+        "The optimizer of the coordinates: sgd (set momentum with optim_args='momentum=0.9'), adamw_torch, "
+        "adafactor, or any other optimizer of Trainer that needs only gradients.",
     )
     max_grad_norm: float = option(
         0.0,
         "Maximum norm of the estimated gradient; 0 does not clip. The norm of a zeroth-order estimate is about |c| x "
-        "sqrt(number of coordinates), far above that of a backward pass. Trainer's default of 1 would turn every step "
-        "into a normalized one.",
+        "sqrt(number of coordinates), far above the norm of a true gradient. Trainer's default of 1 would clip every "
+        "step.",
     )
 
     # The method: fields of `Settings`.
@@ -102,8 +103,8 @@ class ZOConfig(Seq2SeqTrainingArguments):
     # Privacy.
     zo_dp_delta: None | float = option(  # noqa: RUF036
         None,
-        "The delta at which zo/dp_epsilon is computed, in private training. Default: the largest power of ten below 1/n, for n "
-        "rows of train_dataset.",
+        "The delta for which zo/dp_epsilon is computed, in private training. Default: the largest power of ten below "
+        "1/n, for n rows of train_dataset.",
     )
     zo_dp_target_epsilon: None | float = option(  # noqa: RUF036
         None,
@@ -126,27 +127,28 @@ class ZOConfig(Seq2SeqTrainingArguments):
     # Memory for time.
     zo_feature_cache_gib: float = option(
         0.0,
-        "CPU memory, in GiB, for activations in front of the first layer that moves. They never change, so they are computed "
-        "once for every row of the data, from the row alone. All probes and later epochs take them from there, and a forward "
-        "pass costs only the layers from the first moving one on. It needs zo_target_modules or an adapter in the last "
-        "layers, and a model of transformers with one stack of layers. Once the memory is used up, further rows are computed "
-        "again in every step. zo/layers_run logs the part of the layers that forward passes ran. 0 keeps nothing.",
+        "CPU memory, in GiB, for activations in front of the first layer that moves; 0 keeps nothing. These "
+        "activations never change, so they are computed once for every row of the data. A forward pass then costs "
+        "only the layers from the first moving one on. It needs zo_target_modules or an adapter in the last layers, "
+        "and a transformers model with one stack of layers. Once the memory is used up, the activations of further "
+        "rows are computed again in every step. zo/layers_run logs the fraction of the layers that forward passes "
+        "ran.",
     )
 
     # Checkpoints.
     save_only_trajectory: bool = option(
         False,
-        "Write checkpoints that hold only the log of the steps so far, a few kilobytes. Resuming from one takes these "
-        "steps again, from the model that the run began with. A call of save_model still writes the whole model.",
+        "Write checkpoints that hold only the log of the steps so far, usually a few kilobytes. Resuming repeats "
+        "these steps from the model that the run began with. save_model still writes the whole model.",
     )
 
     # Several processes.
     zo_parallel: str = option(
         "data",
-        "The work that several processes divide among them: data, directions, both or pipeline. With data, each process has "
-        "its own rows, and all have the same directions. With directions, each has its own directions, and all have the same "
-        "rows. With both, the processes form a grid. With pipeline, each has its own layers, for a model that does not fit "
-        "on one device.",
+        "The work that several processes divide among them: data, directions, both or pipeline. With data, each "
+        "process has its own rows. With directions, each process has its own directions and all have the same rows. "
+        "With both, the processes form a grid. With pipeline, each process has its own layers, for a model that does "
+        "not fit on one device.",
     )
     zo_pipeline_stages: None | str | int = option(  # noqa: RUF036
         _AUTO,
@@ -156,42 +158,45 @@ class ZOConfig(Seq2SeqTrainingArguments):
     )
     zo_check_steps: int = option(
         100,
-        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares weights. Each "
-        "of these covers a part of the weights. All of them are compared before the first step, before every checkpoint, "
-        "and at the end.",
+        "Number of steps between comparisons of the weights' checksums on all processes; 0 never compares weights. "
+        "Each comparison covers a part of the weights. All weights are compared before the first step, before every "
+        "checkpoint, and at the end.",
     )
 
     # Servers that evaluate the model.
     server_url: None | str | list[str] = option(  # noqa: RUF009, RUF036
         None,
-        "Address of an OpenAI-compatible server with run-time LoRA adapters, such as vLLM's, that evaluates the model in "
-        "place of this process; several as a list, or with commas. It takes a model with a LoRA adapter. Default: none.",
+        "Address of an OpenAI-compatible server with run-time LoRA adapters, such as vLLM, that evaluates the model "
+        "in place of this process. Give several servers as a list, or separated by commas. It needs a model with a "
+        "LoRA adapter. Default: none.",
     )
     server_max_loras: int = option(
-        8, "Number of adapters that each server holds at a time: its --max-loras. More points of a step take turns."
+        8,
+        "Number of adapters that each server holds at a time: its --max-loras. A step with more adapters takes "
+        "several turns.",
     )
     server_folder: None | str = option(  # noqa: RUF036
         None,
-        "Folder for adapters, which this machine and the servers share. Default: a folder in /dev/shm that only this user "
-        "can read.",
+        "Folder for adapters that this machine and the servers share. Default: a folder in /dev/shm that only this "
+        "user can read.",
     )
     server_timeout: float = option(
-        600.0, "Maximum time in seconds to wait for one answer of a server, and for a server that is gone."
+        600.0, "Maximum time in seconds to wait for one answer, or for a server that has stopped to come back."
     )
 
     # Stability.
     zo_stability_steps: int = option(
         0,
-        "Number of steps between measurements of the curvature; 0 never measures. They give the largest learning rate at "
-        "which the run is stable. They are logged as zo/hessian_trace (and _error), zo/lambda_max, zo/critical_lr_lower, "
-        "zo/critical_lr_upper and zo/stability_ratio. That ratio is the learning rate divided by zo/critical_lr_upper. A "
-        "measurement costs one forward pass, or three with AdamW. It needs zo_estimator two_point, one_sided or "
-        "second_difference, and optim sgd or adamw_torch.",
+        "Number of steps between measurements of the curvature; 0 never measures. The curvature gives the largest "
+        "learning rate at which the run is stable. The log has zo/hessian_trace (and _error), zo/lambda_max, "
+        "zo/critical_lr_lower, zo/critical_lr_upper and zo/stability_ratio, the learning rate divided by "
+        "zo/critical_lr_upper. A measurement costs one forward pass, or three with AdamW. It needs zo_estimator "
+        "two_point, one_sided or second_difference, and optim sgd or adamw_torch.",
     )
     zo_stability_action: str = option(
         "warn",
-        "The reaction when zo/stability_ratio crosses 1: warn or cap. From then on, cap keeps the learning rate at or "
-        "below 0.8 times zo/critical_lr_lower.",
+        "The reaction when zo/stability_ratio exceeds 1: warn or cap. From then on, cap keeps the learning rate at "
+        "or below 0.8 times zo/critical_lr_lower.",
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ def check_finite(
     for name, value in (*values.items(), *(coordinates or {}).items()):
         if isinstance(value, Tensor) and not _is_finite(value):
             raise WeightsNotFinite(
-                f"the weights are not finite any more ({name}), so they are not saved; train again with a smaller "
+                f"the weights are no longer finite ({name}), so they are not saved; train again with a smaller "
                 "learning_rate, or go on from an earlier checkpoint."
             )
 

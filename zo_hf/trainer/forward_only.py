@@ -49,7 +49,7 @@ def _trainer_class(trainer: type[Trainer]) -> type[ZOTrainer]:
     if issubclass(trainer, ZOTrainer):
         return trainer
     bases = (ZOTrainer,) if trainer is Trainer else (trainer, ZOTrainer)
-    doc = f"`{trainer.__name__}` with backward replaced by forward passes; see `ZOTrainer`."
+    doc = f"`{trainer.__name__}` with the backward pass replaced by forward passes; see `ZOTrainer`."
     made: Any = type(f"ZO{trainer.__name__}", bases, {"__doc__": doc, "__module__": __name__})
 
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -27,5 +27,5 @@ def check_head(trainer: Any) -> None:
     if name is not None:
         raise ValueError(
             f"TRL's losses read {name} outside of its module, and device_map offloads it; give the head, and an embedding that "
-            "is tied to it, the device that computes in device_map, and offload the layers alone."
+            "is tied to it, the device that computes in device_map, and offload only the layers."
         )

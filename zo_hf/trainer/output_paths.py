@@ -47,7 +47,7 @@ def check_file(option: str, path: str | Path) -> None:
         if path.is_dir():
             raise ValueError(f"{option} {path} is a folder; name a file.")
         if not path.name or str(path).endswith(os.sep):
-            raise ValueError(f"{option} {str(path)!r} is no file name; name a file.")
+            raise ValueError(f"{option} {str(path)!r} is not a file name; name a file.")
         existed = os.path.lexists(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:

@@ -71,5 +71,5 @@ class NoBackward:
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise ValueError(
             f"{self._kind}.training_step must return super().training_step(model, inputs, num_items_in_batch) for every "
-            "micro-batch, because a backward pass of its own moves nothing here; put its loss into compute_loss."
+            "micro-batch, because its own backward pass moves nothing here; put its loss into compute_loss."
         )

@@ -81,8 +81,8 @@ class RateWatch(TrainerCallback, ExportableState):
         group = kwargs["optimizer"].param_groups[0]
         initial = float(group.get("initial_lr", group["lr"]))
         logger.warning(
-            "step %d: the rate of learning_rate='auto' is too large: the loss is %.4g, after %.4g at its lowest (%.4g before "
-            "training), so the rate is divided by %g; set learning_rate=%.2g to begin with the lower one.",
+            "step %d: the rate of learning_rate='auto' is too large: the loss is %.4g, after a minimum of %.4g (%.4g "
+            "before training), so the rate is divided by %g; set learning_rate=%.2g to begin with the lower rate.",
             state.global_step,
             mean,
             before,

@@ -19,7 +19,7 @@ def to_resume(asked: str | bool | None, output_dir: Path, ranks: Ranks, device: 
     """Return the checkpoint folder to resume from; None to begin anew.
 
     Args:
-        asked: a folder, or True for the last good checkpoint in `output_dir`. The words of a command line, "True", "False" and
+        asked: a folder, or True for the last intact checkpoint in `output_dir`. The words of a command line, "True", "False" and
             "None", mean what they say unless a folder is called so.
         output_dir: the run's folder.
         ranks: the processes that train together; every one of them reads the files that it sees, and all agree.
@@ -38,7 +38,7 @@ def to_resume(asked: str | bool | None, output_dir: Path, ranks: Ranks, device: 
         if not ranks.all_reduce_and(torch.tensor(problem is None, device=device)):
             raise ValueError(
                 f"resume_from_checkpoint={str(asked)!r} cannot be resumed, because "
-                f"{problem or 'another process sees it damaged'}; pass resume_from_checkpoint=True for the last good one."
+                f"{problem or 'another process sees it damaged'}; pass resume_from_checkpoint=True for the last intact one."
             )
     if not manifest.is_listed(folder):
         logger.warning("%s has no %s, so its files are not checked for damage", folder, manifest.FILE)
@@ -77,14 +77,14 @@ def _last_good(output_dir: Path, ranks: Ranks, device: torch.device) -> Path:
         limit = min(seen)  # the ranks look again, from the oldest of their choices
     if own >= 0:
         for step in sorted((step for step in problems if step > own), reverse=True):
-            logger.warning("%s is passed over, because %s", folders[step], problems[step])
+            logger.warning("%s is skipped, because %s", folders[step], problems[step])
         return folders[own]
     if ranks.all_reduce_and(torch.tensor(not folders, device=device)):
         reason = "it has none"
     else:
         reason = f"{folders[max(folders)].name}: {problems[max(folders)]}" if problems else "other processes lack it"
     raise ValueError(
-        f"resume_from_checkpoint=True finds no good checkpoint in {output_dir} ({reason}); leave it out to start anew."
+        f"resume_from_checkpoint=True finds no intact checkpoint in {output_dir} ({reason}); leave it out to start from the beginning."
     )
 
 

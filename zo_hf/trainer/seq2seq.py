@@ -8,4 +8,4 @@ from zo_hf.trainer.trainer import ZOTrainer
 
 
 class ZOSeq2SeqTrainer(Seq2SeqTrainer, ZOTrainer):
-    """`transformers.Seq2SeqTrainer` with backward replaced by forward passes; see `ZOTrainer`."""
+    """`transformers.Seq2SeqTrainer` with the backward pass replaced by forward passes; see `ZOTrainer`."""

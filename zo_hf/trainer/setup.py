@@ -32,8 +32,8 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
     scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise ValueError(
-            f"model has a TorchScript module ({scripted or type(model).__name__!r}), which runs without the Python that a "
-            "perturbation enters; pass the module from which it was made."
+            f"model has a TorchScript module ({scripted or type(model).__name__!r}), which probes cannot "
+            "perturb; pass the Python module from which it was made."
         )
     settings = args.settings()
     if args.zo_subspace == "adapter" and not is_peft(model):
@@ -68,7 +68,7 @@ def check_trainable(model: nn.Module) -> None:
         return
     if is_peft(model):
         raise ValueError(
-            "the adapter has nothing to train; load it with PeftModel.from_pretrained(..., is_trainable=True)."
+            "the adapter has no trainable weights; load it with PeftModel.from_pretrained(..., is_trainable=True)."
         )
     if not quantized_layers(model):
         raise ValueError(

@@ -7,8 +7,8 @@ because both values move with the probe. So the values that it detaches at the c
 
 The gradient of L is that of its first argument, so c estimates the gradient that a backward pass would give. The evaluation
 at ξ costs one more forward pass a micro-batch. It is left out once a test has found that detached values do not matter.
-This holds for what a loss passes through `detach` or `.data`, outside of the model's forward. What it computes under
-`torch.no_grad()` instead moves with the probe; see `zo_hf.trainer.objectives`.
+This holds for values that a loss passes through `detach` or `.data`, outside of the model's forward. Values that it computes
+under `torch.no_grad()` move with the probe; see `zo_hf.trainer.objectives`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`ZOTrainer`: a Trainer whose backward pass is replaced by forward passes.
+"""`ZOTrainer`: a Trainer with the backward pass replaced by forward passes.
 
 Trainer's loop stays as it is: data, clipping, `optimizer.step()`, schedule, callbacks, logs, evaluation, checkpoints. The
 class overrides only hooks of Trainer. They estimate the gradient of a step, give the optimizer its parameters, and add the
@@ -64,7 +64,7 @@ _DECAY = "get_decay_parameter_names"
 
 
 class ZOTrainer(SearchingTrainer):
-    """`transformers.Trainer` with backward replaced by forward passes.
+    """`transformers.Trainer` with the backward pass replaced by forward passes.
 
     It takes the arguments of Trainer, with `args` a `ZOConfig`. For other Trainer subclasses see `forward_only`.
 
@@ -126,7 +126,7 @@ class ZOTrainer(SearchingTrainer):
         """Train as Trainer does; afterwards, even after an exception, the trained model is without an engine.
 
         Args:
-            resume_from_checkpoint: a folder, or True for the last good checkpoint in `output_dir`.
+            resume_from_checkpoint: a folder, or True for the last intact checkpoint in `output_dir`.
             trial: see Trainer.
 
         Raises:
@@ -163,7 +163,7 @@ class ZOTrainer(SearchingTrainer):
         users = self.optimizer
         zo, rate = self._make_engine(None if users is None else parameters_of(users))
         logger.info(
-            "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes a step",
+            "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes per step",
             zo.subspace.name,
             f"{zo.subspace.dimension:,}",
             zo.estimator.eps,
@@ -312,7 +312,7 @@ class ZOTrainer(SearchingTrainer):
         if self.zo is None:
             raise ValueError(
                 f"{type(self).__name__}.training_step belongs to a step of train(), which estimates a gradient by forward "
-                "passes; call train(), or compute_loss for a loss alone."
+                "passes; call train(), or compute_loss if you only want the loss."
             )
         self._root_mode.enter(model, self.model)
         self.zo.subspace.reads.list_moved(model)
@@ -337,7 +337,11 @@ class ZOTrainer(SearchingTrainer):
             self._no_backward.estimated()
             loss = self._rate_watch.loss = self._estimate.loss
             if not self._estimate.is_finite:
-                logger.warning("step %d is skipped: a loss or projected gradient is not finite", self.zo.step)
+                logger.warning(
+                    "step %d is skipped: a loss or projected gradient is not finite; if this repeats, "
+                    "lower learning_rate",
+                    self.zo.step,
+                )
             if not self._files.records and self.args.should_save:
                 # Only now is everything known that the first step depends on, down to the parameters that move.
                 base_hash = None if self._division is None else self._division.base_hash

@@ -1,4 +1,4 @@
-"""The log of a run's optimizer steps, which together with the base model determines the fine-tuned model.
+"""The log of a run's optimizer steps; together with the base model it determines the fine-tuned model.
 
 model = AutoModelForCausalLM.from_pretrained(base)
 replay(model, "out")        # "out" is a run's output folder; model becomes the model at the end of that run

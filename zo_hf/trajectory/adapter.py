@@ -1,4 +1,4 @@
-"""The adapter of a run, built anew around a base model from the files beside the log."""
+"""The adapter of a run, rebuilt around a base model from the files beside the log."""
 
 from __future__ import annotations
 

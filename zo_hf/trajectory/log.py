@@ -231,7 +231,7 @@ def read_trajectory(path: str | Path, until: int | None = None) -> Trajectory:
     try:
         if path.stat().st_size > MAX_FILE:
             raise TrajectoryError(
-                f"{path} has more than {MAX_FILE} bytes and is no trajectory; name a run's output folder."
+                f"{path} has more than {MAX_FILE} bytes and is not a trajectory; name a run's output folder."
             )
         content = path.read_bytes()
     except OSError as error:
@@ -260,7 +260,7 @@ def _parse_header(path: Path, content: bytes) -> tuple[dict[str, Any], int]:
     """Return the header, and the byte position of the first record."""
     if len(content) < _PREFIX.size or not content.startswith(MAGIC):
         raise TrajectoryError(
-            f"{path} is no trajectory, because it does not begin with {MAGIC!r}; name a run's output folder."
+            f"{path} is not a trajectory, because it does not begin with {MAGIC!r}; name a run's output folder."
         )
     _, version, length = _PREFIX.unpack_from(content)
     if version != VERSION:

@@ -216,7 +216,7 @@ def restore(zo: ZerothOrder, optimizer: Optimizer, checkpoint_folder: Path) -> N
     rates = state.get("learning_rates") or []
     if state.get("engine") is None or len(rates) != len(optimizer.param_groups):
         raise TrajectoryError(
-            f"the state in {checkpoint_folder} is not one of this run; resume from another checkpoint."
+            f"the state in {checkpoint_folder} belongs to another run; resume from another checkpoint."
         )
     step = state["engine"]["step"]
     trajectory = read_trajectory(checkpoint_folder, until=step)

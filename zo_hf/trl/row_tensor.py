@@ -80,7 +80,7 @@ class Marked(Tensor):
 
 
 class RowTensor(Marked):
-    """A tensor of which every element belongs to one row of a batch.
+    """A tensor in which every element belongs to one row of a batch.
 
     Attributes:
         rows: the number of rows; 0 if an operation has mixed the rows.

@@ -56,7 +56,7 @@ def read(path: Path, finite: bool = True) -> Any:
         ValueError: see `parse`.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no plain file")
+        raise OSError(errno.EINVAL, "it is not a plain file")
     with path.open("rb") as file:
         return parse(file.read(MAX_BYTES + 1), finite)
 

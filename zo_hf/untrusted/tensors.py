@@ -23,7 +23,7 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size] | None = None) -> 
             gives the reason as a clause.
     """
     if not path.is_file():  # a pipe would never end
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
