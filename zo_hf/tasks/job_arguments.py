@@ -21,7 +21,7 @@ RECIPE = {
     # Only linear layers move. A step would move all rows of an embedding, most of which belong to words not in its
     # batch.
     "zo_exclude_modules": r".*(embed|norm).*",
-    # As the published runs of this job. A direction for every row has not been measured on it.
+    # Neither a direction for every row nor one for a pair of rows was clearly better: docs/guides/rows.md.
     "zo_rows_per_direction": 0,
     "logging_steps": 10,
     "eval_strategy": "steps",
