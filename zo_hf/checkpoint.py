@@ -92,7 +92,7 @@ _ENGINE: dict[str, Fits] = {
     "normalisation": maybe(lambda value: list_of(_MEASURED, 2, 2)(value) and whole()(value[1])),  # as 0.1.0 spelled it
     "distribution": maybe(object_of(_MEASURED)),
     "still": maybe(list_of(is_text)),
-    "row_groups": maybe(list_of(lambda value: True, 5, 6)),
+    "row_groups": maybe(list_of(lambda value: True, 5, 7)),
     "curvature": maybe(is_object),
 }
 

@@ -383,6 +383,34 @@ def test_rows_of_unlike_length_that_a_model_joins_share_a_direction(
     assert len([m for m in caplog.messages if "share its directions: a layer sees 16 tokens of 4 rows" in m]) == 1
 
 
+@pytest.mark.parametrize("subspace", ["low_rank", "full", "norms"])
+def test_rows_that_a_model_joins_come_apart_if_the_first_batch_does(
+    subspace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the patches of images of one size, beside longer rows of text; a resumed run knows their length."""
+    found = []
+    for joins in (False, True):
+        zo = ZerothOrder(Joins(joins), subspace, eps=EPS, seed=0, rows_per_direction=1)
+        optimizer = sgd(zo, 0.0)
+        found.append(zo.estimate(partial(zo.model.losses, [4, 4, 4, 4])).projected_gradients)
+        optimizer.step()
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-4) and all(found[1])
+    resumed = ZerothOrder(Joins(True), subspace, eps=EPS, seed=0, rows_per_direction=1)
+    sgd(resumed, 0.0)
+    resumed.load_state_dict(zo.state_dict())
+    for engine in (zo, resumed):
+        apart = engine.estimate(partial(engine.model.losses, [4, 4, 4, 4])).projected_gradients
+        assert all(apart) and len(apart) == 4
+        unlike = engine.estimate(partial(engine.model.losses, [1, 6, 2, 3])).projected_gradients
+        assert [bool(c) for c in unlike] == [True, False, False, False]
+    for lengths in ([2, 6, 5, 3], [4, 3, 5, 4], [5, 3, 4, 4]):
+        other = ZerothOrder(Joins(True), subspace, eps=EPS, seed=0, rows_per_direction=1)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="zo_hf"):
+            assert len(other.estimate(partial(other.model.losses, lengths)).projected_gradients) == 1
+        assert "all rows of a step share its directions: " in caplog.text
+
+
 def test_a_model_with_terms_of_its_own_keeps_one_direction() -> None:
     model = seeded(tiny_mixtral, output_router_logits=True, router_aux_loss_coef=0.1)
     zo = ZerothOrder(model, "low_rank", seed=0, rows_per_direction=1)

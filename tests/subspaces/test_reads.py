@@ -270,6 +270,14 @@ def test_a_penalty_on_a_list_from_before_is_a_part_of_the_loss(subspace: str) ->
 
     c, slope, _ = step_taken(model, penalized, subspace, seed=0)
     assert c == pytest.approx(slope, rel=1e-8)
+
+    def collected() -> Tensor:
+        total, copied = torch.zeros_like(held[0]), torch.empty_like(held[0])
+        return loss() + (total.add_(held[0]) * copied.copy_(held[0])).sum()
+
+    with torch.no_grad():
+        c, slope, _ = step_taken(model, collected, subspace, seed=0)
+    assert c == pytest.approx(slope, rel=1e-8)
     assert all(type(p) is nn.Parameter and p is q for p, q in zip(held, model.parameters(), strict=True))
     model, loss = made(HoldsItsList)
     c, slope, _ = step_taken(model, loss, subspace, seed=0)
@@ -329,6 +337,62 @@ def test_what_converts_or_copies_a_module_in_a_loss_gets_the_parameters_themselv
     assert_same_bits(weights_of(model), before)
     for made_copy in copies:
         assert_same_bits(weights_of(made_copy), weights_of(model.body))
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full", "core"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p, value: p.copy_(value),
+        lambda p, value: p.data.copy_(value),
+        lambda p, value: p.detach().mul_(value),
+        lambda p, value: setattr(p, "data", value),
+        lambda p, value: p.__setitem__(0, value[0]),
+        lambda p, value: p[0].zero_(),
+        lambda p, value: p.__iadd__(value),
+        lambda p, value: torch.add(p, value, out=p),
+        lambda p, value: torch._foreach_add_([p], [value]),
+        lambda p, value: nn.utils.vector_to_parameters(value.flatten(), [p]),
+    ],
+)
+def test_a_loss_that_writes_a_parameter_from_before_is_refused(
+    write: Callable[[nn.Parameter, Tensor], object], subspace: str
+) -> None:
+    """As one that swaps weights in and back; the values that it has read at the probe would stay in the weights."""
+    model, loss = made(CallsAKernel)
+    held, before = model.body.weight, weights_of(model)
+    zo = ZerothOrder(model, subspace, rank=2, batched_probes=False)
+
+    def writes() -> Tensor:
+        with torch.no_grad():
+            write(held, held.clone())
+        return loss()
+
+    with pytest.raises(ValueError, match=r"the loss writes body\.weight, and a probe must leave"):
+        zo.estimate(writes)
+    assert_same_bits(weights_of(model), before)
+
+
+def test_a_state_dict_in_a_loss_has_the_parameters_themselves() -> None:
+    """Otherwise a loss that loads other weights and its own ones again would leave the moved values in the model."""
+    model, loss = made(CallsAKernel)
+    before, seen = weights_of(model), []
+    zo = ZerothOrder(model, "full", batched_probes=False)
+
+    def loads() -> Tensor:
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seen.append(saved)
+        model.load_state_dict({name: 2 * tensor for name, tensor in saved.items()})
+        model.load_state_dict(saved)
+        seen.append(pickle.loads(pickle.dumps(dict(zip(names, held, strict=True)))))
+        return loss()
+
+    names, held = zip(*model.named_parameters(), strict=True)
+    zo.estimate(loads)
+    assert_same_bits(weights_of(model), before)
+    assert len(seen) == 4
+    for copied in seen:
+        assert_same_bits(copied, before)
 
 
 def test_an_evaluation_has_the_present_values_of_a_list_from_before() -> None:

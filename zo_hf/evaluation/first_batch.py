@@ -3,6 +3,9 @@
 whole     the caller's loss, and one direction for all rows
 alone     the groups' shares at the same point, which must add up to it
 others    their shares when some groups are far away, which must leave those of the other groups alone
+
+A model that joins the tokens of rows takes two more, in which every second group is far away: rows of unlike length would have
+tokens in the part of a neighbor.
 """
 
 from __future__ import annotations
@@ -28,6 +31,26 @@ def some_elsewhere(points: Sequence[Probe]) -> list[Probe]:
         points: a point for every group. For a derivative, far away is the direction of the first group.
     """
     return [point if _is_kept(group) else _elsewhere(point, points[0]) for group, point in enumerate(points)]
+
+
+def others_elsewhere(points: Sequence[Probe], kept: int) -> list[Probe]:
+    """Return the points of the groups with every second one far away; `kept` is 0 or 1, the first that is not."""
+    return [point if group % 2 == kept else _elsewhere(point, points[kept]) for group, point in enumerate(points)]
+
+
+def why_not_joined(shares: Tensor, others: Sequence[Tensor], rounding: float) -> str | None:
+    """Return why tokens that the model joins do not come apart, or None.
+
+    Args:
+        shares: the groups' shares at a probe, as in `why_not_apart`.
+        others: the shares at the points of `others_elsewhere` for 0 and 1.
+        rounding: the relative difference that rounding explains.
+    """
+    smallest = torch.finfo(shares.dtype).tiny
+    for kept, moved in enumerate(others):
+        if not bool((10 * ((shares - moved).abs() / shares.abs().clamp(min=smallest))[:, kept::2] <= rounding).all()):
+            return "the model joins the tokens of rows of unlike length"
+    return None
 
 
 def why_not_apart(shares: Tensor, others: Tensor, alone: Tensor, whole: Tensor, rounding: float) -> str | None:

@@ -28,7 +28,13 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.derivative import own_passes
 from zo_hf.evaluation.evaluate import ProbeEvaluator
-from zo_hf.evaluation.first_batch import passes_of_check, some_elsewhere, why_not_apart
+from zo_hf.evaluation.first_batch import (
+    others_elsewhere,
+    passes_of_check,
+    some_elsewhere,
+    why_not_apart,
+    why_not_joined,
+)
 from zo_hf.evaluation.group_passes import GroupPasses, directions_of
 from zo_hf.evaluation.noise_scale import NoiseScale
 from zo_hf.evaluation.packed_loss import PackedLoss, packed
@@ -44,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 #: Directions of a batch with "auto". Every one takes memory of twice the coordinates, and the gain saturates at B_s rows.
 MOST_GROUPS = 32
+#: Lengths of joined rows that a rank tells the others. A model has one or two.
+MOST_LENGTHS = 8
 
 
 class RowGroups:
@@ -91,12 +99,22 @@ class RowGroups:
 
     def state(self) -> list[Any]:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
-        return [self.works, self.groups_per_batch, self.count, self.noise_scale.state(), self._rows, self._packs]
+        joined = sorted(self._subspace.joined_lengths)
+        return [
+            self.works,
+            self.groups_per_batch,
+            self.count,
+            self.noise_scale.state(),
+            self._rows,
+            self._packs,
+            joined,
+        ]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
         self.works, groups, count, sums, self._rows, *more = state
         self._packs = bool(more and more[0])
+        self._subspace.joined_lengths = set(more[1] if len(more) > 1 else ())
         if self._micro_batches is None or self._packs:
             self.groups_per_batch, self.count = groups, count
         self.noise_scale.load_state(sums)
@@ -327,6 +345,8 @@ class RowGroups:
             raise NotBatchable(passes.why_not_batchable)
         own, whole = own_passes(probes), None
         last = passes.points(own[-1])
+        # A rank alone can take more passes for the comparison only if no other waits in them.
+        self._subspace.compares_rows = self.works is None and evaluator.recover is None
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
             whole = passes.whole(last[-1])
         chooses, shares_pass = self.may_choose and len(own) > 1, len(own) == len(probes) > 1
@@ -339,7 +359,13 @@ class RowGroups:
             others, alone = passes.shares(some_elsewhere(last)), passes.shares(last[-1:])
             evaluator.forward_passes += passes_of_check(probes)
             dtype = evaluator.dtype_of_computation(self._subspace, alone.dtype)
-            self._decide(why_not_apart(found[-len(alone) :], others, alone, whole, rounding(dtype)))
+            shares = found[-len(alone) :]
+            problem = why_not_apart(shares, others, alone, whole, rounding(dtype))
+            if problem is None and self._subspace.joined_lengths:
+                moved = [passes.shares(others_elsewhere(last, kept)) for kept in (0, 1)]
+                evaluator.forward_passes += 2 * len(alone)
+                problem = why_not_joined(shares, moved, rounding(dtype))
+            self._decide(problem)
             if self.works and evaluator.batched and shares_pass:  # so that a refusal comes before the first step
                 found = evaluator.in_one_batch(passes)
                 evaluator.forward_passes += len(probes)
@@ -374,8 +400,11 @@ class RowGroups:
         device = self._subspace.device
         self.works = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
         # A rank whose first batch failed has counted fewer passes, and all ranks must end at the same step.
-        spent = self._ranks.all_gather(torch.tensor(self._evaluator.forward_passes, device=device))
-        self._evaluator.forward_passes = int(spent.max())
+        joined = sorted(self._subspace.joined_lengths)[:MOST_LENGTHS]
+        numbers = [self._evaluator.forward_passes, *joined, *[0] * (MOST_LENGTHS - len(joined))]
+        everywhere = self._ranks.all_gather(torch.tensor(numbers, device=device))
+        self._evaluator.forward_passes = int(everywhere[:, 0].max())
+        self._subspace.compares_rows, self._subspace.joined_lengths = False, set(everywhere[:, 1:].flatten().tolist())
         if not self.works:
             reason = problem or "the loss of another process does not come apart by rows"
             self._tell("all rows of a step share its directions", reason)

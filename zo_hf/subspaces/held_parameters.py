@@ -4,55 +4,102 @@ No read of a module shows such a use. A mode of torch's sees every operation ins
 take a parameter outside of its module's forward. It costs some microseconds an operation, so it goes on after a run's
 first step only if that step has needed it. Code that torch compiles is left alone. So are models with offloaded weights, whose
 loader works on the parameters themselves.
+
+A loss that writes such a parameter is refused. It would write values that it has read at a probe into the weights, as one does
+that swaps weights in and back.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# These work on the parameters themselves: `Module.to` would even write the moved values into them.
-_ON_PARAMETERS = {nn.Module._apply.__code__, nn.Parameter.__deepcopy__.__code__}
+# These work on the parameters themselves. `Module.to` would even write the moved values into them, and a state dict that is
+# loaded again, too.
+_ON_PARAMETERS = {
+    function.__code__
+    for function in (
+        nn.Module._apply,
+        nn.Module._save_to_state_dict,
+        nn.Module._load_from_state_dict,
+        nn.Parameter.__deepcopy__,
+        nn.Parameter.__reduce_ex__,
+    )
+}
 # Compiled code calls operations on the inputs of a graph, where no module's forward runs any more.
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
+_WRITERS = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__"}
+# Attribute of the moved tensors that this mode has given, and of their views: the name of the parameter.
+_NAME = "_zo_held"
 
 
 class HeldParameters(TorchFunctionMode):
     """Replaces parameters in the arguments of operations.
 
     Args:
-        moved: returns the moved tensor of a parameter, or None for one that stays as it is.
+        name_of: returns the name of a parameter that moves here, or None for one that stays as it is.
+        moved: returns the moved tensor of a parameter that moves here.
         leaves_alone: True for an operation that does not read the values of its arguments.
 
     Attributes:
         has_replaced: True if an operation has taken a parameter from outside of its module's forward.
     """
 
-    def __init__(self, moved: Callable[[nn.Parameter], Tensor | None], leaves_alone: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        name_of: Callable[[nn.Parameter], str | None],
+        moved: Callable[[nn.Parameter], Tensor],
+        leaves_alone: Callable[[Any], bool],
+    ) -> None:
         super().__init__()
-        self._moved, self._leaves_alone = moved, leaves_alone
+        self._name_of, self._moved, self._leaves_alone = name_of, moved, leaves_alone
         self.has_replaced = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not (torch.compiler.is_compiling() or self._leaves_alone(function) or _writes(function)):
-            args = self._replaced(args)
+        if torch.compiler.is_compiling() or self._leaves_alone(function):
+            return function(*args, **kwargs)
+        written = args[:1] if _writes(function) else ()
+        self._refuse((*written, kwargs.get("out")))
+        if not written or type(written[0]) is not nn.Parameter:
+            args = (*written, *self._replaced(args[len(written) :]))
             kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        name = getattr(args[0], _NAME, None) if args else None
+        if name is not None and isinstance(result, Tensor) and _share_memory(args[0], result):
+            setattr(result, _NAME, name)
+        return result
 
     def _replaced(self, value: Any) -> Any:
         if type(value) is nn.Parameter:
-            moved = self._moved(value) if _reads_for_a_loss() else None
-            self.has_replaced = self.has_replaced or moved is not None
-            return value if moved is None else moved
+            name = self._name_of(value)
+            if name is None or not _reads_for_a_loss():
+                return value
+            moved = self._moved(value)
+            self.has_replaced = True
+            setattr(moved, _NAME, name)
+            return moved
         if type(value) in (list, tuple):  # torch.stack, torch._foreach_norm
             return type(value)(map(self._replaced, value))
         return value
+
+    def _refuse(self, written: Iterable[Any]) -> None:
+        """Refuse an operation that writes a parameter, or the moved tensor that stands for one."""
+        for value in written:
+            if type(value) in (list, tuple):
+                self._refuse(value)
+            elif isinstance(value, Tensor):
+                name = self._name_of(value) if type(value) is nn.Parameter else getattr(value, _NAME, None)
+                if name is not None and _reads_for_a_loss():
+                    raise ValueError(
+                        f"the loss writes {name}, and a probe must leave the weights as they are; write it between steps, in a "
+                        "callback, or write into a copy of the model."
+                    )
 
 
 def _reads_for_a_loss() -> bool:
@@ -70,6 +117,10 @@ def _reads_for_a_loss() -> bool:
 
 
 def _writes(function: Any) -> bool:
-    """Return True for a setter or a method that writes its tensor, which is to write the parameter itself."""
+    """Return True for a setter or a method that writes its tensor."""
     name = function.__name__
-    return name == "__set__" or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _share_memory(x: Tensor, other: Tensor) -> bool:
+    return x.untyped_storage()._cdata == other.untyped_storage()._cdata

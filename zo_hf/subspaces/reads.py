@@ -204,7 +204,7 @@ class ReadWatch:
         self._lists: list[nn.Module] = []
         self._listed: dict[nn.Parameter, tuple[ModuleReads, str]] = {}
         self._readers: dict[nn.Parameter, set[nn.Module]] = {}
-        self.held = HeldParameters(self._held_moved, _reads_no_values)
+        self.held = HeldParameters(self._held_name, self._held_moved, _reads_no_values)
         self._looks_for_held = subspace.loader is None
         fused = {m for kind in subspace.model.modules() if isinstance(kind, _FUSED) for m in kind.modules()}
         for module, record in _records(self, subspace.sites).items():
@@ -248,12 +248,16 @@ class ReadWatch:
         record = self._listed.get(parameter) if is_read and not torch.compiler.is_compiling() else None
         return parameter if record is None or is_sharded(parameter) else record[0].unresolved(record[1], parameter)
 
-    def _held_moved(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the moved tensor of a parameter, or None if it is read where it has moved already, or does not move."""
+    def _held_name(self, parameter: nn.Parameter) -> str | None:
+        """Return the name of a parameter, or None if it is read where it has moved already, or does not move."""
         record = self._listed.get(parameter) if self.subspace.is_moved else None
-        if record is None or is_sharded(parameter):
+        if record is None or is_sharded(parameter) or not self.running.isdisjoint(self._readers[parameter]):
             return None
-        return record[0].moved(record[1], parameter) if self.running.isdisjoint(self._readers[parameter]) else None
+        return record[0].sites[record[1]].name
+
+    def _held_moved(self, parameter: nn.Parameter) -> Tensor:
+        record, attribute = self._listed[parameter]
+        return record.moved(attribute, parameter)
 
     def finding_held(self) -> AbstractContextManager[Any]:
         """Evaluate a loss in this context, where parameters that it holds from before have the values of the point."""

@@ -4,7 +4,8 @@
     rows joined without padding  (tokens, d), and tokens may be a multiple of rows by chance
 
 Only the first divides into equal parts for groups of rows. A multiple below the length of the padded rows, which no other
-tensor of rows has as its length, is taken for the second.
+tensor of rows has as its length, is taken for the second. It may also be the first, as the patches of images of one size are
+for Qwen2-VL. The comparison of a run's first batch tells the two apart, so lengths in a first batch that came apart are accepted.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class RowLengths:
 
     Args:
         rows: rows of the batch, in all groups.
+        accepted: lengths that the run's first batch has had.
+        compares: True if this is the first batch, which adds to them.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, accepted: set[int], compares: bool) -> None:
+        self._rows, self._accepted, self._compares = rows, accepted, compares
         self._seen: set[int] = set()
 
     def see(self, inputs: Iterable[object]) -> None:
@@ -46,10 +49,13 @@ class RowLengths:
         if not _is_flat(x) or x.shape[0] % self._rows:
             return
         length = x.shape[0] // self._rows
-        if 1 < length < max(self._seen, default=0) and length not in self._seen:
+        if not 1 < length < max(self._seen, default=0) or length in self._seen | self._accepted:
+            return
+        if not self._compares:
             raise NotBatchable(
                 f"a layer sees {x.shape[0]} tokens of {self._rows} rows that seem to be joined without padding"
             )
+        self._accepted.add(length)
 
 
 def _is_flat(x: Tensor) -> bool:

@@ -50,6 +50,8 @@ class Subspace:
         probes: probes of the current forward pass; empty outside of `at`.
         clip_factor: product of the factors by which the estimate of this step has been clipped.
         reads: the parameters that probes have read, and where.
+        joined_lengths: lengths that rows whose tokens the model joins may have, see `RowLengths`.
+        compares_rows: True during the comparison of a run's first batch.
         still: names of sites that do not move, because no probe has read their parameters yet. `SettledReads` fills it.
     """
 
@@ -104,6 +106,8 @@ class Subspace:
         self.probes: Sequence[Probe] = ()
         self.rows_per_probe = 0
         self.clip_factor = 1.0
+        self.joined_lengths: set[int] = set()
+        self.compares_rows = False
         self.still: set[str] = set()
         self._holders: dict[nn.Module, dict[str, Site]] = {}
         for site in self.sites:
@@ -200,7 +204,8 @@ class Subspace:
             packing: the groups of sequences packed into the batch, if they are not rows.
         """
         self.probes, self.rows_per_probe, self.packing = probes, rows, packing
-        self._lengths = RowLengths(len(probes) * rows) if len(probes) > 1 and rows and packing is None else None
+        if len(probes) > 1 and rows and packing is None:
+            self._lengths = RowLengths(len(probes) * rows, self.joined_lengths, self.compares_rows)
         tangents = forward_ad.dual_level() if any(probe.derivative for probe in probes) else nullcontext()
         try:
             self._enter_point(stream_of, distribution)
