@@ -161,7 +161,12 @@ def count_launches(device: str, small: bool) -> dict[str, dict[str, int]]:
     args = parser.parse_args(_setup(device, "tiny" if small else "opt-125m"))
     model, batch = bench_steps.build(args)
     variants = {"forward": "forward", "step": "low_rank", "step by rows": "low_rank-rows-rademacher"}
-    return {what: _profiled(bench_steps.VARIANTS[name](model, batch), device) for what, name in variants.items()}
+    counts = {}
+    for what, name in variants.items():
+        step = bench_steps.VARIANTS[name](model, batch)
+        with step.attached():
+            counts[what] = _profiled(step, device)
+    return counts
 
 
 def _profiled(run: Any, device: str) -> dict[str, int]:

@@ -284,7 +284,7 @@ def test_the_defaults_fit_the_default_fold() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        *(({"estimator": name}, rf"zo_estimator='{name}'.*use zo_estimator='two_point' or") for name in ESTIMATORS
+        *(({"estimator": name}, rf"zo_estimator='{name}'.*use zo_estimator='two_point', 'one_sided' or") for name in ESTIMATORS
           if name not in ("two_point", "one_sided", "forward_gradient")),
         ({"direction": "layers"}, r"zo_direction='layers'.*use zo_direction='gaussian'"),
         ({"subspace": "full"}, r"zo_subspace='full'.*use zo_subspace='low_rank'"),

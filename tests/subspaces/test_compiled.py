@@ -5,6 +5,8 @@ The backend is torch's own eager one: what matters here is what the compiler see
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from tests.conftest import seeded, tiny_llama, tiny_opt
 from tests.subspaces.helpers import batch_for, prepared, sgd
 from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
-from zo_hf.subspaces import per_group
+from zo_hf.subspaces import lookups, per_group
 
 STEPS, FOLD_STEPS = 5, 3
 
@@ -54,6 +56,7 @@ def _graphs_after_every_step(model: nn.Module, subspace: str, rows: int) -> list
 def test_a_model_is_one_graph_for_the_whole_run(subspace: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step watches which parameters are read, and the others do not; with rows, each sign has a pass."""
     monkeypatch.setattr(per_group, "_BROADCASTS", {})  # as in a new process
+    monkeypatch.setattr(lookups, "_KNOWN", WeakKeyDictionary())
     graphs = _graphs_after_every_step(prepared(subspace, seeded(tiny_opt, num_hidden_layers=1)), subspace, rows)
     assert not counters["graph_break"]
     assert graphs[0] <= 1 + rows
