@@ -37,6 +37,7 @@ from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.model_loss import ModelLoss
+from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.trajectory import read_trajectory, replay
 
 ROWS, EPS = 6, 1e-2
@@ -296,6 +297,21 @@ def test_auto_has_at_most_32_directions_for_a_batch() -> None:
         zo = ZerothOrder(model, "norms", seed=0, rows_per_direction=rows_per_direction)
         found.append(len(zo.estimate(loss_of(model, causal_batch(48))).projected_gradients))
     assert found == [24, 48]
+
+
+@pytest.mark.parametrize(
+    ("rows_per_direction", "processes", "expected"),
+    [("auto", 40, 24 * 40), ("auto", 64, 16 * 64), (1, 64, 48 * 64), ("auto", 1100, 1100)],
+)
+def test_auto_has_at_most_1024_directions_for_the_batches_of_all_processes(
+    rows_per_direction: Any, processes: int, expected: int
+) -> None:
+    """Each process draws the directions of all."""
+    ranks = Ranks(Grid(data=processes))
+    zo = ZerothOrder(seeded(tiny_opt), "norms", rows_per_direction=rows_per_direction, ranks=ranks)
+    assert zo.row_groups is not None
+    zo.row_groups.expect(48, micro_batches=2)
+    assert zo.row_groups.count == 2 * expected
 
 
 @pytest.mark.parametrize("choice", [{"zo_rows_per_direction": 0}, {"zo_direction": "gaussian"}], ids=str)

@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 #: Directions of a batch with "auto". Every one takes memory of twice the coordinates, and the gain saturates at B_s rows.
 MOST_GROUPS = 32
+#: Those of the batches of all processes. Each process draws all of them for the update, as if it had evaluated them.
+MOST_GROUPS_OF_PROCESSES = 1024
 #: Lengths of joined rows that a rank tells the others. A model has one or two.
 MOST_LENGTHS = 8
 
@@ -63,7 +65,8 @@ class RowGroups:
         ranks: the processes that train together.
         rows_per_direction: number of consecutive rows in a group.
         is_auto: True if the user has left the number to the engine. Groups are then larger where a batch would have more
-            than `MOST_GROUPS`, and a loss that does not come apart is no reason for a warning.
+            than `MOST_GROUPS`, or those of all processes more than `MOST_GROUPS_OF_PROCESSES`, and a loss that does not
+            come apart is no reason for a warning.
         noise_scale_steps: number of steps between measurements of the noise scale; 0 never measures.
 
     Attributes:
@@ -127,10 +130,11 @@ class RowGroups:
             micro_batches: micro-batches of a step. If a step has more, they share the directions of its first ones.
         """
         rows_per_direction = "auto" if self.is_auto else self._rows_per_direction
-        self.groups_per_batch = groups_of(rows, rows_per_direction, equal=not self._packs)
+        data = self._ranks.grid.data
+        self.groups_per_batch = groups_of(rows, rows_per_direction, data, equal=not self._packs)
         self._micro_batches = micro_batches
         if micro_batches is not None:
-            self.count = self.groups_per_batch * micro_batches * self._ranks.grid.data
+            self.count = self.groups_per_batch * micro_batches * data
 
     def logs(self) -> dict[str, float]:
         """Return the entry of the training log."""
@@ -413,10 +417,17 @@ class RowGroups:
         logger.log(logging.INFO if self.is_auto else logging.WARNING, "%s: %s", consequence, reason)
 
 
-def groups_of(rows: int, rows_per_direction: int | str, equal: bool = True) -> int:
-    """Return the number of groups of a batch, given the setting; `equal` is False if their sizes may differ."""
+def groups_of(rows: int, rows_per_direction: int | str, batches: int = 1, equal: bool = True) -> int:
+    """Return the number of groups of a batch.
+
+    Args:
+        rows: rows of the batch.
+        rows_per_direction: the setting.
+        batches: number of batches that processes evaluate at the same time.
+        equal: False if the sizes of groups may differ.
+    """
     if rows_per_direction == "auto":
-        return _divisor(rows, 1, MOST_GROUPS, equal)
+        return _divisor(rows, 1, min(MOST_GROUPS, MOST_GROUPS_OF_PROCESSES // batches), equal)
     return _divisor(rows, int(rows_per_direction), rows, equal) if rows_per_direction else 1
 
 
