@@ -13,6 +13,7 @@ from zo_hf.cli import main as cli
 from zo_hf.cli.methods import WIDTH, Kind, as_json, as_markdown, as_text, kinds
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.estimators import ESTIMATORS
+from zo_hf.evaluation.by_rows import BY_ROWS
 from zo_hf.method_info import Method
 from zo_hf.rules import RULES
 from zo_hf.subspaces import SUBSPACES
@@ -87,6 +88,14 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     for kind, registry in REGISTRIES.items():
         rows = {row.pop("name"): row for row in content[kind]["methods"]}
         assert {name: Method(**row) for name, row in rows.items()} == {n: e.about for n, e in registry.items()}
+
+
+def test_what_combines_with_directions_for_rows_is_listed() -> None:
+    """And nothing else of the same registries is."""
+    needs = kinds()["rows"].methods["k"].needs
+    for option, names in BY_ROWS.items():
+        named = re.search(rf"zo_{option}=(.*?)(, zo_|$)", needs)
+        assert named is not None and re.findall(r"'(\w+)'", named[1]) == list(names)
 
 
 def test_markdown_links_papers() -> None:

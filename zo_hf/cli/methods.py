@@ -9,7 +9,8 @@ A run combines one entry of each table:
     trainer = ZOTrainer(model, ZOConfig("out", zo_estimator=..., zo_direction=..., zo_rule=..., zo_subspace=...))
 
 forwards   forward passes of a step, with q = zo_num_directions
-memory     numbers stored in addition to the model's weights, with d coordinates, matrices of m x n, and rank r
+memory     numbers stored in addition to the model's weights, with d coordinates, matrices of m x n, rank r, and a batch of
+           G groups of rows
 needs      options or libraries that the method requires
 """
 
@@ -22,8 +23,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from zo_hf.compatibility.conflict import either
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.estimators import ESTIMATORS
+from zo_hf.evaluation.by_rows import BY_ROWS
 from zo_hf.method_info import Method
 from zo_hf.rules import RULES, ScalarNormalization
 from zo_hf.subspaces import SUBSPACES
@@ -53,6 +56,16 @@ OPTIMIZERS = {
     "zo_normalize": ScalarNormalization.about,
 }
 
+ROWS = {
+    "0": Method("all rows, as in MeZO (2305.17333)", memory="0"),
+    "k": Method(
+        "groups of k rows, from 1 on",
+        memory="2Gd",
+        needs=", ".join(["a loss that is a sum over rows", *(f"zo_{o}={either(v)}" for o, v in BY_ROWS.items())]),
+    ),
+    "auto": Method("1 where it is known to pay, else 0", memory="as for k or 0"),
+}
+
 
 def kinds() -> dict[str, Kind]:
     """Return the tables by name, with the present content of the registries."""
@@ -76,6 +89,7 @@ def kinds() -> dict[str, Kind]:
             "zo_subspace", "which tensors move", {name: entry.about for name, entry in SUBSPACES.items()}
         ),
         "optimizers": Kind("optim, zo_normalize", "how the gradient moves the coordinates", OPTIMIZERS),
+        "rows": Kind("zo_rows_per_direction", "the rows of a batch that share a direction", ROWS),
     }
 
 

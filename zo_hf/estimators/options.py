@@ -47,9 +47,9 @@ class EstimatorOptions(Options):
         "Number of rows of a batch that share a direction. With 1, every row has its own direction and gives its own "
         "projected gradient, in the same forward passes. The estimate is then less noisy, so the learning rate can "
         "be larger. With 0, all rows of a step share the directions, as in MeZO. auto chooses 1 if the method and "
-        "the loss allow it, with at most 32 directions for a batch, and 0 otherwise. A loss that is not a sum over "
-        "rows keeps one direction for all rows, and the log says so. zo_direction='rademacher' is cheaper to draw "
-        "than 'gaussian'.",
+        "the loss allow it, with at most 32 directions for a batch and 1024 for those of all processes, and 0 "
+        "otherwise. A loss that is not a sum over rows keeps one direction for all rows, and the log says so. "
+        "zo_direction='rademacher' is cheaper to draw than 'gaussian'.",
         Whole(0, also=("auto",)),
         "use 0 for one direction for all rows, or 'auto'",
     )
