@@ -5,7 +5,7 @@
 
 Nothing is trained and nothing is sent: times are random, and the bytes of messages are counted. The protocol is that
 of a synchronous step. Every worker evaluates its direction with both signs on its rows, and sends two losses to a
-coordinator. When a quorum has answered, the coordinator sends the losses of all to every worker, and each worker makes
+coordinator. With `--groups`, it has a direction for every group of its rows, and sends two losses for each. When a quorum has answered, the coordinator sends the losses of all to every worker, and each worker makes
 the same update. An answer after the quorum is dropped. Its worker applies the updates that it missed, and then begins
 the next step.
 
@@ -42,6 +42,13 @@ def arguments() -> argparse.Namespace:
         default=[1, 8, 1000],
         help="numbers of directions in a step, to be simulated in turn; every direction has as many workers (%(default)s)",
     )
+    add(
+        "--groups",
+        type=int,
+        default=1,
+        help="groups of rows on every worker, each with a direction of its own; with more directions than groups, workers "
+        "do not have the same ones (%(default)s)",
+    )
     add("--forward-seconds", type=float, default=1.0, help="median time of a worker's two probes (%(default)s)")
     add("--draw-seconds", type=float, default=0.005, help="time to draw and add one direction (%(default)s)")
     add("--machine-spread", type=float, default=0.4, help="log standard deviation between machines (%(default)s)")
@@ -67,6 +74,7 @@ def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[s
     random = np.random.default_rng(args.seed)  # the same times for every quorum
     machines = np.exp(args.machine_spread * random.standard_normal(args.workers))
     needed = max(1, int(np.ceil(quorum * args.workers)))
+    answer_bytes = LOSSES_BYTES * args.groups + ENVELOPE_BYTES
     reply = RECORD_BYTES * directions + ENVELOPE_BYTES
     update = args.draw_seconds * directions
     ready = np.zeros(args.workers)  # when each worker begins its probes
@@ -76,7 +84,7 @@ def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[s
         stalls = random.random(args.workers) < args.stall_share
         forward += np.where(stalls, random.exponential(args.stall_seconds, args.workers), 0.0)
         latency = args.latency * np.exp(0.5 * random.standard_normal((2, args.workers)))
-        answer = ready + forward + latency[0] + (LOSSES_BYTES + ENVELOPE_BYTES) / args.uplink_bytes
+        answer = ready + forward + latency[0] + answer_bytes / args.uplink_bytes
         complete = np.partition(answer, needed - 1)[needed - 1]
         in_time = answer <= complete
         received = complete + latency[1] + reply / (10 * args.uplink_bytes)
@@ -91,9 +99,9 @@ def simulate(args: argparse.Namespace, directions: int, quorum: float) -> dict[s
         "seconds_per_step": seconds,
         "answers_used": used / (args.steps * args.workers),
         "update_seconds": update,
-        "bytes_up_per_step": LOSSES_BYTES + ENVELOPE_BYTES,
+        "bytes_up_per_step": answer_bytes,
         "bytes_down_per_step": reply,
-        "coordinator_megabytes_per_step": args.workers * (reply + LOSSES_BYTES + ENVELOPE_BYTES) / 1e6,
+        "coordinator_megabytes_per_step": args.workers * (reply + answer_bytes) / 1e6,
         "late_joiner_megabytes": args.late_by * RECORD_BYTES * directions / 1e6,
         "late_joiner_seconds": catch_up(args.late_by, update, seconds),
     }
