@@ -188,7 +188,8 @@ def test_half_precision_counts_the_scratch_of_rounding(kind: str) -> None:
 
 @pytest.mark.slow
 def test_rows_that_are_asked_for_count_for_all_weights_as_well() -> None:
-    assert_close(SMALL["llama"], SETUPS[1], replace(GIVEN, rows_per_direction=2))
+    """Of the noise of two directions, a pass holds one tile at a time."""
+    assert_close(SMALL["llama"], SETUPS[1], replace(GIVEN, rows_per_direction=1, batch_size=8), beyond_weights=0.02)
 
 
 @pytest.mark.parametrize("name", SMALL)

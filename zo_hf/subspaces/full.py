@@ -119,6 +119,7 @@ class Full(Subspace):
                     torch.mm(parts[group], base.to(dtype).t(), out=out)
                     continue
                 if probe.direction != drawn:
+                    noise = base  # the last direction's noise goes before the next is drawn
                     noise = self._noise(weight, probe.direction, start * features_in, stop * features_in)
                     noise, drawn = noise.view(base.shape), probe.direction
                 if dtype in HALF:
