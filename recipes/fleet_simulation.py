@@ -5,9 +5,9 @@
 
 Nothing is trained and nothing is sent: times are random, and the bytes of messages are counted. The protocol is that
 of a synchronous step. Every worker evaluates its direction with both signs on its rows, and sends two losses to a
-coordinator. With `--groups`, it has a direction for every group of its rows, and sends two losses for each. When a quorum has answered, the coordinator sends the losses of all to every worker, and each worker makes
-the same update. An answer after the quorum is dropped. Its worker applies the updates that it missed, and then begins
-the next step.
+coordinator. With `--groups`, it has a direction for every group of its rows, and sends two losses for each. When a
+quorum has answered, the coordinator sends the losses of all to every worker, and each worker makes the same update. An
+answer after the quorum is dropped. Its worker applies the updates that it missed, and then begins the next step.
 
 A worker's forward time is lognormal: some machines are slower than others (`--machine-spread`), and the speed of each
 varies from step to step (`--jitter`). In a small share of its steps a worker stalls for some time (`--stall-share`).

@@ -427,7 +427,7 @@ def groups_of(rows: int, rows_per_direction: int | str, batches: int = 1, equal:
         equal: False if the sizes of groups may differ.
     """
     if rows_per_direction == "auto":
-        return _divisor(rows, 1, min(MOST_GROUPS, MOST_GROUPS_OF_PROCESSES // batches), equal)
+        return _divisor(rows, 1, max(1, min(MOST_GROUPS, MOST_GROUPS_OF_PROCESSES // batches)), equal)
     return _divisor(rows, int(rows_per_direction), rows, equal) if rows_per_direction else 1
 
 
