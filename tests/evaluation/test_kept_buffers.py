@@ -216,6 +216,36 @@ def test_a_large_one_is_refused_in_the_first_step(monkeypatch: pytest.MonkeyPatc
         ZerothOrder(model, "low_rank", rank=2, batched_probes=False).estimate(loss_of(model))
 
 
+class Target(Layers):
+    """BYOL's target network, which follows the model in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = nn.Linear(8, 8).requires_grad_(False)
+
+    def between(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.target.weight.mul_(0.9).add_(self.body.weight, alpha=0.1)
+        return x - self.target(x)
+
+
+def test_a_parameter_that_a_forward_writes_is_refused() -> None:
+    model = Target()
+    with pytest.raises(
+        ValueError, match=r"^the forward of Target writes its parameter 'target.weight', [^.]*on_step_end\.$"
+    ):
+        ZerothOrder(model, "low_rank", rank=2, batched_probes=False).estimate(loss_of(model))
+
+
+def test_a_run_says_once_that_it_leaves_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = Counts()
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        for _ in range(2):
+            zo.estimate(loss_of(model))
+    assert len([m for m in caplog.messages if m.startswith("the forward of Counts writes its buffer 'count'; ")]) == 1
+
+
 def test_one_that_is_written_late_is_kept_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
     class Late(Counts):
         calls = 0

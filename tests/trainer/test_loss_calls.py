@@ -16,6 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tests.conftest import TinyTask, seeded, tiny_opt, weights_of
 from tests.trainer.runs import config, logged
 from zo_hf import ZOTrainer, forward_only
+from zo_hf.trainer import loss_state
+from zo_hf.trainer.loss_state import LentBatches
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.side_effects import MOST_ENTRIES, Snapshot
 from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
@@ -168,6 +170,163 @@ def test_a_snapshot_restores_plain_objects_and_long_lists() -> None:
     assert owner.meter.sum == 0.0 and owner.meter.values == [0.0] and len(owner.history) == MOST_ENTRIES + 1
 
 
+def test_a_long_list_keeps_what_the_first_evaluation_has_appended() -> None:
+    owner = SimpleNamespace(history=[0.0] * (MOST_ENTRIES + 1))
+    before = Snapshot(owner)
+    owner.history.append(1.0)
+    after = Snapshot(owner, earlier=before)
+    before.restore()
+    assert len(owner.history) == MOST_ENTRIES + 1
+    owner.history.append(2.0)
+    after.restore()
+    assert owner.history[MOST_ENTRIES:] == [0.0, 1.0]
+
+
+# State that the loss reads and changes.
+
+
+class Table(nn.Module):
+    """Classes of rows of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class CountsInForward(Table):
+    calls = 0
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        outputs = super().forward(x, labels)
+        return outputs | {"loss": outputs["loss"] + self.calls * outputs["logits"].square().mean()}
+
+
+class Counts(Trainer):
+    """The weight of a penalty grows with the calls."""
+
+    calls = 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self.calls += 1
+        outputs = model(**inputs)
+        return outputs["loss"] + self.calls * outputs["logits"].square().mean()
+
+
+class WritesItsBatch(Trainer):
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        inputs["x"] += 1.0
+        return model(**inputs)["loss"]
+
+
+class TakesApart(Trainer):
+    """Its batch is a dictionary within a dictionary."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        flat = self.data_collator
+        self.data_collator = lambda rows: {"inner": flat(rows)}
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs["inner"].pop("labels")
+        return F.cross_entropy(model.layers(inputs["inner"]["x"]), labels)
+
+
+class Queue(Trainer):
+    """MoCo's: the logits of earlier batches are negatives."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.queue, self.place = torch.zeros(64, 3), 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs)
+        loss = outputs["loss"] + (outputs["logits"] @ self.queue.clone().T).logsumexp(-1).mean()
+        self.queue[self.place : self.place + 8] = 3 * outputs["logits"].detach()
+        self.place += 8
+        return loss
+
+
+class Teacher(Trainer):
+    """BYOL's: the teacher follows the student in the loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = Table().requires_grad_(False)
+        for parameter in self.teacher.parameters():
+            parameter.mul_(3.0)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            wanted = self.teacher(**inputs)["logits"]
+            for mine, other in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                mine.mul_(0.9).add_(other, alpha=0.1)
+        outputs = model(**inputs)
+        return outputs["loss"] + (outputs["logits"] - wanted).square().mean()
+
+
+def rows_of_numbers() -> list[dict[str, torch.Tensor]]:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    return [{"x": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(x)]
+
+
+def table_trainer(kind: type[Trainer], folder: Path, model: nn.Module | None = None, **options: Any) -> ZOTrainer:
+    made, _ = forward_only(kind, TrainingArguments)
+    options = {"max_steps": 3, "learning_rate": 1e-9, "remove_unused_columns": False, "zo_rank": 2} | options
+    return made(Table() if model is None else model, config(folder, **options), train_dataset=rows_of_numbers())
+
+
+def test_every_probe_begins_with_the_state_from_before_the_batch(tmp_path: Path) -> None:
+    """Otherwise c is the difference of two states over 2 eps, here in the hundreds."""
+    late = (Queue, Teacher)  # what they write is large, and known after the first evaluation of the run
+    for kind, model in [(kind, Table) for kind in (Counts, WritesItsBatch, TakesApart, *late)] + [
+        (Trainer, CountsInForward)
+    ]:
+        stock = TrainingArguments(
+            str(tmp_path), max_steps=3, learning_rate=1e-9, remove_unused_columns=False, logging_steps=1, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        expected = kind(model(), stock, train_dataset=rows_of_numbers())
+        expected.train()
+        for per_direction in (0, "auto"):
+            trainer = table_trainer(kind, tmp_path, model(), zo_eps=1e-4, zo_rows_per_direction=per_direction)
+            trainer.train()
+            assert logged(trainer, "loss")[kind in late :] == pytest.approx(
+                logged(expected, "loss")[kind in late :], rel=1e-4
+            )
+            assert max(map(abs, logged(trainer, "zo/projected_grad"))) < 20, kind
+
+
+def test_a_large_tensor_that_a_loss_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_state, "MOST_ELEMENTS", 100)
+    with pytest.raises(ValueError, match=r"^compute_loss of \w*Queue writes a tensor of 192 elements, [^.]*\.$"):
+        table_trainer(Queue, tmp_path).train()
+
+
+def test_a_batch_that_is_written_late_is_refused() -> None:
+    batches, batch = LentBatches(), {"x": torch.ones(2), "y": [torch.ones(2)]}
+    with batches.lent(batch) as lent:
+        assert lent["x"] is not batch["x"]
+    with batches.lent(batch) as lent:
+        assert lent["x"] is batch["x"] and lent["y"] is not batch["y"]
+    with (
+        pytest.raises(ValueError, match=r"^the loss writes into a tensor of its batch, [^.]*inputs\['input_ids'\]"),
+        batches.lent(batch) as lent,
+    ):
+        lent["y"][0] += 1
+
+
+def test_names_of_one_tensor_stay_of_one_tensor() -> None:
+    tensor = torch.ones(2)
+    with LentBatches().lent({"input_ids": tensor, "labels": tensor}) as lent:
+        assert lent["input_ids"] is lent["labels"]
+
+
 # Detached values.
 
 
@@ -198,12 +357,19 @@ class Weighted(OwnLoss):
         return -(logp.exp().detach() * logp).mean()
 
 
+class WeightedByNumber(OwnLoss):
+    """Scaled by its own value, as terms of a sum are balanced."""
+
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return logp.square().mean() * logp.mean().item() / float(logp.square().sum())
+
+
 class WeightedByData(OwnLoss):
     def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
         return -(logp.exp().data * logp).mean()
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, Ratio, Weighted, WeightedByData])
+@pytest.mark.parametrize("kind", [OwnLoss, Ratio, Weighted, WeightedByNumber, WeightedByData])
 @pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
 def test_c_is_the_slope_that_a_gradient_gives(tmp_path: Path, kind: type[OwnLoss], estimator: str) -> None:
     options = {"max_steps": 1, "zo_eps": 1e-4, "learning_rate": 1.0, "zo_estimator": estimator}
@@ -238,6 +404,28 @@ def test_later_evaluations_get_the_first_one_s_values() -> None:
         assert (3 * x).detach()[0] == 3  # the first evaluation had no second value
     with mode:
         assert torch.ones(3).detach().shape == (3,)  # of another shape
+
+
+class NumberAlone(OwnLoss):
+    """A number without a gradient, such as an error rate."""
+
+    def loss_of(self, logp: torch.Tensor) -> Any:
+        return 1.0 - logp.mean().item()
+
+
+class DetachedAlone(OwnLoss):
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -logp.mean().detach()
+
+
+@pytest.mark.parametrize("kind", [NumberAlone, DetachedAlone])
+def test_a_loss_without_a_gradient_moves_with_the_probe(tmp_path: Path, kind: type[OwnLoss]) -> None:
+    numbers = []
+    for chosen in (OwnLoss, kind):
+        trainer = made(chosen, tmp_path, max_steps=2, zo_batched_probes=False)
+        trainer.train()
+        numbers.append(logged(trainer, "zo/projected_grad"))
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-2)
 
 
 class DetachesMetrics(OwnLoss):

@@ -4,6 +4,9 @@ A forward in evaluation mode seldom writes one, but a batch norm that its model 
 Otherwise the second probe would see other buffers than the first, and a replay, which has no data, other ones than the run.
 Buffers outside of the state dict are caches, which belong to other attributes of their module, and stay as they are.
 
+A parameter that a forward writes, such as those of a target network that follows the model, is refused: a callback can write it
+once a step.
+
 A buffer that is None until a forward makes it is None again, too. It may hold a mean of the first probe's values, which the second
 probe would then read, and a state dict with it would not fit a new model.
 """
@@ -43,6 +46,9 @@ class KeptBuffers:
 
     def __init__(self, model: nn.Module, quantized: Collection[nn.Module] = ()) -> None:
         self._modules = [module for module in model.modules() if module._buffers and module not in quantized]
+        named = ((name, p) for name, p in model.named_parameters() if not (p.is_meta or p.is_inference()))
+        self._parameters = list(named)
+        self._model = type(model).__name__
         self._written: set[tuple[nn.Module, str]] = set()
         self._made: set[tuple[nn.Module, str]] = set()
         self._has_run = False
@@ -55,8 +61,9 @@ class KeptBuffers:
             runs: True if the model surely runs in the context, which then shows what its forward writes.
 
         Raises:
-            ValueError: a large buffer has been written, of which there is no copy; the message names it.
+            ValueError: a large buffer has been written, of which there is no copy, or a parameter; the message names it.
         """
+        versions = [parameter._version for _, parameter in self._parameters]
         before = [
             self._before(module, name, tensor)
             for module in self._modules
@@ -69,6 +76,12 @@ class KeptBuffers:
             with torch.no_grad():
                 lost = [entry for entry in before if not self._restore(entry)]
         self._has_run = self._has_run or runs
+        for (name, parameter), version in zip(self._parameters, versions, strict=True):
+            if parameter._version != version:
+                raise ValueError(
+                    f"the forward of {self._model} writes its parameter {name!r}, and every probe would write it again; "
+                    "write it in a callback, for example in on_step_end."
+                )
         for entry in lost:
             written = f"the forward of {type(entry.module).__name__} has written its buffer {entry.name!r}"
             if entry.tensor is not None and entry.tensor.numel() > MOST_ELEMENTS:
@@ -109,6 +122,13 @@ class KeptBuffers:
         # Batch norm's kernel writes without a new version.
         if is_same and (before.copy is None or torch.equal(tensor, before.copy)):
             return True
+        if not self._written:
+            logger.warning(
+                "the forward of %s writes its buffer %r; every probe begins with the buffers from before the run, and the "
+                "run leaves them so",
+                type(module).__name__,
+                name,
+            )
         self._written.add(key)
         if before.copy is not None:
             tensor.copy_(before.copy)

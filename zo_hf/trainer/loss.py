@@ -24,6 +24,7 @@ from zo_hf.subspaces import Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
 from zo_hf.trainer.loss_calls import LossCalls
+from zo_hf.trainer.loss_state import LossState
 from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.objectives import depends_on_detached
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
@@ -45,6 +46,7 @@ class MicroBatchLosses:
         self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
         self._detach_test = DetachTest(ranks.all_reduce_and)
         self._detach_test.matters = depends_on_detached(trainer) or None
+        self._state = LossState(trainer)
         self._row_input: str | None = None
         self._knows_rows = False
 
@@ -81,10 +83,9 @@ class MicroBatchLosses:
 
     def _calls(self, model: nn.Module, num_items: Tensor | int | None, counts: bool) -> LossCalls:
         def compute_loss(inputs: dict[str, Any]) -> Any:
-            # It may remove labels from the dict, which later probes need.
-            return self._trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+            return self._trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
 
-        return LossCalls(compute_loss, self._trainer, self._detach_test, counts)
+        return LossCalls(compute_loss, self._trainer, self._detach_test, self._state, counts)
 
     def _closure(self, model: nn.Module, batch: MicroBatch, sequential: LossCalls) -> Callable[[], Any]:
         """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
@@ -98,6 +99,7 @@ class MicroBatchLosses:
             and "labels" in inputs
             and isinstance(unwrapped, PreTrainedModel)
             and loss_kind(unwrapped) is not None
+            and not self._state.batches.are_written
             and not adds_to_the_loss(trainer.model)
         )
         function = None if in_parts or is_fused else self._function_of_outputs(model, inputs)
@@ -111,7 +113,7 @@ class MicroBatchLosses:
             more = {"skip_logits": True} if is_fused else {}
 
             def closure() -> Any:
-                return sequential(inputs | more)
+                return sequential({**inputs, **more} if more else inputs)
 
             by_rows = trainer.loss_by_rows(closure, inputs)
             if by_rows is not None:
@@ -165,6 +167,8 @@ class MicroBatchLosses:
         trainer = self._trainer
         has_labels = isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim > 0
         if not has_labels or overrides(trainer, "compute_loss") or not has_stock_contexts(trainer):
+            return None
+        if self._state.batches.are_written:
             return None
         if trainer.compute_loss_func is not None:
 

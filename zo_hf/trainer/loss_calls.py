@@ -11,7 +11,7 @@ from transformers import Trainer
 from zo_hf.evaluation.evaluate import one_number
 from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.rng.global_generators import GlobalGenerators
-from zo_hf.trainer.overrides import has_stock_loss
+from zo_hf.trainer.loss_state import LossState
 from zo_hf.trainer.side_effects import Snapshot
 from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
 
@@ -19,13 +19,14 @@ from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
 class LossCalls:
     """A Trainer's `compute_loss` of one batch, in the contexts that Trainer gives it.
 
-    The effects on the Trainer (metrics, counts) are those of the first call. Values that the loss detaches are the first
-    call's at every later one.
+    Every call begins with the same state, and leaves that of the first one: metrics, counts, queues, the batch. Values that
+    the loss detaches are the first call's at every later one.
 
     Args:
         compute_loss: computes the loss of a batch, a scalar.
         trainer: the Trainer.
         detach_test: knows whether detached values matter to this loss.
+        state: the state that the loss reads and changes.
         counts: False if even the first call leaves no effects, as in a search before training.
 
     Attributes:
@@ -38,11 +39,13 @@ class LossCalls:
         compute_loss: Callable[[dict[str, Any]], Any],
         trainer: Trainer,
         detach_test: DetachTest,
+        state: LossState,
         counts: bool = True,
     ) -> None:
         self._compute_loss, self._trainer, self._test = compute_loss, trainer, detach_test
-        self._is_stock = has_stock_loss(trainer)
+        self._state, self._is_stock = state, state.is_stock
         self._stop_gradients, self._first = StopGradients(), 0.0
+        self._before: Snapshot | None = None
         self._counts = counts
         self.entries: int | None = None
 
@@ -71,27 +74,41 @@ class LossCalls:
         self.entries = len(loss) if isinstance(loss, RowLosses) else 0
         if not matters:
             self._first = one_number(loss, device).item()
-            self._test.see_first(self._stop_gradients, device)
+            self._test.see_first(self._stop_gradients, loss, device)
         return int(matters)
 
     def _once(self, inputs: dict[str, Any]) -> Any:
-        if self._is_stock:
-            with self._trainer.compute_loss_context_manager():
-                return self._compute_loss(inputs)
-        before = None if self._counts else Snapshot(self._trainer)
-        self._counts = False
-        with self._trainer.compute_loss_context_manager():
-            loss = self._compute_loss(inputs)
-        if before is not None:
-            before.restore()
+        if not self._state.may_change:
+            return self._evaluate(inputs)
+        if self._before is not None:
+            after = self._state.after(self._before)
+            self._before.restore()
+            try:
+                return self._evaluate(inputs)
+            finally:
+                after.restore()
+        self._before = self._state.before()
+        generators = GlobalGenerators.now(self._trainer.args.device)
+        loss = self._evaluate(inputs)
+        if self._state.finds_more(self._before):
+            # What it has written cannot be undone, so this and all later evaluations of the batch begin with that.
+            generators.restore()
+            loss = self._once(inputs)
+        if not self._counts:
+            self._before.restore()
         return loss
+
+    def _evaluate(self, inputs: dict[str, Any]) -> Any:
+        with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs) as lent:
+            return self._compute_loss(lent)
 
     def _test_at_probe(self, inputs: dict[str, Any]) -> Any:
         device = self._trainer.args.device
         before = GlobalGenerators.now(device)
-        moved = one_number(self._once(inputs), device).item()
+        moved = self._once(inputs)
         before.restore()
         with self._stop_gradients:
             loss = self._once(inputs)
-        self._test.see(self._first, one_number(loss, device).item(), moved, device)
-        return loss
+        kept = one_number(loss, device).item()
+        self._test.see(self._first, kept, one_number(moved, device).item(), device)
+        return moved if kept == self._first else loss

@@ -1,62 +1,98 @@
-"""Side effects of a loss on its Trainer, counted once a batch although every probe evaluates the loss.
+"""Side effects of a loss: every probe of a micro-batch begins with the state from before it, and they happen once.
 
-A subclass's `compute_loss` may append metrics to lists or add up tokens. The first evaluation of a batch keeps its effects,
-and those of the later ones are undone.
+A subclass's `compute_loss` may append metrics to lists, raise a coefficient with every call, or write features to a queue.
+With the state s from before the micro-batch,
+
+    c = [L(ξ + ε·z; s) - L(ξ - ε·z; s)] / 2ε
+
+If the second probe saw the state that the first has left, c would be the difference of the two states over 2ε. After all
+evaluations, the state is the one that the first evaluation has left.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 #: Lists with more entries are cut to their earlier length; dictionaries and sets with more entries stay as they are.
 MOST_ENTRIES = 10_000
-#: Tensors with more elements stay as they are; metrics are small.
+#: Tensors with more elements are copied only if the loss is known to write them; metrics are small.
 MOST_ELEMENTS = 64
 #: Levels of containers inside of containers.
 DEPTH = 5
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _NOT_METRICS = ("train_dataset", "eval_dataset")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 #: Objects of these packages are no metrics.
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "zo_hf", "builtins", "functools")
 
 
 class Snapshot:
-    """The numbers, small tensors and containers that hang on an object, to be restored in place.
+    """The numbers, tensors and containers that hang on an object, to be restored in place.
 
     Args:
-        owner: the object, such as a Trainer.
+        owner: the object, such as a Trainer; None for modules alone.
+        modules: modules whose own attributes, beside those of `nn.Module`, belong to the snapshot.
+        written: large tensors that belong to it, by their id.
+        earlier: a snapshot that is going to be restored before this one.
+        tensors_of: returns the tensors of a module that are watched. None watches none.
+
+    Attributes:
+        watched: tensors without a copy, each with its version.
     """
 
-    def __init__(self, owner: Any) -> None:
-        attributes = vars(owner)
-        self._attributes = attributes, dict(attributes)
+    def __init__(
+        self,
+        owner: Any,
+        modules: Iterable[nn.Module] = (),
+        written: Mapping[int, Tensor] | None = None,
+        earlier: Snapshot | None = None,
+        tensors_of: Callable[[nn.Module], Collection[Tensor]] | None = None,
+    ) -> None:
+        self.watched: list[tuple[Tensor, int]] = []
+        self._written, self._earlier, self._tensors_of = written or {}, earlier, tensors_of
         self._saved: dict[int, tuple[Any, Any]] = {}
-        self._save_all((value for name, value in attributes.items() if name not in _NOT_METRICS), DEPTH)
+        if owner is not None:
+            attributes = vars(owner)
+            self._saved[id(attributes)] = attributes, dict(attributes)
+            self._save_all((value for name, value in attributes.items() if name not in _NOT_METRICS), DEPTH)
+        for module in modules:
+            self._save_module(module, DEPTH)
 
     def restore(self) -> None:
         """Undo every change of them since."""
-        for value, saved in (self._attributes, *self._saved.values()):
-            if isinstance(value, dict):
-                _restore_dict(value, saved)
-            elif isinstance(value, set):
-                if value != saved:
-                    value.clear()
-                    value.update(saved)
-            elif isinstance(value, Tensor):
-                version, copy = saved
-                if value._version != version:
-                    value.copy_(copy)
-            elif isinstance(saved, int):
-                del value[saved:]
-            elif len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True)):
-                value.clear()
-                value.extend(saved)
+        for value, saved in self._saved.values():
+            _restore(value, saved)
+
+    def changed_modules(self) -> list[nn.Module]:
+        """Return the modules with an attribute that has changed since."""
+        return [
+            value
+            for value, saved in self._saved.values()
+            if isinstance(value, nn.Module)
+            and (
+                _state_of(value).keys() != saved.keys()
+                or any(vars(value)[name] is not item or self._has_changed(item) for name, item in saved.items())
+            )
+        ]
+
+    def _has_changed(self, value: Any) -> bool:
+        _, saved = self._saved.get(id(value), (None, None))
+        if isinstance(value, Tensor):
+            return saved is not None and value._version != saved[0]
+        if isinstance(value, dict | set):
+            return saved is not None and value != saved
+        if isinstance(value, list | deque):
+            return saved is not None and (
+                len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True))
+            )
+        return False
 
     def _save_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -66,8 +102,7 @@ class Snapshot:
     def _save(self, value: Any, depth: int) -> None:
         key = id(value)
         if isinstance(value, Tensor):
-            if value.numel() <= MOST_ELEMENTS and not value.requires_grad and not value.is_inference():
-                self._saved[key] = value, (value._version, value.clone())
+            self._save_tensor(value)
         elif isinstance(value, dict):
             if len(value) <= MOST_ENTRIES:
                 self._saved[key] = value, dict(value)
@@ -80,16 +115,84 @@ class Snapshot:
                 self._saved[key] = value, list(value)
                 self._save_inner(value, depth)
             elif isinstance(value, list):
-                self._saved[key] = value, len(value)
-        elif type(value).__module__.partition(".")[0] not in _PACKAGES and isinstance(
-            inner := getattr(value, "__dict__", None), dict
-        ):
+                start = len(value) if self._earlier is None else self._earlier._length_of(value)
+                self._saved[key] = value, (start, value[start:])
+        elif isinstance(value, nn.Module):
+            self._watch(value)
+            if is_own(value):
+                self._save_module(value, depth - 2)
+        elif is_own(value) and isinstance(inner := getattr(value, "__dict__", None), dict):
             self._saved[key] = inner, dict(inner)
             self._save_inner(inner.values(), depth - 2)
+
+    def _save_module(self, module: nn.Module, depth: int) -> None:
+        self._saved[id(module)] = module, (state := _state_of(module))
+        self._save_inner(state.values(), depth)
+
+    def _save_tensor(self, tensor: Tensor) -> None:
+        if tensor.requires_grad or tensor.is_inference() or tensor.is_meta:
+            return
+        if tensor.numel() <= MOST_ELEMENTS or id(tensor) in self._written:
+            self._saved[id(tensor)] = tensor, (tensor._version, tensor.clone())
+        else:
+            self.watched.append((tensor, tensor._version))
+
+    def _watch(self, module: nn.Module) -> None:
+        for tensor in () if self._tensors_of is None else self._tensors_of(module):
+            if id(tensor) in self._written:
+                self._saved[id(tensor)] = tensor, (tensor._version, tensor.detach().clone())
+            elif not tensor.is_inference():
+                self.watched.append((tensor, tensor._version))
 
     def _save_inner(self, values: Iterable[Any], depth: int) -> None:
         if depth > 0:
             self._save_all(values, depth - 1)
+
+    def _length_of(self, value: list) -> int:
+        """Return the length of a long list when it was saved."""
+        _, saved = self._saved.get(id(value), (None, None))
+        return saved[0] + len(saved[1]) if isinstance(saved, tuple) else len(value)
+
+
+def is_own(value: Any) -> bool:
+    """Return whether an object is of a class of the user's own."""
+    return type(value).__module__.partition(".")[0] not in _PACKAGES
+
+
+def own_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a model whose classes are the user's own."""
+    return (module for module in model.modules() if is_own(module))
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module in which its forward may keep something from one call to the next."""
+    kinds = (*_PLAIN, Tensor, dict, list, set, deque)
+    return {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and isinstance(v, kinds)}
+
+
+def _restore(value: Any, saved: Any) -> None:
+    if isinstance(value, dict):
+        _restore_dict(value, saved)
+    elif isinstance(value, nn.Module):
+        for name in _state_of(value).keys() - saved.keys():
+            del vars(value)[name]
+        vars(value).update(saved)
+    elif isinstance(value, set):
+        if value != saved:
+            value.clear()
+            value.update(saved)
+    elif isinstance(value, Tensor):
+        version, copy = saved
+        if value._version != version:
+            with torch.no_grad():
+                value.copy_(copy)
+    elif isinstance(saved, tuple):
+        start, tail = saved
+        del value[start:]
+        value.extend(tail)
+    elif len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True)):
+        value.clear()
+        value.extend(saved)
 
 
 def _restore_dict(value: dict, saved: dict) -> None:

@@ -7,8 +7,9 @@ because both values move with the probe. So the values that it detaches at the c
 
 The gradient of L is that of its first argument, so c estimates the gradient that a backward pass would give. The evaluation
 at ξ costs one more forward pass a micro-batch. It is left out once a test has found that detached values do not matter.
-This holds for values that a loss passes through `detach` or `.data`, outside of the model's forward. Values that it computes
-under `torch.no_grad()` move with the probe; see `zo_hf.trainer.objectives`.
+This holds for values that a loss passes through `detach` or `.data`, or makes a Python number of with `item()` or `float()`,
+outside of the model's forward. Values that it computes under `torch.no_grad()` move with the probe; see
+`zo_hf.trainer.objectives`. A loss that is itself such a value has no gradient at all, and then the value is what counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 _DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_NUMBER = (Tensor.item, Tensor.__float__)
 
 
 class StopGradients(TorchFunctionMode):
@@ -29,7 +31,7 @@ class StopGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: list[Tensor] = []
+        self._values: list[Tensor | float] = []
         self._position = 0
         self._is_first = True
 
@@ -46,7 +48,8 @@ class StopGradients(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in _DETACH or not isinstance(result, Tensor) or not result.is_floating_point():
+        is_value = func in _DETACH and isinstance(result, Tensor) and result.is_floating_point()
+        if not is_value and not (func in _NUMBER and isinstance(result, float)):
             return result
         # The engine's own code detaches the tensors that make a probe.
         if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("zo_hf."):
@@ -56,7 +59,7 @@ class StopGradients(TorchFunctionMode):
             return result
         position, self._position = self._position, self._position + 1
         kept = self._values[position] if position < len(self._values) else result
-        return kept if kept.shape == result.shape and kept.dtype == result.dtype else result
+        return kept if _is_alike(kept, result) else result
 
     @property
     def is_empty(self) -> bool:
@@ -79,6 +82,12 @@ class StopGradients(TorchFunctionMode):
             _push_mode(mode)
 
 
+def _is_alike(kept: Tensor | float, result: Tensor | float) -> bool:
+    if isinstance(kept, Tensor) and isinstance(result, Tensor):
+        return kept.shape == result.shape and kept.dtype == result.dtype
+    return isinstance(kept, float) and isinstance(result, float)
+
+
 class DetachTest:
     """Finds out whether the values that a loss detaches matter to it: metrics detach, too.
 
@@ -93,9 +102,10 @@ class DetachTest:
         self._all_reduce_and = all_reduce_and
         self.matters: bool | None = None
 
-    def see_first(self, values: StopGradients, device: torch.device) -> None:
-        """Note what the first evaluation of a batch has detached."""
-        if self.matters is None and self._all_reduce_and(torch.tensor(values.is_empty, device=device)):
+    def see_first(self, values: StopGradients, loss: Any, device: torch.device) -> None:
+        """Note the loss of the first evaluation of a batch, and what it has detached."""
+        has_none = values.is_empty or not isinstance(loss, Tensor)  # a number of Python has no gradient
+        if self.matters is None and self._all_reduce_and(torch.tensor(has_none, device=device)):
             self.matters = False
 
     def see(self, first: float, kept: float, moved: float, device: torch.device) -> None:
@@ -103,11 +113,12 @@ class DetachTest:
 
         Args:
             first: the loss of the first evaluation; a probe with the same loss, as at the current point, tells nothing.
-            kept: the loss at the probe, with the values of the first evaluation.
+            kept: the loss at the probe, with the values of the first evaluation. If it is `first`, the loss may have no
+                other values, which tells nothing.
             moved: the loss at the probe, with its own values.
             device: device of the model.
         """
-        if not self._all_reduce_and(torch.tensor(kept == moved, device=device)):
+        if not self._all_reduce_and(torch.tensor(kept in (moved, first), device=device)):
             self.matters = True
         elif self._all_reduce_and(torch.tensor(kept != first, device=device)):
             self.matters = False

@@ -1,0 +1,132 @@
+"""The state that a run's loss reads and changes, so that every probe of a micro-batch begins with the same.
+
+It is what hangs on the Trainer, what the modules of the user's own keep from one forward to the next, and the batch itself.
+Tensors are copied before every evaluation only if the loss writes them, which its evaluations show.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo_hf.trainer.overrides import has_stock_loss
+from zo_hf.trainer.side_effects import Snapshot, own_modules
+
+#: Elements of the largest tensor that a loss may write, because every evaluation then copies it.
+MOST_ELEMENTS = 2**22
+
+
+class LossState:
+    """The state of a run's loss.
+
+    Args:
+        trainer: computes the loss.
+
+    Attributes:
+        is_stock: True if the loss is transformers' own code.
+        batches: the batches of the run.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self.is_stock, self.batches = trainer, has_stock_loss(trainer), LentBatches()
+        # Of the trained model, only modules that have changed in the first evaluation are looked at in later ones.
+        self._modules, self._has_run = list(own_modules(trainer.model)), False
+        self._of_model = {id(tensor) for tensor in chain(trainer.model.parameters(), trainer.model.buffers())}
+        self._tensors: dict[nn.Module, list[Tensor]] = {}
+        self._written: dict[int, Tensor] = {}
+
+    @property
+    def may_change(self) -> bool:
+        """False if nothing can change from one evaluation to the next."""
+        return not self.is_stock or bool(self._modules)
+
+    def before(self) -> Snapshot:
+        """Return the state before the first evaluation of a micro-batch."""
+        return Snapshot(self._owner, self._modules, self._written, tensors_of=self._tensors_of)
+
+    def after(self, before: Snapshot) -> Snapshot:
+        """Return the present state, which is to be restored after `before`."""
+        return Snapshot(self._owner, self._modules, self._written, before, self._tensors_of if self._written else None)
+
+    def finds_more(self, before: Snapshot) -> bool:
+        """Note what has been written since `before` without a copy, and return whether there is any.
+
+        Raises:
+            ValueError: it is too large to copy; the message names the way out.
+        """
+        if not self._has_run:
+            self._modules, self._has_run = before.changed_modules(), True
+        found = [tensor for tensor, version in before.watched if tensor._version != version]
+        largest = max((tensor.numel() for tensor in found), default=0)
+        if largest > MOST_ELEMENTS:
+            raise ValueError(
+                f"compute_loss of {type(self._trainer).__name__} writes a tensor of {largest:,} elements, and every probe "
+                "would write it again; write it in a callback, for example in on_step_end."
+            )
+        self._written |= {id(tensor): tensor for tensor in found}
+        return bool(found)
+
+    @property
+    def _owner(self) -> Any:
+        return None if self.is_stock else self._trainer
+
+    def _tensors_of(self, module: nn.Module) -> list[Tensor]:
+        """Return the tensors of another module than the trained one, such as a teacher."""
+        if module not in self._tensors:
+            both = chain(module.parameters(), module.buffers())
+            self._tensors[module] = [t for t in both if id(t) not in self._of_model and not t.is_meta]
+        return self._tensors[module]
+
+
+class LentBatches:
+    """Lends a batch to an evaluation of a loss, which may change its containers and write its tensors.
+
+    Attributes:
+        are_written: whether the loss writes tensors of its batches; None before the first evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.are_written: bool | None = None
+
+    @contextmanager
+    def lent(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a batch whose containers are new, and its tensors as well unless they are known to stay as they are.
+
+        Raises:
+            ValueError: a tensor has been written that was believed to stay; the message says what to do.
+        """
+        tensors: dict[int, Tensor] = {}
+        given = batch if isinstance(batch, dict | UserDict) else dict(batch)
+        lent = _lent(given, tensors, self.are_written is not False)
+        versions = [(tensor, tensor._version) for tensor in tensors.values() if not tensor.is_inference()]
+        yield lent
+        written = any(tensor._version != version for tensor, version in versions)
+        if self.are_written is None:
+            self.are_written = written
+        elif written and not self.are_written:
+            raise ValueError(
+                "the loss writes into a tensor of its batch, and has not done so in the first step, so a later probe would "
+                "see what an earlier one has written; let it write into a copy, as in inputs['input_ids'].clone()."
+            )
+
+
+def _lent(value: Any, tensors: dict[int, Tensor], copies: bool) -> Any:
+    """Return nested containers anew, and their tensors copied if `copies`; `tensors` gets those, by the id of the given."""
+    if isinstance(value, Tensor):
+        if id(value) not in tensors:  # several names may stand for the same tensor
+            tensors[id(value)] = value.clone() if copies else value
+        return tensors[id(value)]
+    if isinstance(value, dict | UserDict):
+        new = copy.copy(value)
+        for name, item in value.items():
+            new[name] = _lent(item, tensors, copies)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_lent(item, tensors, copies) for item in value)
+    return value
