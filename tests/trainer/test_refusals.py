@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tests.conftest import TinyTask, seeded, tiny_opt
 from tests.trainer.runs import config, make_trainer, with_lora
@@ -217,6 +217,28 @@ def test_a_wrong_run_is_refused_before_its_first_step(
     argument, attempt = WRONG_RUNS[name]
     refused(argument, lambda: attempt(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hook_on_a_gradient_is_refused(tmp_path: Path) -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        trainer = make_trainer(tmp_path)
+        handle = getattr(trainer.model.lm_head.weight, register)(lambda gradient: gradient)
+        assert "remove the hook" in refused("embed_tokens.weight", trainer.train)
+        handle.remove()
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_a_callback_that_freezes_is_refused(tmp_path: Path, subspace: str) -> None:
+    """Trainer would leave such a parameter alone, because it gets no gradient."""
+
+    class Freezes(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.model.decoder.layers[0].fc1.weight.requires_grad_(False)
+
+    trainer = make_trainer(tmp_path, zo_subspace=subspace, more={"callbacks": [Freezes()]})
+    before = trainer.model.model.decoder.layers[0].fc1.weight.detach().clone()
+    assert "before train()" in refused("fc1.weight", trainer.train)
+    assert torch.equal(trainer.model.model.decoder.layers[0].fc1.weight, before)
 
 
 def test_a_refused_model_is_left_as_it_was(tmp_path: Path) -> None:

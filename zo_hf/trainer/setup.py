@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,12 +60,19 @@ def check_model(model: nn.Module, args: ZOConfig) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a model in which everything is frozen.
+    """Refuse a model in which everything is frozen, or in which a hook would change a gradient.
 
     Raises:
-        ValueError: no parameter is trainable.
+        ValueError: no parameter is trainable, or one has a hook on its gradient.
     """
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trainable.items():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a hook on its gradient, and there is no backward pass to call it; remove the hook, and freeze "
+                "what should not move."
+            )
+    if trainable:
         return
     if is_peft(model):
         raise ValueError(
@@ -74,6 +82,23 @@ def check_trainable(model: nn.Module) -> None:
         raise ValueError(
             f"all parameters of {type(model).__name__} are frozen; set requires_grad of those that should train, for "
             "example by model.requires_grad_(True)."
+        )
+
+
+def check_still_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a step of parameters that have been frozen after the engine had been made for them.
+
+    Args:
+        parameters: those that were trainable then, by name.
+
+    Raises:
+        ValueError: one has been frozen since.
+    """
+    frozen = next((name for name, parameter in parameters.items() if not parameter.requires_grad), None)
+    if frozen is not None:
+        raise ValueError(
+            f"{frozen} has been frozen after training began, perhaps by a callback, and would still move; freeze it before "
+            "train() is called."
         )
 
 

@@ -95,6 +95,7 @@ class ZOTrainer(SearchingTrainer):
         self._estimate: Estimate | None = None
         self._features: FeatureCache | None = None
         self._learning_rate: learning_rate.InitialLearningRate | None = None
+        self._trainable: dict[str, nn.Parameter] = {}
         self._budget = Budget(args)
         with training_allowed():
             # Trainer needs max_steps if a data set has no length; the budget may determine it.
@@ -206,6 +207,7 @@ class ZOTrainer(SearchingTrainer):
         subspace.check_end()
         with whole():  # an engine that is in the model, but not known here, would stay there
             self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if zo.row_groups is not None:
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         self._begin_private(zo)
@@ -265,7 +267,7 @@ class ZOTrainer(SearchingTrainer):
             self._forget_engine()
 
     def _forget_engine(self) -> None:
-        zo, self.zo, self._features = self.zo, None, None
+        zo, self.zo, self._features, self._trainable = self.zo, None, None, {}
         self._files.close()
         self._root_mode.leave()
         self._no_backward.leave()
@@ -321,6 +323,7 @@ class ZOTrainer(SearchingTrainer):
         micro_batches = self.current_gradient_accumulation_steps
         closure, weight = self._losses.of(model, MicroBatch(inputs, num_items_in_batch, micro_batches, labels))
         if self.zo.at_start_of_step:
+            setup.check_still_trainable(self._trainable)
             self._check_ranks(inputs, self.zo)
             is_first = self.zo.step == 0 and self.zo.private is None
             if is_first and self._budget.pays_for(micro_batches, beside=FORWARD_PASSES):
