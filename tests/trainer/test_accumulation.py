@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     OPTForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from tests.conftest import TinyTask, seeded, tiny_bert, tiny_llama, tiny_opt
@@ -81,6 +83,13 @@ def bert(kind: type, **options: Any) -> nn.Module:
     return kind(config)
 
 
+def tiny_roberta() -> nn.Module:
+    """A masked language model whose forward ignores `num_items_in_batch`."""
+    sizes = {name: getattr(tiny_bert().config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_dropout_prob": 0.0}
+    return RobertaForMaskedLM(RobertaConfig(**sizes, **layers, attention_probs_dropout_prob=0.0))
+
+
 classes = Labeled(lambda i: torch.tensor(i % 3))
 numbers = Labeled(lambda i: torch.tensor(i / 3))
 several = Labeled(lambda i: torch.tensor([i % 2, 1, 0]).float())
@@ -93,6 +102,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "one number": (partial(bert, BertForSequenceClassification, num_labels=1), numbers, {}),
     "several labels": (partial(bert, BertForSequenceClassification), several, {}),
     "tokens": (partial(bert, BertForTokenClassification), Labeled(ragged), {}),
+    "masked tokens": (tiny_roberta, Labeled(ragged), {}),
     "compute_loss": (tiny_llama, TinyTask(SIZE), {"kind": OwnMean}),
     "compute_loss on top": (opt_classifier, classes, {"kind": OnTopOfStock}),
     "compute_loss on top of causal": (tiny_llama, TinyTask(SIZE), {"kind": OnTopOfStock}),
@@ -103,7 +113,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("name", "batched"),
-    [(name, False) for name in CASES] + [(name, "auto") for name in ("causal", "classes", "tokens")],
+    [(name, False) for name in CASES] + [(name, "auto") for name in ("causal", "classes", "tokens", "masked tokens")],
 )
 def test_micro_batches_are_parts_of_one_batch(tmp_path: Path, name: str, batched: str | bool) -> None:
     build, data, options = CASES[name]

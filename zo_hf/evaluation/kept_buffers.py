@@ -4,8 +4,8 @@ A forward in evaluation mode seldom writes one, but a batch norm that its model 
 Otherwise the second probe would see other buffers than the first, and a replay, which has no data, other ones than the run.
 Buffers outside of the state dict are caches, which belong to other attributes of their module, and stay as they are.
 
-A parameter that a forward writes, such as those of a target network that follows the model, is refused: a callback can write it
-once a step.
+A parameter that a forward of the user's own writes, such as those of a target network that follows the model, is refused: a
+callback can write it once a step.
 
 A buffer that is None until a forward makes it is None again, too. It may hold a mean of the first probe's values, which the second
 probe would then read, and a state dict with it would not fit a new model.
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from zo_hf.evaluation.own_modules import own_parameters
+from zo_hf.offload import is_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ class KeptBuffers:
 
     def __init__(self, model: nn.Module, quantized: Collection[nn.Module] = ()) -> None:
         self._modules = [module for module in model.modules() if module._buffers and module not in quantized]
-        named = ((name, p) for name, p in model.named_parameters() if not (p.is_meta or p.is_inference()))
-        self._parameters = list(named)
+        # Loading a block writes the parameters of an offloaded model.
+        self._parameters = [] if is_offloaded(model) else list(own_parameters(model).items())
         self._model = type(model).__name__
         self._written: set[tuple[nn.Module, str]] = set()
         self._made: set[tuple[nn.Module, str]] = set()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from zo_hf.evaluation.evaluate import one_number
 from zo_hf.evaluation.known_losses import IGNORED, MEANS, loss_kind
@@ -59,13 +60,13 @@ class CountTest:
 
 
 def share_of_labels(model: Any, inputs: dict[str, Any], count: Tensor | int) -> Tensor | None:
-    """Return the share of a step's labels that a micro-batch has, (); None if the model's loss is no mean over labels.
+    """Return the share of a step's labels that a micro-batch has, (); None if the model's loss is not known to be their mean.
 
     Args:
         model: the transformers model, without wrappers.
         inputs: the micro-batch.
         count: the step's number of labels.
     """
-    if not isinstance(model, PreTrainedModel) or loss_kind(model) not in MEANS:
+    if not isinstance(model, PreTrainedModel) or loss_kind(model) not in (*MEANS, ForMaskedLMLoss):
         return None
     return inputs["labels"].ne(IGNORED).sum() / count

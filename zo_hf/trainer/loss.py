@@ -122,12 +122,13 @@ class MicroBatchLosses:
             return closure if carrier is None else LossByRows(closure, len(carrier))
         assert isinstance(unwrapped, PreTrainedModel)
         counts = trainer.model_accepts_loss_kwargs and num_items is not None
+        divides = counts and self._count_test.divides is not False
         return ModelLoss(
             model,
             unwrapped,
             inputs,
             sequential,
-            num_items if counts else None,
+            num_items if divides else None,
             self._factor if counts else 1,
             tokens_in_front(trainer.model),
             self._checks,

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zo_hf.evaluation.own_modules import own_modules
 from zo_hf.trainer.overrides import has_stock_loss
-from zo_hf.trainer.side_effects import Snapshot, own_modules
+from zo_hf.trainer.side_effects import Snapshot
 
 #: Elements of the largest tensor that a loss may write, because every evaluation then copies it.
 MOST_ELEMENTS = 2**22

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zo_hf.evaluation.own_modules import is_own
 
 #: Lists with more entries are cut to their earlier length; dictionaries and sets with more entries stay as they are.
 MOST_ENTRIES = 10_000
@@ -29,8 +31,6 @@ DEPTH = 5
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _NOT_METRICS = ("train_dataset", "eval_dataset")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-#: Objects of these packages are no metrics.
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "zo_hf", "builtins", "functools")
 
 
 class Snapshot:
@@ -152,16 +152,6 @@ class Snapshot:
         """Return the length of a long list when it was saved."""
         _, saved = self._saved.get(id(value), (None, None))
         return saved[0] + len(saved[1]) if isinstance(saved, tuple) else len(value)
-
-
-def is_own(value: Any) -> bool:
-    """Return whether an object is of a class of the user's own."""
-    return type(value).__module__.partition(".")[0] not in _PACKAGES
-
-
-def own_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a model whose classes are the user's own."""
-    return (module for module in model.modules() if is_own(module))
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
