@@ -429,6 +429,7 @@ class ZerothOrder:
             "distribution": self.distribution.state(),
             "curvature": None if self.curvature is None else self.curvature.state(),
             "still": sorted(self.subspace.still),
+            "has_held": self._reads.has_held,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -439,7 +440,7 @@ class ZerothOrder:
         if self.row_groups is not None and state.get("row_groups") is not None:
             self.row_groups.load_state(state["row_groups"])
         self._folds.load(self.step, state["pending_decay"])
-        self._reads.remember(state.get("still") or ())
+        self._reads.resume(self.step, state.get("still") or (), state.get("has_held", True))
         self.distribution.load_state(state.get("distribution", {}))
         if self.curvature is not None and state.get("curvature") is not None:
             self.curvature.load_state(state["curvature"])
