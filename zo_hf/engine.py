@@ -101,6 +101,7 @@ class ZerothOrder:
         is_auto = settings.rows_per_direction == "auto"
         if subspace is None:
             subspace = settings.make_subspace(model)
+        self._chooses_kernels = not replays
         if not replays:
             kernels.choose(settings.kernels, subspace.device)
         rows, one_grid = rows_per_direction(case), ranks is None or ranks.grid.directions == 1
@@ -238,8 +239,13 @@ class ZerothOrder:
             stream_of: the stream of each direction index; None takes the step's.
             distribution: the distribution of directions; None takes the step's.
         """
+        self._choose_kernels()
         self.distribution.begin()
         return StepRandomness(stream_of or self._stream, distribution or self.distribution, self._generators())
+
+    def _choose_kernels(self) -> None:
+        if self._chooses_kernels:  # another engine may have chosen since
+            kernels.choose(self.settings.kernels, self.subspace.device)
 
     def _generators(self) -> GlobalGenerators | None:
         return GlobalGenerators.now(self.subspace.device) if self.settings.common_random_numbers else None
@@ -347,6 +353,7 @@ class ZerothOrder:
             numbers: the estimator's numbers, with c neither clipped nor normalized; in a replay the rule's choice, too.
             skipped: True prepares no gradient.
         """
+        self._choose_kernels()
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
         by_groups = bool(self.settings.rows_per_direction)  # every group then has the estimator's numbers
@@ -409,6 +416,7 @@ class ZerothOrder:
             The trained model: usually the model itself. If factors over a quantized model are never folded, it is a PEFT
             model around it, with the factors as a LoRA adapter.
         """
+        self._choose_kernels()
         return self._folds.finish(self.step)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
