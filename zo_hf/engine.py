@@ -101,6 +101,7 @@ class ZerothOrder:
         is_auto = settings.rows_per_direction == "auto"
         if subspace is None:
             subspace = settings.make_subspace(model)
+        self._chooses_kernels = not replays
         if not replays:
             kernels.choose(settings.kernels, subspace.device)
         rows, one_grid = rows_per_direction(case), ranks is None or ranks.grid.directions == 1
@@ -238,8 +239,13 @@ class ZerothOrder:
             stream_of: the stream of each direction index; None takes the step's.
             distribution: the distribution of directions; None takes the step's.
         """
+        self._choose_kernels()
         self.distribution.begin()
         return StepRandomness(stream_of or self._stream, distribution or self.distribution, self._generators())
+
+    def _choose_kernels(self) -> None:
+        if self._chooses_kernels:  # another engine may have chosen since
+            kernels.choose(self.settings.kernels, self.subspace.device)
 
     def _generators(self) -> GlobalGenerators | None:
         return GlobalGenerators.now(self.subspace.device) if self.settings.common_random_numbers else None
@@ -347,6 +353,7 @@ class ZerothOrder:
             numbers: the estimator's numbers, with c neither clipped nor normalized; in a replay the rule's choice, too.
             skipped: True prepares no gradient.
         """
+        self._choose_kernels()
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
         by_groups = bool(self.settings.rows_per_direction)  # every group then has the estimator's numbers
@@ -409,6 +416,7 @@ class ZerothOrder:
             The trained model: usually the model itself. If factors over a quantized model are never folded, it is a PEFT
             model around it, with the factors as a LoRA adapter.
         """
+        self._choose_kernels()
         return self._folds.finish(self.step)
 
     def folded_state_dict(self) -> dict[str, Tensor] | None:
@@ -429,6 +437,7 @@ class ZerothOrder:
             "distribution": self.distribution.state(),
             "curvature": None if self.curvature is None else self.curvature.state(),
             "still": sorted(self.subspace.still),
+            "has_held": self._reads.has_held,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -439,7 +448,7 @@ class ZerothOrder:
         if self.row_groups is not None and state.get("row_groups") is not None:
             self.row_groups.load_state(state["row_groups"])
         self._folds.load(self.step, state["pending_decay"])
-        self._reads.remember(state.get("still") or ())
+        self._reads.resume(self.step, state.get("still") or (), state.get("has_held", True))
         self.distribution.load_state(state.get("distribution", {}))
         if self.curvature is not None and state.get("curvature") is not None:
             self.curvature.load_state(state["curvature"])

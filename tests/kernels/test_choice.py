@@ -106,3 +106,23 @@ def test_an_engine_chooses_and_a_replay_does_not(monkeypatch: pytest.MonkeyPatch
     assert choice._chosen == "torch"
     ZerothOrder(nn.Linear(2, 2), "norms", replays=True)
     assert choice._chosen == "torch"
+
+
+def test_every_engine_computes_by_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after another one has been made in the same process, and while both take steps in turn."""
+    monkeypatch.setattr(choice, "_chosen", "auto")
+    seen: list[str] = []
+    model, other = (nn.Linear(3, 1) for _ in range(2))
+
+    def loss() -> torch.Tensor:
+        seen.append(choice._chosen)
+        return model(torch.ones(2, 3)).mean()
+
+    zo, other_zo = (ZerothOrder(m, "norms", kernels=kernels) for m, kernels in ((model, "torch"), (other, "auto")))
+    zo.estimate(loss)
+    other_zo.estimate(lambda: other(torch.ones(2, 3)).mean())
+    zo.apply([1.0], skipped=False)
+    seen.append(choice._chosen)
+    other_zo.finish()
+    zo.finish()
+    assert seen == ["torch"] * 3 and choice._chosen == "torch"

@@ -5,18 +5,21 @@ The backend is torch's own eager one: what matters here is what the compiler see
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests.conftest import seeded, tiny_llama, tiny_opt
 from tests.subspaces.helpers import batch_for, prepared, sgd
+from zo_hf.directions import GAUSSIAN
 from zo_hf.engine import ZerothOrder
+from zo_hf.estimators.probe import Probe
 from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
-from zo_hf.subspaces import lookups, per_group
+from zo_hf.rng import Stream
+from zo_hf.subspaces import LowRank, per_group, reads
 
 STEPS, FOLD_STEPS = 5, 3
 
@@ -55,13 +58,46 @@ def _graphs_after_every_step(model: nn.Module, subspace: str, rows: int) -> list
 )
 def test_a_model_is_one_graph_for_the_whole_run(subspace: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step watches which parameters are read, and the others do not; with rows, each sign has a pass."""
-    monkeypatch.setattr(per_group, "_BROADCASTS", {})  # as in a new process
-    monkeypatch.setattr(lookups, "_KNOWN", WeakKeyDictionary())
+    monkeypatch.setattr(reads, "LOOK_EVERY", 2)  # only the first step does, if forwards are compiled
     graphs = _graphs_after_every_step(prepared(subspace, seeded(tiny_opt, num_hidden_layers=1)), subspace, rows)
     assert not counters["graph_break"]
     assert graphs[0] <= 1 + rows
     assert graphs[1:] == [graphs[1]] * (STEPS - 1)
     assert graphs[1] - graphs[0] <= 1
+
+
+class _Doubled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 2 * super().forward(ids)
+
+
+def test_what_is_found_out_about_another_model_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lookups and norms are compared with random numbers, outside of compiled code."""
+    monkeypatch.setattr(per_group, "_BROADCASTS", {})  # as in a new process
+    torch._dynamo.reset()
+    counters.clear()
+    ids, probes = torch.arange(8).view(4, 2), (Probe(0, 1.0), Probe(0, -1.0))
+
+    def attached(norm: nn.Module) -> LowRank:
+        subspace = LowRank(nn.Sequential(_Doubled(8, 4), norm, nn.Linear(4, 1)), rank=2)
+        subspace.attach()
+        return subspace
+
+    def evaluate(subspace: LowRank, forward: Callable) -> int:
+        with torch.no_grad(), subspace.at(probes, lambda i: Stream(0, 0, i), GAUSSIAN, rows=2):
+            forward(ids)
+        return counters["stats"]["unique_graphs"]
+
+    others = [attached(nn.Identity())]
+    evaluate(others[0], others[0].model)
+    subspace = attached(nn.LayerNorm(4))
+    compiled = torch.compile(subspace.model, backend="eager")
+    evaluate(subspace, compiled)
+    graphs = evaluate(subspace, compiled)
+    others.append(attached(nn.RMSNorm(4)))
+    evaluate(others[1], others[1].model)
+    assert evaluate(subspace, compiled) == graphs > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

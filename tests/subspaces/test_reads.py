@@ -26,6 +26,7 @@ from tests.subspaces.helpers import move_off_the_origin, sgd
 from tests.trainer.runs import trained
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable
+from zo_hf.subspaces import reads
 from zo_hf.subspaces.functional import with_parameters
 from zo_hf.trajectory import read_trajectory, replay
 
@@ -302,8 +303,9 @@ def test_a_list_from_before_gives_what_a_list_of_now_does_in_later_steps(subspac
     assert numbers_of_steps(from_before) == numbers_of_steps(lambda model: model.parameters)
 
 
-def test_a_list_from_before_is_looked_for_in_the_first_step_only() -> None:
+def test_a_list_from_before_is_looked_for_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations cost more while it is."""
+    monkeypatch.setattr(reads, "LOOK_EVERY", 3)
     model, loss = made(CallsAKernel)
     zo, modes = ZerothOrder(model, "low_rank", rank=2, batched_probes=False), []
 
@@ -312,10 +314,98 @@ def test_a_list_from_before_is_looked_for_in_the_first_step_only() -> None:
         return loss()
 
     optimizer = sgd(zo, 0.0)
-    for _ in range(2):
+    for _ in range(4):
         zo.estimate(noted)
         optimizer.step()
-    assert modes == [1, 1, 0, 0]
+    assert modes == [1, 1, 0, 0, 0, 0, 1, 1]
+
+
+def test_a_penalty_that_begins_in_the_course_of_a_run_is_found(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that is resumed in between finds it in the same step."""
+    monkeypatch.setattr(reads, "LOOK_EVERY", 4)
+
+    def numbers(listed: Callable[[nn.Module], Callable[[], Any]], resumes: bool = False) -> list[float]:
+        model, loss = made(CallsAKernel)
+        zo = ZerothOrder(model, "low_rank", rank=2, seed=0, eps=EPS, batched_probes=False)
+        held, optimizer, found = listed(model), sgd(zo, lr=0.0), []
+        for step in range(6):
+            if resumes and step in (3, 5):
+                zo.subspace.detach()
+                state, zo = (
+                    zo.state_dict(),
+                    ZerothOrder(model, "low_rank", rank=2, seed=0, eps=EPS, batched_probes=False),
+                )
+                optimizer = sgd(zo, lr=0.0)
+                zo.load_state_dict(state)
+            penalty = (lambda: sum((p**2).sum() for p in held())) if step >= 2 else lambda: 0.0
+            found += zo.estimate(lambda penalty=penalty: loss() + penalty()).projected_gradients
+            optimizer.step()
+        zo.subspace.detach()
+        return found
+
+    def from_before(model: nn.Module) -> Callable[[], Any]:
+        held = list(model.parameters())
+        return lambda: held
+
+    with caplog.at_level(logging.WARNING, logger="zo_hf"):
+        found = numbers(from_before)
+    assert [r.message.split(" found that")[0] for r in caplog.records if "list of before" in r.message] == ["step 4"]
+    right = numbers(lambda model: model.parameters)
+    assert [a == b for a, b in zip(found, right, strict=True)] == [True, True, False, False, True, True]
+    assert numbers(from_before, resumes=True) == found
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda p: torch.autograd.grad((p**2).sum(), p)[0].sum(),
+        lambda p: torch.func.grad(lambda w: (w**2).sum())(p).sum(),
+        lambda p: torch.func.jvp(lambda w: (w**2).sum(), (p,), (torch.ones(p.shape, dtype=p.dtype),))[1],
+        lambda p: torch.func.hessian(lambda w: (w**3).sum())(p).sum(),
+        lambda p: torch.func.vmap(torch.sin)(p).sum(),
+    ],
+)
+def test_a_derivative_by_a_weight_is_right_or_refused(differentiate: Callable[[Any], Tensor]) -> None:
+    """A transform wraps the parameter before any operation sees it, so that it would have the values of the last fold."""
+
+    def c(is_held: bool, is_copied: bool) -> float:
+        model, loss = made(CallsAKernel)
+        held = list(model.parameters())
+        zo = ZerothOrder(model, "low_rank", rank=2, seed=0, batched_probes=False)
+
+        def value() -> Tensor:
+            p = held[0] if is_held else next(model.parameters())
+            with torch.enable_grad():
+                return loss() + differentiate(p.clone().requires_grad_() if is_copied else p).detach()
+
+        return zo.estimate(value).projected_gradients[0]
+
+    right = c(True, True)
+    assert c(False, True) == right
+    for is_held in (True, False):
+        try:
+            assert c(is_held, False) == right
+        except ValueError as error:
+            assert str(error).startswith("the loss gives body.weight to torch.func or torch.autograd")
+
+
+def test_a_write_of_a_parameter_is_noticed_in_every_step() -> None:
+    """By the version of the parameter, where no mode sees operations."""
+    model, loss = made(CallsAKernel)
+    zo = ZerothOrder(model, "low_rank", rank=2, batched_probes=False)
+    optimizer, held = sgd(zo, 0.0), model.head.weight
+    zo.estimate(loss)
+    optimizer.step()
+
+    def writes() -> Tensor:
+        with torch.no_grad():
+            held.mul_(2)
+        return loss()
+
+    with pytest.raises(ValueError, match=r"the loss writes head\.weight"):
+        zo.estimate(writes)
 
 
 def test_what_converts_or_copies_a_module_in_a_loss_gets_the_parameters_themselves() -> None:
@@ -355,17 +445,19 @@ def test_what_converts_or_copies_a_module_in_a_loss_gets_the_parameters_themselv
         lambda p, value: nn.utils.vector_to_parameters(value.flatten(), [p]),
     ],
 )
-def test_a_loss_that_writes_a_parameter_from_before_is_refused(
-    write: Callable[[nn.Parameter, Tensor], object], subspace: str
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_loss_that_writes_a_parameter_is_refused(
+    write: Callable[[nn.Parameter, Tensor], object], subspace: str, is_listed: bool
 ) -> None:
-    """As one that swaps weights in and back; the values that it has read at the probe would stay in the weights."""
+    """As one that swaps weights in and back; the values that it has read at the probe would stay in the weights, or be lost."""
     model, loss = made(CallsAKernel)
     held, before = model.body.weight, weights_of(model)
     zo = ZerothOrder(model, subspace, rank=2, batched_probes=False)
 
     def writes() -> Tensor:
+        p = model.get_parameter("body.weight") if is_listed else held
         with torch.no_grad():
-            write(held, held.clone())
+            write(p, p.clone())
         return loss()
 
     with pytest.raises(ValueError, match=r"the loss writes body\.weight, and a probe must leave"):

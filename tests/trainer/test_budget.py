@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
+from tests.evaluation.test_rows import Joins
 from tests.parallel.launch import run
 from tests.rules.helpers import estimator_for
 from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained
-from zo_hf import ZOTrainer
+from zo_hf import RowLosses, ZOTrainer
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.estimators.probe import Probe
 from zo_hf.method_info import Method
@@ -53,16 +54,61 @@ def test_a_step_that_would_go_beyond_is_not_begun(tmp_path: Path, limit: int, di
 
 def test_the_look_at_the_rows_is_paid_for(tmp_path: Path) -> None:
     """7, 2, 2: the first step finds out whether the loss comes apart by rows, and whether one pass takes both signs."""
-    for limit, expected in ((7, [7]), (10, [7, 9]), (11, [7, 9, 11])):
+    for limit, expected in ((11, [7, 9, 11]), (12, [7, 9, 11]), (13, [7, 9, 11, 13])):
         assert passes(trained(tmp_path, zo_max_forward_passes=limit, max_steps=100)) == expected
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=6 is too small for the first step, which takes 7.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=10 is too small for the first step, which may take 11.*\.$"
     ):
-        trained(tmp_path, zo_max_forward_passes=6, max_steps=100)
+        trained(tmp_path, zo_max_forward_passes=10, max_steps=100)
+
+
+class Rows(ZOTrainer):
+    """The loss of every row of `Joins`."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> RowLosses:
+        scores = model(inputs["ids"], inputs["mask"])
+        return RowLosses(torch.nn.functional.cross_entropy(scores, inputs["labels"], reduction="none"))
+
+
+class DependentRows(Rows):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> RowLosses:
+        losses = super().compute_loss(*args, **kwargs)
+        return RowLosses(losses + losses.mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "first"),
+    [(Rows, 6, 5), (Rows, 4, 7), (DependentRows, 6, 7), (DependentRows, 4, 7)],
+    ids=["apart", "joined", "together", "joined together"],
+)
+def test_whatever_the_first_step_finds_is_within_the_budget(
+    tmp_path: Path, kind: type[ZOTrainer], length: int, first: int
+) -> None:
+    """Rows of one length that a model joins take two passes more, and a loss that does not come apart is evaluated again."""
+    mask = (torch.arange(6) < length).float()
+    rows = [{"ids": torch.arange(i, i + 6), "mask": mask, "labels": torch.tensor(i % 4)} for i in range(8)]
+    options: dict[str, Any] = {"more": {"train_dataset": rows}, "max_steps": 1, "zo_rows_per_direction": 1}
+    options["remove_unused_columns"] = False
+    assert passes(trained(tmp_path, Joins(True), kind, **options)) == [first]
+    with pytest.raises(ValueError, match="is too small for the first step, which may take 11, 9 of them to find out"):
+        trained(tmp_path, Joins(True), kind, zo_max_forward_passes=10, **options)
+
+
+class Detaches(ZOTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * loss.detach()
+
+
+def test_values_that_a_loss_detaches_are_paid_for(tmp_path: Path) -> None:
+    """4, 6, 6: from the second step on, every micro-batch is evaluated once more, before its probes."""
+    options = SEQUENTIAL | {"max_steps": 100, "gradient_accumulation_steps": 2}
+    for limit, expected in ((15, [4, 10]), (16, [4, 10, 16])):
+        assert passes(trained(tmp_path, None, Detaches, zo_max_forward_passes=limit, **options)) == expected
 
 
 def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4, 1: there is nothing to evaluate in one pass, so the first step looks at the rows alone."""
+    """4, 1, 1, 1: there is nothing to evaluate in one pass, so the first step looks at the rows alone."""
 
     class OneValue(Estimator):
         name = "one_sided"  # which goes by rows
@@ -79,22 +125,22 @@ def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(ESTIMATORS, "one_sided", OneValue)
     options = {"zo_estimator": "one_sided", "zo_rows_per_direction": 1, "zo_batched_probes": True, "max_steps": 100}
-    assert passes(trained(tmp_path, zo_max_forward_passes=6, **options)) == [4, 5, 6]
+    assert passes(trained(tmp_path, zo_max_forward_passes=7, **options)) == [4, 5, 6, 7]
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=3 is too small for the first step, which takes 4.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=6 is too small for the first step, which may take 7.*\.$"
     ):
-        trained(tmp_path, zo_max_forward_passes=3, **options)
+        trained(tmp_path, zo_max_forward_passes=6, **options)
 
 
 def test_tangents_for_every_row_are_paid_for(tmp_path: Path) -> None:
     """8, 2: the first step looks three times more at one micro-batch, in passes that count as two."""
     model = seeded(tiny_opt, attn_implementation="eager")
     options = {"zo_estimator": "forward_gradient", "max_steps": 100}
-    assert passes(trained(tmp_path, model, zo_max_forward_passes=11, **options)) == [8, 10]
+    assert passes(trained(tmp_path, model, zo_max_forward_passes=15, **options)) == [8, 10, 12, 14]
     with pytest.raises(
-        ValueError, match=r"^zo_max_forward_passes=7 is too small for the first step, which takes 8.*\.$"
+        ValueError, match=r"^zo_max_forward_passes=13 is too small for the first step, which may take 14.*\.$"
     ):
-        trained(tmp_path, model, zo_max_forward_passes=7, **options)
+        trained(tmp_path, model, zo_max_forward_passes=13, **options)
 
 
 # A rule that evaluates the loss by itself, and one whose steps differ, with every estimator.

@@ -24,6 +24,11 @@ def passes_of_check(probes: Sequence[Probe]) -> int:
     return 6 if any(probe.derivative for probe in probes) else 3  # a pass with tangents counts as two
 
 
+def passes_of_joined(probes: Sequence[Probe]) -> int:
+    """Return the forward passes that it takes in addition for a model that joins the tokens of rows."""
+    return 4 if any(probe.derivative for probe in probes) else 2
+
+
 def some_elsewhere(points: Sequence[Probe]) -> list[Probe]:
     """Return the points of the groups with some of them far away, so that rows which depend on those show that.
 

@@ -31,6 +31,7 @@ from zo_hf.evaluation.evaluate import ProbeEvaluator
 from zo_hf.evaluation.first_batch import (
     others_elsewhere,
     passes_of_check,
+    passes_of_joined,
     some_elsewhere,
     why_not_apart,
     why_not_joined,
@@ -367,7 +368,7 @@ class RowGroups:
             problem = why_not_apart(shares, others, alone, whole, rounding(dtype))
             if problem is None and self._subspace.joined_lengths:
                 moved = [passes.shares(others_elsewhere(last, kept)) for kept in (0, 1)]
-                evaluator.forward_passes += 2 * len(alone)
+                evaluator.forward_passes += passes_of_joined(probes)
                 problem = why_not_joined(shares, moved, rounding(dtype))
             self._decide(problem)
             if self.works and evaluator.batched and shares_pass:  # so that a refusal comes before the first step

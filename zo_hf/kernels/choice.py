@@ -1,7 +1,7 @@
 """The choice between kernels and torch's own operations.
 
-It is one for the process, as torch's own switches of backends are, and the engine that was made last has set it. Noise has the
-same bits both ways. Every kernel says how far its results are from those of torch.
+It is one for the process, as torch's own switches of backends are. Every engine sets it when it begins to evaluate losses and when it
+applies an estimate. Noise has the same bits both ways. Every kernel says how far its results are from those of torch.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class RewardLosses:
         ValueError: a callback of the trainer measures the loss at other points than the members.
     """
 
+    passes_beside = 0
+
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         if trainer._stability is not None:
             raise ValueError(

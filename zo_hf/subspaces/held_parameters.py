@@ -1,12 +1,14 @@
 """Parameters that a loss holds from before a step, as in `self.penalized = list(model.parameters())`.
 
 No read of a module shows such a use. A mode of torch's sees every operation instead, and gives the moved tensor to those that
-take a parameter outside of its module's forward. It costs some microseconds an operation, so it goes on after a run's
-first step only if that step has needed it. Code that torch compiles is left alone. So are models with offloaded weights, whose
-loader works on the parameters themselves.
+take a parameter outside of its module's forward. It costs some microseconds an operation. So it is on in a run's first step and
+in every `LOOK_EVERY`-th, and in all steps after one that has needed it. Code that torch compiles is left alone. So are models with
+offloaded weights, whose loader works on the parameters themselves.
 
-A loss that writes such a parameter is refused. It would write values that it has read at a probe into the weights, as one does
-that swaps weights in and back.
+A loss that writes a parameter is refused. It would write values that it has read at a probe into the weights, as one does
+that swaps weights in and back; or its write would be lost with the moved tensor. A step without the mode shows a write in place by
+the version of the parameter. What differentiates by a parameter is refused as well, because torch would differentiate by another
+tensor than the one that the loss has read.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 # These work on the parameters themselves. `Module.to` would even write the moved values into them, and a state dict that is
@@ -32,10 +35,12 @@ _ON_PARAMETERS = {
     )
 }
 # Compiled code calls operations on the inputs of a graph, where no module's forward runs any more.
-_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch._aot_autograd", "torch._functorch.aot_autograd")
 _WRITERS = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__"}
-# Attribute of the moved tensors that this mode has given, and of their views: the name of the parameter.
-_NAME = "_zo_held"
+#: Attribute of the tensors that stand for a parameter, and of their views: its name.
+NAME = "_zo_held"
+#: Steps from one look at a loss to the next.
+LOOK_EVERY = 256
 
 
 class HeldParameters(TorchFunctionMode):
@@ -64,15 +69,16 @@ class HeldParameters(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or self._leaves_alone(function):
             return function(*args, **kwargs)
-        written = args[:1] if _writes(function) else ()
-        self._refuse((*written, kwargs.get("out")))
+        written = args[:1] if writes(function) else ()
+        refuse_write((*written, kwargs.get("out")), self._name_of)
+        self._refuse_derivative(function, args, kwargs)
         if not written or type(written[0]) is not nn.Parameter:
             args = (*written, *self._replaced(args[len(written) :]))
             kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
         result = function(*args, **kwargs)
-        name = getattr(args[0], _NAME, None) if args else None
+        name = getattr(args[0], NAME, None) if args else None
         if name is not None and isinstance(result, Tensor) and _share_memory(args[0], result):
-            setattr(result, _NAME, name)
+            setattr(result, NAME, name)
         return result
 
     def _replaced(self, value: Any) -> Any:
@@ -82,24 +88,63 @@ class HeldParameters(TorchFunctionMode):
                 return value
             moved = self._moved(value)
             self.has_replaced = True
-            setattr(moved, _NAME, name)
             return moved
         if type(value) in (list, tuple):  # torch.stack, torch._foreach_norm
             return type(value)(map(self._replaced, value))
         return value
 
-    def _refuse(self, written: Iterable[Any]) -> None:
-        """Refuse an operation that writes a parameter, or the moved tensor that stands for one."""
-        for value in written:
-            if type(value) in (list, tuple):
-                self._refuse(value)
-            elif isinstance(value, Tensor):
-                name = self._name_of(value) if type(value) is nn.Parameter else getattr(value, _NAME, None)
+    def _refuse_derivative(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Refuse `torch.autograd.grad` by a parameter, and what `torch.func` has wrapped a parameter for."""
+        by = (*args, *kwargs.values()) if function is torch.autograd.grad else map(_unwrapped, args)
+        for value in by:
+            for tensor in value if type(value) in (list, tuple) else (value,):
+                name = None if type(tensor) is Tensor else _name_of(tensor, self._name_of)  # a moved one is right
                 if name is not None and _reads_for_a_loss():
                     raise ValueError(
-                        f"the loss writes {name}, and a probe must leave the weights as they are; write it between steps, in a "
-                        "callback, or write into a copy of the model."
+                        f"the loss gives {name} to torch.func or torch.autograd, which do not see that a probe has moved it; "
+                        "give them p.clone(), or p.clone().requires_grad_()."
                     )
+
+
+def refuse_write(written: Iterable[Any], name_of: Callable[[nn.Parameter], str | None]) -> None:
+    """Refuse to write a parameter, or a tensor that stands for one.
+
+    Args:
+        written: what an operation writes: tensors, or lists of them.
+        name_of: returns the name of a parameter that moves here, or None for one that stays as it is.
+
+    Raises:
+        ValueError: a loss writes it.
+    """
+    for value in written:
+        if type(value) in (list, tuple):
+            refuse_write(value, name_of)
+            continue
+        name = _name_of(value, name_of)
+        if name is not None and _reads_for_a_loss():
+            raise ValueError(writes_of(name))
+
+
+def writes_of(name: str) -> str:
+    """Return the message for a loss that writes a parameter."""
+    return (
+        f"the loss writes {name}, and a probe must leave the weights as they are; write it between steps, in a callback, "
+        "or write into a copy of the model."
+    )
+
+
+def _name_of(value: Any, name_of: Callable[[nn.Parameter], str | None]) -> str | None:
+    if not isinstance(value, Tensor):
+        return None
+    return name_of(value) if type(value) is nn.Parameter else getattr(value, NAME, None)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the tensor that transforms of `torch.func` have wrapped, or None for a value that is none of theirs."""
+    found = None
+    while isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
+        value = found = get_unwrapped(value)
+    return found._base if type(found) is Tensor and found._is_view() else found  # jvp makes a view
 
 
 def _reads_for_a_loss() -> bool:
@@ -116,11 +161,13 @@ def _reads_for_a_loss() -> bool:
     return True
 
 
-def _writes(function: Any) -> bool:
+def writes(function: Any) -> bool:
     """Return True for a setter or a method that writes its tensor."""
     name = function.__name__
     return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _share_memory(x: Tensor, other: Tensor) -> bool:
+    if is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(other):  # these have no memory
+        return False
     return x.untyped_storage()._cdata == other.untyped_storage()._cdata

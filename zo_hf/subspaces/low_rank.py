@@ -37,7 +37,7 @@ from zo_hf.subspaces.folded import DEFAULT_FOLD_STEPS
 from zo_hf.subspaces.functional import HALF, held
 from zo_hf.subspaces.input_scales import measure_scales
 from zo_hf.subspaces.layer_inputs import LINEAR, first_input, require_equal_parts
-from zo_hf.subspaces.lookups import only_looks_up, writable
+from zo_hf.subspaces.lookups import Lookups
 from zo_hf.subspaces.moved_linear import moved_linear, plain_weights
 from zo_hf.subspaces.moved_vectors import MovedVectors
 from zo_hf.subspaces.per_group import functional_call_per_group, looked_up_per_group
@@ -102,6 +102,7 @@ class LowRank(AdapterAtEnd):
             zeros = torch.zeros(shape, dtype=coordinate_dtype(p), device=site.device)
             self.coordinates[site.name] = nn.Parameter(zeros)
         self._bases = Bases(rank, self._dtype_of_basis)
+        self._lookups = Lookups()
         self._begin()
         self._factors = self._make_factors()
         self._vectors = {
@@ -235,8 +236,8 @@ class LowRank(AdapterAtEnd):
             if plain is not None:
                 return self._move_linear(*plain, x, weight, bias)
             return self._correct_linear(original(*args, **kwargs), x, weight, bias)
-        if weight is not None and weight.name in self.factored and only_looks_up(module, args, kwargs):
-            output = writable(module, original(*args, **kwargs))
+        if weight is not None and weight.name in self.factored and self._lookups.keep_products(module, args, kwargs):
+            output = self._lookups.writable(module, original(*args, **kwargs))
             return self._correct_lookup(module, weight, output, args, kwargs)
 
         def parameters(group: int) -> dict[str, Tensor]:

@@ -278,8 +278,8 @@ def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
         parameters: those of any number of groups, (..., d), by name.
         x: the input, (..., d).
     """
-    key = forward_of(module), x.ndim
-    if key not in _BROADCASTS:
+    known = _known(forward_of(module), x.ndim)
+    if known is None:
         has_values = not (x.is_meta or isinstance(x, FakeTensor))  # a plan has none, and decides nothing for a run
         if torch.compiler.is_compiling() or not has_values:
             return False
@@ -297,7 +297,14 @@ def _broadcasts(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
                 for i, part in enumerate(sample.chunk(2))
             ]
             tolerance = 1e-4 if whole.dtype not in HALF else 2e-2
-            _BROADCASTS[key] = torch.allclose(whole, torch.cat(parts), rtol=tolerance, atol=tolerance)
+            known = torch.allclose(whole, torch.cat(parts), rtol=tolerance, atol=tolerance)
         except (RuntimeError, TypeError, ValueError, IndexError):
-            _BROADCASTS[key] = False
-    return _BROADCASTS[key]
+            known = False
+        _BROADCASTS[forward_of(module), x.ndim] = known
+    return known
+
+
+@torch.compiler.assume_constant_result
+def _known(forward: Callable, dimensions: int) -> bool | None:
+    # A constant, because code that looks it up here would be compiled again when another model adds a class.
+    return _BROADCASTS.get((forward, dimensions))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.subspaces.entries import MEMBERS, Members, note_method
 from zo_hf.subspaces.functional import HALF
-from zo_hf.subspaces.held_parameters import HeldParameters
+from zo_hf.subspaces.held_parameters import LOOK_EVERY, NAME, HeldParameters, refuse_write, writes, writes_of
 from zo_hf.subspaces.layer_inputs import is_transformed
 from zo_hf.subspaces.sites import Site
 
@@ -111,6 +111,7 @@ class ModuleReads:
         """Return a stand-in for the parameter that moves it when an operation needs its values."""
         made = raw.detach().as_subclass(Unresolved)
         made.reads, made.attribute, made.raw = self, attribute, raw
+        setattr(made, NAME, self.sites[attribute].name)
         if raw.requires_grad and not is_transformed():  # vmap refuses it
             with torch._C.DisableTorchFunctionSubclass():
                 made.requires_grad_()
@@ -128,6 +129,7 @@ class ModuleReads:
         self.watch.note(site.name)
         value: Any = subspace.parameter_at_point(site, self.module, raw)
         value._is_param = True
+        setattr(value, NAME, site.name)
         return value
 
 
@@ -147,6 +149,7 @@ class Unresolved(Tensor):
         if _reads_no_values(function):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
+        refuse_write((*args[: writes(function)], kwargs.get("out")), lambda _: None)
         args, kwargs = tree_map(_resolved, (tuple(args), kwargs))
         return function(*args, **kwargs)
 
@@ -191,7 +194,10 @@ class ReadWatch:
         read_names: names of the sites that a probe has read.
         elsewhere: pairs (module, name of the parameter) that are read outside of an entered forward.
         held: replaces parameters that a loss holds from before.
+        is_compiled: True if compiled code has entered a forward. A mode would have it compiled again, and it is left alone.
     """
+
+    is_compiled = False
 
     def __init__(self, subspace: Movable) -> None:
         self.subspace = subspace
@@ -206,6 +212,9 @@ class ReadWatch:
         self._readers: dict[nn.Parameter, set[nn.Module]] = {}
         self.held = HeldParameters(self._held_name, self._held_moved, _reads_no_values)
         self._looks_for_held = subspace.loader is None
+        # Inference tensors have no version, and FSDP and the loader of offloaded weights work on the parameters themselves.
+        versioned = [site for site in subspace.sites if not is_sharded(site.parameter) and site.offloaded is None]
+        self._versioned = {s.name: s.parameter for s in versioned if not s.parameter.is_inference()}
         fused = {m for kind in subspace.model.modules() if isinstance(kind, _FUSED) for m in kind.modules()}
         for module, record in _records(self, subspace.sites).items():
             self._watched[module] = record
@@ -259,9 +268,33 @@ class ReadWatch:
         record, attribute = self._listed[parameter]
         return record.moved(attribute, parameter)
 
-    def finding_held(self) -> AbstractContextManager[Any]:
-        """Evaluate a loss in this context, where parameters that it holds from before have the values of the point."""
-        return self.held if self._looks_for_held else nullcontext()
+    @contextmanager
+    def finding_held(self) -> Iterator[None]:
+        """Evaluate a loss in this context, where parameters that it holds from before have the values of the point.
+
+        Raises:
+            ValueError: the loss has written a parameter in place.
+        """
+        if self._looks_for_held:
+            with self.held:
+                yield
+            return
+        before = [p._version for p in self._versioned.values()]
+        yield
+        if [p._version for p in self._versioned.values()] != before:
+            after = zip(self._versioned.items(), before, strict=True)
+            raise ValueError(writes_of(next(name for (name, p), version in after if p._version != version)))
+
+    def look(self, step: int, has_held: bool) -> None:
+        """Decide whether the losses of a step are searched for parameters that they hold from before.
+
+        Args:
+            step: number of the step.
+            has_held: True if an earlier step has found some.
+        """
+        self.held.has_replaced = has_held
+        is_due = step % LOOK_EVERY == 0 and not self.is_compiled
+        self._looks_for_held = self.subspace.loader is None and (has_held or is_due)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -290,11 +323,7 @@ class ReadWatch:
                 module.__class__ = _watching(kind, tuple(record.sites))
 
     def settle(self) -> None:
-        """Stop watching the modules of which all parameters have been read, and in an entered forward only.
-
-        Parameters that a loss holds from before are no longer looked for, unless there have been some.
-        """
-        self._looks_for_held = self.held.has_replaced
+        """Stop watching the modules of which all parameters have been read, and in an entered forward only."""
         for module, record in list(self._watched.items()):
             names = {site.name for site in record.sites.values()}
             if names <= self._read_here and not any((module, a) in self.elsewhere for a in record.sites):

@@ -22,7 +22,7 @@ class SettledReads:
 
     def __init__(self, subspace: Subspace, ranks: Ranks) -> None:
         self._subspace, self._ranks = subspace, ranks
-        self._has_settled = False
+        self._has_settled = self._has_held = False
 
     def settle(self, step: int) -> list[str]:
         """Find out, after the probes of a step, which parameters move from this step on.
@@ -31,6 +31,7 @@ class SettledReads:
             Names of the parameters that did not move before, and do now.
         """
         subspace = self._subspace
+        self._look(step + 1)
         if self._has_settled and not subspace.still:
             return []
         first, self._has_settled = not self._has_settled, True
@@ -41,6 +42,34 @@ class SettledReads:
         if first and unread:
             logger.warning("%s", unread_parameters(subspace))
         return sorted(before - subspace.still)
+
+    def _look(self, step: int) -> None:
+        held = self._subspace.reads.held
+        if held.has_replaced and self._has_settled and not self._has_held:
+            logger.warning(
+                "step %d found that the loss reads weights from a list of before, such as list(model.parameters()); earlier steps "
+                "may have read them without their perturbation, so let such a penalty begin in the first step, with a factor of 0",
+                step - 1,
+            )
+        self._has_held = held.has_replaced
+        self._subspace.reads.look(step, self._has_held)
+
+    @property
+    def has_held(self) -> bool:
+        """True if a loss has read parameters that it held from before."""
+        return self._has_held
+
+    def resume(self, step: int, still: Iterable[str], has_held: bool) -> None:
+        """Continue before a step of a run.
+
+        Args:
+            step: number of the step.
+            still: names of the only parameters that no probe has read yet, on any rank.
+            has_held: see the property.
+        """
+        self.remember(still)
+        self._has_held = has_held
+        self._subspace.reads.look(step, has_held)
 
     def remember(self, still: Iterable[str]) -> None:
         """Continue a run in which only the parameters `still` have not been read yet, by a probe on any rank."""

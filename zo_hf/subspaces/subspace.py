@@ -406,6 +406,8 @@ def _entered_forward(
     layer = subspace.quantized.get(module)
     if layer is not None and layer.rounds_activations and subspace.probes:
         original = layer.forward
+    if torch.compiler.is_compiling():
+        subspace.reads.is_compiled = True
     holders = subspace._holders.get(module)
     if holders is None:
         return original(*args, **kwargs)

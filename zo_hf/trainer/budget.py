@@ -3,7 +3,8 @@
 The cost of a step is known before it begins. Every micro-batch costs forward passes for the step's probes, for the rule's
 own evaluations, and for a measurement of the curvature. The rule's evaluations may vary from step to step. The first step
 evaluates the probes of one micro-batch twice if `zo_batched_probes="auto"` compares both ways, and a few more if rows get
-directions of their own. A step that would exceed the budget does not begin.
+directions of their own. How many, only the step itself shows: the budget must pay for the most. A step that might exceed the
+budget does not begin.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers.training_args import OptimizerNames
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import Estimator
 from zo_hf.evaluation.curvature_probes import curvature_probes
-from zo_hf.evaluation.first_batch import passes_of_check
+from zo_hf.evaluation.first_batch import passes_of_check, passes_of_joined
 from zo_hf.evaluation.private_rows import PASSES_OF_CHECK
 from zo_hf.lr_finder.find import SHARE, forward_passes_of_search
 from zo_hf.parallel.ranks import Ranks
@@ -68,6 +69,7 @@ class Budget(TrainerCallback):
         self.is_spent = False
         self.seconds_before, self._began = 0.0, monotonic()
         self._zo: ZerothOrder | None = None
+        self._losses: Any = None
         self._ranks = Ranks()
         self._replaces_max_steps = args.zo_max_forward_passes is not None and args.max_steps <= 0
         self._batches: int | None = None
@@ -88,7 +90,7 @@ class Budget(TrainerCallback):
         try:
             yield
         finally:
-            self._zo = None
+            self._zo = self._losses = None
 
     def resolved(self, args: ZOConfig) -> ZOConfig:
         """Return the arguments, with `max_steps` set to what the forward passes pay for if they alone set the length."""
@@ -98,9 +100,15 @@ class Budget(TrainerCallback):
         with_steps.max_steps = self.steps()
         return with_steps
 
-    def watch(self, zo: ZerothOrder, ranks: Ranks) -> None:
-        """Start to count the forward passes of an engine."""
-        self._zo, self._ranks = zo, ranks
+    def watch(self, zo: ZerothOrder, ranks: Ranks, losses: Any) -> None:
+        """Start to count the forward passes of an engine.
+
+        Args:
+            zo: the engine.
+            ranks: the processes that train together.
+            losses: makes the losses of micro-batches, and has `passes_beside`, see `MicroBatchLosses`.
+        """
+        self._zo, self._ranks, self._losses = zo, ranks, losses
 
     def see(self, dataloader: DataLoader) -> None:
         """Note the length of an epoch, whose last step may have fewer micro-batches than the others."""
@@ -159,8 +167,8 @@ class Budget(TrainerCallback):
             if self._spent():
                 also += f", beside the {self._spent()} of learning_rate='auto'"
             raise ValueError(
-                f"zo_max_forward_passes={args.zo_max_forward_passes} is too small for the first step, which takes "
-                f"{self._cost(batches)}{also}; raise it."
+                f"zo_max_forward_passes={args.zo_max_forward_passes} is too small for the first step, which "
+                f"{'may take' if also else 'takes'} {self._cost(batches)}{also}; raise it."
             )
         # By the checkpoint's time, which is the same on every rank, and not by the clock.
         self.is_spent = not pays or self._reaches_limit(self.seconds_before)
@@ -204,7 +212,8 @@ class Budget(TrainerCallback):
     def _cost(self, batches: int) -> int:
         more = self._passes_of_check() if self._checks() else 0
         step, measured = (0, 0) if self._zo is None else (self._zo.step, self._zo.curvature_passes)
-        return (self._passes_per_batch(step) + measured) * batches + more
+        beside = 0 if self._losses is None else self._losses.passes_beside
+        return (self._passes_per_batch(step) + measured + beside) * batches + more
 
     def _passes_per_batch(self, step: int) -> int:
         rule = self._settings.rule_kind
@@ -228,15 +237,18 @@ class Budget(TrainerCallback):
         return groups.works is None or groups.looks_again(self._estimator().probes())
 
     def _passes_of_check(self) -> int:
-        """Return the forward passes that such a look takes, by rows if the loss comes apart."""
+        """Return the most forward passes that such a look takes."""
         if self._zo is not None and self._zo.private is not None:
             return PASSES_OF_CHECK
         probes = self._estimator().probes()
         groups = None if self._zo is None else self._zo.row_groups
         if groups is None or groups.works is False:
             return len(probes)
-        again = len(probes) if groups.looks_again(probes) else 0
-        return again + (passes_of_check(probes) if groups.works is None else 0)
+        if groups.works:
+            return len(probes) if groups.looks_again(probes) else 0
+        # A loss that turns out not to come apart is evaluated again as a whole, and then perhaps in one forward pass.
+        whole = len(probes) * (2 if self._zo is not None and self._zo.evaluator.batched is None else 1)
+        return passes_of_check(probes) + passes_of_joined(probes) + whole
 
     def _spent(self) -> int:
         return 0 if self._zo is None else self._zo.forward_passes

@@ -41,6 +41,8 @@ class MicroBatchLosses:
         ranks: the processes that train together.
     """
 
+    _counted = 0  # of the present step
+
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         self._trainer, self._ranks = trainer, ranks
         self._checks, self._count_test = LossChecks(), CountTest(ranks.all_reduce_and)
@@ -66,11 +68,19 @@ class MicroBatchLosses:
         with self._trainer.zo.evaluator.leaving_buffers(self._trainer.zo.subspace, runs=False):
             weight = self._weight(model, batch)  # may change what the closure passes on
             calls = self._calls(model, batch.num_items, counts)
-            passes = calls.at_current_point(batch.inputs, self._trainer.args.device)
+            calls.at_current_point(batch.inputs, self._trainer.args.device)
         if calls.entries is not None and not self._knows_rows:
             self._find_rows(batch.inputs, calls.entries)
-        self._trainer.zo.evaluator.forward_passes += passes * self._ranks.grid.directions
+        zo = self._trainer.zo
+        if zo.at_start_of_step:  # what the first step finds out is for the next ones, whose cost is known before
+            self._counted = self.passes_beside
+        zo.evaluator.forward_passes += self._counted
         return self._closure(model, batch, calls), weight
+
+    @property
+    def passes_beside(self) -> int:
+        """Forward passes that every micro-batch takes beside its probes, for values that the loss detaches."""
+        return self._ranks.grid.directions if self._detach_test.matters and not has_stock_loss(self._trainer) else 0
 
     def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
         """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""

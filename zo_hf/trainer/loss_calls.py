@@ -58,24 +58,18 @@ class LossCalls:
             return self._once(inputs)
 
     @torch.no_grad()
-    def at_current_point(self, inputs: dict[str, Any], device: torch.device) -> int:
-        """Evaluate the loss before any probe, for the values that it detaches, unless they do not matter.
-
-        Returns:
-            The forward passes that every such micro-batch takes: 1 if the values are known to matter, else 0.
-        """
+    def at_current_point(self, inputs: dict[str, Any], device: torch.device) -> None:
+        """Evaluate the loss before any probe, for the values that it detaches, unless they do not matter."""
         if self._is_stock or self._test.matters is False:
-            return 0
+            return
         before = GlobalGenerators.now(device)
-        matters = bool(self._test.matters)
         with self._stop_gradients:
             loss = self._once(inputs)
         before.restore()
         self.entries = len(loss) if isinstance(loss, RowLosses) else 0
-        if not matters:
+        if not self._test.matters:
             self._first = one_number(loss, device).item()
             self._test.see_first(self._stop_gradients, loss, device)
-        return int(matters)
 
     def _once(self, inputs: dict[str, Any]) -> Any:
         if not self._state.may_change:

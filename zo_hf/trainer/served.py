@@ -82,6 +82,8 @@ class ServedLosses:
         ValueError: its loss is another one; the message says which.
     """
 
+    passes_beside = 0
+
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         self._trainer = trainer
         if not has_stock_loss(trainer) or not has_stock_contexts(trainer) or trainer.label_smoother is not None:

@@ -218,7 +218,7 @@ class ZOTrainer(SearchingTrainer):
         self._losses = self._losses_kind(self, self._ranks)
         zo.evaluator.autocast_dtype = setup.autocast_dtype(self.accelerator)
         self._features = self._feature_cache(zo)
-        self._budget.watch(zo, self._ranks)
+        self._budget.watch(zo, self._ranks, self._losses)
         if self._division is not None:
             self._division.enter(zo.evaluator, self.model)
         return zo, rate
