@@ -12,26 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zo_hf.estimators.estimator import Estimator
 from zo_hf.estimators.probe import Probe
+from zo_hf.estimators.two_point import TwoPoint
 from zo_hf.method_info import Method
 
 _NEEDS = "coordinates in memory; one cycle takes d/q steps"
 
 
-class Coordinate(Estimator):
+class Coordinate(TwoPoint):
     """Central differences along `num_directions` coordinates; every step takes the next ones."""
 
     name = "coordinate"
     about = Method("coordinate differences (Kiefer-Wolfowitz 1952, 2310.02025)", forwards="2q", needs=_NEEDS)
     along_coordinates = True
-
-    def probes(self) -> list[Probe]:
-        """Return the 2B evaluations of a step, + and - of a coordinate side by side."""
-        return [Probe(i, sign * self.eps) for i in range(self.num_directions) for sign in (1.0, -1.0)]
-
-    def projected_gradients(self, losses: Sequence[float]) -> list[float]:
-        return [(plus - minus) / (2.0 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
 
     def coefficients(self, projected_gradients: Sequence[float]) -> list[float]:
         return list(projected_gradients)
