@@ -66,40 +66,56 @@ class LossWatch:
         self._losses = [*self._losses, loss][-MEMORY:]
         self._since += 1
         self._seen += 1
-        if self.level is None or self._long_level is None or self.first is None:
+        if self.first is None or self.level is None or self._long_level is None:
             if self._since == WINDOW:
                 self.first = self.level = self._long_level = self._mean(WINDOW)
                 self._deviation = self._deviation_now()
             return None
+        mean = self._mean_above_level(self.first, self.level, self._long_level)
+        if mean is None:
+            self._lower_levels(self.first, self.level, self._long_level)
+            mean = self._mean_not_taken_back(self.first)
+        return None if mean is None else self._rise(mean)
+
+    def _mean_above_level(self, first: float, level: float, long_level: float) -> float | None:
+        """Return the mean over the shortest window in which the losses have risen; None if they have in none."""
         for window, rise in RISES:
             if self._since < window:
-                break
-            mean, level = self._mean(window), self._long_level if window > WINDOW else self.level
-            fallen = max(self.first - level, 0.0)
-            least = max(rise * abs(self.first), LOST * fallen if window >= WINDOW else fallen)
+                return None
+            mean, lowest = self._mean(window), long_level if window > WINDOW else level
+            fallen = max(first - lowest, 0.0)
+            least = max(rise * abs(first), LOST * fallen if window >= WINDOW else fallen)
             errors = window**-0.5 + max(window, WINDOW) ** -0.5
-            if mean - level > max(least, ERRORS * self._deviation * errors):
-                return self._rise(mean)
-        if self._seen == self._since == WINDOW:  # the search saw a few batches, whose mean and deviation are rough
-            self.level = self._long_level = self._mean(WINDOW)
-            self.first = max(self.first, self.level)
-            self._deviation = max(self._deviation, self._deviation_now())
-        elif self._seen == self._since == MEMORY:
-            self._long_level = self._mean(MEMORY)
-        if self._since >= WINDOW and self._mean(WINDOW) <= self.level:
-            self.level = self._mean(WINDOW)
+            if mean - lowest > max(least, ERRORS * self._deviation * errors):
+                return mean
+        return None
+
+    def _lower_levels(self, first: float, level: float, long_level: float) -> None:
+        """Take note of the means that are the lowest so far."""
+        if self._since < WINDOW:
+            return
+        mean, has_never_risen = self._mean(WINDOW), self._seen == self._since
+        if has_never_risen and self._since == WINDOW:  # the search saw a few batches: its mean and deviation are rough
+            self.first, level, self._long_level = max(first, mean), mean, mean
+        if mean <= level:
+            self.level = mean
             self._deviation = max(self._deviation, self._deviation_now())
         if self._since >= MEMORY:
-            self._long_level = min(self._long_level, self._mean(MEMORY))
-        if self._risen is not None and self._since % MEMORY == 0:
-            mean = self._mean(MEMORY)
-            noise = ERRORS * self._deviation * (MEMORY**-0.5 + WINDOW**-0.5)
-            if mean <= self.first + max(RISES[-1][1] * abs(self.first), noise):
-                self._risen = None
-            elif mean > self._risen - RECOVERED * (self._risen - self.first):
-                return self._rise(mean)
-            else:
-                self._risen = mean
+            long_mean = self._mean(MEMORY)
+            self._long_level = long_mean if has_never_risen and self._since == MEMORY else min(long_level, long_mean)
+
+    def _mean_not_taken_back(self, first: float) -> float | None:
+        """Return the mean of `MEMORY` steps if it is about as high as it was after a rise; None if it has fallen."""
+        if self._risen is None or self._since % MEMORY:
+            return None
+        mean = self._mean(MEMORY)
+        noise = ERRORS * self._deviation * (MEMORY**-0.5 + WINDOW**-0.5)
+        if mean <= first + max(RISES[-1][1] * abs(first), noise):
+            self._risen = None
+        elif mean > self._risen - RECOVERED * (self._risen - first):
+            return mean
+        else:
+            self._risen = mean
         return None
 
     def _rise(self, mean: float) -> float:
