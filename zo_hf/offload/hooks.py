@@ -61,16 +61,7 @@ def offloaded_weights(model: nn.Module) -> dict[str, OffloadedWeight]:
         if not isinstance(hook.weights_map, WeightsOfHook):
             _adopt(module, hook, known)
     tables = _tables(model, hooks)
-    for target, source in _ties(model):
-        if (target in tables) != (source in tables):
-            raise ValueError(
-                f"device_map puts {target} and {source} on different devices, and they share one weight; give both the same device."
-            )
-        if target in tables:
-            (table, name), (other_table, other_name) = tables[target], tables[source]
-            if table[name] is not other_table[other_name]:
-                other_table[other_name].places += table[name].places
-                table[name] = other_table[other_name]
+    _join_tied(model, tables)
     named = {name: table[local] for name, (table, local) in tables.items()}
     for name, weight in named.items():
         if not weight.has_value:
@@ -187,6 +178,25 @@ def _tables(
         for module, hook in hooks.items()
         for local in hook.weights_map.weights
     }
+
+
+def _join_tied(model: nn.Module, tables: Mapping[str, tuple[dict[str, OffloadedWeight], str]]) -> None:
+    """Let weights that are tied be one weight in the tables of `_tables`.
+
+    Raises:
+        ValueError: one of two is offloaded, and the other is not.
+    """
+    for target, source in _ties(model):
+        if (target in tables) != (source in tables):
+            raise ValueError(
+                f"device_map puts {target} and {source} on different devices, and they share one weight; give both the same device."
+            )
+        if target not in tables:
+            continue
+        (table, name), (other_table, other_name) = tables[target], tables[source]
+        if table[name] is not other_table[other_name]:
+            other_table[other_name].places += table[name].places
+            table[name] = other_table[other_name]
 
 
 def _ties(model: nn.Module) -> Iterator[tuple[str, str]]:
