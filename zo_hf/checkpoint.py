@@ -25,6 +25,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from zo_hf.subspaces.adapter import Adapter
 from zo_hf.subspaces.folded import Folded
 from zo_hf.subspaces.low_rank import LowRank
 from zo_hf.subspaces.peft_methods import computes_its_prompt, is_peft
+from zo_hf.subspaces.subspace import Subspace
 from zo_hf.untrusted import plain_json
 from zo_hf.untrusted.fields import (
     Fits,
@@ -167,12 +169,7 @@ class CheckpointWriter:
             found_learning_rate: the rate that `learning_rate="auto"` has found; None without a search.
             more: more entries of the state file, as JSON has them.
         """
-        subspace = zo.subspace
-        base: dict[str, Tensor] = {}
-        # Factors that become an adapter are never folded: the base is the model that the run began with.
-        keeps_base = isinstance(subspace, LowRank) and subspace.becomes_adapter
-        if learning_rates is None and isinstance(subspace, Folded) and not subspace.at_origin and not keeps_base:
-            base = subspace.base_state()
+        base = {} if learning_rates is not None else _base_to_save(zo.subspace)
         if not write:
             return
         state: dict[str, Any] = {"settings": zo.saved_settings(), "engine": zo.state_dict(), "trajectory": trajectory}
@@ -181,20 +178,34 @@ class CheckpointWriter:
             state["learning_rate"] = found_learning_rate
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
-        elif isinstance(subspace, Folded):
-            state["drawn_at"] = subspace.drawn_at
-            state["at_origin"] = subspace.at_origin
-            if not subspace.at_origin:
-                save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
-                if base:
-                    self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
-        elif isinstance(subspace, Adapter):
-            # PEFT does not save every trainable tensor with every method.
+        else:
+            state |= self._save_tensors(zo, base, folder)
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+
+    def _save_tensors(self, zo: ZerothOrder, base: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        """Write the coordinates, the base and the rule's memory, as far as the model's files lack them.
+
+        Args:
+            zo: the engine.
+            base: the weights as of the last fold; empty if there is no need for them.
+            folder: the checkpoint's folder.
+
+        Returns:
+            What the state file says of them.
+        """
+        subspace, said = zo.subspace, {}
+        has_coordinates = isinstance(subspace, Adapter)  # PEFT does not save every trainable tensor with every method
+        if isinstance(subspace, Folded):
+            said = {"drawn_at": subspace.drawn_at, "at_origin": subspace.at_origin}
+            has_coordinates = not subspace.at_origin
+            if base:
+                self._save_base(subspace.drawn_at, base, folder / BASE_FILE)
+        if has_coordinates:
             save_file(_detached(dict(subspace.coordinates)), folder / COORDINATES_FILE)
         remembered = zo.rule.state()
-        if remembered and learning_rates is None:
+        if remembered:
             save_file(_detached(remembered), folder / RULE_FILE)
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+        return said
 
     def moved(self, before: Path, after: Path) -> None:
         """Take note that a folder written by `save` has moved to its final place."""
@@ -217,6 +228,13 @@ class CheckpointWriter:
                 path.unlink()
         save_file(_detached(base), path)
         self._last_base = (drawn_at, path, file_crc(path))
+
+
+def _base_to_save(subspace: Subspace) -> dict[str, Tensor]:
+    """Return the weights as of the last fold, if the model's own files do not hold them; else an empty dictionary."""
+    # Factors that become an adapter are never folded: the base is the model that the run began with.
+    keeps_base = isinstance(subspace, LowRank) and subspace.becomes_adapter
+    return subspace.base_state() if isinstance(subspace, Folded) and not subspace.at_origin and not keeps_base else {}
 
 
 def file_crc(path: Path) -> int:
@@ -257,30 +275,22 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     check_settings(zo, state, folder)
     _check_names(zo, state, folder)
     reshard(zo.model)
-    subspace = zo.subspace
-    coordinates: dict[str, Tensor] = dict(subspace.coordinates)
-    base = subspace.base_tensors() if isinstance(subspace, Folded) else {}
-    targets = {folder / COORDINATES_FILE: coordinates, folder / BASE_FILE: base}
-    targets = {path: tensors for path, tensors in targets.items() if tensors and path.exists()}
-    # Everything is read before anything of the model is written.
-    read = {path: _read(path, tensors) for path, tensors in targets.items()}
-    rule_file = folder / RULE_FILE
-    needed = {name: tensor for name, tensor in zo.rule.state().items() if name not in zo.rule.newer_state}
-    rule = _read(rule_file, needed, whole_file=True) if rule_file.exists() else None
+    saved = _read_tensors(zo, folder)  # all of them, before anything of the model is written
     try:
         zo.load_state_dict(state["engine"])
-        if rule is not None:
-            zo.rule.load_state(rule)
+        if saved.rule is not None:
+            zo.rule.load_state(saved.rule)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"the state in {folder} belongs to another method; resume from another checkpoint."
         ) from error
-    with torch.no_grad():
-        if folder / COORDINATES_FILE in read:
-            _copy(read[folder / COORDINATES_FILE], coordinates)
+    subspace = zo.subspace
+    if saved.coordinates is not None:
+        with torch.no_grad():
+            _copy(saved.coordinates, dict(subspace.coordinates))
     if isinstance(subspace, Folded):
-        if folder / BASE_FILE in read:
-            subspace.load_base(read[folder / BASE_FILE])
+        if saved.base is not None:
+            subspace.load_base(saved.base)
         subspace.draw_bases(state["drawn_at"])
         subspace.coordinates_changed()
         if state["at_origin"]:
@@ -288,6 +298,32 @@ def load(zo: ZerothOrder, folder: Path) -> bool:
     if isinstance(subspace, Adapter):  # only now, because the adapter's weights have had another dtype until training
         check_weights(zo.model, folder)
     return True
+
+
+@dataclass(frozen=True)
+class _SavedTensors:
+    """The tensors of a checkpoint's files by name; None for a file that is not there, or that the run has no use for."""
+
+    coordinates: dict[str, Tensor] | None
+    base: dict[str, Tensor] | None
+    rule: dict[str, Tensor] | None
+
+
+def _read_tensors(zo: ZerothOrder, folder: Path) -> _SavedTensors:
+    """Read the engine's tensors.
+
+    Raises:
+        ValueError: a file cannot be read, or does not fit this run; the message names it.
+    """
+
+    def found(file: str, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return _read(folder / file, like) if like and (folder / file).exists() else None
+
+    coordinates = found(COORDINATES_FILE, dict(zo.subspace.coordinates))
+    base = found(BASE_FILE, zo.subspace.base_tensors() if isinstance(zo.subspace, Folded) else {})
+    needed = {name: tensor for name, tensor in zo.rule.state().items() if name not in zo.rule.newer_state}
+    rule = _read(folder / RULE_FILE, needed, whole_file=True) if (folder / RULE_FILE).exists() else None
+    return _SavedTensors(coordinates, base, rule)
 
 
 def weights_hash_of(model: nn.Module, state: Mapping[str, Any]) -> str | None:
