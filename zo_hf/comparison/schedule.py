@@ -197,15 +197,24 @@ def run_all(
             return
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
             comparison, job = pending.pop(future)
-            error = future.exception()
-            if error is None:
-                comparison.finished.add(asdict(job) | future.result())
-            elif isinstance(error, BrokenProcessPool):
-                raise SystemExit(
-                    "A process was killed, probably out of memory; use fewer --processes. Finished runs are kept."
-                )
-            elif isinstance(error, Exception) and job.budget:
-                comparison.failed[job.method] = f"{type(error).__name__}: {error}"
-            else:
-                raise error
+            _note_end(comparison, job, future)
             done(comparison, job)
+
+
+def _note_end(comparison: Comparison, job: Job, future: Future[dict[str, Any]]) -> None:
+    """Keep the result of a run, or why it failed.
+
+    Raises:
+        SystemExit: its process was killed.
+    """
+    error = future.exception()
+    if error is None:
+        comparison.finished.add(asdict(job) | future.result())
+    elif isinstance(error, BrokenProcessPool):
+        raise SystemExit(
+            "A process was killed, probably out of memory; use fewer --processes. Finished runs are kept."
+        )
+    elif isinstance(error, Exception) and job.budget:
+        comparison.failed[job.method] = f"{type(error).__name__}: {error}"
+    else:
+        raise error
