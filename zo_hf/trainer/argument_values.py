@@ -155,14 +155,8 @@ def check_arguments(args: Any) -> None:
     _check_optim_args(str(plain(args.optim)), args.optim_args)
     if args.logging_steps == 0 and plain(args.logging_strategy) == "steps":
         raise ValueError("logging_steps=0 must be above 0; use logging_strategy='no' to log nothing.")
-    for name, needs_workers in (
-        ("dataloader_persistent_workers", args.dataloader_persistent_workers),
-        ("dataloader_prefetch_factor", args.dataloader_prefetch_factor is not None),
-    ):
-        if needs_workers and not args.dataloader_num_workers:
-            raise ValueError(
-                f"{name}={getattr(args, name)} has no effect with dataloader_num_workers=0; leave it out, or use 1 or more."
-            )
+    if not args.dataloader_num_workers:
+        _refuse_options_of_workers(args)
     rate = args.learning_rate
     if isinstance(rate, int | float) and rate * args.weight_decay >= 1:
         raise ValueError(
@@ -178,6 +172,15 @@ def check_learning_rate(value: Any) -> None:
         ValueError: it is not a number from 0 to 1e6, "auto" or None.
     """
     checked("learning_rate", value, *_RANGES["learning_rate"])
+
+
+def _refuse_options_of_workers(args: Any) -> None:
+    for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name}={value} has no effect with dataloader_num_workers=0; leave it out, or use 1 or more."
+            )
 
 
 def _interval(name: str, value: float | None) -> float | None:
@@ -201,15 +204,19 @@ def _check_optim_args(optim: str, text: str | None) -> None:
         if read is not None and name not in read:
             known = f"use {', '.join(read)}" if read else "leave it out"
             raise ValueError(f"optim_args={text!r} has {name}, which optim={optim!r} does not read; {known}.")
-        try:
-            number = float(value)
-        except ValueError:
-            if name in ("momentum", "dampening", "weight_decay"):
-                raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a number; give one.") from None
-            continue  # the optimizer knows
-        if not math.isfinite(number):
-            raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a finite number; give one.")
-        if name == "momentum" and not 0 <= number < 1:
-            raise ValueError(f"optim_args={text!r} must have a momentum of at least 0 and below 1; 0.9 is common.")
-        if name == "weight_decay" and not 0 <= number <= MOST_RATE:
-            raise ValueError(f"optim_args={text!r} must have a weight_decay of at least 0; leave it out for none.")
+        _check_optim_number(text, name, value)
+
+
+def _check_optim_number(text: str, name: str, value: str) -> None:
+    try:
+        number = float(value)
+    except ValueError:
+        if name in ("momentum", "dampening", "weight_decay"):
+            raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a number; give one.") from None
+        return  # the optimizer knows
+    if not math.isfinite(number):
+        raise ValueError(f"optim_args={text!r} has {name}={value}, which is not a finite number; give one.")
+    if name == "momentum" and not 0 <= number < 1:
+        raise ValueError(f"optim_args={text!r} must have a momentum of at least 0 and below 1; 0.9 is common.")
+    if name == "weight_decay" and not 0 <= number <= MOST_RATE:
+        raise ValueError(f"optim_args={text!r} must have a weight_decay of at least 0; leave it out for none.")
