@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,27 +99,16 @@ def find_sites(
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
     layers: dict[int, QuantizedLayer] = {}
-    quantized, coded = quantized or {}, parts_of_codes(model)
     offloaded = {id(weight.placeholder): weight for weight in offloaded_weights(model).values()}
-    for module_name, module in model.named_modules():
-        parameters = dict(module._parameters)
-        if module in quantized and parameters.get("weight") is None:
-            parameters["weight"] = quantized[module].stand_in
-        for attribute, parameter in parameters.items():
-            if parameter is None:
-                continue
-            if attribute == "weight" and module in quantized:
-                layers[id(parameter)] = quantized[module]
-            elif not parameter.requires_grad or not parameter.is_floating_point() or id(parameter) in coded:
-                continue
-            if allowed is not None and id(parameter) not in allowed:
-                continue
-            if not parameter.numel() and module not in quantized:  # whose stand-in for a weight is empty
-                continue
-            name = f"{module_name}.{attribute}" if module_name else attribute
-            key = next((k for k, (_, p) in first.items() if _is_transposed_view(parameter, p)), id(parameter))
-            first.setdefault(key, (name, parameter))
-            uses.setdefault(key, []).extend(readers.of(module, attribute))
+    for module_name, module, attribute, parameter, layer in _trainable(model, quantized or {}):
+        if allowed is not None and id(parameter) not in allowed:
+            continue
+        if layer is not None:
+            layers[id(parameter)] = layer
+        name = f"{module_name}.{attribute}" if module_name else attribute
+        key = next((k for k, (_, p) in first.items() if _is_transposed_view(parameter, p)), id(parameter))
+        first.setdefault(key, (name, parameter))
+        uses.setdefault(key, []).extend(readers.of(module, attribute))
     sites = [
         Site(name, parameter, tuple(uses[key]), layers.get(key), offloaded.get(id(parameter)))
         for key, (name, parameter) in first.items()
@@ -134,6 +123,30 @@ def find_sites(
             f"{type(model).__name__}; {way_out}."
         )
     return _without_what_cannot_move(model, sites, chosen=target is not None)
+
+
+def _trainable(
+    model: nn.Module, quantized: Mapping[nn.Module, QuantizedLayer]
+) -> Iterator[tuple[str, nn.Module, str, nn.Parameter, QuantizedLayer | None]]:
+    """Yield the parameters that can move, wherever a module holds them: tied ones several times.
+
+    Yields:
+        The module's name, the module, the parameter's name there, the parameter, and the layer of a quantized weight.
+    """
+    coded = parts_of_codes(model)
+    for module_name, module in model.named_modules():
+        parameters, layer = dict(module._parameters), quantized.get(module)
+        if layer is not None and parameters.get("weight") is None:
+            parameters["weight"] = layer.stand_in
+        for attribute, parameter in parameters.items():
+            if parameter is None:
+                continue
+            if layer is not None and attribute == "weight":
+                yield module_name, module, attribute, parameter, layer
+                continue
+            is_trainable = parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in coded
+            if is_trainable and (parameter.numel() or layer is not None):
+                yield module_name, module, attribute, parameter, None
 
 
 def is_decayed(site: Site) -> bool:
