@@ -349,11 +349,10 @@ class RowGroups:
         if self.works is None and evaluator.batched and passes.why_not_batchable is not None:
             raise NotBatchable(passes.why_not_batchable)
         own, whole = own_passes(probes), None
-        last = passes.points(own[-1])
         # A rank alone can take more passes for the comparison only if no other waits in them.
         self._subspace.compares_rows = self.works is None and evaluator.recover is None
         if self.works is None:  # before any group, so that all ranks have settled how to call their loss
-            whole = passes.whole(last[-1])
+            whole = passes.whole(passes.points(own[-1])[-1])
         chooses, shares_pass = self.may_choose and len(own) > 1, len(own) == len(probes) > 1
         if chooses:
             free_memory.watch(self._subspace.device)
@@ -361,16 +360,7 @@ class RowGroups:
         found = evaluator.in_one_batch(passes) if in_one_batch else passes.sequential()
         evaluator.forward_passes += len(probes)
         if whole is not None:
-            others, alone = passes.shares(some_elsewhere(last)), passes.shares(last[-1:])
-            evaluator.forward_passes += passes_of_check(probes)
-            dtype = evaluator.dtype_of_computation(self._subspace, alone.dtype)
-            shares = found[-len(alone) :]
-            problem = why_not_apart(shares, others, alone, whole, rounding(dtype))
-            if problem is None and self._subspace.joined_lengths:
-                moved = [passes.shares(others_elsewhere(last, kept)) for kept in (0, 1)]
-                evaluator.forward_passes += passes_of_joined(probes)
-                problem = why_not_joined(shares, moved, rounding(dtype))
-            self._decide(problem)
+            self._decide(self._why_not_by_groups(passes, probes, found, whole))
             if self.works and evaluator.batched and shares_pass:  # so that a refusal comes before the first step
                 found = evaluator.in_one_batch(passes)
                 evaluator.forward_passes += len(probes)
@@ -378,6 +368,29 @@ class RowGroups:
             found = evaluator.choose(passes, found, len(probes))
         evaluator.dtype = found.dtype
         return found.double()
+
+    def _why_not_by_groups(
+        self, passes: GroupPasses, probes: Sequence[Probe], found: Tensor, whole: Tensor
+    ) -> str | None:
+        """Return why the first batch's loss does not come apart into the shares of groups; None if it does.
+
+        Args:
+            passes: the forward passes of the batch.
+            probes: the estimator's probes for one group.
+            found: the shares at each of the probes, (probes, groups).
+            whole: the loss of the batch at the last point of the last group, from a pass over all rows, (1,) or (2,).
+        """
+        last, evaluator = passes.points(own_passes(probes)[-1]), self._evaluator
+        others, alone = passes.shares(some_elsewhere(last)), passes.shares(last[-1:])
+        evaluator.forward_passes += passes_of_check(probes)
+        error = rounding(evaluator.dtype_of_computation(self._subspace, alone.dtype))
+        shares = found[-len(alone) :]
+        problem = why_not_apart(shares, others, alone, whole, error)
+        if problem is None and self._subspace.joined_lengths:
+            moved = [passes.shares(others_elsewhere(last, kept)) for kept in (0, 1)]
+            evaluator.forward_passes += passes_of_joined(probes)
+            problem = why_not_joined(shares, moved, error)
+        return problem
 
     @property
     def may_choose(self) -> bool:
