@@ -12,6 +12,7 @@ A class of norms takes the first way if a comparison with random parameters find
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,16 +72,12 @@ def functional_call_per_group(
     # A tensor with one row belongs to the whole batch; the first tensor with more rows carries the batch.
     first = next((t for t in inputs if t.shape[0] != 1), inputs[0])
     total = first.shape[0]
-    shared = total == 1
     looks_up = isinstance(module, nn.Embedding)
     if looks_up:
         require_ids_of_rows(first, groups, rows)
-    # An embedding of positions may get the positions of one row beside the ids of all rows.
-    dimensions = min(first.ndim, 2) if looks_up else 1
-    if not (shared or looks_up or is_of_rows(total, groups, rows)):
+    elif not (total == 1 or is_of_rows(total, groups, rows)):
         raise NotBatchable(f"{type(module).__name__} sees {total} rows, which {groups} probes cannot share equally")
-    size = total // groups
-    if stacked is not None and not shared and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+    if stacked is not None and total != 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
         if forward_of(module) is nn.Linear.forward:
             every = stacked()
             if all(value.dtype == args[0].dtype for value in every.values()):
@@ -89,33 +86,52 @@ def functional_call_per_group(
             every = stacked()
             if all(value.ndim == 2 for value in every.values()) and _broadcasts(module, every, args[0]):
                 return _in_one_call(module, every, args[0])
-
-    def part(tensor: Tensor, group: int) -> Tensor:
-        carries_batch = not shared and tensor.ndim >= dimensions and tensor.shape[0] == total
-        return tensor[group * size : (group + 1) * size] if carries_batch else tensor
-
-    def own(value: Any, group: int) -> Any:
-        # A list may have one entry per row, such as the name of the row's adapter.
-        by_row = isinstance(value, list) and len(value) == total and not any(isinstance(v, Tensor) for v in value)
-        return value[group * size : (group + 1) * size] if by_row and not shared else value
-
-    def repeated(tensor: Tensor) -> Tensor:
-        # Position embeddings are looked up once for the whole batch; repeat them for the rows of this group.
-        if tensor.ndim == 0:
-            raise NotBatchable(f"{type(module).__name__} returns a number for the whole batch")
-        return tensor.expand(rows if shared else size, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
-
+    # An embedding of positions may get the positions of one row beside the ids of all rows.
+    dimensions = min(first.ndim, 2) if looks_up else 1
+    size = rows if total == 1 else total // groups
     outputs = []
     for group in range(groups):
-
-        def pick(tensor: Tensor, group: int = group) -> Tensor:
-            return part(tensor, group)
-
-        own_args = tuple(map_tensors(own(value, group), pick) for value in args)
-        own_kwargs = {name: map_tensors(own(value, group), pick) for name, value in kwargs.items()}
+        own = _Rows(slice(group * size, (group + 1) * size), total, dimensions)
+        own_args = tuple(own.of(value) for value in args)
+        own_kwargs = {name: own.of(value) for name, value in kwargs.items()}
         output = functional_call(module, parameters(group), own_args, own_kwargs)
-        outputs.append(map_tensors(output, repeated))
+        outputs.append(map_tensors(output, lambda tensor: _for_rows(module, tensor, size)))
     return _concatenate(outputs)
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch that belong to a group.
+
+    Args:
+        rows: the rows of the group.
+        total: the rows of the batch; 1 if the inputs have one row that belongs to all groups.
+        dimensions: the number of dimensions from which on a tensor carries the batch.
+    """
+
+    rows: slice
+    total: int
+    dimensions: int
+
+    def of(self, value: Any) -> Any:
+        """Return the part of an input that belongs to the group: all of it, unless it carries the batch."""
+        if self.total == 1:
+            return value
+        # A list may have one entry per row, such as the name of the row's adapter.
+        if isinstance(value, list) and len(value) == self.total and not any(isinstance(v, Tensor) for v in value):
+            return map_tensors(value[self.rows], self._part)
+        return map_tensors(value, self._part)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        carries_batch = tensor.ndim >= self.dimensions and tensor.shape[0] == self.total
+        return tensor[self.rows] if carries_batch else tensor
+
+
+def _for_rows(module: nn.Module, output: Tensor, rows: int) -> Tensor:
+    """Return an output with a group's rows: position embeddings are looked up once for the whole batch."""
+    if output.ndim == 0:
+        raise NotBatchable(f"{type(module).__name__} returns a number for the whole batch")
+    return output.expand(rows, *output.shape[1:]) if output.shape[0] == 1 else output
 
 
 def looked_up_per_group(
