@@ -69,28 +69,14 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
     inner: Any = base_model(model)
     with MemoryTrace(tensors(model)) as trace:
         subspace = make()
-        is_for_rows = given.rows_per_direction != "auto" or subspace.takes_groups_cheaply
-        rows_per_direction = given.rows_per_direction if is_for_rows else 0
-        zo = ZerothOrder(
-            model,
-            subspace,
-            num_directions=given.num_directions,
-            rows_per_direction=rows_per_direction,
-            direction=given.direction,
-            batched_probes=not rows_per_direction if given.batched == "auto" else given.batched,
-            common_random_numbers=False,  # a comparison of generators needs values
-        )
+        zo = _engine(model, subspace, given)
         try:
             trace.end_phase()
             # A step after the first, which compares the loss with the known function of the logits.
             checks = LossChecks(is_known=True, in_chunks=ChunkedHead(model, inner).may_divide())
             inputs, divides = _labeled(inner, given), not isinstance(subspace, Full)
             loss = ModelLoss(model, inner, inputs, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
-            groups = 1
-            if zo.row_groups is not None:
-                zo.row_groups.works = True  # the first batch decides by values
-                zo.row_groups.expect(given.batch_size, 1)
-                groups = zo.row_groups.count or 1
+            groups = 1 if zo.row_groups is None else zo.row_groups.count or 1
             for _ in range(2):
                 with rows_of_passes(inner) as passes:
                     zo.probe(loss)
@@ -113,6 +99,25 @@ def zeroth_order(model: Any, make: Callable[[], Subspace], given: Assumptions) -
         moves = subspace.dimension
         subspace.clear_gradient()
     return Usage(moves, state, tuple(trace.phases), tuple(passes))
+
+
+def _engine(model: nn.Module, subspace: Subspace, given: Assumptions) -> ZerothOrder:
+    """Return an engine that decides nothing by values, because traced tensors have none."""
+    is_for_rows = given.rows_per_direction != "auto" or subspace.takes_groups_cheaply
+    rows_per_direction = given.rows_per_direction if is_for_rows else 0
+    zo = ZerothOrder(
+        model,
+        subspace,
+        num_directions=given.num_directions,
+        rows_per_direction=rows_per_direction,
+        direction=given.direction,
+        batched_probes=not rows_per_direction if given.batched == "auto" else given.batched,
+        common_random_numbers=False,  # a comparison of generators needs values
+    )
+    if zo.row_groups is not None:
+        zo.row_groups.works = True
+        zo.row_groups.expect(given.batch_size, 1)
+    return zo
 
 
 @contextmanager
