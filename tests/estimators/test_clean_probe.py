@@ -10,11 +10,10 @@ from torch import Tensor
 
 from tests.conftest import seeded, tiny_llama
 from tests.estimators.quadratic import ALONG_NOISE, EVERY_ESTIMATOR, Quadratic, engine
-from tests.subspaces.helpers import EVERY_SUBSPACE, batch_for, move_off_the_origin, prepared
+from tests.subspaces.helpers import EVERY_SUBSPACE, batch_for, loss_of, move_off_the_origin, prepared
 from zo_hf.directions import RADEMACHER
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
-from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.subspaces import Core
 
@@ -25,10 +24,8 @@ def _small_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def losses(zo: ZerothOrder, probes: list[Probe], batched: bool) -> Tensor:
-    batch = batch_for(zo.model, rows=2)
-    inner = zo.model.get_base_model() if zo.subspace.name == "adapter" else zo.model
     zo.evaluator.batched = batched
-    closure = ModelLoss(zo.model, inner, batch, lambda inputs: zo.model(**inputs).loss)
+    closure = loss_of(zo.model, batch_for(zo.model, rows=2))
     return zo.evaluator.losses(zo.subspace, closure, probes, zo._stream, zo.distribution)
 
 

@@ -29,9 +29,9 @@ from tests.conftest import (
     translation_batch,
     weights_of,
 )
-from tests.evaluation.test_rows import EPS, InOrder, loss_of, numbers_of_rows_alone
-from tests.subspaces.helpers import move_off_the_origin, prepared, sgd
-from tests.trainer.runs import SaveAt, logged, make_trainer
+from tests.evaluation.test_rows import EPS, numbers_of_rows_alone
+from tests.subspaces.helpers import loss_of, move_off_the_origin, prepared, sgd
+from tests.trainer.runs import InOrder, SaveAt, logged, make_trainer
 from zo_hf import ZOSeq2SeqTrainer
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable, Probe

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_opt, weights_of
-from tests.evaluation.test_rows import OPTIONS, ROWS, SUBSPACES, InOrder, bert, loss_of, ragged, share_of, with_labels
-from tests.subspaces.helpers import direction, move_off_the_origin, prepared, sgd
-from tests.trainer.runs import SaveAt, logged, make_trainer
+from tests.evaluation.test_rows import OPTIONS, ROWS, SUBSPACES, bert, ragged, share_of, with_labels
+from tests.subspaces.helpers import direction, loss_of, move_off_the_origin, prepared, sgd
+from tests.trainer.runs import InOrder, SaveAt, logged, make_trainer
 from zo_hf.directions import GivenMask
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS

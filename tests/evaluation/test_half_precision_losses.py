@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import VOCABULARY, seeded, tiny_bert
+from tests.subspaces.helpers import loss_of
 from zo_hf import ZerothOrder
-from zo_hf.evaluation.model_loss import ModelLoss
 
 ROWS = 4
 HALF = (torch.bfloat16, torch.float16)
@@ -38,10 +38,6 @@ KINDS = {
 def batch_of(labels: Tensor) -> dict[str, Tensor]:
     ids = torch.randint(1, VOCABULARY, (ROWS, 8), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def loss_of(model: Any, batch: dict[str, Tensor]) -> ModelLoss:
-    return ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss)
 
 
 def classifier(dtype: torch.dtype, kind: str = "one label") -> Any:

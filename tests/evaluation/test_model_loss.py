@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -16,13 +16,13 @@ from transformers import (
     BartForCausalLM,
     LlamaForCausalLM,
     OPTForCausalLM,
-    PreTrainedModel,
 )
 
 from tests.conftest import VOCABULARY, causal_batch, seeded, tiny_llama, tiny_mixtral, tiny_opt
+from tests.subspaces.helpers import loss_of
 from tests.trainer.runs import Recorder, logged, trained
 from zo_hf.estimators.probe import NotBatchable
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.evaluation.model_loss import LossChecks
 
 
 def with_router() -> nn.Module:
@@ -105,7 +105,7 @@ def test_every_term_of_the_models_loss_is_there(tmp_path: Path, build: Any, dtyp
 def test_a_term_that_is_0_at_first_is_noticed_when_it_comes() -> None:
     model = seeded(lambda: DistanceForCausalLM(tiny_opt().config))
     checks = LossChecks()
-    losses = loss_of(model, causal_batch(), checks)
+    losses = loss_of(model, causal_batch(), checks=checks)
     with torch.no_grad():
         assert losses.batched(2)[0].item() == pytest.approx(losses().item(), rel=1e-5)
         model.model.decoder.final_layer_norm.bias += 0.1
@@ -140,17 +140,13 @@ def assigned() -> nn.Module:
 @pytest.mark.parametrize("build", [lambda: seeded(lambda: WarmsUpForCausalLM(tiny_opt().config)), assigned])
 def test_a_loss_function_of_ones_own_is_compared_in_every_batch(build: Any) -> None:
     model = build()
-    losses = loss_of(model, causal_batch(), LossChecks())
+    losses = loss_of(model, causal_batch(), checks=LossChecks())
     with torch.no_grad():
         assert losses.batched(2)[0].item() == pytest.approx(losses().item(), rel=1e-5)
         model.strength = 1.0
         with pytest.raises(NotBatchable, match="terms of its own"):
             losses.batched(2)
         assert losses().item() == pytest.approx(model(**causal_batch()).loss.item(), rel=1e-6)
-
-
-def loss_of(model: PreTrainedModel, batch: dict[str, Tensor], checks: LossChecks | None = None) -> ModelLoss:
-    return ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks)
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "max_length_q", "seq_idx"])
@@ -164,11 +160,11 @@ def test_a_batch_that_is_free_of_padding_is_not_repeated(name: str) -> None:
 
 def test_a_later_batch_with_other_inputs_is_evaluated_one_probe_at_a_time() -> None:
     model, checks = seeded(tiny_llama), LossChecks()
-    loss_of(model, causal_batch(3), checks).batched(2)
-    loss_of(model, causal_batch(5), checks).batched(2)
+    loss_of(model, causal_batch(3), checks=checks).batched(2)
+    loss_of(model, causal_batch(5), checks=checks).batched(2)
     more = causal_batch(3) | {"position_ids": torch.arange(12)[None].expand(3, -1)}
     with pytest.raises(NotBatchable, match="other inputs"):
-        loss_of(model, more, checks).batched(2)
+        loss_of(model, more, checks=checks).batched(2)
 
 
 def test_a_known_loss_stays_with_few_logits_and_one_forward_pass() -> None:
@@ -180,7 +176,7 @@ def test_a_known_loss_stays_with_few_logits_and_one_forward_pass() -> None:
 
     with torch.no_grad():
         for _ in range(2):
-            losses = loss_of(model, causal_batch(), checks)
+            losses = loss_of(model, causal_batch(), checks=checks)
             # Hooks of the user's own make the comparison permanent, so look from inside.
             handle = model.register_forward_hook(look, with_kwargs=True)
             losses()

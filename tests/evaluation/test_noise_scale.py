@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
-from tests.evaluation.test_rows import loss_of
-from tests.subspaces.helpers import sgd
+from tests.subspaces.helpers import loss_of, sgd
 from tests.trainer.runs import SaveAt, logged, make_trainer
 from zo_hf.engine import ZerothOrder
 from zo_hf.evaluation.noise_scale import NoiseScale

@@ -24,14 +24,12 @@ from tests.conftest import (
     tiny_opt,
     weights_of,
 )
-from tests.evaluation.test_rows import InOrder
 from tests.parallel.launch import run
-from tests.subspaces.helpers import prepared, sgd
-from tests.trainer.runs import SaveAt, logged, make_trainer
+from tests.subspaces.helpers import loss_of, prepared, sgd
+from tests.trainer.runs import InOrder, SaveAt, logged, make_trainer
 from zo_hf import ZOTrainer
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable, Probe
-from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.packed_loss import sequences_of
 from zo_hf.subspaces.packing import Packing
 from zo_hf.trajectory import read_trajectory, replay
@@ -65,11 +63,6 @@ def in_two_rows() -> dict[str, Any]:
         missing = first[name].shape[1] - second[name].shape[1]
         batch[name] = torch.cat([first[name], nn.functional.pad(second[name], (0, missing), value=padding)])
     return batch
-
-
-def loss_of(model: Any, batch: dict[str, Any]) -> ModelLoss:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss)
 
 
 def share_alone(model: nn.Module, rows: list[dict[str, list[int]]], row: dict[str, list[int]]) -> Tensor:

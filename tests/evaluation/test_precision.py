@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.conftest import causal_batch, seeded, tiny_llama
+from tests.subspaces.helpers import loss_of
 from zo_hf import ZerothOrder
 from zo_hf.estimators import SecondDifference
 from zo_hf.evaluation import free_memory
 from zo_hf.evaluation.curvature_probes import CurvatureProbes
-from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.evaluation.precision import coarsest, rounding
 
 
@@ -50,6 +50,6 @@ def test_probes_share_a_forward_pass_if_there_is_room(
     model = seeded(tiny_llama)
     zo = ZerothOrder(model, rows_per_direction=0)
     with caplog.at_level(logging.INFO, logger="zo_hf"):
-        zo.estimate(ModelLoss(model, model, causal_batch(), lambda inputs: model(**inputs).loss))
+        zo.estimate(loss_of(model, causal_batch()))
     assert zo.evaluator.batched is fits
     assert ("needs about 0.4 GB, and 0.2 GB are free" in caplog.text) is not fits

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import default_data_collator
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
-from tests.evaluation.test_rows import InOrder
 from tests.parallel.launch import log_of, run
 from tests.subspaces.helpers import sgd
-from tests.trainer.runs import SaveAt, make_trainer
+from tests.trainer.runs import InOrder, SaveAt, make_trainer
 from zo_hf import RowLosses
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import SequentialSampler
 from transformers import BertForSequenceClassification, BertForTokenClassification, PreTrainedModel
 
 from tests.conftest import (
@@ -30,22 +29,16 @@ from tests.conftest import (
     translation_batch,
     weights_of,
 )
-from tests.subspaces.helpers import prepared, sgd
-from tests.trainer.runs import SaveAt, logged, make_trainer, with_lora
+from tests.subspaces.helpers import loss_of, prepared, sgd
+from tests.trainer.runs import InOrder, SaveAt, logged, make_trainer, with_lora
 from zo_hf import RowLosses, ZOTrainer
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.estimators.probe import Probe
-from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.trajectory import read_trajectory, replay
 
 ROWS, EPS = 6, 1e-2
-
-
-def loss_of(model: Any, batch: dict[str, Tensor]) -> ModelLoss:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss)
 
 
 def bert(kind: type, **options: Any) -> nn.Module:
@@ -177,11 +170,6 @@ def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(name: st
 
 
 # Steps that are divided in several ways.
-
-
-class InOrder(ZOTrainer):
-    def _get_train_sampler(self, *args: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
 
 
 OPTIONS = {"zo_rows_per_direction": 1, "max_steps": 4, "zo_fold_steps": 2, "zo_rank": 2, "zo_eps": 1e-2}

@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, tiny_opt, weights_of
 from tests.evaluation.test_packed_rows import flat, sentences
-from tests.evaluation.test_rows import EPS, MODELS, ROWS, SUBSPACES, loss_of
-from tests.subspaces.helpers import sgd
+from tests.evaluation.test_rows import EPS, MODELS, ROWS, SUBSPACES
+from tests.subspaces.helpers import loss_of, sgd
 from tests.trainer.runs import logged, trained, with_lora
 from zo_hf import RowLosses, ZerothOrder
 from zo_hf.estimators.probe import NotBatchable

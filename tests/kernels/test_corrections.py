@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tests.conftest import causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_opt
 from tests.methods.table import DEVICE
+from tests.subspaces.helpers import loss_of
 from zo_hf.engine import ZerothOrder
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.evaluation.model_loss import LossChecks
 from zo_hf.rng import draw as draws
 from zo_hf.subspaces import per_group
 
@@ -29,7 +30,7 @@ def _losses(build: Callable[..., nn.Module], choice: str, directions: int = 1) -
     )
     optimizer, checks, found = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-2)), LossChecks(), []
     for _ in range(3):
-        found.append(zo.probe(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks)))
+        found.append(zo.probe(loss_of(model, batch, checks=checks)))
         zo.finish_estimate()
         optimizer.step()
     zo.finish()

@@ -9,8 +9,9 @@ from accelerate import cpu_offload
 from tests.conftest import causal_batch, seeded, tiny_opt
 from tests.gpu.fake_cuda import CUDA, fake_cuda
 from tests.offload.conftest import Timeline
+from tests.subspaces.helpers import loss_of
 from zo_hf import ZerothOrder
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.evaluation.model_loss import LossChecks
 from zo_hf.rng import philox_wide
 
 
@@ -28,7 +29,7 @@ def test_a_step_and_a_fold_compute_on_the_device(
         optimizer = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3))
         assert {coordinate.device for coordinate in zo.subspace.coordinates.values()} == {CUDA}
         checks = LossChecks(is_known=True)
-        loss = ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks)
+        loss = loss_of(model, batch, checks=checks)
         for _ in range(3):
             counts.clear()
             zo.estimate(loss)

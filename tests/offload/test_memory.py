@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from tests.conftest import causal_batch, seeded, tiny_opt
 from tests.offload.models import as_arrays, in_memory, saved
 from tests.parallel.launch import Running
+from tests.subspaces.helpers import loss_of
 from tests.trainer.runs import At, trained
 from zo_hf import ZerothOrder
 from zo_hf.evaluation import chunked_head
@@ -63,7 +64,7 @@ def test_the_head_is_loaded_once_for_all_chunks_of_logits(tmp_path: Path, monkey
     losses = []
     for model in (in_memory(base), as_arrays(base)):
         zo = ZerothOrder(model, "low_rank", rows_per_direction=0, batched_probes=True, seed=0)
-        loss = ModelLoss(model, model, batch, lambda inputs, model=model: model(**inputs).loss)
+        loss = loss_of(model, batch)
         zo.estimate(loss)
         read = count_reads(monkeypatch)
         losses.append(zo.estimate(loss).loss)
@@ -121,7 +122,7 @@ def test_the_plan_counts_what_a_step_loads(tmp_path: Path, monkeypatch: pytest.M
     (planned,) = plan(AutoConfig.from_pretrained(base), "1GB", given, [Setup("low_rank", "half", streamed=True)]).rows
     model = as_arrays(base)
     zo = ZerothOrder(model, "low_rank", rows_per_direction=rows, batched_probes=not rows, seed=0)
-    loss = ModelLoss(model, model, causal_batch(), lambda inputs: model(**inputs).loss)
+    loss = loss_of(model, causal_batch())
     for _ in range(2):  # from then on the first layer is loaded after the last one
         zo.estimate(loss)
     read = count_reads(monkeypatch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.rules.helpers import EVERY_RULE, engine, gradients, linear_task, options_of, steps
-from tests.trainer.runs import SaveAt, logged, trained
+from tests.trainer.runs import SaveAt, SkipsThird, logged, trained
 from zo_hf import ZOTrainer, checkpoint
 from zo_hf.rules import RULES
 from zo_hf.trajectory import read_trajectory, replay
@@ -120,14 +120,6 @@ RUNS: dict[str, dict[str, Any]] = {
         "dtype": torch.bfloat16,
     },
 }
-
-
-class SkipsThird(ZOTrainer):
-    """The loss of the third step is not finite."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().compute_loss(*args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 2 else loss
 
 
 @EVERY_RULE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.conftest import CAUSAL_MODELS, causal_batch, tiny_bert
 from tests.quantized_models import decoded, dequantized, quantize
 from zo_hf.directions import GAUSSIAN, Distribution
 from zo_hf.engine import ZerothOrder
+from zo_hf.evaluation.model_loss import ModelLoss
 from zo_hf.rng import Purpose, Stream, draw_slice
 from zo_hf.rules import SeededSGD
 from zo_hf.subspaces import SUBSPACES, Core, Folded, Full, LowRank, Scales, Subspace
@@ -34,6 +36,12 @@ EVERY_SUBSPACE = pytest.mark.parametrize("subspace", list(SUBSPACES))
 UNQUANTISED = [name for name in SUBSPACES if name != "scales"]
 MODELS = {**CAUSAL_MODELS, "bert": tiny_bert}
 EVERY_MODEL = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+def loss_of(model: Any, batch: Mapping[str, Any], **options: Any) -> ModelLoss:
+    """The model's own loss of a batch, as a Trainer gives it to the engine; `options` are those of `ModelLoss`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss, **options)
 
 
 def prepared(subspace: str, model: nn.Module, targets: str | list[str] = "all-linear", rank: int = 2) -> nn.Module:

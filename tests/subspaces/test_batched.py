@@ -21,15 +21,18 @@ from tests.conftest import (
     tiny_opt,
     tiny_t5,
 )
-from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, MODELS, batch_for, move_off_the_origin, prepared
+from tests.subspaces.helpers import (
+    EVERY_MODEL,
+    EVERY_SUBSPACE,
+    MODELS,
+    batch_for,
+    loss_of,
+    move_off_the_origin,
+    prepared,
+)
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.evaluation.model_loss import ModelLoss, only_labeled_logits
-
-
-def own_loss(model: nn.Module, batch: dict[str, Tensor], **kwargs) -> ModelLoss:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss, **kwargs)
 
 
 def both(model: nn.Module, subspace: str, loss, directions: int, **kwargs) -> tuple[Tensor, Tensor]:
@@ -49,7 +52,7 @@ def both(model: nn.Module, subspace: str, loss, directions: int, **kwargs) -> tu
 @EVERY_MODEL
 def test_batched_probes_give_the_losses_of_sequential_ones(subspace: str, build) -> None:
     model = prepared(subspace, seeded(build))
-    sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), 3, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch_for(model)), 3, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
     # Of a tiny BERT the norms and biases, or the scales, move the loss by little.
     assert (sequential[::2] - sequential[1::2]).abs().min() > (1e-5 if subspace in ("norms", "scales") else 1e-4)
@@ -61,7 +64,7 @@ def test_batched_probes_are_exact_in_float64(subspace: str, build) -> None:
     """To what transformers' own float32 in losses and norms leaves."""
     options = {"experts_implementation": "eager"} if build is tiny_mixtral else {}  # the fused ones know no float64
     model = prepared(subspace, seeded(build, torch.float64, **options))
-    sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), 2, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch_for(model)), 2, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=1e-6)
 
 
@@ -73,7 +76,7 @@ HALF += [pytest.param(MODELS["opt"], torch.float16, id="opt-fp16")]
 @pytest.mark.parametrize(("build", "dtype"), HALF)
 def test_half_precision_models_batch_too(subspace: str, build, dtype: torch.dtype) -> None:
     model = prepared(subspace, seeded(build, dtype))
-    sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), 2, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch_for(model)), 2, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=0.03)
 
 
@@ -82,7 +85,7 @@ def test_half_precision_models_batch_too(subspace: str, build, dtype: torch.dtyp
 def test_autocast_batches_too(subspace: str, name: str) -> None:
     """float32 weights computing in bf16: the same in one batch, and near the losses of float32."""
     model = prepared(subspace, seeded(MODELS[name]))
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     exact, _ = both(model, subspace, loss, 2, eps=0.05)
     with torch.autocast("cpu", torch.bfloat16):
         sequential, batched = both(model, subspace, loss, 2, eps=0.05)
@@ -96,7 +99,7 @@ def test_positions_that_are_broadcast_over_the_batch(subspace: str, name: str, r
     """Position ids of one row are looked up once for all probes, whose position embeddings differ."""
     model = prepared(subspace, seeded(MODELS[name]))
     batch = {**batch_for(model, rows), "position_ids": torch.arange(LENGTH)[None] + 3}
-    sequential, batched = both(model, subspace, own_loss(model, batch), 2, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch), 2, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
 
 
@@ -108,7 +111,7 @@ def test_padded_batches(subspace: str, name: str) -> None:
     batch = causal_batch(2)
     batch["attention_mask"][0, :5] = 0
     batch["labels"][:, -2] = batch["input_ids"][:, -2]
-    sequential, batched = both(model, subspace, own_loss(model, batch), 2, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch), 2, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
 
 
@@ -176,10 +179,10 @@ def decided(zo: ZerothOrder, loss, caplog: pytest.LogCaptureFixture) -> tuple[bo
 
 
 @EVERY_SUBSPACE
-def test_auto_chooses_one_batch_for_a_models_own_loss(subspace: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_chooses_one_batch_for_a_models_loss_of(subspace: str, caplog: pytest.LogCaptureFixture) -> None:
     model = prepared(subspace, seeded(tiny_opt))
     zo = ZerothOrder(model, subspace, num_directions=2)
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     batched, message = decided(zo, loss, caplog)
     assert batched is True
     assert "'auto' chose True" in message
@@ -223,7 +226,7 @@ def test_auto_goes_one_by_one_where_rows_see_each_other(subspace: str, caplog: p
     layer = model.model.decoder.layers[0]
     layer.activation_fn = nn.Sequential(MixesRows(), nn.ReLU())
     model = prepared(subspace, model)
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     zo = ZerothOrder(model, subspace, num_directions=2, eps=0.05)
     found = zo.probe(loss)
     zo.discard()
@@ -261,7 +264,7 @@ def test_auto_goes_one_by_one_where_the_model_refuses_a_larger_batch(
     model.model.decoder.layers[0].activation_fn = FixedShape(rows=4 * LENGTH)
     model = prepared(subspace, model)
     zo = ZerothOrder(model, subspace, num_directions=2)
-    batched, message = decided(zo, own_loss(model, batch_for(model)), caplog)
+    batched, message = decided(zo, loss_of(model, batch_for(model)), caplog)
     assert batched is False
     assert message == "zo_batched_probes='auto' chose False: expected 48 rows and got 192"
     assert zo.evaluator.forward_passes == 4
@@ -284,7 +287,7 @@ def test_a_linear_layer_without_the_batch_in_front_is_not_batched(subspace: str)
     """Its tokens can be divided by the number of probes and would be, wrongly and in silence."""
     model = seeded(tiny_llama)
     model.model.layers[0].mlp = SharedTable(model.model.layers[0].mlp)
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     with pytest.raises(
         NotBatchable, match=rf"^{TRUE_CANNOT}: a linear layer sees 1 rows, which 2 probes cannot share equally; use"
     ):
@@ -318,7 +321,7 @@ def test_a_lookup_without_the_batch_in_front_is_not_batched(subspace: str, name:
     model = seeded(tiny_llama)
     model.model.layers[0].mlp = AddsDistances(model.model.layers[0].mlp, DISTANCES[name])
     batch = {key: value[:4, :1].expand(4, length).contiguous() for key, value in batch_for(model).items()}
-    loss = own_loss(model, batch)
+    loss = loss_of(model, batch)
     with pytest.raises(NotBatchable, match=rf"^{TRUE_CANNOT}: an embedding looks up \d+ positions that belong to no"):
         ZerothOrder(model, subspace, batched_probes=True).estimate(loss)
 
@@ -347,7 +350,7 @@ class AddsPositions(nn.Module):
 def test_a_shared_input_may_come_first(subspace: str) -> None:
     model = seeded(tiny_llama)
     model.model.layers[0].mlp = AddsPositions(model.model.layers[0].mlp)
-    sequential, batched = both(model, subspace, own_loss(model, batch_for(model)), 2, eps=0.02)
+    sequential, batched = both(model, subspace, loss_of(model, batch_for(model)), 2, eps=0.02)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
 
 
@@ -380,13 +383,13 @@ def test_a_module_with_parameters_and_moving_children(subspace: str) -> None:
     """Sequential probes are right, one batch is refused with its name."""
     model = seeded(tiny_llama)
     model.model.layers[0].mlp = HoldsBoth(model.model.layers[0].mlp)
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     with pytest.raises(
         NotBatchable, match=rf"^{TRUE_CANNOT}: HoldsBoth has both parameters and child modules with parameters; use"
     ):
         ZerothOrder(model, subspace, batched_probes=True).estimate(loss)
     zo = ZerothOrder(seeded(tiny_llama), subspace)
-    assert zo.estimate(own_loss(zo.model, batch_for(zo.model))).is_finite
+    assert zo.estimate(loss_of(zo.model, batch_for(zo.model))).is_finite
 
 
 # Counting.
@@ -407,5 +410,5 @@ def test_forward_passes_are_counted_exactly(subspace: str, batched: bool, direct
     model.register_forward_pre_hook(count, with_kwargs=True)
     zo = ZerothOrder(model, subspace, num_directions=directions, batched_probes=batched)
     for _ in range(3):
-        zo.estimate(own_loss(model, batch_for(model, rows=2)))
+        zo.estimate(loss_of(model, batch_for(model, rows=2)))
     assert zo.evaluator.forward_passes == 3 * len(zo.estimator.probes()) == rows_seen // 2

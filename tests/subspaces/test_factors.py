@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_opt
+from tests.subspaces.helpers import loss_of
 from zo_hf.directions import GAUSSIAN
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
-from zo_hf.evaluation.model_loss import LossChecks, ModelLoss
+from zo_hf.evaluation.model_loss import LossChecks
 from zo_hf.rng import Stream
 from zo_hf.rng import draw as draws
 from zo_hf.subspaces import LowRank, per_group
@@ -104,7 +105,7 @@ def _coordinates_after_a_run(build) -> dict[str, Tensor]:
     optimizer, checks = zo.prepare(torch.optim.SGD(zo.coordinates(), lr=1e-3)), LossChecks()
     batch = causal_batch(ROWS)
     for _ in range(20):
-        zo.estimate(ModelLoss(model, model, batch, lambda inputs: model(**inputs).loss, checks=checks))
+        zo.estimate(loss_of(model, batch, checks=checks))
         optimizer.step()
     found = {name: coordinate.detach().clone() for name, coordinate in zo.subspace.coordinates.items()}
     zo.finish()

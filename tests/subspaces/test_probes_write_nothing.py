@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_mixtral, weights_of
-from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, batch_for, prepared, sgd, with_scales
+from tests.subspaces.helpers import EVERY_MODEL, EVERY_SUBSPACE, batch_for, loss_of, prepared, sgd, with_scales
 from zo_hf.engine import ZerothOrder
-from zo_hf.evaluation.model_loss import ModelLoss
 
 EVERY_DTYPE = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bf16", "fp16"]
@@ -21,11 +20,6 @@ SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "ti
 
 def small_llama(subspace: str, dtype: torch.dtype) -> nn.Module:
     return prepared(subspace, seeded(tiny_llama, dtype, num_attention_heads=2, num_key_value_heads=1, **SMALL))
-
-
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> ModelLoss:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss)
 
 
 @EVERY_SUBSPACE

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, default_data_collator
 
 from tests.conftest import TinyTask, seeded, tiny_opt
@@ -51,6 +52,11 @@ def logged(trainer: ZOTrainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def passes_of_steps(trainer: ZOTrainer) -> list[int]:
+    """The forward passes logged with every training loss."""
+    return [entry["zo/forward_passes"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def with_lora(model: nn.Module, **options: Any) -> nn.Module:
     """`model` inside a PEFT LoRA model whose adapter depends on nothing but a seed."""
     from peft import LoraConfig, get_peft_model
@@ -59,6 +65,21 @@ def with_lora(model: nn.Module, **options: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return get_peft_model(model, LoraConfig(**options))
+
+
+class InOrder(ZOTrainer):
+    """Takes the rows in their order."""
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+class SkipsThird(ZOTrainer):
+    """The loss of the third step is not finite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
 
 
 class At(TrainerCallback):

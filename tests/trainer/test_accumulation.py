@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from tests.conftest import TinyTask, seeded, tiny_bert, tiny_llama, tiny_opt
-from tests.trainer.runs import logged, make_trainer
-from zo_hf import ZOTrainer
+from tests.trainer.runs import InOrder, logged, make_trainer
 
 SIZE = 8
 
@@ -41,11 +40,6 @@ class Labeled(Dataset):
 def ragged(index: int) -> Tensor:
     """Labels of tokens, at another number of positions in every row."""
     return torch.where(torch.arange(12) <= index, index % 2, -100)
-
-
-class InOrder(ZOTrainer):
-    def _get_train_sampler(self, *args: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
 
 
 class OwnMean(InOrder):

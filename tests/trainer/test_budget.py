@@ -13,7 +13,7 @@ from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights
 from tests.evaluation.test_rows import Joins
 from tests.parallel.launch import run
 from tests.rules.helpers import estimator_for
-from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, trained
+from tests.trainer.runs import At, SaveAt, config, logged, make_trainer, passes_of_steps, trained
 from zo_hf import RowLosses, ZOTrainer
 from zo_hf.estimators import ESTIMATORS, Estimator
 from zo_hf.estimators.probe import Probe
@@ -23,11 +23,6 @@ from zo_hf.trainer import budget
 
 SEQUENTIAL = {"zo_batched_probes": False, "zo_rows_per_direction": 0, "logging_steps": 1}
 STEPS = {"eval_strategy": "steps", "eval_steps": 100, "save_strategy": "steps", "save_steps": 100}
-
-
-def passes(trainer: ZOTrainer) -> list[int]:
-    """Logged with a training loss."""
-    return [entry["zo/forward_passes"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -46,7 +41,7 @@ def test_a_step_that_would_go_beyond_is_not_begun(tmp_path: Path, limit: int, di
     options = SEQUENTIAL | {"zo_num_directions": directions, "max_steps": 100}
     trainer = trained(tmp_path, zo_max_forward_passes=limit, **options)
     cost = 2 * directions
-    assert passes(trainer) == list(range(cost, limit + 1, cost))
+    assert passes_of_steps(trainer) == list(range(cost, limit + 1, cost))
     assert trainer.state.global_step == limit // cost
     reference = trained(tmp_path, **options | {"max_steps": limit // cost})
     assert_same_bits(weights_of(trainer.model), weights_of(reference.model))
@@ -55,7 +50,7 @@ def test_a_step_that_would_go_beyond_is_not_begun(tmp_path: Path, limit: int, di
 def test_the_look_at_the_rows_is_paid_for(tmp_path: Path) -> None:
     """7, 2, 2: the first step finds out whether the loss comes apart by rows, and whether one pass takes both signs."""
     for limit, expected in ((11, [7, 9, 11]), (12, [7, 9, 11]), (13, [7, 9, 11, 13])):
-        assert passes(trained(tmp_path, zo_max_forward_passes=limit, max_steps=100)) == expected
+        assert passes_of_steps(trained(tmp_path, zo_max_forward_passes=limit, max_steps=100)) == expected
     with pytest.raises(
         ValueError, match=r"^zo_max_forward_passes=10 is too small for the first step, which may take 11.*\.$"
     ):
@@ -89,7 +84,7 @@ def test_whatever_the_first_step_finds_is_within_the_budget(
     rows = [{"ids": torch.arange(i, i + 6), "mask": mask, "labels": torch.tensor(i % 4)} for i in range(8)]
     options: dict[str, Any] = {"more": {"train_dataset": rows}, "max_steps": 1, "zo_rows_per_direction": 1}
     options["remove_unused_columns"] = False
-    assert passes(trained(tmp_path, Joins(True), kind, **options)) == [first]
+    assert passes_of_steps(trained(tmp_path, Joins(True), kind, **options)) == [first]
     with pytest.raises(ValueError, match="is too small for the first step, which may take 11, 9 of them to find out"):
         trained(tmp_path, Joins(True), kind, zo_max_forward_passes=10, **options)
 
@@ -104,7 +99,7 @@ def test_values_that_a_loss_detaches_are_paid_for(tmp_path: Path) -> None:
     """4, 6, 6: from the second step on, every micro-batch is evaluated once more, before its probes."""
     options = SEQUENTIAL | {"max_steps": 100, "gradient_accumulation_steps": 2}
     for limit, expected in ((15, [4, 10]), (16, [4, 10, 16])):
-        assert passes(trained(tmp_path, None, Detaches, zo_max_forward_passes=limit, **options)) == expected
+        assert passes_of_steps(trained(tmp_path, None, Detaches, zo_max_forward_passes=limit, **options)) == expected
 
 
 def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +120,7 @@ def test_a_single_probe_shares_a_pass_with_none(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(ESTIMATORS, "one_sided", OneValue)
     options = {"zo_estimator": "one_sided", "zo_rows_per_direction": 1, "zo_batched_probes": True, "max_steps": 100}
-    assert passes(trained(tmp_path, zo_max_forward_passes=7, **options)) == [4, 5, 6, 7]
+    assert passes_of_steps(trained(tmp_path, zo_max_forward_passes=7, **options)) == [4, 5, 6, 7]
     with pytest.raises(
         ValueError, match=r"^zo_max_forward_passes=6 is too small for the first step, which may take 7.*\.$"
     ):
@@ -136,7 +131,7 @@ def test_tangents_for_every_row_are_paid_for(tmp_path: Path) -> None:
     """8, 2: the first step looks three times more at one micro-batch, in passes that count as two."""
     model = seeded(tiny_opt, attn_implementation="eager")
     options = {"zo_estimator": "forward_gradient", "max_steps": 100}
-    assert passes(trained(tmp_path, model, zo_max_forward_passes=15, **options)) == [8, 10, 12, 14]
+    assert passes_of_steps(trained(tmp_path, model, zo_max_forward_passes=15, **options)) == [8, 10, 12, 14]
     with pytest.raises(
         ValueError, match=r"^zo_max_forward_passes=13 is too small for the first step, which may take 14.*\.$"
     ):
@@ -154,12 +149,12 @@ def test_the_cost_of_a_step_is_known_before_it_is_taken(tmp_path: Path, estimato
     model = seeded(tiny_opt, attn_implementation="eager", num_hidden_layers=1)
     options = SEQUENTIAL | {"zo_estimator": estimator, "zo_rule": rule, "zo_num_directions": 2}
     try:
-        spent = passes(trained(tmp_path, model, max_steps=3, **options))
+        spent = passes_of_steps(trained(tmp_path, model, max_steps=3, **options))
     except ValueError:
         return  # they do not go together
     assert len(spent) == 3
     trainer = trained(tmp_path, model, max_steps=-1, zo_max_forward_passes=spent[-1] - 1, **options)
-    assert passes(trainer) == spent[:2]
+    assert passes_of_steps(trainer) == spent[:2]
 
 
 def test_micro_batches_are_counted_and_a_short_one_at_the_end_of_an_epoch(tmp_path: Path) -> None:
@@ -168,7 +163,7 @@ def test_micro_batches_are_counted_and_a_short_one_at_the_end_of_an_epoch(tmp_pa
         trainer = trained(
             tmp_path, zo_max_forward_passes=limit, max_steps=-1, gradient_accumulation_steps=3, **SEQUENTIAL
         )
-        assert passes(trainer) == expected
+        assert passes_of_steps(trainer) == expected
         assert trainer.state.max_steps == len(expected)
 
 
@@ -187,13 +182,13 @@ def test_schedules_end_where_the_budget_does(tmp_path: Path, batch: int) -> None
 def test_data_without_a_length_need_no_max_steps(tmp_path: Path) -> None:
     more = {"train_dataset": Stream()}
     options = SEQUENTIAL | {"gradient_accumulation_steps": 2, "max_steps": -1}
-    assert passes(trained(tmp_path, more=more, zo_max_forward_passes=14, **options)) == [4, 8, 12]
+    assert passes_of_steps(trained(tmp_path, more=more, zo_max_forward_passes=14, **options)) == [4, 8, 12]
     with pytest.raises(ValueError, match="max_steps"):
         trained(tmp_path, more=more, **options)
 
 
 def test_max_steps_ends_a_run_that_has_not_spent_all(tmp_path: Path) -> None:
-    assert passes(trained(tmp_path, max_steps=2, zo_max_forward_passes=100, **SEQUENTIAL)) == [2, 4]
+    assert passes_of_steps(trained(tmp_path, max_steps=2, zo_max_forward_passes=100, **SEQUENTIAL)) == [2, 4]
 
 
 @pytest.mark.parametrize("limit", [{"zo_max_forward_passes": 6}, {"zo_max_time": 1e-9}, {"max_steps": 3}])
@@ -209,7 +204,7 @@ def test_a_resumed_run_goes_on_spending_what_is_left(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", **options)
     trained(tmp_path / "killed", more={"callbacks": [SaveAt(4)]}, **options)
     resumed = trained(tmp_path / "killed", resume=True, **options)
-    assert passes(resumed) == passes(whole) == [2, 4, 6, 8, 10, 12]
+    assert passes_of_steps(resumed) == passes_of_steps(whole) == [2, 4, 6, 8, 10, 12]
     assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
 
@@ -229,7 +224,7 @@ def test_a_step_with_more_micro_batches_than_expected_is_not_begun_either(tmp_pa
     options = {"max_steps": 20, "gradient_accumulation_steps": 3, **SEQUENTIAL}
     trained(tmp_path, more={"callbacks": [SaveAt(2)]}, **options | {"max_steps": 2})
     resumed = trained(tmp_path, resume=True, zo_max_forward_passes=16, ignore_data_skip=True, **options)
-    assert passes(resumed)[-1] == 12 and resumed.state.global_step == 2
+    assert passes_of_steps(resumed)[-1] == 12 and resumed.state.global_step == 2
 
 
 # Time.

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import assert_same_bits, seeded, tiny_opt, weights_of
 from tests.parallel.launch import run
 from tests.stability.bowls import Bowl, Nothing
-from tests.trainer.runs import SaveAt, config, logged, make_trainer, trained
+from tests.trainer.runs import SaveAt, config, logged, make_trainer, passes_of_steps, trained
 from zo_hf import ZOConfig, ZOTrainer
 from zo_hf.stability import critical_step_size
 from zo_hf.stability.monitor import SAFETY, StabilityCallback
@@ -30,11 +30,6 @@ def bowl(folder: Path, **options: Any) -> ZOTrainer:
 
 def small() -> Any:
     return seeded(tiny_opt, num_hidden_layers=1)
-
-
-def passes(trainer: ZOTrainer) -> list[int]:
-    """Logged with a training loss."""
-    return [entry["zo/forward_passes"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # With zo_stability_steps=2, beyond the passes of the run without it, after each of four steps.
@@ -61,7 +56,7 @@ def test_what_it_costs_is_counted_and_no_bit_changes(tmp_path: Path, name: str) 
     options = {"zo_batched_probes": False, "zo_rows_per_direction": 0, "per_device_train_batch_size": 4} | options
     with_it = trained(tmp_path / "with", small(), zo_stability_steps=2, **options)
     without = trained(tmp_path / "without", small(), **options)
-    assert [a - b for a, b in zip(passes(with_it), passes(without), strict=True)] == extra
+    assert [a - b for a, b in zip(passes_of_steps(with_it), passes_of_steps(without), strict=True)] == extra
     for key in ("loss", "zo/projected_grad", "learning_rate", "grad_norm"):
         assert logged(with_it, key) == logged(without, key)
     assert_same_bits(weights_of(with_it.model), weights_of(without.model))
@@ -69,10 +64,10 @@ def test_what_it_costs_is_counted_and_no_bit_changes(tmp_path: Path, name: str) 
     assert len(logged(with_it, "zo/hessian_trace")) == 4 - first and not logged(without, "zo/hessian_trace")
     # Not one pass too many: one less than three steps take pays for two.
     options["max_steps"] = -1
-    total = passes(with_it)[2]
+    total = passes_of_steps(with_it)[2]
     for budget, expected in ((total, 3), (total - 1, 2)):
         limited = trained(tmp_path / "limited", small(), zo_stability_steps=2, zo_max_forward_passes=budget, **options)
-        assert passes(limited) == passes(with_it)[:expected]
+        assert passes_of_steps(limited) == passes_of_steps(with_it)[:expected]
 
 
 def test_schedules_end_where_the_budget_does(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from tests.conftest import CAUSAL_MODELS, assert_same_bits, seeded, tiny_llama, tiny_opt, weights_of
-from tests.trainer.runs import SaveAt, logged, make_trainer, trained, with_lora
-from zo_hf import ZOTrainer
+from tests.trainer.runs import SaveAt, SkipsThird, logged, make_trainer, trained, with_lora
 from zo_hf.trajectory import TrajectoryError, read_trajectory, replay, verify
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -42,14 +41,6 @@ def build(subspace: str = "low_rank", dtype: torch.dtype = torch.float32, seed: 
 def without_forward(model: nn.Module) -> nn.Module:
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
     return model
-
-
-class SkipsThird(ZOTrainer):
-    """The loss of the third step is not finite."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().compute_loss(*args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 2 else loss
 
 
 IN_BF16 = [("low_rank", "sgd"), ("low_rank", "adamw"), ("full", "schedule"), ("adapter", "normalized")]

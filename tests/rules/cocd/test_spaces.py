@@ -9,6 +9,7 @@ from torch import nn
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_llama, weights_of
 from tests.quantized_models import quantize
 from tests.rules.cocd.helpers import regression, run
+from tests.subspaces.helpers import loss_of
 from tests.trainer.runs import config, make_trainer, with_lora
 from zo_hf.directions import unit_vectors
 from zo_hf.engine import ZerothOrder
@@ -48,11 +49,8 @@ EVERY_SPACE = pytest.mark.parametrize("name", ["norms", "core", "low_rank", "lor
 
 
 def closure(subspace: Subspace) -> ModelLoss:
-    batch = causal_batch(2)
-    model = subspace.model
-    base = model.get_base_model() if isinstance(subspace, Adapter) else model
-    in_front = 3 if hasattr(getattr(model, "prompt_encoder", None), "values") else 0
-    return ModelLoss(model, base, batch, lambda inputs: model(**inputs).loss, in_front=in_front)
+    in_front = 3 if hasattr(getattr(subspace.model, "prompt_encoder", None), "values") else 0
+    return loss_of(subspace.model, causal_batch(2), in_front=in_front)
 
 
 @EVERY_SPACE

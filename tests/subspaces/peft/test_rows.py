@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from tests.subspaces.helpers import loss_of
 from tests.subspaces.peft.methods import METHODS, Method, every_method
 from zo_hf.engine import ZerothOrder
 from zo_hf.estimators.probe import Probe
-from zo_hf.evaluation.model_loss import ModelLoss
 
 ROWS = 4
 
@@ -22,7 +22,7 @@ def test_each_row_has_the_number_of_its_own_loss(method: Method) -> None:
     rows = [method.task()[i] for i in range(ROWS)]
     batch = default_collate([{key: torch.as_tensor(value) for key, value in row.items()} for row in rows])
     zo = ZerothOrder(model, "adapter", seed=0, rows_per_direction=1)
-    loss = ModelLoss(model, model.get_base_model(), batch, lambda inputs: model(**inputs).loss)
+    loss = loss_of(model, batch)
     found = zo.estimate(loss).projected_gradients
     assert zo.row_groups is not None and zo.row_groups.works == method.batchable
     if not method.batchable:
