@@ -19,8 +19,9 @@ from zo_hf.lr_finder.plot import plot_result
 from zo_hf.lr_finder.report import table
 from zo_hf.tasks.console import command
 from zo_hf.tasks.job_arguments import parse_arguments
+from zo_hf.tasks.job_run import line_printer
 from zo_hf.tasks.refusals import refusals_end_the_command, wrong_arguments_end_the_command
-from zo_hf.tasks.sentiment_job import build_trainer, line_printer, prepare
+from zo_hf.tasks.sentiment_job import build_trainer, prepare
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:

@@ -11,12 +11,9 @@ It saves the trained model with its tokenizer and prompt.json (see `zo-hf predic
 --output_dir.
 """
 
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from transformers.trainer_callback import ProgressCallback
 
 from zo_hf.checkpoint import holds_adapter
 from zo_hf.directions import DISTRIBUTIONS
-from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
 from zo_hf.parallel.agreement import check_agreement
 from zo_hf.parallel.ranks import Ranks
@@ -39,6 +35,7 @@ from zo_hf.tasks.data import LabeledSentences
 from zo_hf.tasks.job_arguments import JobArguments, parse_arguments
 from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import load_model, load_tokenizer, quantization_of
+from zo_hf.tasks.job_run import METRICS, PLOT, Spent, line_printer, print_cost, train, write_results
 from zo_hf.tasks.label_word_head import label_words_alone
 from zo_hf.tasks.label_word_loss import LabelWordLoss, scores_of_labels
 from zo_hf.tasks.progress import LatestValuesBar
@@ -54,7 +51,7 @@ from zo_hf.trainer.trainer import ZOTrainer
 
 PATHS = ("model_name_or_path", "train_file", "validation_file")
 #: Files that a run writes at its end, beside the model.
-WRITTEN = (FILE_NAME, "metrics.json", "run.png")
+WRITTEN = (FILE_NAME, METRICS, PLOT)
 
 
 def main(
@@ -114,15 +111,6 @@ class Evaluation:
     prior: Tensor
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Time of a training in seconds, and the peak memory of training and of inference in MiB."""
-
-    seconds: float
-    training_mib: float
-    inference_mib: float
-
-
 def prepare(job: JobArguments, config: ZOConfig) -> Task:
     """Load the model and the sentences; if the embedded default is used, the first printed line says so.
 
@@ -178,42 +166,30 @@ def run(task: Task, trainer: ZOTrainer, callbacks: Sequence[TrainerCallback] = (
     print_line(f"majority   {majority:.3f}")
     print_line(f"zero-shot  {before.accuracy:.3f} raw, {before.calibrated_accuracy:.3f} calibrated")
 
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    started = time.perf_counter()
     # A compiled, sharded or divided model runs the output layer that it was made with.
     is_remade = config.torch_compile or config.fsdp or grid_of(config).stages > 1
     reads_label_words_alone = task.loss == "label_words" and not is_remade
     head = label_words_alone(task.model, task.label_ids, task.moving) if reads_label_words_alone else nullcontext()
-    with PeakMemory() as training_memory, head:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    training_seconds = time.perf_counter() - started
-    trainer.save_model()  # first of all, so that nothing that follows can lose it
+    spent = train(trainer, callbacks, head)
     with command(lambda: f"the trained model is saved in {config.output_dir}, and its evaluation is not"):
-        spent = Spent(training_seconds, training_memory.mib, inference_memory.mib)
-        return report(task, config, trainer, before, spent)
+        return report(task, trainer, before, spent, inference_memory.mib)
 
 
-def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation, spent: Spent) -> dict[str, Any]:
+def report(task: Task, trainer: ZOTrainer, before: Evaluation, spent: Spent, inference_mib: float) -> dict[str, Any]:
     """Evaluate the trained model, print and write the results, and return the content of metrics.json.
 
     Args:
         task: the model and the sentences.
-        config: the options of the trainer.
         trainer: the trainer, after training.
         before: the evaluation before training.
-        spent: the time and the memory of the training.
+        spent: what the training took.
+        inference_mib: peak memory of inference in MiB.
     """
-    print_line, batch_size = line_printer(config), config.per_device_eval_batch_size
+    config = trainer.args
     majority = majority_accuracy(task.sentences.held_out["label"][:])
-    forward_passes = last_logged(trainer.state.log_history, "zo/forward_passes")
-    after = evaluate(replace(task, model=trainer.model), batch_size)
-    print_line(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
-    if trainer.found_learning_rate is not None:
-        print_line(f"rate       {one_line(trainer.found_learning_rate)}")
-    print_line(f"cost       {forward_passes:.0f} forward passes, {spent.seconds:.0f} s")
-    print_line(f"memory     {spent.training_mib:.0f} MiB peak in training, {spent.inference_mib:.0f} MiB in inference")
-
+    after = evaluate(replace(task, model=trainer.model), config.per_device_eval_batch_size)
+    line_printer(config)(f"trained    {after.accuracy:.3f} raw, {after.calibrated_accuracy:.3f} calibrated")
+    print_cost(trainer, spent, inference_mib)
     metrics = {
         "model": task.model_name,
         "sentences": task.sentences.name,
@@ -224,27 +200,22 @@ def report(task: Task, config: ZOConfig, trainer: ZOTrainer, before: Evaluation,
         "zero_shot_calibrated_accuracy": before.calibrated_accuracy,
         "accuracy": after.accuracy,
         "calibrated_accuracy": after.calibrated_accuracy,
-        "forward_passes": forward_passes,
+        "forward_passes": spent.forward_passes,
         "training_seconds": spent.seconds,
-        "inference_peak_mib": spent.inference_mib,
+        "inference_peak_mib": inference_mib,
         "training_peak_mib": spent.training_mib,
     }
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
         is_adapter = holds_adapter(folder)
         save_prompt(folder, task.prompt, after.prior, quantization_of(task.model) if is_adapter else None)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        print_line(f"written    {folder}: the model, prompt.json, metrics.json")
-        if find_spec("matplotlib") is None:
-            print_line("no plot    install matplotlib for run.png")
-        else:
-            baselines = {
-                "zero-shot": before.accuracy,
-                "zero-shot calibrated": before.calibrated_accuracy,
-                "majority": majority,
-            }
-            plot_run(trainer.state.log_history, baselines, after.accuracy, folder / "run.png")
-            print_line(f"plotted    {folder / 'run.png'}")
+        baselines = {
+            "zero-shot": before.accuracy,
+            "zero-shot calibrated": before.calibrated_accuracy,
+            "majority": majority,
+        }
+        history = trainer.state.log_history
+        write_results(folder, metrics, FILE_NAME, lambda path: plot_run(history, baselines, after.accuracy, path))
     return metrics
 
 
@@ -295,19 +266,3 @@ def evaluate(task: Task, batch_size: int) -> Evaluation:
     scores = label_scores(task.model, task.tokenizer, texts, task.prompt, batch_size, task.max_length)
     prior = label_prior(task.model, task.tokenizer, task.prompt)
     return Evaluation(accuracy(scores, labels), accuracy(calibrated(scores, prior), labels), prior)
-
-
-def last_logged(log_history: list[dict[str, Any]], key: str) -> float:
-    """Return the latest logged value of `key`; NaN if it was never logged."""
-    return next((entry[key] for entry in reversed(log_history) if key in entry), float("nan"))
-
-
-def line_printer(config: ZOConfig) -> Callable[[str], None]:
-    """Return a function that prints a line on the first process, and does nothing on the others."""
-    is_first = config.process_index == 0
-
-    def print_line(line: str) -> None:
-        if is_first:
-            print(line, flush=True)
-
-    return print_line

@@ -15,11 +15,8 @@ a model card, metrics.json and run.png in --output_dir.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from zo_hf.checkpoint import holds_adapter
-from zo_hf.lr_finder.report import one_line
 from zo_hf.memory.peak import PeakMemory
 from zo_hf.tasks.console import command
 from zo_hf.tasks.job_command import run_as_command
 from zo_hf.tasks.job_model import quantization_of
+from zo_hf.tasks.job_run import Spent, line_printer, print_cost, train, write_results
 from zo_hf.tasks.progress import LatestValuesBar
 from zo_hf.tasks.run_plot import plot_losses
 from zo_hf.tasks.saved_chat import save_chat
-from zo_hf.tasks.sentiment_job import Spent, last_logged, line_printer
 from zo_hf.tasks.sft_arguments import parse_sft_arguments, sft_classes
 from zo_hf.tasks.sft_task import SftTask, prepare
 from zo_hf.trainer.trainer import ZOTrainer
@@ -98,65 +94,51 @@ def run(task: SftTask, trainer: Any, callbacks: Sequence[TrainerCallback] = ()) 
     if before is not None:
         print_line(f"before     {_in_words(before)}")
 
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    started = time.perf_counter()
-    with PeakMemory() as training_memory:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    training_seconds = time.perf_counter() - started
-    trainer.save_model()  # first of all, so that nothing that follows can lose it
+    spent = train(trainer, callbacks)
     with command(lambda: f"the trained model is saved in {config.output_dir}, and its evaluation is not"):
-        return report(task, trainer, before, Spent(training_seconds, training_memory.mib, inference_memory.mib))
+        return report(task, trainer, before, spent, inference_memory.mib)
 
 
-def report(task: SftTask, trainer: Any, before: dict[str, float] | None, spent: Spent) -> dict[str, Any]:
+def report(
+    task: SftTask, trainer: Any, before: dict[str, float] | None, spent: Spent, inference_mib: float
+) -> dict[str, Any]:
     """Evaluate the trained model, print and write the results, and return the content of metrics.json.
 
     Args:
         task: the model and the rows.
         trainer: the trainer, after training.
         before: the evaluation before training; None without held-out rows.
-        spent: the time and the memory of the training.
+        spent: what the training took.
+        inference_mib: peak memory of inference in MiB; without held-out rows it has no meaning.
     """
     config = trainer.args
     print_line = line_printer(config)
     history = list(trainer.state.log_history)
-    forward_passes = last_logged(history, "zo/forward_passes")
     after = _evaluated(task, trainer)
     if after is not None:
         print_line(f"after      {_in_words(after)}")
         if before is not None and not after["eval_loss"] < before["eval_loss"]:
             print_line("worse      the held-out loss has not fallen; try a lower --learning_rate")
-    if trainer.found_learning_rate is not None:
-        print_line(f"rate       {one_line(trainer.found_learning_rate)}")
-    print_line(f"cost       {forward_passes:.0f} forward passes, {spent.seconds:.0f} s")
-    memory = "" if before is None else f", {spent.inference_mib:.0f} MiB in inference"
-    print_line(f"memory     {spent.training_mib:.0f} MiB peak in training{memory}")
+    print_cost(trainer, spent, None if before is None else inference_mib)
 
     metrics = {
         "model": task.model_name,
         "rows": task.train.name,
         "train_rows": len(task.train.rows),
         "held_out_rows": 0 if task.held_out is None else len(task.held_out.rows),
-        "forward_passes": forward_passes,
+        "forward_passes": spent.forward_passes,
         "training_seconds": spent.seconds,
         "training_peak_mib": spent.training_mib,
     }
     if before is not None and after is not None:
         metrics |= {"loss_before": before["eval_loss"], "loss": after["eval_loss"]}
-        metrics["inference_peak_mib"] = spent.inference_mib
+        metrics["inference_peak_mib"] = inference_mib
     if trainer.is_world_process_zero():
         folder = Path(config.output_dir)
         trainer.create_model_card(model_name=folder.resolve().name)
         save_chat(folder, task.train.is_chat, quantization_of(task.model) if holds_adapter(folder) else None)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        print_line(f"written    {folder}: the model, README.md, chat.json, metrics.json")
-        if find_spec("matplotlib") is None:
-            print_line("no plot    install matplotlib for run.png")
-        else:
-            losses = None if before is None or after is None else (before["eval_loss"], after["eval_loss"])
-            plot_losses(history, losses, folder / "run.png")
-            print_line(f"plotted    {folder / 'run.png'}")
+        losses = None if before is None or after is None else (before["eval_loss"], after["eval_loss"])
+        write_results(folder, metrics, "README.md, chat.json", lambda path: plot_losses(history, losses, path))
         print_line(f"try        zo-hf chat {folder}")
     return metrics
 

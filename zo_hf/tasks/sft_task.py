@@ -11,17 +11,17 @@ from zo_hf.tasks.assets import default_model, loaded_asset
 from zo_hf.tasks.chat_rows import ChatRows, check_same_format, read_rows, split_rows
 from zo_hf.tasks.chat_tokens import lengths, mark_assistant, use_template
 from zo_hf.tasks.job_model import load_config, load_model, load_tokenizer
+from zo_hf.tasks.job_run import METRICS, PLOT, line_printer
 from zo_hf.tasks.loading import Loaded
 from zo_hf.tasks.packing import keeps_rows_apart
 from zo_hf.tasks.saved_chat import FILE_NAME
-from zo_hf.tasks.sentiment_job import line_printer
 from zo_hf.tasks.sft_arguments import SftArguments
 from zo_hf.tasks.sources import EMBEDDED_MODEL
 from zo_hf.trainer.output_paths import check_folder
 from zo_hf.trainer.setup import check_model
 
 #: Files that a run writes at its end, beside the model.
-WRITTEN = ("README.md", FILE_NAME, "metrics.json", "run.png")
+WRITTEN = ("README.md", FILE_NAME, METRICS, PLOT)
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "conversions.jsonl"
 
