@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from tests.conftest import seeded, tiny_llama
+from tests.conftest import assert_same_bits, seeded, tiny_llama
 from tests.quantized_models import HAS_TORCHAO
-from tests.trainer.runs import make_trainer, with_lora
+from tests.trainer.runs import SaveAt, make_trainer, with_lora
 from zo_hf import ZOTrainer
 from zo_hf.quantization import stored_tensors
+from zo_hf.trajectory import replay
 
 KINDS = ["int8", "nf4", "nf4 nested", *(["torchao"] if HAS_TORCHAO else [])]
 SETUPS: dict[str, dict[str, Any]] = {
@@ -86,6 +87,16 @@ def run(folder: Path, way: str, base: Path, kind: str, resume: Any = None, **opt
     trainer = trainer_for(folder, way, base, kind, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def resumed_and_replayed(folder: Path, kind: str, **options: Any) -> ZOTrainer:
+    """A run that folds, of which a resume from its fourth step and a replay of its log have given the same bits."""
+    base, options = write_base(folder / "base"), {"max_steps": 5} | options
+    whole = run(folder / "whole", "folds", base, kind, more={"callbacks": [SaveAt(4)]}, **options)
+    resumed = run(folder / "resumed", "folds", base, kind, resume=str(folder / "whole" / "checkpoint-4"), **options)
+    assert_same_bits(held(resumed.model), held(whole.model))
+    assert_same_bits(held(replay(load(base, kind), folder / "whole")), held(whole.model))
+    return whole
 
 
 def saved_model(folder: Path, way: str, base: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:

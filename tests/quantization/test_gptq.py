@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from tests.conftest import assert_same_bits, seeded, tiny_bert, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, weights_of
-from tests.quantization.runs import held, load, run, write_base
+from tests.quantization.runs import held, resumed_and_replayed, run
 from tests.quantized_models import FORMATS, decoded, layer_of, parts_of, quantize, quantized_linear
 from tests.subspaces.helpers import move_off_the_origin
-from tests.trainer.runs import SaveAt
 from zo_hf import ZerothOrder
 from zo_hf.quantization import quantized_layers
 from zo_hf.quantization.gptq import ErrorFeedback
 from zo_hf.rng import Purpose, Stream
 from zo_hf.subspaces import LowRank
 from zo_hf.subspaces.code_rounding import round_stochastically
-from zo_hf.trajectory import replay
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
 
@@ -236,14 +234,8 @@ def test_gptq_without_codes_to_fold_into_is_refused(kind: str | None, fold_steps
 
 
 def test_a_run_resumes_and_replays_to_the_bit(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    options = {"zo_fold_rounding": "gptq", "max_steps": 5}
-    whole = run(tmp_path / "whole", "folds", base, "nf4", more={"callbacks": [SaveAt(4)]}, **options)
-    expected = held(whole.model)
-    resumed = run(tmp_path, "folds", base, "nf4", resume=str(tmp_path / "whole" / "checkpoint-4"), **options)
-    assert_same_bits(held(resumed.model), expected)
-    assert_same_bits(held(replay(load(base, "nf4"), tmp_path / "whole")), expected)
-    stochastic = held(run(tmp_path / "other", "folds", base, "nf4", max_steps=5).model)
+    expected = held(resumed_and_replayed(tmp_path, "nf4", zo_fold_rounding="gptq").model)
+    stochastic = held(run(tmp_path / "other", "folds", tmp_path / "base", "nf4", max_steps=5).model)
     assert any(not torch.equal(stochastic[name], expected[name]) for name in expected)
 
 

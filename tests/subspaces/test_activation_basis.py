@@ -24,12 +24,11 @@ from tests.conftest import (
     translation_batch,
     weights_of,
 )
-from tests.quantization.runs import held, load, run, write_base
-from tests.trainer.runs import SaveAt, config, logged
+from tests.quantization.runs import resumed_and_replayed, run
+from tests.trainer.runs import config, logged
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import LowRank
 from zo_hf.subspaces.activation_basis import basis_of
-from zo_hf.trajectory import replay
 
 MODELS = [tiny_opt, tiny_llama, tiny_gpt2, tiny_mixtral, tiny_bert, tiny_t5, tiny_bart]
 
@@ -117,16 +116,9 @@ def test_half_precision_rounds_the_basis_to_the_weights_dtype() -> None:
 
 
 def test_a_quantized_run_resumes_and_replays_to_the_bit(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    options = {"zo_basis": "activation", "max_steps": 5}
-    whole = run(tmp_path / "whole", "folds", base, "int8", more={"callbacks": [SaveAt(4)]}, **options)
-    expected = held(whole.model)
-    resumed = run(tmp_path, "folds", base, "int8", resume=str(tmp_path / "whole" / "checkpoint-4"), **options)
-    assert_same_bits(held(resumed.model), expected)
-    assert_same_bits(held(replay(load(base, "int8"), tmp_path / "whole")), expected)
-    assert logged(whole, "zo/projected_grad") != logged(
-        run(tmp_path / "random", "folds", base, "int8", max_steps=5), "zo/projected_grad"
-    )
+    activation = resumed_and_replayed(tmp_path, "int8", zo_basis="activation")
+    random = run(tmp_path / "random", "folds", tmp_path / "base", "int8", max_steps=5)
+    assert logged(activation, "zo/projected_grad") != logged(random, "zo/projected_grad")
 
 
 def test_a_model_without_tokens_is_refused() -> None:
