@@ -280,7 +280,7 @@ class ZerothOrder:
         """Number of groups of rows with directions of their own in a step; 1 before the end of the first step."""
         if self.private is not None:
             return self.private.groups
-        return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.works else 1
+        return self.row_groups.count or 1 if self.row_groups is not None and self.row_groups.comes_apart else 1
 
     @property
     def awaits_optimizer(self) -> bool:

@@ -55,7 +55,7 @@ def test_one_pass_gives_the_exact_derivative_of_every_group(subspace: str, name:
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     found = zo.estimate(loss).projected_gradients
     handle.remove()
-    assert zo.row_groups is not None and zo.row_groups.works
+    assert zo.row_groups is not None and zo.row_groups.comes_apart
     assert len(calls) == 2 + 3 and zo.forward_passes == 2 * len(calls)  # the first batch is looked at three times more
     assert_same_bits(weights_of(model), before)
     expected = []
@@ -134,7 +134,7 @@ def test_rows_that_see_one_another_share_their_tangent() -> None:
     for rows in (1, 0):
         zo = engine(loss, "forward_gradient", rows=rows)
         found.append(zo.estimate(loss).projected_gradients)
-        assert zo.row_groups is None or not zo.row_groups.works
+        assert zo.row_groups is None or not zo.row_groups.comes_apart
         zo.subspace.detach()
     assert len(found[0]) == 1 and found[0] == found[1]
 
@@ -176,7 +176,7 @@ def test_the_mean_along_any_directions_is_the_gradient_of_what_they_move(kind: s
     options: dict[str, Any] = {"eps": 1e-4, "num_directions": q, "rows_per_direction": 2} | more
     zo = ZerothOrder(loss.layers, subspace, direction=own, seed=3, **options)
     numbers = torch.tensor(zo.estimate(loss).projected_gradients, dtype=torch.float64)
-    assert zo.row_groups is not None and zo.row_groups.works and len(numbers) == 2 * q
+    assert zo.row_groups is not None and zo.row_groups.comes_apart and len(numbers) == 2 * q
     parts = {name: p.detach().flatten() for name, p in subspace.coordinates.items()}
     z = torch.stack(
         [

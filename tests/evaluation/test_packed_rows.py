@@ -98,7 +98,7 @@ def test_every_group_has_the_number_of_its_own_sequences(
     zo = ZerothOrder(model, subspace, eps=EPS, seed=0, rows_per_direction=rows_per_direction)
     found = zo.estimate(loss_of(model, flat(sentences()))).projected_gradients
     assert found == pytest.approx(numbers_alone(zo, sentences(), group_of), abs=2e-6 / EPS)
-    assert zo.row_groups is not None and zo.row_groups.works and zo.forward_passes == 2 + 3
+    assert zo.row_groups is not None and zo.row_groups.comes_apart and zo.forward_passes == 2 + 3
 
 
 @pytest.mark.parametrize(

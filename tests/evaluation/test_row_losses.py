@@ -231,7 +231,7 @@ def test_a_loss_that_compares_rows_keeps_one_direction(
 
     zo = ZerothOrder(model, "low_rank", rows_per_direction=1)
     zo.estimate(closure)
-    assert zo.row_groups is not None and zo.row_groups.works is False
+    assert zo.row_groups is not None and zo.row_groups.comes_apart is False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
@@ -250,7 +250,7 @@ def test_positions_that_are_looked_up_once_are_no_rows(dtype: torch.dtype) -> No
 
     zo = ZerothOrder(table, "low_rank", rows_per_direction=1)
     zo.estimate(closure)
-    assert zo.row_groups is not None and zo.row_groups.works is False
+    assert zo.row_groups is not None and zo.row_groups.comes_apart is False
 
 
 def test_a_closure_of_one_number_keeps_one_direction() -> None:

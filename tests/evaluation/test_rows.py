@@ -106,7 +106,7 @@ def test_every_group_has_the_number_of_its_own_rows(name: str, subspace: str, ro
     found = zo.estimate(loss_of(model, batch)).projected_gradients
     expected = numbers_of_rows_alone(zo, batch, {1: 6, 2: 3, 4: 1}[rows_per_direction])
     assert found == pytest.approx(expected, abs=2e-6 / EPS)
-    assert zo.row_groups is not None and zo.row_groups.works
+    assert zo.row_groups is not None and zo.row_groups.comes_apart
     assert zo.forward_passes == 2 + 3 + 2, "the probes, a look at the rows, and both probes in one pass"
 
 

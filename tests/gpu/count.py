@@ -130,7 +130,7 @@ def _parts(counts: Counts, model: nn.Module, inner: Any, case: Case) -> dict[str
     options |= {"cuda_graph": case.graph}
     zo = ZerothOrder(model, **options | dict(case.settings))
     if zo.row_groups is not None:
-        zo.row_groups.works = True  # the first batch decides by values
+        zo.row_groups.comes_apart = True  # the first batch decides by values
         zo.row_groups.expect(ROWS, 1)
     optimizer = zo.prepare(sgd(zo))
     checks = LossChecks(is_known=True)

@@ -217,7 +217,7 @@ def test_the_search_decides_whether_rows_come_apart_and_the_first_step_does_not(
     source = batches(zo, 1.0, rows=6)
     micro_batches = [(next(source), 0.5), (next(source), 0.5)]
     result = find_learning_rate(zo, optimizer, lambda: micro_batches, 101, 100, 1e-5)
-    assert result.groups == 12 and zo.row_groups.works
+    assert result.groups == 12 and zo.row_groups.comes_apart
     assert result.forward_passes == zo.forward_passes == forward_passes_of_search(101, 2) + 4
     assert zo.at_start_of_step and torch.equal(torch.get_rng_state(), random)
     assert_same_bits(dict(zo.subspace.coordinates), before)
@@ -238,7 +238,7 @@ def test_a_loss_that_does_not_come_apart_gets_the_rate_of_one_direction(kind: Ca
         result = find_learning_rate(
             zo, optimizer, lambda zo=zo, source=source: [(kind(zo.model, next(source).batch), 1.0)], 50, 100, 1e-5
         )
-        assert zo.row_groups is None or zo.row_groups.works is False
+        assert zo.row_groups is None or zo.row_groups.comes_apart is False
         results.append((result.learning_rate, result.groups))
     assert results[0] == results[1]
 

@@ -61,7 +61,7 @@ def real_steps(model: Any, setup: Setup, given: Assumptions, batch: dict[str, to
         inner = model.get_base_model() if setup.uses_adapter else model
         checks, divides = LossChecks(is_known=True, in_chunks=True), not isinstance(zo.subspace, Full)
         if zo.row_groups is not None:
-            zo.row_groups.works = True  # without the first batch's comparison
+            zo.row_groups.comes_apart = True  # without the first batch's comparison
         for _ in range(2):
             loss = ModelLoss(model, inner, batch, lambda inputs: model(**inputs).loss, checks=checks, divides=divides)
             zo.estimate(loss)

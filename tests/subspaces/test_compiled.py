@@ -31,7 +31,7 @@ def _graphs_after_every_step(model: nn.Module, subspace: str, rows: int) -> list
     zo = ZerothOrder(model, subspace, rows_per_direction=rows, batched=not rows, fold_steps=FOLD_STEPS)
     batch, checks = batch_for(model), LossChecks(is_known=True)
     if zo.row_groups is not None:  # the first batch would compare each row with itself, in graphs of their own
-        zo.row_groups.works = True
+        zo.row_groups.comes_apart = True
         zo.row_groups.expect(len(batch["labels"]), 1)
     optimizer = sgd(zo, lr=1e-3)
     compiled = torch.compile(model, backend="eager")

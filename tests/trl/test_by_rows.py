@@ -71,7 +71,10 @@ class Watch(TrainerCallback):
         self.found = self.in_step and self.in_step()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.works, self.groups = self.trainer.zo.row_groups.works, self.trainer.zo.row_groups.groups_per_batch
+        self.comes_apart, self.groups = (
+            self.trainer.zo.row_groups.comes_apart,
+            self.trainer.zo.row_groups.groups_per_batch,
+        )
 
 
 def first_batch(trainer: Any) -> tuple[dict[str, Any], Any]:
@@ -124,7 +127,7 @@ def test_the_shares_add_up_to_the_loss_of_trl(
 
     watch = Watch(trainer, compare)
     trainer.train()
-    assert watch.works and watch.groups == watch.result > 1
+    assert watch.comes_apart and watch.groups == watch.result > 1
 
 
 @pytest.mark.parametrize(("name", "options"), WHOLE, ids=str)
@@ -138,7 +141,7 @@ def test_a_loss_that_couples_rows_stays_whole(
         "KTO",
         "DPO",
     )  # for values that the loss holds constant, or a comparison with one pass for both probes
-    assert watch.works is False and lines_of(trainer)[1]["zo/forward_passes"] == 4 + 2 * more
+    assert watch.comes_apart is False and lines_of(trainer)[1]["zo/forward_passes"] == 4 + 2 * more
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "Reward"])
@@ -213,6 +216,6 @@ def test_the_mean_estimate_is_the_gradient(name: str, options: dict[str, Any], t
     (gradient,) = torch.autograd.grad(loss, trainer.model.model.norm.weight)
     trainer.train()
     mean = watch.found
-    assert watch.works and watch.groups == 8
+    assert watch.comes_apart and watch.groups == 8
     assert torch.cosine_similarity(mean, gradient, dim=0) > 0.99
     assert mean.norm().item() == pytest.approx(gradient.norm().item(), rel=0.1)

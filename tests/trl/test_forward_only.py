@@ -64,9 +64,9 @@ def test_it_gives_the_ready_made_pair(name: str) -> None:
 
 def test_a_subclass_has_a_direction_for_every_row_and_its_own_loss(tmp_path: Path, tokenizer: Any) -> None:
     whole, watch = run(trl.SFTTrainer, "SFT", tmp_path, tokenizer, learning_rate=1e-3)
-    assert watch.works and watch.groups == 4
+    assert watch.comes_apart and watch.groups == 4
     halved, watch = run(Halved, "SFT", tmp_path, tokenizer, learning_rate=2e-3)
-    assert type(halved).__name__ == "ZOHalved" and watch.works and watch.groups == 4
+    assert type(halved).__name__ == "ZOHalved" and watch.comes_apart and watch.groups == 4
     assert_same_bits(weights_of(whole.model), weights_of(halved.model))
     losses = [trainer.state.log_history[0]["loss"] for trainer in (whole, halved)]
     assert losses[1] == pytest.approx(losses[0] / 2)
@@ -74,9 +74,9 @@ def test_a_subclass_has_a_direction_for_every_row_and_its_own_loss(tmp_path: Pat
 
 def test_pairs_of_a_subclass_share_a_direction(tmp_path: Path, tokenizer: Any) -> None:
     _, watch = run(Ranked, "DPO", tmp_path, tokenizer)
-    assert watch.works and watch.groups == 4
+    assert watch.comes_apart and watch.groups == 4
     _, watch = run(Squared, "DPO", tmp_path, tokenizer)
-    assert watch.works is False
+    assert watch.comes_apart is False
 
 
 @pytest.mark.parametrize(

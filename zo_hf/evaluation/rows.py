@@ -72,7 +72,7 @@ class RowGroups:
 
     Attributes:
         is_auto: see above.
-        works: whether the run's loss comes apart by rows; None before the first batch.
+        comes_apart: whether the run's loss comes apart by rows; None before the first batch.
         groups_per_batch: number of groups in a micro-batch; None before the first batch.
         count: number of groups in a step of all ranks; None before the end of the first step.
         noise_scale: measures the gradient noise scale.
@@ -89,7 +89,7 @@ class RowGroups:
     ) -> None:
         self._subspace, self._evaluator, self._ranks = subspace, evaluator, ranks
         self._rows_per_direction, self.is_auto = rows_per_direction, is_auto
-        self.works: bool | None = None
+        self.comes_apart: bool | None = None
         self.groups_per_batch: int | None = None
         self.count: int | None = None
         self.noise_scale = NoiseScale(noise_scale_steps)
@@ -105,7 +105,7 @@ class RowGroups:
         """Return the choices of the first step as plain numbers, for a checkpoint."""
         joined = sorted(self._subspace.joined_lengths)
         return [
-            self.works,
+            self.comes_apart,
             self.groups_per_batch,
             self.count,
             self.noise_scale.state(),
@@ -116,7 +116,7 @@ class RowGroups:
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Restore the choices that `state` returned; the size of a batch may have changed since."""
-        self.works, groups, count, sums, self._rows, *more = state
+        self.comes_apart, groups, count, sums, self._rows, *more = state
         self._packs = bool(more and more[0])
         self._subspace.joined_lengths = set(more[1] if len(more) > 1 else ())
         if self._micro_batches is None or self._packs:
@@ -208,8 +208,8 @@ class RowGroups:
         None means that the run's loss does not come apart.
         """
         losses = self._apart(closure, probes, random)
-        if not self.works or losses is not None:
-            return losses if self.works else None
+        if not self.comes_apart or losses is not None:
+            return losses if self.comes_apart else None
         first = self._first_group() * directions_of(probes)
         together = [replace(probe, direction=first + probe.direction) for probe in probes]
         count, generators = len(probes), random.generators
@@ -230,12 +230,12 @@ class RowGroups:
             probe: a point away from the present one.
             random: the random numbers of the step.
         """
-        if self.works is None:
+        if self.comes_apart is None:
             self._apart(closure, (probe,), random)
-        return bool(self.works)
+        return bool(self.comes_apart)
 
     def in_step(self, micro_batches: int) -> int:
-        """Return the number of groups in a step of all ranks; `works` must be True.
+        """Return the number of groups in a step of all ranks; `comes_apart` must be True.
 
         Args:
             micro_batches: micro-batches of a step, if `expect` has not been told.
@@ -265,17 +265,17 @@ class RowGroups:
         random: StepRandomness,
     ) -> Tensor | None:
         """Return the losses of the groups at each of the probes, (probes, groups); None if the batch stays whole."""
-        if self.works is False:
+        if self.comes_apart is False:
             return None
         loss = packed(self._with_rows(closure, random))
-        if self.works is None:
+        if self.comes_apart is None:
             self._expect_sequences(loss)
         if not isinstance(loss, GroupedLoss):
-            if self.works is None:
+            if self.comes_apart is None:
                 self._decide("the loss is neither the model's own nor RowLosses")
             return None
         losses = self._tried(loss, probes, random)
-        if losses is None and self.works and isinstance(loss, LossByRows) and self._micro_batches is None:
+        if losses is None and self.comes_apart and isinstance(loss, LossByRows) and self._micro_batches is None:
             again = self._with_rows(loss.closure, random, looks=True)
             if isinstance(again, LossByRows) and again.rows != loss.rows:
                 losses = self._tried(again, probes, random)
@@ -319,11 +319,11 @@ class RowGroups:
             raise
         except Exception as error:  # another kind of batch, or out of memory
             if self._evaluator.recover is not None:  # other processes may be in the middle of the same forward pass
-                if self.works is not None or not isinstance(error, NotBatchable):
+                if self.comes_apart is not None or not isinstance(error, NotBatchable):
                     raise
                 self._evaluator.recover()
             self._evaluator.forward_passes = before  # as on ranks whose batch came apart: all rows together count
-            if self.works is None:
+            if self.comes_apart is None:
                 self._decide(reason_of(error))
             elif not self._has_told:
                 self._has_told = True
@@ -337,7 +337,7 @@ class RowGroups:
         probes: Sequence[Probe],
         random: StepRandomness,
     ) -> Tensor:
-        """Return the losses of the groups at each of the probes, (probes, groups); the first batch decides `works`."""
+        """Return the losses of the groups at each of the probes, (probes, groups); the first batch decides `comes_apart`."""
         if self.groups_per_batch is None:
             self.expect(closure.rows)
         assert self.groups_per_batch is not None
@@ -346,25 +346,25 @@ class RowGroups:
         self._rows_per_group = closure.rows / groups
         evaluator = self._evaluator
         passes = GroupPasses(evaluator, self._subspace, closure, probes, groups, self._first_group(), random)
-        if self.works is None and evaluator.batched and passes.why_not_batchable is not None:
+        if self.comes_apart is None and evaluator.batched and passes.why_not_batchable is not None:
             raise NotBatchable(passes.why_not_batchable)
         own, whole = own_passes(probes), None
         # A rank alone can take more passes for the comparison only if no other waits in them.
-        self._subspace.compares_rows = self.works is None and evaluator.recover is None
-        if self.works is None:  # before any group, so that all ranks have settled how to call their loss
+        self._subspace.compares_rows = self.comes_apart is None and evaluator.recover is None
+        if self.comes_apart is None:  # before any group, so that all ranks have settled how to call their loss
             whole = passes.whole(passes.points(own[-1])[-1])
         chooses, shares_pass = self.may_choose and len(own) > 1, len(own) == len(probes) > 1
         if chooses:
             free_memory.watch(self._subspace.device)
-        in_one_batch = self.works and evaluator.batched and shares_pass
+        in_one_batch = self.comes_apart and evaluator.batched and shares_pass
         found = evaluator.in_one_batch(passes) if in_one_batch else passes.sequential()
         evaluator.forward_passes += len(probes)
         if whole is not None:
             self._decide(self._why_not_by_groups(passes, probes, found, whole))
-            if self.works and evaluator.batched and shares_pass:  # so that a refusal comes before the first step
+            if self.comes_apart and evaluator.batched and shares_pass:  # so that a refusal comes before the first step
                 found = evaluator.in_one_batch(passes)
                 evaluator.forward_passes += len(probes)
-        if chooses and self.works:
+        if chooses and self.comes_apart:
             found = evaluator.choose(passes, found, len(probes))
         evaluator.dtype = found.dtype
         return found.double()
@@ -404,7 +404,7 @@ class RowGroups:
     def looks_again(self, probes: Sequence[Probe]) -> bool:
         """Return whether the next batch that comes apart is evaluated in one forward pass, too: to choose, or to refuse."""
         own = len(own_passes(probes))
-        must = self.works is None and self._evaluator.batched is True and own == len(probes)
+        must = self.comes_apart is None and self._evaluator.batched is True and own == len(probes)
         return own > 1 and (self.may_choose or must)
 
     def _first_group(self) -> int:
@@ -416,14 +416,14 @@ class RowGroups:
     def _decide(self, problem: str | None) -> None:
         """Keep the choice, which is for all processes, and give the reason if the loss does not come apart."""
         device = self._subspace.device
-        self.works = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
+        self.comes_apart = self._ranks.all_reduce_and(torch.tensor(problem is None, device=device))
         # A rank whose first batch failed has counted fewer passes, and all ranks must end at the same step.
         joined = sorted(self._subspace.joined_lengths)[:MOST_LENGTHS]
         numbers = [self._evaluator.forward_passes, *joined, *[0] * (MOST_LENGTHS - len(joined))]
         everywhere = self._ranks.all_gather(torch.tensor(numbers, device=device))
         self._evaluator.forward_passes = int(everywhere[:, 0].max())
         self._subspace.compares_rows, self._subspace.joined_lengths = False, set(everywhere[:, 1:].flatten().tolist())
-        if not self.works:
+        if not self.comes_apart:
             reason = problem or "the loss of another process does not come apart by rows"
             self._tell("all rows of a step share its directions", reason)
 

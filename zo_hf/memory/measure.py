@@ -115,7 +115,7 @@ def _engine(model: nn.Module, subspace: Subspace, given: Assumptions) -> ZerothO
         common_random_numbers=False,  # a comparison of generators needs values
     )
     if zo.row_groups is not None:
-        zo.row_groups.works = True
+        zo.row_groups.comes_apart = True
         zo.row_groups.expect(given.batch_size, 1)
     return zo
 

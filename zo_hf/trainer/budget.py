@@ -232,9 +232,9 @@ class Budget(TrainerCallback):
         if self._zo.private is not None:
             return self._zo.step == 0
         groups = self._zo.row_groups
-        if groups is None or groups.works is False:
+        if groups is None or groups.comes_apart is False:
             return self._zo.evaluator.batched is None
-        return groups.works is None or groups.looks_again(self._estimator().probes())
+        return groups.comes_apart is None or groups.looks_again(self._estimator().probes())
 
     def _passes_of_check(self) -> int:
         """Return the most forward passes that such a look takes."""
@@ -242,9 +242,9 @@ class Budget(TrainerCallback):
             return PASSES_OF_CHECK
         probes = self._estimator().probes()
         groups = None if self._zo is None else self._zo.row_groups
-        if groups is None or groups.works is False:
+        if groups is None or groups.comes_apart is False:
             return len(probes)
-        if groups.works:
+        if groups.comes_apart:
             return len(probes) if groups.looks_again(probes) else 0
         # A loss that turns out not to come apart is evaluated again as a whole, and then perhaps in one forward pass.
         whole = len(probes) * (2 if self._zo is not None and self._zo.evaluator.batched is None else 1)

@@ -114,7 +114,7 @@ class Pipeline:
         """
         assert self.stage is not None
         rows = zo.row_groups
-        by_rows = rows is not None and bool(rows.works) and not rows.may_choose
+        by_rows = rows is not None and bool(rows.comes_apart) and not rows.may_choose
         is_decided = zo.evaluator.batched is not None or by_rows
         streams = isinstance(closure, ModelLoss) and closure.is_settled and is_decided
         return self.stage.streaming() if streams else nullcontext()

@@ -24,7 +24,7 @@ def test_each_row_has_the_number_of_its_own_loss(method: Method) -> None:
     zo = ZerothOrder(model, "adapter", seed=0, rows_per_direction=1)
     loss = loss_of(model, batch)
     found = zo.estimate(loss).projected_gradients
-    assert zo.row_groups is not None and zo.row_groups.works == method.batchable
+    assert zo.row_groups is not None and zo.row_groups.comes_apart == method.batchable
     if not method.batchable:
         assert len(found) == 1
         return
