@@ -124,8 +124,8 @@ def test_files_of_two_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(lines({"messages": [USER]}))
     train, other = (read_rows("--x", tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(ValueError, match=r"^--eval_file .*has rows of messages, and --train_file has text"):
-        check_same_format("--eval_file", other, train)
-    check_same_format("--eval_file", train, train)
+        check_same_format(other, train)
+    check_same_format(train, train)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.floats(0.01, 0.99), st.integers(0, 3))

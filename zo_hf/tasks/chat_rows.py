@@ -79,11 +79,11 @@ def read_rows(option: str, path: Path, text_column: str = "text") -> ChatRows:
     return ChatRows(str(path), *kind, rows)
 
 
-def check_same_format(option: str, rows: ChatRows, train: ChatRows) -> None:
-    """Raise a ValueError if rows to evaluate on have another format than those to train on."""
+def check_same_format(rows: ChatRows, train: ChatRows) -> None:
+    """Raise a ValueError if the rows of --eval_file have another format than those to train on."""
     if (rows.columns, rows.is_chat) != (train.columns, train.is_chat):
         raise ValueError(
-            f"{option} {rows.name} has rows of {rows.in_words}, and --train_file has {train.in_words}; give both the same."
+            f"--eval_file {rows.name} has rows of {rows.in_words}, and --train_file has {train.in_words}; give both the same."
         )
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from transformers import IntervalStrategy
@@ -118,9 +117,7 @@ def sft_classes() -> tuple[Any, Any]:
     return ZOSFTTrainer, ZOSFTConfig
 
 
-def parse_sft_arguments(
-    argv: list[str] | None, prog: str | None, description: str | None, config: Path | None = None
-) -> tuple[SftArguments, Any]:
+def parse_sft_arguments(argv: list[str] | None, prog: str | None, description: str | None) -> tuple[SftArguments, Any]:
     """Parse a command line into the options of the job and of the trainer, with `RECIPE` as defaults.
 
     The arguments are those of `parse_options`.
@@ -129,7 +126,7 @@ def parse_sft_arguments(
         ImportError: TRL is not installed.
         ValueError: the file cannot be read or names an unknown option, or an option has a wrong value.
     """
-    job, arguments = parse_options((SftArguments, sft_classes()[1]), RECIPE, NEEDED, argv, prog, description, config)
+    job, arguments = parse_options((SftArguments, sft_classes()[1]), RECIPE, NEEDED, argv, prog, description)
     for name, instead in NOT_TAKEN.items():
         if getattr(arguments, name):
             raise ValueError(f"--{name} is not taken by zo-hf sft; {instead}.")

@@ -91,7 +91,7 @@ def _rows(job: SftArguments, config: Any) -> tuple[ChatRows, ChatRows | None]:
     if job.eval_file is None:
         return split_rows(rows, job.eval_fraction, config.seed)
     held_out = read_rows("--eval_file", Path(job.eval_file), config.dataset_text_field)
-    check_same_format("--eval_file", held_out, rows)
+    check_same_format(held_out, rows)
     return rows, held_out
 
 

@@ -29,7 +29,6 @@ class RateWatch(TrainerCallback, ExportableState):
         loss: the loss of the step that is about to be taken; the trainer sets it.
         watch: the watch over the losses; None if the rate was not searched for.
         divisor: the number by which the found rate has been divided so far.
-        saved: the state that a checkpoint holds.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,6 @@ class RateWatch(TrainerCallback, ExportableState):
         """
         self.loss: float | None = None
         self.divisor = 1.0
-        self.saved: dict[str, Any] | None = None
         self.watch: LossWatch | None = None
         if is_searched:
             probes = None if result is None else result.probes
