@@ -15,14 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.conftest import assert_same_bits, weights_of
-from tests.recipes.recipe_module import recipe_module
 from zo_hf import ZerothOrder
 from zo_hf.subspaces import FullInMemory
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return recipe_module("cocd_digits")
 
 
 def network() -> nn.Module:
@@ -145,23 +139,6 @@ def test_runs_are_made_once_and_drawn(
     assert {path.name for path in tmp_path.glob("*.png")} == {"digits.png", "coherence.png"}
     monkeypatch.setattr(recipe, "train", lambda _: pytest.fail("the runs are there"))
     recipe.main()
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("--methods sgd", "--methods 'sgd' is unknown; choose among 'two-point', 'BCCD (γ = 0)'"),
-        ("--network resnet20 --forwards -5", "--forwards -5 must be at least 1."),
-        ("--processes 0", "--processes 0 must be at least 1."),
-        ("--seeds 1 2 1", "--seeds 1 2 1 must differ"),
-    ],
-)
-def test_arguments_that_cannot_work_are_refused_in_one_sentence(
-    recipe: ModuleType, words: str, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        recipe.arguments(words.split())
-    assert f"error: {sentence}" in capsys.readouterr().err
 
 
 def test_one_network_does_not_write_over_the_table_of_another(recipe: ModuleType) -> None:

@@ -10,16 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
 from zo_hf.comparison import processes, schedule, subject
 from zo_hf.comparison.job import Job
 from zo_hf.comparison.run import run
 from zo_hf.comparison.schedule import TRIAL_SEED
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return recipe_module("compare_methods")
 
 
 @pytest.mark.slow

@@ -8,13 +8,6 @@ from types import ModuleType
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
-
-
-@pytest.fixture
-def recipe() -> ModuleType:
-    return recipe_module("edge_of_stability_language_model")
-
 
 def test_it_measures_counts_and_goes_on(recipe: ModuleType, model_folder: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -31,10 +24,3 @@ def test_it_measures_counts_and_goes_on(recipe: ModuleType, model_folder: str, t
         assert run["learning_rate"] == pytest.approx(bound / 2)
     assert "| lora | 2 |" in (output / "table.md").read_text()
     assert (output / "stability-language-model.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("option", ["--steps 0", "--margins 0"])
-def test_bad_values_are_refused(recipe: ModuleType, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        recipe.arguments(["--model", "any", *option.split()])
-    assert option.split()[0] in capsys.readouterr().err

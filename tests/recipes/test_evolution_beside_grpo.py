@@ -6,17 +6,17 @@ import json
 import sys
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
-
 pytest.importorskip("trl")
 
 
-def test_it_tunes_and_measures_both(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_module("evolution_beside_grpo")
+def test_it_tunes_and_measures_both(
+    recipe: ModuleType, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {"TOKENS": 2, "ANSWERS": 4, "GENERATIONS": 2}.items():
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(recipe, "RATES", {"evolution": (1e-3, 1e-2), "grpo": (1e-5,)})
@@ -46,6 +46,5 @@ def test_it_tunes_and_measures_both(model_folder: Path, tmp_path: Path, monkeypa
     assert len(before) == 1  # the same model and prompts
 
 
-def test_names_of_the_splits_differ() -> None:
-    recipe = recipe_module("evolution_beside_grpo")
+def test_names_of_the_splits_differ(recipe: ModuleType) -> None:
     assert all(set(a).isdisjoint(b) for a, b in combinations(recipe.SPLITS.values(), 2))

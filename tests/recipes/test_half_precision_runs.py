@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
-
 
 def test_runs_differ_by_rounding_and_the_second_time_they_are_there(
-    model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    recipe: ModuleType,
+    model_folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = recipe_module("half_precision_runs")
     job = f"--model_name_or_path {model_folder} --max_steps 4 --eval_steps 2 --logging_steps 2 --use_cpu true"
     job += " --per_device_train_batch_size 4 --num_train_examples 20 --num_eval_examples 8 --disable_tqdm true"
     words = ["--dtypes", "float32", "bfloat16", "--output", str(tmp_path / "runs.jsonl"), "--job", job]

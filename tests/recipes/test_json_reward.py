@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
 
-
-def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_module("json_reward")
+def test_it_measures_before_and_after(
+    recipe: ModuleType, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(recipe, "default_model", lambda: model_folder)
     monkeypatch.setattr(recipe, "PROMPTS", 2)
     monkeypatch.setattr(recipe, "TOKENS", 2)
@@ -38,14 +38,14 @@ def test_it_measures_before_and_after(model_folder: Path, tmp_path: Path, monkey
         ("Mia is 7.", 0.0, 0.0),
     ],
 )
-def test_the_reward_is_whole_for_the_right_form_alone(text: str, form: float, right: float) -> None:
-    recipe = recipe_module("json_reward")
+def test_the_reward_is_whole_for_the_right_form_alone(
+    recipe: ModuleType, text: str, form: float, right: float
+) -> None:
     assert recipe.form([text]) == [form] and recipe.parses([text]) == [float(form == 1)]
     assert recipe.is_right([text], ["Mia"], [7]) == [right]
 
 
-def test_names_of_the_test_are_new() -> None:
-    recipe = recipe_module("json_reward")
+def test_names_of_the_test_are_new(recipe: ModuleType) -> None:
     assert set(recipe.TRAIN_NAMES.split()).isdisjoint(recipe.HELD_OUT_NAMES.split())
     rows = recipe.prompts(recipe.HELD_OUT_NAMES, 3, 0)
     assert rows[0]["prompt"].startswith(f"{rows[0]['name']} is {rows[0]['age']} years old.")

@@ -13,15 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithPadding
 
-from tests.recipes.recipe_module import recipe_module
 from zo_hf import ZerothOrder
 from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.prompts import PROMPT_A, LabelWordCollator, label_token_ids
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return recipe_module("noise_scale_beside_autograd")
 
 
 @settings(max_examples=20, deadline=None)
@@ -121,10 +115,3 @@ def test_an_adapter_begins_as_its_model_and_moves_b(recipe: ModuleType, model_fo
     measured = recipe.from_autograd(tasks["adapter"], zo, 4)
     assert measured["autograd"] > 0, "the gradient of B is not zero where B is"
     zo.finish()
-
-
-@pytest.mark.parametrize("option", ["--points 1", "--sentences 2", "--batch-size 1"])
-def test_bad_values_are_refused(recipe: ModuleType, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        recipe.arguments(["--model", "any", *option.split()])
-    assert option.split()[0] in capsys.readouterr().err

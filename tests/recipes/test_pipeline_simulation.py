@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import pytest
-
-from tests.recipes.recipe_module import recipe_module
 
 EXACT = ["--jitter", "0", "--latency", "0", "--update-seconds", "0", "--steps", "2"]
 
@@ -14,9 +13,8 @@ EXACT = ["--jitter", "0", "--latency", "0", "--update-seconds", "0", "--steps", 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(2, 1), (3, 5), (16, 4)])
 def test_without_links_and_jitter_the_waiting_is_that_of_the_formula(
-    monkeypatch: pytest.MonkeyPatch, stages: int, micro_batches: int, backward: bool
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, stages: int, micro_batches: int, backward: bool
 ) -> None:
-    recipe = recipe_module("pipeline_simulation")
     monkeypatch.setattr(sys, "argv", ["recipe", *EXACT, "--link-bytes", "1e30"])
     row = recipe.simulate(recipe.arguments(), stages, micro_batches, backward)
     passes = micro_batches if backward else 2 * micro_batches
@@ -24,8 +22,7 @@ def test_without_links_and_jitter_the_waiting_is_that_of_the_formula(
     assert row["seconds"] == pytest.approx(0.7 / stages * (passes + stages - 1) * (3 if backward else 1))
 
 
-def test_a_slow_link_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_module("pipeline_simulation")
+def test_a_slow_link_sets_the_pace(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["recipe", *EXACT, "--link-bytes", "1e7"])
     args = recipe.arguments()
     transfer = 2 * args.tokens * args.width / args.link_bytes

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import causal_batch, seeded, tiny_bert, tiny_llama
-from tests.recipes.recipe_module import recipe_module
 
 
 def of_classes() -> dict[str, Any]:
@@ -19,9 +19,8 @@ def of_classes() -> dict[str, Any]:
 @pytest.mark.parametrize("subspace", ["low_rank", "LoRA"])
 @pytest.mark.parametrize(("build", "batch"), [(tiny_llama, causal_batch), (tiny_bert, of_classes)])
 def test_a_finer_dtype_rounds_less_and_float32_not_at_all(
-    build: Any, batch: Any, subspace: str, tmp_path: Path
+    recipe: ModuleType, build: Any, batch: Any, subspace: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_module("probe_precision")
     found = {}
     for dtype in ("bfloat16", "float16", "float32"):
         (found[dtype],) = recipe.measured("tiny", seeded(build), batch(), dtype, subspace, [1e-2], 4)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.recipes.recipe_module import recipe_module
 from zo_hf.tasks import data
 
 OPTIONS = {"any-word": [], "two-words": ["--two-words"], "any-word-by-loss": ["--loss"]}
@@ -16,9 +16,8 @@ OPTIONS = {"any-word": [], "two-words": ["--two-words"], "any-word-by-loss": ["-
 
 @pytest.mark.parametrize("folder", OPTIONS)
 def test_it_measures_before_and_after(
-    folder: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: ModuleType, folder: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_module("sentiment_reward")
     rows = [(f"a {word} film", label) for word in ("b", "c", "d", "e", "f") for label in (0, 1)]
     table = data.Dataset.from_dict({"text": [t + "." * y for t, y in rows], "label": [y for _, y in rows]})
     monkeypatch.setattr(recipe, "default_model", lambda: model_folder)
@@ -44,15 +43,13 @@ def test_it_measures_before_and_after(
 
 
 def test_two_words_are_not_compared_with_a_loss(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = recipe_module("sentiment_reward")
     monkeypatch.setattr(sys, "argv", ["recipe", "--loss", "--two-words"])
     with pytest.raises(SystemExit):
         recipe.main()
     assert "--loss does not work with --two-words" in capsys.readouterr().err
 
 
-def test_a_reward_is_for_the_right_word_alone() -> None:
-    recipe = recipe_module("sentiment_reward")
+def test_a_reward_is_for_the_right_word_alone(recipe: ModuleType) -> None:
     assert recipe.exact_match([" great", " bad"], [" great", " great"]) == [1.0, 0.0]

@@ -6,13 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.recipes.recipe_module import recipe_module
 from tests.serving.stand_in import serving
 from zo_hf.tasks import data
 
@@ -33,12 +33,15 @@ def tiny(folder: Path) -> Any:
 
 
 def test_it_trains_and_compares(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: ModuleType,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [(f"a {word} film", label) for word in ("b", "c", "d", "e", "f") for label in (0, 1)]
     table = data.Dataset.from_dict({"text": [t + "." * y for t, y in rows], "label": [y for _, y in rows]})
     sentences = data.LabeledSentences("some", table, table.select(range(4)))
-    recipe = recipe_module("served_sentiment")
     monkeypatch.setattr(recipe, "embedded_reviews", lambda *_: sentences)
     with serving(lambda: tiny(model_folder), longest=128) as stand_in:
         common = ("--server", stand_in.url, "--model", str(model_folder), "--rows", "2")
@@ -55,9 +58,8 @@ def test_it_trains_and_compares(
 
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="ZO_HF_TEST_SERVER names no server")
-def test_it_learns_on_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_on_a_real_server(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert REAL is not None
-    recipe = recipe_module("served_sentiment")
     found = run(recipe, monkeypatch, tmp_path, "--server", REAL, "--rows", "4", "--held-out", "32")
     losses = [entry["loss"] for entry in found["log"] if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from tests.recipes.recipe_module import recipe_module
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.stability import critical_step_size
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return recipe_module("trace_and_generalization")
 
 
 def module_of(weights: Tensor, activation: str) -> nn.Module:
@@ -78,27 +72,6 @@ def test_a_step_is_that_of_two_point_descent(recipe: ModuleType) -> None:
         # The recipe's losses are float32, which c divides by 2ε.
         torch.testing.assert_close(runs.weights[index], expected, rtol=0, atol=1e-3 * rate * (abs(c) + 1) + 1e-6)
     assert (runs.weights - before).norm(dim=1).min() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("--margins 4 0", "--margins must be above 0."),
-        ("--levels 0", "--levels must be above 0."),
-        ("--eps 0", "--eps must be above 0."),
-        ("--steps 19", "--steps 19 must be at least 20"),
-        ("--examples 1", "--examples 1 must be 2 to 1796;"),
-        ("--examples 1797", "--examples 1797 must be 2 to 1796;"),
-        ("--seeds 1 1", "--seeds 1 1 must differ"),
-        ("--plot-only --output nowhere", "--plot-only needs nowhere/runs.jsonl;"),
-    ],
-)
-def test_arguments_that_cannot_work_are_refused_in_one_sentence(
-    recipe: ModuleType, words: str, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        recipe.arguments(words.split())
-    assert f"error: {sentence}" in capsys.readouterr().err
 
 
 def test_the_others_of_all_pictures_are_the_test(recipe: ModuleType) -> None:
