@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,8 +36,6 @@ from zo_hf.subspaces import SUBSPACES, Subspace
 from zo_hf.subspaces.folds import Folds
 from zo_hf.subspaces.reports import report_what_stays
 from zo_hf.subspaces.settled_reads import SettledReads
-
-logger = logging.getLogger(__name__)
 
 
 class ZerothOrder:

@@ -17,7 +17,6 @@ from zo_hf.quantization import QuantizedLayer
 from zo_hf.quantization.bitsandbytes_4bit import round_to_level
 
 EVERY_FORMAT = pytest.mark.parametrize("kind", FORMATS)
-FOUR_BITS = [kind for kind in FORMATS if "4" in kind]
 EIGHT_BITS = [kind for kind in FORMATS if "4" not in kind]
 SHAPES = [(48, 64), (33, 70), (5, 129), (70, 600), (3, 2)]
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)

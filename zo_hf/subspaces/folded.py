@@ -12,7 +12,6 @@ modules that hold moving parameters put it there.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,8 +30,6 @@ from zo_hf.subspaces.blocks import CoordinateBlocks
 from zo_hf.subspaces.code_rounding import NewRows, Rounded, round_by_inputs, round_stochastically
 from zo_hf.subspaces.sites import Pattern, Site, require_contiguous
 from zo_hf.subspaces.subspace import Subspace, no_stream
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_FOLD_STEPS = 50
 
