@@ -333,24 +333,26 @@ class ZOTrainer(SearchingTrainer):
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
-        loss = 0.0
-        if self.accelerator.sync_gradients:
-            with self._passes(closure, self._features):
-                self._estimate = self.zo.finish_estimate()
-            self._no_backward.estimated()
-            loss = self._rate_watch.loss = self._estimate.loss
-            if not self._estimate.is_finite:
-                logger.warning(
-                    "step %d is skipped: a loss or projected gradient is not finite; if this repeats, "
-                    "lower learning_rate",
-                    self.zo.step,
-                )
-            if not self._files.records and self.args.should_save:
-                # Only now is everything known that the first step depends on, down to the parameters that move.
-                base_hash = None if self._division is None else self._division.base_hash
-                self._files.begin_log(self.zo, self._torch_optimizer(), self._run_folder, base_hash)
+        loss = self._finish_estimate(self.zo, closure) if self.accelerator.sync_gradients else 0.0
         # Not torch.tensor, which copies from the host and waits.
         return torch.full((), loss, device=self.args.device, dtype=torch.float32)
+
+    def _finish_estimate(self, zo: ZerothOrder, closure: Callable[[], Any]) -> float:
+        """Fill the coordinates' gradient after a step's last micro-batch, and return the step's loss."""
+        with self._passes(closure, self._features):
+            self._estimate = zo.finish_estimate()
+        self._no_backward.estimated()
+        self._rate_watch.loss = self._estimate.loss
+        if not self._estimate.is_finite:
+            logger.warning(
+                "step %d is skipped: a loss or projected gradient is not finite; if this repeats, lower learning_rate",
+                zo.step,
+            )
+        if not self._files.records and self.args.should_save:
+            # Only now is everything known that the first step depends on, down to the parameters that move.
+            base_hash = None if self._division is None else self._division.base_hash
+            self._files.begin_log(zo, self._torch_optimizer(), self._run_folder, base_hash)
+        return self._estimate.loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, at the present weights wherever a loss reads them, and leave the model's buffers."""
