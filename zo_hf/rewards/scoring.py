@@ -196,18 +196,7 @@ def _function(
     if isinstance(given, str):
         given = AutoModelForSequenceClassification.from_pretrained(given, num_labels=1, **init)
     if isinstance(given, nn.Module):
-        name = type(given).__name__
-        if isinstance(given, PreTrainedModel):
-            name = given.config._name_or_path.split("/")[-1] or name
-            tokenizer = AutoTokenizer.from_pretrained(given.config._name_or_path) if tokenizer is None else tokenizer
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            given.config.get_text_config().pad_token_id = (
-                tokenizer.pad_token_id
-            )  # it looks for the last token before it
-        if tokenizer is None:
-            raise ValueError(f"the reward model {name} has no tokenizer; give it in reward_processing_classes.")
-        return RewardFunction(name, RewardModel(given.to(device), tokenizer, chat_template_kwargs))
+        return _function_of_model(given, tokenizer, device, chat_template_kwargs)
     if not callable(given):
         raise ValueError(
             f"reward_funcs has a {type(given).__name__}; give functions, or sequence classifiers by name or as modules."
@@ -216,6 +205,23 @@ def _function(
     while isinstance(inner, functools.partial):
         inner = inner.func
     return RewardFunction(getattr(inner, "__name__", type(inner).__name__), given)
+
+
+def _function_of_model(
+    model: nn.Module, tokenizer: Any, device: torch.device, chat_template_kwargs: Mapping[str, Any]
+) -> RewardFunction:
+    name = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        path = model.config._name_or_path
+        name = path.split("/")[-1] or name
+        tokenizer = AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # The model scores the last token in front of the padding.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if tokenizer is None:
+        raise ValueError(f"the reward model {name} has no tokenizer; give it in reward_processing_classes.")
+    return RewardFunction(name, RewardModel(model.to(device), tokenizer, chat_template_kwargs))
 
 
 def _awaited(found: Any) -> Any:
