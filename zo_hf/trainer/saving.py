@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from zo_hf import checkpoint
@@ -105,18 +105,22 @@ class SavingTrainer(DescribedTrainer):
             save_becoming_adapter(adapter, folder, self.args, self.processing_class)
             self._save_arguments(folder)
             return
-        if self.zo is not None and state_dict is None:
-            state_dict = self.zo.folded_state_dict()
-        if self._division is not None and state_dict is None:
-            state_dict = gathered_state_dict(self.model, frozen=not is_peft(self.model))
-        if state_dict is None and is_offloaded(self.model):
-            among = embeddings_of(self.model) if is_peft(self.model) else None
-            state_dict = whole_state_dict(self.model, among)
+        if state_dict is None:
+            state_dict = self._weights_to_save()
         check_finite(self.model, state_dict)
         if self._files.staging is not None:
             self._files.note_weights(self.model, state_dict)
         super()._save(output_dir, state_dict)
         self._save_arguments(Path(output_dir or self.args.output_dir))
+
+    def _weights_to_save(self) -> dict[str, Tensor] | None:
+        """Return the weights as of now, whole and with the coordinates folded in; None if the model itself has them."""
+        weights = None if self.zo is None else self.zo.folded_state_dict()
+        if weights is None and self._division is not None:
+            return gathered_state_dict(self.model, frozen=not is_peft(self.model))
+        if weights is None and is_offloaded(self.model):
+            return whole_state_dict(self.model, embeddings_of(self.model) if is_peft(self.model) else None)
+        return weights
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.save_only_trajectory:
