@@ -190,16 +190,7 @@ class Server:
             text = None if body is None else json.dumps(body)
             connection.request(method, self._path + path, text, headers)
             response = connection.getresponse()
-            found = bytearray()
-            while part := response.read1(1 << 16):
-                found += part
-                if len(found) > _BYTES:
-                    raise BadAnswer(f"it has more than {_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise ServerLost(f"no whole answer within {self._timeout:g} seconds")
-            if response.length:
-                raise ServerLost("its answer breaks off")
-            return response.status, bytes(found)
+            return response.status, self._read(response, deadline)
         except TimeoutError as error:
             raise ServerLost(f"no answer within {self._timeout:g} seconds") from error
         except ssl.SSLCertVerificationError as error:  # a wait does not mend it
@@ -211,6 +202,19 @@ class Server:
             raise ServerLost(str(error) or type(error).__name__) from error
         finally:
             connection.close()
+
+    def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
+        """Return the text of an answer; what is raised is as for `_ask`."""
+        found = bytearray()
+        while part := response.read1(1 << 16):
+            found += part
+            if len(found) > _BYTES:
+                raise BadAnswer(f"it has more than {_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise ServerLost(f"no whole answer within {self._timeout:g} seconds")
+        if response.length:
+            raise ServerLost("its answer breaks off")
+        return bytes(found)
 
 
 def _authorization() -> dict[str, str]:
