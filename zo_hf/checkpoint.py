@@ -150,32 +150,23 @@ class CheckpointWriter:
         self,
         zo: ZerothOrder,
         folder: Path,
-        trajectory: int | None = None,
+        entries: Mapping[str, Any] | None = None,
         learning_rates: list[float] | None = None,
-        seconds: float = 0.0,
         write: bool = True,
-        found_learning_rate: float | None = None,
-        more: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the engine's files into `folder`; the state file comes last, so that it exists only if all others do.
 
         Args:
             zo: the engine.
             folder: the checkpoint's folder.
-            trajectory: CRC-32 of the run's log at this step; None without a log.
+            entries: what the state file says of the run around the engine, as JSON has it.
             learning_rates: learning rates of the next step, for a checkpoint without tensors; None for all others.
-            seconds: time that the run has taken so far, in seconds.
             write: False on processes that contribute their shards of the weights and write nothing.
-            found_learning_rate: the rate that `learning_rate="auto"` has found; None without a search.
-            more: more entries of the state file, as JSON has them.
         """
         base = {} if learning_rates is not None else _base_to_save(zo.subspace)
         if not write:
             return
-        state: dict[str, Any] = {"settings": zo.saved_settings(), "engine": zo.state_dict(), "trajectory": trajectory}
-        state |= {"seconds": seconds, **(more or {})}
-        if found_learning_rate is not None:
-            state["learning_rate"] = found_learning_rate
+        state: dict[str, Any] = {"settings": zo.saved_settings(), "engine": zo.state_dict(), **(entries or {})}
         if learning_rates is not None:
             state["learning_rates"] = learning_rates
         else:

@@ -116,18 +116,25 @@ class RunFiles:
             data: the position in the data, see `DataPosition`.
             run: the run, see `changes.describe`; None if it is unknown.
         """
-        crc = None if self._recorder is None else self._recorder.sync()
+        entries: dict[str, Any] = {
+            "trajectory": None if self._recorder is None else self._recorder.sync(),
+            "seconds": seconds,
+            "weights": self._weights,
+            "data": dict(data),
+            "manifest": manifest.VERSION,
+            "base": self._base,
+        }
+        if run is not None:
+            entries["run"] = dict(run)
+        if found_learning_rate is not None:
+            entries["learning_rate"] = found_learning_rate
         rates = None
         if self._config.save_only_trajectory and self._recorder is not None:
             self._recorder.copy_into(folder)
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
-        write = self._config.should_save
-        more = {"weights": self._weights, "data": dict(data), "manifest": manifest.VERSION, "base": self._base}
-        if run is not None:
-            more["run"] = dict(run)
         self._weights = None
-        self._writer.save(zo, folder, crc, rates, seconds, write, found_learning_rate, more)
+        self._writer.save(zo, folder, entries, rates, self._config.should_save)
 
     def load_engine(
         self, zo: ZerothOrder, optimizer: Optimizer, scheduler: Any, folder: Path, run: Mapping[str, Any] | None
