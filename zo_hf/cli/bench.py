@@ -57,23 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the benchmark and print its table."""
-    for option, least in (("rounds", 1), ("rows", 1), ("threads", 1), ("length", 2)):
-        if vars(args)[option] < least:
-            raise ValueError(f"--{option} {vars(args)[option]} must be at least {least}.")
-    if args.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {args.device} is not a device of this benchmark; use --device cpu or cuda.")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device} is not available; use --device cpu.")
-    known = variants(args)
-    wrong = [name for name in args.variants or () if name not in known]
-    if wrong:
-        raise ValueError(f"--variants {wrong[0]} does not apply to this model; choose among {', '.join(known)}.")
-    if args.output is not None:
-        if args.output.suffix == ".png":
-            raise ValueError(f"--output {args.output} is for JSON, and the plot is saved next to it; use .json.")
-        for path in (args.output, args.output.with_suffix(".png")):
-            check_file("--output", path)
-    args.variants = ["forward", *(name for name in args.variants or known if name != "forward")]
+    _check(args)
+    args.variants = ["forward", *(name for name in args.variants or variants(args) if name != "forward")]
     seconds, noise = measure_time(args)
     memory = {name: measure_memory(args, name) for name in tqdm(args.variants, "memory", disable=None)}
     forward_time, forward_memory = seconds["forward"], memory["forward"]
@@ -91,6 +76,30 @@ def run(args: argparse.Namespace) -> None:
     print(table(rows))
     if args.output is not None:
         write(args, rows)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that cannot work, before anything is measured.
+
+    Raises:
+        ValueError: an option cannot work; the message names it and the way out.
+    """
+    for option, least in (("rounds", 1), ("rows", 1), ("threads", 1), ("length", 2)):
+        if vars(args)[option] < least:
+            raise ValueError(f"--{option} {vars(args)[option]} must be at least {least}.")
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device} is not a device of this benchmark; use --device cpu or cuda.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device} is not available; use --device cpu.")
+    known = variants(args)
+    wrong = [name for name in args.variants or () if name not in known]
+    if wrong:
+        raise ValueError(f"--variants {wrong[0]} does not apply to this model; choose among {', '.join(known)}.")
+    if args.output is not None:
+        if args.output.suffix == ".png":
+            raise ValueError(f"--output {args.output} is for JSON, and the plot is saved next to it; use .json.")
+        for path in (args.output, args.output.with_suffix(".png")):
+            check_file("--output", path)
 
 
 def measure_time(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
