@@ -112,15 +112,7 @@ def split_rows(rows: ChatRows, fraction: float, seed: int) -> tuple[ChatRows, Ch
 
 def _records(what: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file, each with its number, from 1."""
-    suffix = path.suffix.lower()
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not text in UTF-8 (byte {error.start}); write it in UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"{what} cannot be read ({error.strerror}); give a file that you may read.") from error
-    if "\0" in text:
-        raise ValueError(f"{what} holds zero bytes, so it is not text; give a text file with rows of {FORMATS}.")
+    suffix, text = path.suffix.lower(), _text(what, path)
     if suffix in (".csv", ".tsv"):
         yield from _table(what, text, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
@@ -135,6 +127,18 @@ def _records(what: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 where = f"{what}, row {number},"
                 yield number, _object(where, _json(where, line))
+
+
+def _text(what: str, path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not text in UTF-8 (byte {error.start}); write it in UTF-8.") from error
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read ({error.strerror}); give a file that you may read.") from error
+    if "\0" in text:
+        raise ValueError(f"{what} holds zero bytes, so it is not text; give a text file with rows of {FORMATS}.")
+    return text
 
 
 def _table(what: str, text: str, separator: str) -> Iterator[tuple[int, dict[str, Any]]]:
