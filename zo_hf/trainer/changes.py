@@ -169,12 +169,14 @@ def check_run(zo: ZerothOrder, now: Mapping[str, Any], folder: Path) -> None:
     """
     state = checkpoint.read_state(folder)
     then = state.get("run")
-    if then is not None and then["names"] != now["names"]:
+    if then is None:
+        checkpoint.check_settings(zo, state, folder)
+        return
+    moves_others = then["names"] != now["names"]
+    if moves_others:
         _refuse_difference(folder, then["patterns"], now["patterns"])
     checkpoint.check_settings(zo, state, folder)
-    if then is None:
-        return
-    if then["names"] != now["names"]:
+    if moves_others:
         raise ValueError(
             f"{folder} was written by a run in which other parameters moved; freeze the same parameters, and use the same "
             "optimizer."
@@ -189,10 +191,15 @@ def check_run(zo: ZerothOrder, now: Mapping[str, Any], folder: Path) -> None:
         before, after = ({name: run["arguments"][name] for name in per_step} for run in (then, now))
         if math.prod(before.values()) != math.prod(after.values()):
             _refuse_difference(folder, before, after)
+    if state.get("base") is not None:
+        _check_base(zo, state["base"], folder)
+
+
+def _check_base(zo: ZerothOrder, base: str, folder: Path) -> None:
+    """Refuse an adapter of another base model; `base` is the hash of the weights that the run began with."""
     subspace = zo.subspace
     holds_base = isinstance(subspace, Adapter) or (isinstance(subspace, LowRank) and subspace.becomes_adapter)
-    base = state.get("base")
-    if base is None or not holds_base or is_divided_model(zo.model):
+    if not holds_base or is_divided_model(zo.model):
         return
     leave_out = list(subspace.start.values()) if isinstance(subspace, Adapter) else []
     if weights_hash(zo.model, leave_out) != base:
