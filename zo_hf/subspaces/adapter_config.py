@@ -142,16 +142,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
 
     path = folder / FILE
     way_out = "wrap the model with your own configuration in Python if you trust it"
-    try:
-        content = plain_json.read(path)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); copy it from where the adapter came from."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not a PEFT configuration, because {error}; use another copy of it.") from error
-    if not is_object(content) or not is_text(content.get("peft_type")):
-        raise ValueError(f"{path} is not a PEFT configuration, because it names no peft_type; use another copy of it.")
+    content = _content(path)
     kinds = {str(plain(kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = kinds.get(content["peft_type"])
     if kind is None:
@@ -174,6 +165,20 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     except (ValueError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"{path} is not a PEFT configuration ({shown(reason)}); {way_out}.") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = plain_json.read(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); copy it from where the adapter came from."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a PEFT configuration, because {error}; use another copy of it.") from error
+    if not is_object(content) or not is_text(content.get("peft_type")):
+        raise ValueError(f"{path} is not a PEFT configuration, because it names no peft_type; use another copy of it.")
+    return content
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
