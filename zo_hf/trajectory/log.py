@@ -28,6 +28,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -288,15 +289,14 @@ def _parse_header(path: Path, content: bytes) -> tuple[dict[str, Any], int]:
 def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: int, until: int | None) -> Trajectory:
     layout = record_struct(header)
     size = layout.size + _CRC.size
-    directions, still = header["directions"], header.get("still") or ()
+    directions = header["directions"]
     crcs = [_CRC.unpack_from(content, start - _CRC.size)[0]]
     ends, crc_before = [start], crcs[0]
     records: list[Record] = []
     begins: list[int] = []
     begun: set[int] = set()
-    position = start
-    while len(content) - position >= size and (until is None or header["first_step"] + len(records) < until):
-        step = header["first_step"] + len(records)
+    position, step = start, header["first_step"]
+    while len(content) - position >= size and (until is None or step < until):
         body = content[position : position + layout.size]
         crc = _CRC.unpack_from(content, position + layout.size)[0]
         if crc != zlib.crc32(body, crc_before):
@@ -309,11 +309,10 @@ def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: in
         crc_before = crc
         position += size
         number, flags, *numbers = layout.unpack(body)
-        index = numbers[0]
-        is_begin = flags == BEGINS and 0 <= index < len(still) and index == int(index) and not any(numbers[1:])
-        if is_begin and number == step and index not in begun:
-            begun.add(int(index))
-            begins.append(int(index))
+        index = _index_of_begin(numbers, len(header.get("still") or ())) if flags == BEGINS else None
+        if index is not None and number == step and index not in begun:
+            begun.add(index)
+            begins.append(index)
             continue
         gradients, rates, clip = tuple(numbers[:directions]), tuple(numbers[directions:-1]), numbers[-1]
         record = Record(step, bool(flags & SKIPPED), bool(flags & UNFAITHFUL), gradients, rates, clip, tuple(begins))
@@ -325,10 +324,22 @@ def _parse_records(path: Path, header: dict[str, Any], content: bytes, start: in
         begins = []
         crcs.append(crc)
         ends.append(position)
-    dropped = len(content) - ends[-1] if until is None or header["first_step"] + len(records) < until else 0
+        step += 1
+    dropped = len(content) - ends[-1] if until is None or step < until else 0
     if dropped:
         logger.warning("%s ends in %d bytes that form no complete record; they are ignored", path, dropped)
     return Trajectory(path, header, start, records, crcs, ends, dropped)
+
+
+def _index_of_begin(numbers: Sequence[float], still: int) -> int | None:
+    """Return the index of a parameter that begins to move; None if no such record has these numbers.
+
+    Args:
+        numbers: the numbers of a record with the flag "begins".
+        still: the number of parameters in the header's "still".
+    """
+    is_index = 0 <= numbers[0] < still and numbers[0] == int(numbers[0])
+    return int(numbers[0]) if is_index and not any(numbers[1:]) else None
 
 
 def _is_possible(record: Record) -> bool:
