@@ -23,7 +23,7 @@ GROUPS = 8
 
 @dataclass(frozen=True)
 class Activations:
-    """What one layer hands to the next.
+    """The output of a layer, with the shortcut around it.
 
     Attributes:
         x: (rows, channels, height, width); (rows, channels) after the last convolution.

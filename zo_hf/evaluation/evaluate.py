@@ -223,15 +223,15 @@ class ProbeEvaluator:
         # Only here, outside of the handler, has the traceback given back the memory of the failed forward pass.
         return evaluation.sequential()
 
-    def in_one_pass(self, loss: Any, how: tuple[int, ...], run: Callable[[Any], Tensor]) -> Tensor:
+    def in_one_pass(self, loss: Any, parts: tuple[int, ...], run: Callable[[Any], Tensor]) -> Tensor:
         """Return `run(loss)`, the losses of several probes from one forward pass, launched or replayed.
 
         Args:
             loss: the loss of the batch.
-            how: numbers that `run` depends on.
+            parts: the copies of the batch, (copies,), or the groups of its rows and the copies, (groups, copies).
             run: evaluates the loss.
         """
-        return run(loss).detach() if self.graphs is None else self.graphs.losses(loss, how, run)
+        return run(loss).detach() if self.graphs is None else self.graphs.losses(loss, parts, run)
 
     def choose(self, evaluation: Evaluation, expected: Tensor, count: int) -> Tensor:
         """Evaluate a batch once more, in one forward pass, and choose how the run evaluates its probes.

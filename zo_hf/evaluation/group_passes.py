@@ -109,11 +109,11 @@ class GroupPasses:
             raise NotBatchable(self.why_not_batchable)
         self._random.restore()
         points = [point for probe in self._probes for point in self.points(probe)]
-        rows, how = self._closure.rows // self._groups, (self._groups, len(self._probes))
+        rows, parts = self._closure.rows // self._groups, (self._groups, len(self._probes))
         with self._evaluator.at(self.subspace, points, *self._random.of_directions, rows):
             shares = self._or_zeros(
-                lambda: self._evaluator.in_one_pass(self._closure, how, lambda loss: loss.batched_by_groups(*how)),
-                how[::-1],
+                lambda: self._evaluator.in_one_pass(self._closure, parts, lambda loss: loss.batched_by_groups(*parts)),
+                parts[::-1],
             )
         check_draws_nothing(self.generators)
         return shares

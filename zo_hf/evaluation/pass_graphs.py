@@ -70,7 +70,7 @@ class _PassGraph:
 class _Key(NamedTuple):
     """The case that a graph was captured for: it is replayed for no other."""
 
-    how: tuple[int, ...]
+    parts: tuple[int, ...]
     others: Hashable
     shapes: tuple[tuple[str, torch.Size, torch.dtype], ...]
     probes: int
@@ -111,12 +111,12 @@ class PassGraphs:
         self._pool: Any = None
         self._has_warned = False
 
-    def losses(self, loss: Any, how: tuple[int, ...], run: Callable[[Any], Tensor]) -> Tensor:
+    def losses(self, loss: Any, parts: tuple[int, ...], run: Callable[[Any], Tensor]) -> Tensor:
         """Return what `run(loss)` returns inside of `Subspace.at`, from a graph.
 
         Args:
             loss: the loss of the batch.
-            how: numbers that `run` depends on.
+            parts: the copies of the batch, (copies,), or the groups of its rows and the copies, (groups, copies).
             run: evaluates the loss in one forward pass.
 
         Raises:
@@ -129,7 +129,7 @@ class PassGraphs:
             )
         tensors, others = loss.pass_inputs()
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        key = _Key(how, others, shapes, len(self._subspace.probes))
+        key = _Key(parts, others, shapes, len(self._subspace.probes))
         graph = self._graphs.pop(key, None)
         if graph is None or graph.addresses != self._addresses():
             graph = None  # gives its memory back first
