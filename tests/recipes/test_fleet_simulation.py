@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from types import ModuleType
 
 import pytest
-
-from tests.recipes.recipe_module import recipe_module
 
 OPTIONS = {"workers": 10, "steps": 5, "forward_seconds": 1.0, "machine_spread": 0.0, "jitter": 0.0, "stall_share": 0.0}
 OPTIONS |= {"stall_seconds": 60.0, "latency": 0.0, "uplink_bytes": 1e9, "late_by": 10, "seed": 0}
 
 
-def test_every_group_of_rows_sends_two_losses_and_every_direction_is_drawn() -> None:
-    simulate = recipe_module("fleet_simulation").simulate
+def test_every_group_of_rows_sends_two_losses_and_every_direction_is_drawn(recipe: ModuleType) -> None:
     args = Namespace(**OPTIONS, groups=4, draw_seconds=0.01)
-    found = {directions: simulate(args, directions, 1.0) for directions in (4, 40)}
+    found = {directions: recipe.simulate(args, directions, 1.0) for directions in (4, 40)}
     for directions, row in found.items():
         assert row["bytes_up_per_step"] == 4 * 16 + 100
         assert row["bytes_down_per_step"] == directions * 8 + 100
