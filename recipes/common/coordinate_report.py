@@ -47,13 +47,15 @@ class Report:
     def table(self) -> str:
         """Return a table with a row for each method, and one with a row for each distance."""
         shared = self._study.shared_rate
-        heads = ["method", "tuned α", "forward passes", "cycles", "loss", "accuracy"]
+        heads = ["method", "tuned α", "seeds", "forward passes", "cycles", "seconds", "loss", "accuracy"]
         heads += [f"loss at α = {shared:g}", f"accuracy at α = {shared:g}"] if shared else []
         lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
         for method, rate in self._best.items():
             runs = self._runs(method, rate)
             cycles = f"{_cycles(runs[0], self._study):.2g}" if self._study.methods[method].along_coordinates else ""
-            line = f"| {method} | {rate:g} | {runs[0]['forwards']:,} | {cycles} | " + self._cells(method, rate)
+            seconds = mean(run["seconds"] for run in runs)
+            line = f"| {method} | {rate:g} | {len(runs)} | {runs[0]['forwards']:,} | {cycles} | {seconds:.0f} | "
+            line += self._cells(method, rate)
             lines.append(line + (f" {self._cells(method, shared)}" if shared else ""))
         if self._study.ablated is not None and self._study.ablated[0] in self._best:
             method, others = self._study.ablated

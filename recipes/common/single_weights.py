@@ -6,8 +6,7 @@ A weight moved by s changes one channel of its layer's output, y, and leaves eve
     norm            y[o] += s · x̂[o]  or  s                     weight or bias o
     linear          y[o] += s · x[i]  or  s                     weight (o, i) or bias o
 
-So a probe costs a copy of y, and the layers after this one. In cyclic order the coordinates of a step lie in one layer or
-two, and most weights of a convolutional network are near its end.
+So a probe costs a copy of y, and the layers after this one. Most weights of a convolutional network are near its end.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class SingleWeightLosses:
         inputs = self._inputs()
         self._make_matrices(inputs)
         places = {index: self._place(probe) for index, probe in enumerate(probes) if probe.scale}
-        for name, group in groupby(places, key=lambda index: places[index][0]):
+        for name, group in groupby(sorted(places, key=places.__getitem__), key=lambda index: places[index][0]):
             indices = list(group)
             elements = torch.tensor([places[index][1] for index in indices])
             scales = torch.tensor([probes[index].scale for index in indices])

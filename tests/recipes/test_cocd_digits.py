@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +68,11 @@ def test_resnet_20_has_the_size_and_the_form_of_its_paper() -> None:
 @torch.no_grad()
 def test_losses_of_single_weights_are_those_of_the_whole_network(recipe: ModuleType) -> None:
     """In every parameter, at both ends of it and between, with moves of both signs."""
+    from common.single_weights import SingleWeightLosses
+
     model, (pictures, labels) = network(), batch()
     zo = ZerothOrder(model, FullInMemory(model), estimator="coordinate", num_directions=4)
-    loss = recipe.SingleWeightLosses(zo, model, pictures, labels)
+    loss = SingleWeightLosses(zo, model, pictures, labels)
     inputs = loss._inputs()
     loss._make_matrices(inputs)
     parameters = dict(model.named_parameters())
@@ -87,17 +91,18 @@ def test_losses_of_single_weights_are_those_of_the_whole_network(recipe: ModuleT
         assert (found - clean).abs().max() > 1e-4, name
 
 
-@pytest.mark.parametrize("estimator", ["coordinate", "coordinate_forward"])
-def test_a_step_has_the_numbers_of_the_engines_own_probes(recipe: ModuleType, estimator: str) -> None:
+@pytest.mark.parametrize(("estimator", "order"), [("coordinate", "cyclic"), ("coordinate_forward", "permuted")])
+def test_a_step_has_the_numbers_of_the_engines_own_probes(recipe: ModuleType, estimator: str, order: str) -> None:
+    from common.single_weights import SingleWeightLosses
+
     pictures, labels = batch()
     numbers = []
     for shortcut in (True, False):
         model = network()
         before = weights_of(model)
-        zo = ZerothOrder(
-            model, FullInMemory(model), estimator=estimator, num_directions=160, eps=0.05, batched_probes=False
-        )
-        own = recipe.SingleWeightLosses(zo, model, pictures, labels)
+        options = {"estimator": estimator, "coordinate_order": order, "num_directions": 160}
+        zo = ZerothOrder(model, FullInMemory(model), eps=0.05, batched_probes=False, **options)
+        own = SingleWeightLosses(zo, model, pictures, labels)
         loss = own if shortcut else lambda own=own: own()
         estimate = zo.estimate(loss)
         assert_same_bits(weights_of(model), before)
@@ -106,6 +111,40 @@ def test_a_step_has_the_numbers_of_the_engines_own_probes(recipe: ModuleType, es
         assert not zo.subspace.still, "all weights are read"
     torch.testing.assert_close(numbers[0], numbers[1], rtol=0, atol=1e-4)
     assert numbers[0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{"rule": "none"}, {"rule": "cocd", "cocd_decay": 0.9}])
+@pytest.mark.parametrize("order", ["cyclic", "permuted"])
+def test_a_descent_along_slopes_takes_the_steps_of_the_engine(
+    recipe: ModuleType, order: str, options: dict[str, Any]
+) -> None:
+    """With a rate of its own for the last layer, for more than two cycles."""
+    from common.coordinate_descents import EngineDescent, SlopeDescent
+    from common.coordinate_studies import Method
+
+    options = {"estimator": "coordinate_forward", "num_directions": 46, "coordinate_order": order} | options
+    method = Method(options, (0.3,), 1e-6, 0, 8, of_linear=0.25)
+    generator = torch.Generator().manual_seed(3)
+    batches = [(torch.rand(8, 6, generator=generator).double(), torch.arange(8) % 4) for _ in range(6)]
+    ends = []
+    for slopes in (False, True):
+        model = nn.Sequential(OrderedDict(first=nn.Linear(6, 8), relu=nn.ReLU(), linear=nn.Linear(8, 4))).double()
+        for index, parameter in enumerate(model.parameters()):
+            nn.init.uniform_(parameter, -1, 1, generator=torch.Generator().manual_seed(index))
+        before = weights_of(model)
+        descent = SlopeDescent(model, method, 0.3, 5) if slopes else EngineDescent(model, method, 0.3, 1e-6, 5)
+        coherence = []
+        for pictures, labels in batches:
+            descent.take_step(pictures, labels)
+            coherence.append(descent.coherence())
+        moved = torch.cat([(after - before[name]).flatten() for name, after in model.named_parameters()])
+        ends.append((moved.detach(), coherence, descent.forward_passes, descent.steps, descent.coordinates))
+    (of_engine, *engine), (of_slopes, *along_slopes) = ends
+    torch.testing.assert_close(of_slopes, of_engine, rtol=1e-4, atol=1e-6)
+    assert of_engine.abs().max() > 0.1
+    assert engine[1:] == along_slopes[1:] == [6 * 47, 6, 92]
+    if options["rule"] == "cocd":
+        assert along_slopes[0][-1] == pytest.approx(engine[0][-1], abs=1e-4)
 
 
 def test_runs_are_made_once_and_drawn(
@@ -135,7 +174,7 @@ def test_runs_are_made_once_and_drawn(
     of_cocd = next(run for run in runs if run["method"] == names[1] and run["learning_rate"] == 0.01)
     of_bccd = next(run for run in runs if run["method"] == names[0])
     assert len(of_cocd["coherence"]) == 5 and of_bccd["coherence"] == [], "the second cycle begins in step 3 of 8"
-    assert "| CoCD γ = 0.99 | 0.01 | 3,200 | 2.5 | " in table and "| ε = 1 | " in table
+    assert "| CoCD γ = 0.99 | 0.01 | 2 | 3,200 | 2.5 | " in table and "| ε = 1 | " in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"digits.png", "coherence.png"}
     monkeypatch.setattr(recipe, "train", lambda _: pytest.fail("the runs are there"))
     recipe.main()
