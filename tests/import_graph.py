@@ -24,7 +24,7 @@ FLOORS = (
     ("case", "compatibility", "settings"),
     ("rules", "evaluation"),
     ("subspaces",),
-    ("parallel", "offload"),
+    ("parallel", "offload", "heads"),
     ("directions", "estimators", "privacy"),
     ("rng", "kernels", "quantization", "untrusted", "method_info", "reason", "version"),
 )

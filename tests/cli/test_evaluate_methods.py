@@ -111,7 +111,9 @@ def test_an_encoder_gets_no_prompt(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot continue a prompt; use --alignments head"):
         evaluate_methods.alignments_of(str(tmp_path), ["prompt", "head"])
     assert evaluate_methods.alignments_of(str(tmp_path), ["head"]) == ["head"]
-    assert evaluate_methods.alignments_of(str(tmp_path), None) == ["head"], "without a wish it gets what it can"
+    assert evaluate_methods.alignments_of(str(tmp_path), None) == ["head", "fitted"], (
+        "without a wish it gets what it can"
+    )
 
 
 def test_label_words_that_a_tokenizer_does_not_tell_apart_are_refused_before_any_run(

@@ -126,6 +126,15 @@ def test_a_bare_text_gets_a_head_that_its_seed_decides(model_folder: str, task: 
     assert "calibrated_accuracy" not in trained["scores"][0], "there is no prior of label words"
 
 
+def test_a_fitted_head_is_the_same_for_every_seed_and_trains_on(model_folder: str) -> None:
+    settings = {"alignment": "fitted", "task": "questions", "train_rows": 80, "eval_rows": 40, "batch_size": 8}
+    fresh = run(job(model_folder, **settings | {"alignment": "head"}, budget=0, evaluations=1))["scores"][0]
+    fitted = [run(job(model_folder, **settings, budget=0, evaluations=1, seed=seed))["scores"][0] for seed in (0, 1)]
+    assert fitted[0]["loss"] == fitted[1]["loss"] < fresh["loss"]
+    trained = run(job(model_folder, **settings, options='{"zo_subspace": "low_rank"}', learning_rate=1e-4, budget=8))
+    assert trained["scores"][-1]["loss"] != fitted[0]["loss"] and trained["forward_passes"] == 8
+
+
 @pytest.mark.parametrize(("task", "rate"), [("digits-cnn", 0.01), ("digits-transformer", 0.003)])
 def test_a_network_learns_digits_from_random_weights(task: str, rate: float) -> None:
     options = '{"backward": true, "optim": "adamw_torch"}'

@@ -6,8 +6,9 @@
     zo-hf evaluate-methods --tasks digits-cnn --forward-passes 5000
     zo-hf evaluate-methods --report-only                          only the report of the finished runs
 
-The model gets every text task in two ways (--alignments). With "prompt", a template surrounds the text, and the answer is a
-label word. With "head", the model gets the bare text, and the answer comes from a fresh classification head. The tasks
+The model gets every text task in three ways (--alignments). With "prompt", a template surrounds the text, and the answer is a
+label word. With "head", the model gets the bare text, and the answer comes from a fresh classification head. With "fitted",
+zo_hf.fit_head sets this head first, by a forward pass over the training rows that no method is charged for. The tasks
 digits-cnn and digits-transformer train a small network from random weights instead.
 
 All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
@@ -170,14 +171,16 @@ def alignments_of(model: str, wanted: Sequence[str] | None) -> list[str]:
     continues = not set(config.architectures or ()).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     takes_head = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if wanted is None and (continues or takes_head):
-        return [alignment for alignment, has in zip(ALIGNMENTS, (continues, takes_head), strict=True) if has]
+        return [
+            alignment for alignment, has in zip(ALIGNMENTS, (continues, takes_head, takes_head), strict=True) if has
+        ]
     alignments = list(dict.fromkeys(wanted or ALIGNMENTS))
     if "prompt" in alignments and not continues:
         raise ValueError(
             f"--model {model} was not saved as a causal language model, so it cannot continue a prompt; use --alignments "
             "head, or another model."
         )
-    if "head" in alignments and not takes_head:
+    if not {"head", "fitted"}.isdisjoint(alignments) and not takes_head:
         raise ValueError(
             f"--model {model} ({config.model_type}) has no class with a classification head in transformers; use --alignments "
             "prompt, or another model."

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-#: The ways to put a task to a model: with a prompt and label words, or as the bare text with a fresh head.
-ALIGNMENTS = ("prompt", "head")
+#: The ways to put a task to a model: with a prompt and label words, or as the bare text with a fresh or a fitted head.
+ALIGNMENTS = ("prompt", "head", "fitted")
 #: Stands in place of an alignment where a network starts from random weights.
 SCRATCH = "scratch"
 
@@ -20,7 +20,7 @@ class Problem:
     Attributes:
         model: a folder or a name of a language model; "" if the task has a network of its own.
         task: a name of the suite.
-        alignment: "prompt", "head", or "scratch" for a task with a network of its own.
+        alignment: "prompt", "head", "fitted", or "scratch" for a task with a network of its own.
         batch_size: rows in a forward pass.
         train_rows: maximum number of training rows.
         eval_rows: maximum number of development rows, and of test rows.
@@ -41,8 +41,8 @@ class Problem:
     @property
     def name(self) -> str:
         """The task and its alignment, in words."""
-        kind = {"prompt": "prompt", "head": "bare text, fresh head", SCRATCH: "from scratch"}[self.alignment]
-        return f"{self.task}, {kind}"
+        kinds = {"prompt": "prompt", "head": "bare text, fresh head", "fitted": "bare text, fitted head"}
+        return f"{self.task}, {(kinds | {SCRATCH: 'from scratch'})[self.alignment]}"
 
 
 def titles(problems: Sequence[Problem]) -> list[str]:

@@ -22,8 +22,9 @@ from zo_hf.comparison.tuning import best_rate, first_rates, is_at_edge, is_compl
 
 #: The seed of trials, which no full run has.
 TRIAL_SEED = 12_345
-#: Factors on the centers of learning rates: random weights want larger steps than pretrained ones.
-RATE_FACTORS = {"prompt": 1.0, "head": 1.0, "scratch": 100.0}
+#: Factors on the centers of learning rates: random weights want larger steps than pretrained ones, and a fitted head, whose
+#: weights are large, smaller ones.
+RATE_FACTORS = {"prompt": 1.0, "head": 1.0, "fitted": 0.01, "scratch": 100.0}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Comparison:
 
     def untrained(self) -> list[Job]:
         """Return the evaluations of the untrained model: one, or with fresh weights one for each seed."""
-        seeds = list(self.protocol.seeds)[:1] if self.problem.alignment == "prompt" else self.protocol.seeds
+        has_fresh_weights = self.problem.alignment in ("head", "scratch")
+        seeds = self.protocol.seeds if has_fresh_weights else list(self.protocol.seeds)[:1]
         return [self.job("zero-shot", 0.0, seed, 0, 1) for seed in seeds]
 
     def zero_shot(self) -> list[dict[str, Any]] | None:

@@ -2,6 +2,7 @@
 
     prompt      the text in a template, answered by a label word of a causal language model
     head        the bare text, answered by a fresh classification head on the same model
+    fitted      the bare text, answered by a head that was fitted to the features of the training rows
     scratch     pictures, answered by a network with random weights
 
 The first is task alignment as Malladi et al. (arXiv 2305.17333) have it: the pretraining's own objective. Without it,
@@ -29,6 +30,7 @@ from transformers import (
 from zo_hf.comparison.job import SCRATCH, Job
 from zo_hf.comparison.suite import TASKS, Parts, Sizes, TextTask
 from zo_hf.comparison.suite.digits import NETWORKS, batch_of_pictures, digits
+from zo_hf.heads import fit_head
 from zo_hf.tasks.classify import accuracy, calibrated, label_prior, next_token_scores
 from zo_hf.tasks.label_word_loss import LabelWordLoss
 from zo_hf.tasks.prompts import LabelWordCollator, encode_example, encode_prompt, label_token_ids, pad_token_id
@@ -80,7 +82,16 @@ def load(job: Job, options: dict[str, Any]) -> Subject:
     model = AutoModelForSequenceClassification.from_pretrained(
         job.model, dtype=torch.float32, num_labels=len(task.words), **arguments
     )
-    return _with_head(job, task, _ready(model, job, options), tokenizer, parts.train, scored)
+    subject = _with_head(job, task, _ready(model, job, options), tokenizer, parts.train, scored)
+    if job.alignment == "fitted":
+        rows = list(subject.examples)
+        starts = range(0, len(rows), job.batch_size)
+        fit_head(
+            model,
+            (dict(subject.collator(rows[start : start + job.batch_size])) for start in starts),
+            max_rows=len(rows),
+        )
+    return subject
 
 
 @lru_cache(maxsize=32)

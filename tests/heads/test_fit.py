@@ -1,0 +1,230 @@
+"""Heads of many kinds of classifiers, fitted to features that the test gets by a hook of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tests.conftest import assert_same_bits, seeded, tiny_bert, weights_of
+from tests.parallel.launch import run
+from zo_hf import fit_head
+from zo_hf.heads.discriminant import fit_discriminant
+
+VOCAB = 97
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CLASSES = 3
+
+
+def bert(**options: Any) -> nn.Module:
+    return tiny_bert(num_labels=CLASSES, **options)
+
+
+def tokens() -> nn.Module:
+    return BertForTokenClassification(BertConfig(**SIZE, vocab_size=VOCAB, num_labels=CLASSES))
+
+
+def roberta() -> nn.Module:
+    config = RobertaConfig(**SIZE, vocab_size=VOCAB, num_labels=CLASSES, pad_token_id=0, max_position_embeddings=40)
+    return RobertaForSequenceClassification(config)
+
+
+def llama() -> nn.Module:
+    return LlamaForSequenceClassification(LlamaConfig(**SIZE, vocab_size=VOCAB, num_labels=CLASSES, pad_token_id=0))
+
+
+def images() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**SIZE, image_size=8, patch_size=4, num_labels=CLASSES))
+
+
+def lora() -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    return get_peft_model(llama(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_proj"]))
+
+
+#: A classifier, and the name of its head.
+KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "bert": (bert, "classifier"),
+    "roberta": (roberta, "classifier.out_proj"),
+    "llama": (llama, "score"),
+    "tokens": (tokens, "classifier"),
+    "images": (images, "classifier"),
+    "lora": (lora, "base_model.model.score.modules_to_save.default"),
+}
+
+
+def batches_of(kind: str, count: int = 8, rows: int = 6) -> list[dict[str, Tensor]]:
+    """Batches whose labels follow from their rows: the first token, or the brightness of an image."""
+    found = []
+    for seed in range(count):
+        labels = torch.arange(rows) % CLASSES
+        if kind == "images":
+            noise = torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            found.append({"pixel_values": noise + labels[:, None, None, None], "labels": labels})
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(10, 16, (rows, 7), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        wanted = (ids % CLASSES).masked_fill(mask == 0, -100)
+        if kind != "tokens":
+            ids[:, :4] = ids[:, -1:] = 1 + labels[:, None]
+            wanted = labels
+        ids[1, 4:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": wanted})
+    return found
+
+
+def features_by_hook(model: nn.Module, name: str, kind: str, batches: list[dict[str, Tensor]]) -> Tensor:
+    """The inputs of the head at the positions that count, (rows, features)."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            seen.clear()
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+            inputs = seen[0]
+            if kind in ("llama", "lora"):
+                inputs = inputs[torch.arange(len(inputs)), batch["attention_mask"].sum(1) - 1]
+            elif kind == "tokens":
+                inputs = inputs[batch["labels"] != -100]
+            found.append(inputs)
+    handle.remove()
+    return torch.cat(found).double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_the_discriminant_of_its_inputs(kind: str) -> None:
+    build, name = KINDS[kind]
+    model = seeded(build).train()
+    batches = batches_of(kind)
+    before = weights_of(model)
+    found = fit_head(model, batches)
+    labels = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
+    assert (found.name, found.rows, found.forward_passes) == (name, len(labels), len(batches) + 2)
+    assert model.training, "its mode is what it was"
+
+    model.eval()
+    head = model.get_submodule(name)
+    features = features_by_hook(model, name, kind, batches)
+    expected, scores = fit_discriminant(features, labels, CLASSES, head.bias is not None)
+    torch.testing.assert_close(head.weight.double(), expected.weight, rtol=1e-4, atol=1e-4)
+    if head.bias is not None:
+        torch.testing.assert_close(head.bias.double(), expected.bias, rtol=1e-4, atol=1e-4)
+    assert found.accuracy == (scores.argmax(1) == labels).double().mean().item() > 0.6
+    assert_same_bits(
+        {key: value for key, value in weights_of(model).items() if not key.startswith(name)},
+        {key: value for key, value in before.items() if not key.startswith(name)},
+    )
+
+
+def test_a_model_in_bfloat16_and_a_head_of_zeros_are_fitted_alike() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = seeded(llama).to(dtype)
+        nn.init.zeros_(model.score.weight)
+        found.append(fit_head(model, batches_of("llama")))
+    assert found[0].accuracy == pytest.approx(found[1].accuracy, abs=0.1)
+    assert found[0].accuracy > 0.6
+
+
+def test_no_more_batches_are_read_than_needed() -> None:
+    read = []
+
+    def batches() -> Any:
+        for batch in batches_of("bert"):
+            read.append(len(batch["labels"]))
+            yield batch
+
+    assert fit_head(seeded(bert), batches(), max_rows=13).rows == sum(read) == 18
+
+
+class Scaled(nn.Module):
+    """A classifier whose logits are not the outputs of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(x).tanh()}
+
+
+def with_labels(labels: Tensor) -> list[dict[str, Tensor]]:
+    return [batch | {"labels": labels} for batch in batches_of("bert", 1)]
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (bert, [], "got no batch"),
+        (bert, with_labels(torch.zeros(6)), "class numbers as a tensor of integers"),
+        (bert, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}], "class numbers as a tensor of integers"),
+        (bert, with_labels(torch.tensor([0, 1, 2, 3, 0, 1])), "classes 0 to 2; load the model with the right num_labels"),
+        (bert, with_labels(torch.tensor([0, 1, 0, 1, 0, 2])), "two rows or more of every class, and there are fewer of class 2"),
+        (bert, with_labels(torch.zeros(6, 2, dtype=torch.long)), r"the shape \(6, 2\), and the logits have \(6,\)"),
+        (lambda: tiny_bert(num_labels=1), with_labels(torch.zeros(6, dtype=torch.long)), "two classes or more"),
+        (Scaled, [{"x": torch.ones(2, 4), "labels": torch.tensor([0, 1])}], "no linear layer of Scaled has the logits"),
+        (lambda: bert().to("meta"), with_labels(torch.zeros(6, dtype=torch.long)), "on the meta device"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted_is_said(model: Callable[[], nn.Module], batches: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_head(seeded(model), batches)
+    with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
+        fit_head(seeded(bert), batches_of("bert"), max_rows=0)
+
+
+def test_a_quantized_head_is_refused() -> None:
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear8bitLt
+
+    model = seeded(bert)
+    model.classifier = Linear8bitLt(16, CLASSES, has_fp16_weights=False)
+    model.classifier.weight = nn.Parameter(torch.zeros(CLASSES, 16, dtype=torch.int8), requires_grad=False)
+    model.classifier.forward = lambda inputs: inputs.new_zeros(*inputs.shape[:-1], CLASSES)
+    with pytest.raises(ValueError, match="sharded, offloaded or quantized"):
+        fit_head(model, batches_of("bert"))
+
+
+PROCESS = """
+import os, sys, torch
+import torch.distributed as dist
+from tests.conftest import seeded
+from tests.heads.test_fit import batches_of, bert
+from zo_hf import fit_head
+
+dist.init_process_group("gloo")
+model = seeded(bert)
+found = fit_head(model, batches_of("bert")[dist.get_rank() :: 2])
+torch.save((found.rows, model.classifier.state_dict()), f"{sys.argv[1]}/{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_processes_share_their_rows_and_get_one_head(tmp_path: Path) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(PROCESS)
+    run(script, 2, tmp_path)
+    (rows, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_same_bits(first, second)
+    alone = seeded(bert)
+    batches = batches_of("bert")
+    assert fit_head(alone, batches[::2] + batches[1::2]).rows == rows
+    torch.testing.assert_close(first["weight"], alone.classifier.weight.data, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,258 @@
+"""A classification head that is fitted to features, before a run moves the model.
+
+A fresh head knows nothing: its rows' gradients nearly cancel, and hundreds of forward passes of zeroth-order steps may teach it
+nothing. Forward passes of single batches give the features of their rows, and linear discriminant analysis gives a head from
+them in closed form. Fitting the head first, and the model afterwards, is what Kumar et al. (arXiv 2202.10054) advise for
+backpropagation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from zo_hf.heads.discriminant import Discriminant, fit_discriminant
+from zo_hf.parallel.shards import is_sharded
+
+#: Label of what has no class, as in transformers.
+IGNORED = -100
+#: Positions are written in this base, so that every digit is exact in bfloat16.
+BASE = 128
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """What `fit_head` has found.
+
+    Attributes:
+        name: name of the layer in the model.
+        rows: number of rows (of tokens, for a classifier of tokens) that it was fitted to.
+        forward_passes: forward passes of a batch that this took.
+        accuracy: the accuracy in cross validation: of heads fitted without the rows that they answered.
+        loss: the cross entropy in the same cross validation.
+    """
+
+    name: str
+    rows: int
+    forward_passes: int
+    accuracy: float
+    loss: float
+
+
+def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: int = 2000) -> FittedHead:
+    """Set the weights of a classification head by linear discriminant analysis of the features of labeled rows.
+
+    The head is the linear layer whose outputs are the logits, of a classifier of rows, of tokens or of images. Call it before
+    training, with the batches that you train on. Nothing but the head changes. With several processes, each gives its own
+    batches, and all get the same head.
+
+    Args:
+        model: a classifier whose output has `logits`, (rows, classes) or (rows, tokens, classes).
+        batches: arguments of the model, with class numbers in `labels`: integers, (rows,) or (rows, tokens). -100 is left out.
+        max_rows: number of labels after which no further batch is read.
+
+    Raises:
+        ValueError: no linear layer gives the logits; the head is quantized, sharded or offloaded; the labels are not class
+            numbers; or a class has fewer than two rows.
+    """
+    if max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1.")
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    head, passes = None, 0
+    with torch.no_grad(), _in_eval_mode(model):
+        for batch in _until(batches, labels, max_rows):
+            classes, inputs = _divided(model, batch)
+            if head is None:
+                head, passes = _find_head(model, inputs)
+            kept = classes != IGNORED
+            features.append(_features(model, head, inputs, classes)[kept].double().cpu())
+            labels.append(classes[kept].cpu())
+            passes += 1
+    if head is None:
+        raise ValueError("fit_head got no batch: give it labeled batches, such as trainer.get_train_dataloader().")
+    everyone, targets = _from_all_processes((torch.cat(features), torch.cat(labels)))
+    _check_classes(targets, head.out_features)
+    found, scores = fit_discriminant(everyone, targets, head.out_features, head.bias is not None)
+    _write(head, found)
+    return FittedHead(
+        name=next(name for name, module in model.named_modules() if module is head),
+        rows=len(targets),
+        forward_passes=passes,
+        accuracy=(scores.argmax(1) == targets).double().mean().item(),
+        loss=nn.functional.cross_entropy(scores, targets).item(),
+    )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off, and afterwards put every module into the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _until(batches: Iterable[Mapping[str, Any]], labels: list[Tensor], max_rows: int) -> Iterator[Mapping[str, Any]]:
+    """Yield batches, with a progress bar, until there are as many labels as wanted."""
+    for batch in tqdm(batches, desc="features of rows", leave=False):
+        yield batch
+        if sum(map(len, labels)) >= max_rows:
+            return
+
+
+def _divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return a batch's labels and its other arguments, on the device of the model's first parameter that has one."""
+    device = next((each.device for each in model.parameters() if each.device.type != "meta"), None)
+    if device is None:
+        raise ValueError(
+            "fit_head needs the weights of the model, and all of them are on the meta device: load them first."
+        )
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    labels = inputs.pop("labels", None)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            "fit_head needs class numbers as a tensor of integers in every batch's `labels`; train the fresh head of another "
+            "task as it is."
+        )
+    return labels, inputs
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the logits of a forward pass, (..., classes)."""
+    outputs = model(**inputs)
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
+        raise ValueError("fit_head needs a classifier: a model whose output has `logits` of two classes or more.")
+    return logits
+
+
+def _find_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, int]:
+    """Return the linear layer whose outputs are the logits, and how many forward passes the search took.
+
+    A layer is the head if the model's logits are the numbers that a hook puts in place of the layer's outputs.
+    """
+    classes, passes = _logits(model, inputs).shape[-1], 1
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Linear) and module.out_features == classes:
+            passes += 1
+            if _positions(model, module, inputs) is not None:
+                _check_head(module)
+                return module, passes
+    raise ValueError(
+        f"no linear layer of {type(model).__name__} has the logits as its outputs, so fit_head has nothing to fit; train the "
+        "fresh head as it is."
+    )
+
+
+def _positions(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Run a forward pass in which a layer's outputs are replaced by numbers that tell their position.
+
+    Returns:
+        The layer's inputs, (rows, positions, features), and the positions that became logits, (rows, ...); None if the logits
+        are other numbers.
+    """
+    seen: list[Tensor] = []
+
+    def replaced(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs_of_layer = arguments[0].flatten(1, -2) if arguments[0].ndim > 2 else arguments[0][:, None]
+        seen[:] = [inputs_of_layer]
+        position = torch.arange(inputs_of_layer.shape[1], device=output.device)
+        digits = torch.zeros(len(position), output.shape[-1], device=output.device, dtype=output.dtype)
+        digits[:, 0], digits[:, 1] = 1 + position % BASE, 1 + position // BASE
+        return digits.expand(len(output), -1, -1).reshape(output.shape)
+
+    handle = layer.register_forward_hook(replaced)
+    try:
+        digits = _logits(model, inputs).double()
+    finally:
+        handle.remove()
+    positions = digits[..., 0] - 1 + BASE * (digits[..., 1] - 1)
+    if not seen or len(digits) != len(seen[0]) or not _are_indices(positions, seen[0].shape[1]):
+        return None
+    return seen[0], positions.long()
+
+
+def _are_indices(positions: Tensor, count: int) -> bool:
+    """Return whether all numbers are integers from 0 to count - 1."""
+    return bool(((positions == positions.round()) & (positions >= 0) & (positions < count)).all())
+
+
+def _features(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Return the inputs of the head that became the logits, of the shape of the labels and one more dimension of features."""
+    found = _positions(model, head, inputs)
+    if found is None:
+        raise ValueError(
+            "the logits of a later batch are not the outputs of the layer that gave those of the first one."
+        )
+    features, positions = found
+    if positions.shape != labels.shape:
+        raise ValueError(
+            f"fit_head needs a label for every row of logits: `labels` has the shape {tuple(labels.shape)}, and the logits have "
+            f"{tuple(positions.shape)} before the dimension of classes."
+        )
+    chosen = positions.reshape(len(positions), -1, 1).expand(-1, -1, features.shape[-1])
+    return features.gather(1, chosen).reshape(*labels.shape, features.shape[-1])
+
+
+def _check_head(head: nn.Linear) -> None:
+    """Refuse a head that cannot be written.
+
+    Raises:
+        ValueError: it is quantized, sharded or offloaded.
+    """
+    weight = head.weight
+    if is_sharded(weight) or weight.device.type == "meta" or not weight.is_floating_point():
+        raise ValueError(
+            "fit_head cannot write a head that is sharded, offloaded or quantized: fit it before you shard or offload the model, "
+            "and name the head in the quantization config's list of modules to skip."
+        )
+
+
+def _check_classes(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels that are no classes of the head, and classes with fewer than two labels.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(
+            f"`labels` has the numbers {labels.min()} to {labels.max()}, but the head has the classes 0 to {num_classes - 1}; load "
+            "the model with the right num_labels."
+        )
+    few = [index for index, count in enumerate(torch.bincount(labels, minlength=num_classes).tolist()) if count < 2]
+    if few:
+        raise ValueError(
+            f"fit_head needs two rows or more of every class, and there are fewer of class {few[0]} among {len(labels)}; raise "
+            "max_rows, or give batches that have all classes."
+        )
+
+
+def _from_all_processes(own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of all processes, in the order of their ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return torch.cat([features for features, _ in everyone]), torch.cat([labels for _, labels in everyone])
+
+
+def _write(head: nn.Linear, found: Discriminant) -> None:
+    """Write the head's weights; with several processes, those that the first one has computed."""
+    values = [(found.weight, found.bias)]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(values)
+    with torch.no_grad():
+        head.weight.copy_(values[0][0])
+        if head.bias is not None:
+            head.bias.copy_(values[0][1])
