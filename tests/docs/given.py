@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.conftest import TinyTask, seeded, tiny_opt
+from tests.conftest import TinyTask, seeded, tiny_bert, tiny_opt
 from tests.rewards.runs import prompts, tokenizer
 
 
@@ -21,6 +21,12 @@ def inputs() -> torch.Tensor:
     return torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
 
 
+def labeled_rows() -> list[dict[str, Any]]:
+    """Rows of a task of two classes."""
+    ids = torch.randint(1, 64, (32, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
+
+
 GIVEN: dict[str, Callable[[], Any]] = {
     "model": lambda: seeded(tiny_opt),  # a causal language model
     "base": lambda: seeded(tiny_opt),  # the same once more
@@ -28,6 +34,8 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "eval_dataset": lambda: TinyTask(16),
     "tokenizer": tokenizer,
     "prompts": prompts,  # a data set with a column `prompt`
+    "classifier": lambda: seeded(tiny_bert),
+    "labeled_rows": labeled_rows,
     "network": lambda: seeded(network),
     "inputs": inputs,
     "targets": lambda: inputs()[:, :1],
