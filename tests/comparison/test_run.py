@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -113,8 +114,6 @@ def test_trials_are_scored_on_other_rows_than_full_runs(model_folder: str, loss:
 )
 @pytest.mark.parametrize("task", ["sentiment", "entailment"])
 def test_a_bare_text_gets_a_head_that_its_seed_decides(model_folder: str, task: str, options: dict[str, Any]) -> None:
-    import json
-
     text = json.dumps(options)
     untrained = [
         run(job(model_folder, alignment="head", task=task, budget=0, evaluations=1, seed=seed))["scores"][0]["loss"]
@@ -124,6 +123,13 @@ def test_a_bare_text_gets_a_head_that_its_seed_decides(model_folder: str, task: 
     trained = run(job(model_folder, alignment="head", task=task, options=text, learning_rate=0.01, budget=12))
     assert trained["scores"][-1]["loss"] != untrained[0] and trained["forward_passes"] == 12
     assert "calibrated_accuracy" not in trained["scores"][0], "there is no prior of label words"
+
+
+def test_the_forward_passes_of_a_step_are_those_of_most_steps(model_folder: str) -> None:
+    by_rows = json.dumps({"zo_subspace": "low_rank", "zo_rows_per_direction": 1})
+    found = run(job(model_folder, options=by_rows, budget=20))
+    assert found["forwards_per_step"] == 2
+    assert found["forward_passes"] % 2, "the first step looks whether rows come apart"
 
 
 def test_a_fitted_head_is_the_same_for_every_seed_and_trains_on(model_folder: str) -> None:

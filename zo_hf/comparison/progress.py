@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import mode
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Progress(TrainerCallback):
     Attributes:
         count: returns the forward passes after a number of steps; to be set before training.
         passes: forward passes so far.
-        forwards_per_step: the largest number of forward passes in a step.
+        largest_step: the largest number of forward passes in a step.
         seconds: training time so far, without scoring.
         scores: the scores so far.
     """
@@ -30,7 +31,8 @@ class Progress(TrainerCallback):
 
     def __init__(self, budget: int, evaluations: int, scorer: Callable[[], dict[str, float]]) -> None:
         self.budget, self.evaluations, self.scorer = budget, evaluations, scorer
-        self.passes = self.forwards_per_step = 0
+        self.passes = self.largest_step = 0
+        self._steps: list[int] = []
         self.seconds = 0.0
         self.scores: list[dict[str, float]] = []
         self._since = 0.0
@@ -40,19 +42,25 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         passes = self.count(state.global_step)
-        self.forwards_per_step = max(self.forwards_per_step, passes - self.passes)
+        self._steps.append(passes - self.passes)
+        self.largest_step = max(self.largest_step, self._steps[-1])
         if passes > self.budget:
             raise ValueError(
-                f"a step takes {self.forwards_per_step} forward passes, more than the budget of {self.budget}; increase "
+                f"a step takes {self.largest_step} forward passes, more than the budget of {self.budget}; increase "
                 "the budget."
             )
         self.passes = passes
-        is_last = passes + self.forwards_per_step > self.budget
+        is_last = passes + self.largest_step > self.budget
         if is_last or passes * self.evaluations >= (len(self.scores) + 1) * self.budget:
             self.seconds += now() - self._since
             self.score()
             self._since = now()
         control.should_training_stop |= is_last
+
+    @property
+    def forwards_per_step(self) -> int:
+        """The number of forward passes of most steps; the first one may take more, to see whether rows come apart."""
+        return mode(self._steps) if self._steps else 0
 
     def score(self) -> None:
         """Append the model's present score."""
