@@ -80,8 +80,32 @@ def test_the_factor_has_the_least_cross_entropy(distance: float) -> None:
 def test_without_a_bias_the_common_mean_stands_in_for_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without shrinkage the logits are the closest linear functions of the features to those with a bias."""
     monkeypatch.setattr(discriminant, "shrunk_covariance", lambda rows: rows.T @ rows / len(rows))
+    monkeypatch.setattr(discriminant, "_best_factor", lambda *_: 1.0)
     features, labels = gaussians(500, 30, 2, seed)
     with_bias, without = (fit_discriminant(features, labels, 2, has_bias)[0] for has_bias in (True, False))
     assert not without.bias.any()
     closest = torch.linalg.lstsq(features, with_bias.logits(features)).solution.T
     torch.testing.assert_close(without.weight, closest, rtol=1e-6, atol=1e-8)
+
+
+def test_the_cross_validation_without_a_bias_is_of_heads_without_one() -> None:
+    features, labels = gaussians(60, 4, 2)
+    with_bias, without = (fit_discriminant(features - features.mean(0), labels, 2, has)[1] for has in (True, False))
+    assert not torch.allclose(with_bias, without)
+
+
+def test_logits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    monkeypatch.setattr(discriminant, "_best_factor", lambda *_: 1.0)
+    monkeypatch.setattr(discriminant, "shrunk_covariance", lambda rows: rows.T @ rows / len(rows))
+    features, labels = gaussians(90, 4, 3)
+    labels[:20] = 0
+    found, _ = fit_discriminant(features, labels, 3, True)
+    expected = LinearDiscriminantAnalysis(solver="lsqr").fit(features.numpy(), labels.numpy())
+    torch.testing.assert_close(
+        found.logits(features).softmax(1),
+        torch.from_numpy(expected.predict_proba(features.numpy())),
+        rtol=1e-6,
+        atol=1e-9,
+    )

@@ -166,6 +166,18 @@ class Scaled(nn.Module):
         return {"logits": self.head(x).tanh()}
 
 
+class MeanOfLogits(nn.Module):
+    """A classifier whose logits are means of a layer's outputs: of 7 outputs, the mean number is that of the middle one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.embedding(input_ids)).mean(1)}
+
+
 def with_labels(labels: Tensor) -> list[dict[str, Tensor]]:
     return [batch | {"labels": labels} for batch in batches_of("bert", 1)]
 
@@ -181,14 +193,56 @@ def with_labels(labels: Tensor) -> list[dict[str, Tensor]]:
         (bert, with_labels(torch.zeros(6, 2, dtype=torch.long)), r"the shape \(6, 2\), and the logits have \(6,\)"),
         (lambda: tiny_bert(num_labels=1), with_labels(torch.zeros(6, dtype=torch.long)), "two classes or more"),
         (Scaled, [{"x": torch.ones(2, 4), "labels": torch.tensor([0, 1])}], "no linear layer of Scaled has the logits"),
+        (MeanOfLogits, batches_of("bert"), "no linear layer of MeanOfLogits has the logits"),
         (lambda: bert().to("meta"), with_labels(torch.zeros(6, dtype=torch.long)), "on the meta device"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_said(model: Callable[[], nn.Module], batches: Any, message: str) -> None:
+    refused = seeded(model)
+    before = weights_of(refused)
     with pytest.raises(ValueError, match=message):
-        fit_head(seeded(model), batches)
+        fit_head(refused, batches)
+    if "meta" not in message:
+        assert_same_bits(weights_of(refused), before)
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
         fit_head(seeded(bert), batches_of("bert"), max_rows=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    batches = [batch | {"labels": batch["labels"].to(dtype)} for batch in batches_of("bert")]
+    assert fit_head(seeded(bert), batches) == fit_head(seeded(bert), batches_of("bert"))
+
+
+def test_the_head_of_a_compiled_model_is_found() -> None:
+    model = seeded(bert)
+    compiled = torch.compile(model, backend="eager")
+    assert fit_head(compiled, batches_of("bert")).name == "_orig_mod.classifier"
+    plain = seeded(bert)
+    fit_head(plain, batches_of("bert"))
+    assert_same_bits(weights_of(model), weights_of(plain))
+
+
+def test_a_head_of_torchao_is_refused() -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = seeded(bert)
+    quantize_(model, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="sharded, offloaded or quantized"):
+        fit_head(model, batches_of("bert"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"), [(float("nan"), "infinite or not a number"), (1e-3, "too large for torch.float16")]
+)
+def test_numbers_that_are_not_finite_are_refused_and_never_written(scale: float, message: str) -> None:
+    model = seeded(llama).half()
+    model.model.norm.weight.data.mul_(scale)
+    before = model.score.weight.clone()
+    with pytest.raises(ValueError, match=message):
+        fit_head(model, batches_of("llama"))
+    assert torch.equal(model.score.weight, before)
 
 
 def test_a_quantized_head_is_refused() -> None:
@@ -212,7 +266,17 @@ from zo_hf import fit_head
 
 dist.init_process_group("gloo")
 model = seeded(bert)
-found = fit_head(model, batches_of("bert")[dist.get_rank() :: 2])
+batches = batches_of("bert")
+try:
+    fit_head(model, batches if dist.get_rank() else [{"labels": torch.zeros(2)}])
+except ValueError as error:
+    assert "class numbers" in str(error)
+    assert ("failed on rank 0" in str(error)) == (dist.get_rank() == 1)
+else:
+    raise AssertionError("a process that fails ends all")
+shared = torch.nn.parallel.DistributedDataParallel(seeded(bert))
+assert fit_head(shared, batches if dist.get_rank() else []).rows == 48, "a process without rows takes part"
+found = fit_head(model, batches[dist.get_rank() :: 2])
 torch.save((found.rows, model.classifier.state_dict()), f"{sys.argv[1]}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """

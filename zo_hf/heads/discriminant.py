@@ -58,18 +58,26 @@ def fit_discriminant(
     Returns:
         The discriminant of all rows; and the logits, (rows, num_classes), of the cross validation.
     """
+    prior = (torch.bincount(labels, minlength=num_classes).to(features.dtype) / len(labels)).log()
     scores = torch.empty(len(labels), num_classes, dtype=features.dtype)
+    offsets = prior.repeat(len(labels), 1)
     fold_of = _folds(labels)
     for fold in range(FOLDS):
         inside = fold_of == fold
         if inside.any():
-            part = _unscaled(features[~inside], labels[~inside], num_classes)
-            scores[inside] = part.logits(features[inside])
-    prior = (torch.bincount(labels, minlength=num_classes).to(features.dtype) / len(labels)).log()
-    factor = _best_factor(scores, labels, prior)
+            others = features[~inside]
+            part, offset = (
+                _unscaled(others, labels[~inside], num_classes),
+                Discriminant(torch.zeros_like(others[:1]), prior),
+            )
+            if not has_bias:
+                constant = _nearly_one(others)
+                part, offset = _without_bias(part, constant), _without_bias(offset, constant)
+            scores[inside], offsets[inside] = part.logits(features[inside]), offset.logits(features[inside])
+    factor = _best_factor(scores, labels, offsets)
     whole = _unscaled(features, labels, num_classes)
     found = Discriminant(factor * whole.weight, factor * whole.bias + prior)
-    return (found if has_bias else _without_bias(found, features)), factor * scores + prior
+    return (found if has_bias else _without_bias(found, _nearly_one(features))), factor * scores + offsets
 
 
 def _unscaled(features: Tensor, labels: Tensor, num_classes: int) -> Discriminant:
@@ -77,7 +85,7 @@ def _unscaled(features: Tensor, labels: Tensor, num_classes: int) -> Discriminan
     center = features.mean(0)
     means = torch.stack([features[labels == index].mean(0) for index in range(num_classes)])
     shift = means - center
-    weight = torch.linalg.solve(shrunk_covariance(features - means[labels]), shift.T).T
+    weight = _solved(shrunk_covariance(features - means[labels]), shift.T).T
     return Discriminant(weight, -0.5 * (weight * shift).sum(1) - weight @ center)
 
 
@@ -85,24 +93,35 @@ def shrunk_covariance(centered: Tensor) -> Tensor:
     """Return the covariance, (features, features), of centered rows, (rows, features), shrunk as Ledoit and Wolf did."""
     rows, size = centered.shape
     covariance = centered.T @ centered / rows
-    identity = torch.eye(size, dtype=centered.dtype)
     scale = covariance.trace() / size
-    distance = (covariance - scale * identity).square().sum()
-    error = (centered.square().sum(1).square().sum() / rows - covariance.square().sum()) / rows
+    norm = torch.linalg.vector_norm(covariance)
+    covariance.diagonal().sub_(scale)
+    distance = torch.linalg.vector_norm(covariance).square()
+    error = (centered.square().sum(1).square().sum() / rows - norm.square()) / rows
     amount = (error / distance).clamp(0, 1) if distance > 0 else torch.ones((), dtype=centered.dtype)
     # A floor keeps the matrix invertible where features do not vary at all.
     floor = torch.finfo(centered.dtype).eps * max(scale.item(), 1.0)
-    return (1 - amount) * covariance + (amount * scale + floor) * identity
+    covariance.mul_(1 - amount).diagonal().add_(scale + floor)
+    return covariance
 
 
-def _without_bias(found: Discriminant, features: Tensor) -> Discriminant:
-    """Return a classifier without a bias: the bias times the linear function of the features that is closest to 1.
+def _solved(covariance: Tensor, right: Tensor) -> Tensor:
+    """Return covariance⁻¹ right."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(covariance))
+
+
+def _nearly_one(features: Tensor) -> Tensor:
+    """Return the linear function, (features,), that is closest to 1 on features, (rows, features).
 
     Features have a common mean, along which they hardly vary, so that this function is nearly constant.
     """
     mean = features.mean(0)
-    solved = torch.linalg.solve(shrunk_covariance(features - mean), mean)
-    constant = solved / (1 + mean @ solved)
+    solved = _solved(shrunk_covariance(features - mean), mean[:, None])[:, 0]
+    return solved / (1 + mean @ solved)
+
+
+def _without_bias(found: Discriminant, constant: Tensor) -> Discriminant:
+    """Return a classifier without a bias: the bias times a linear function that is nearly 1."""
     return Discriminant(found.weight + torch.outer(found.bias, constant), torch.zeros_like(found.bias))
 
 
@@ -115,12 +134,12 @@ def _folds(labels: Tensor) -> Tensor:
     return fold_of
 
 
-def _best_factor(scores: Tensor, labels: Tensor, prior: Tensor) -> float:
+def _best_factor(scores: Tensor, labels: Tensor, offsets: Tensor) -> float:
     """Return the τ with the least cross entropy, which is convex in τ, by halving the interval where its slope changes sign."""
     of_labels = scores.gather(1, labels[:, None]).mean()
     low, high = 0.0, LARGEST_FACTOR
     for _ in range(50):
         factor = (low + high) / 2
-        slope = ((factor * scores + prior).softmax(1) * scores).sum(1).mean() - of_labels
+        slope = ((factor * scores + offsets).softmax(1) * scores).sum(1).mean() - of_labels
         low, high = (low, factor) if slope > 0 else (factor, high)
     return low

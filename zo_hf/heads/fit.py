@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from zo_hf.heads.discriminant import Discriminant, fit_discriminant
-from zo_hf.parallel.shards import is_sharded
 
 #: Label of what has no class, as in transformers.
 IGNORED = -100
-#: Positions are written in this base, so that every digit is exact in bfloat16.
-BASE = 128
+#: Positions have codes of two digits from 1 to this number, which are exact in bfloat16.
+BASE = 256
 
 
 @dataclass(frozen=True)
@@ -64,31 +63,63 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
     """
     if max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1.")
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    head, passes = None, 0
-    with torch.no_grad(), _in_eval_mode(model):
-        for batch in _until(batches, labels, max_rows):
-            classes, inputs = _divided(model, batch)
-            if head is None:
-                head, passes = _find_head(model, inputs)
-            kept = classes != IGNORED
-            features.append(_features(model, head, inputs, classes)[kept].double().cpu())
-            labels.append(classes[kept].cpu())
-            passes += 1
-    if head is None:
-        raise ValueError("fit_head got no batch: give it labeled batches, such as trainer.get_train_dataloader().")
-    everyone, targets = _from_all_processes((torch.cat(features), torch.cat(labels)))
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    own: _Share | Exception
+    try:
+        # Compiled code does not call the hooks by which the head is found.
+        with torch.no_grad(), _in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+            own = _share(model, batches, max_rows)
+    except Exception as error:  # the other processes wait for this one
+        own = error
+    share = _from_all_processes(own)
+    head = model.get_submodule(share.name)
+    assert isinstance(head, nn.Linear)
+    everyone, targets = share.features, share.labels
     _check_classes(targets, head.out_features)
     found, scores = fit_discriminant(everyone, targets, head.out_features, head.bias is not None)
     _write(head, found)
     return FittedHead(
-        name=next(name for name, module in model.named_modules() if module is head),
+        name=share.name,
         rows=len(targets),
-        forward_passes=passes,
+        forward_passes=share.passes,
         accuracy=(scores.argmax(1) == targets).double().mean().item(),
         loss=nn.functional.cross_entropy(scores, targets).item(),
     )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process has seen: its head's name ("" without a batch), features, labels and number of forward passes."""
+
+    name: str
+    features: Tensor
+    labels: Tensor
+    passes: int
+
+
+def _share(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: int) -> _Share:
+    """Return the features and labels of this process's batches."""
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    head, passes = None, 0
+    for batch in _until(batches, labels, max_rows):
+        classes, inputs = _divided(model, batch)
+        if head is None:
+            head, passes = _find_head(model, inputs)
+        kept = classes != IGNORED
+        features.append(_features(model, head, inputs, classes)[kept].double().cpu())
+        labels.append(classes[kept].cpu())
+        passes += 1
+    if head is None:
+        return _Share("", torch.empty(0), torch.empty(0, dtype=torch.long), 0)
+    name = next(name for name, module in model.named_modules() if module is head)
+    found = _Share(name, torch.cat(features), torch.cat(labels), passes)
+    if not found.features.isfinite().all():
+        raise ValueError(
+            f"the inputs of the head {name} have numbers that are infinite or not a number; check the weights of the model, or load "
+            "it in bfloat16 or float32."
+        )
+    return found
 
 
 @contextmanager
@@ -125,7 +156,7 @@ def _divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[s
             "fit_head needs class numbers as a tensor of integers in every batch's `labels`; train the fresh head of another "
             "task as it is."
         )
-    return labels, inputs
+    return labels.long(), inputs
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -167,9 +198,9 @@ def _positions(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) ->
     def replaced(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         inputs_of_layer = arguments[0].flatten(1, -2) if arguments[0].ndim > 2 else arguments[0][:, None]
         seen[:] = [inputs_of_layer]
-        position = torch.arange(inputs_of_layer.shape[1], device=output.device)
-        digits = torch.zeros(len(position), output.shape[-1], device=output.device, dtype=output.dtype)
-        digits[:, 0], digits[:, 1] = 1 + position % BASE, 1 + position // BASE
+        codes = _codes(inputs_of_layer.shape[1]).to(output.device)
+        digits = torch.zeros(len(codes), output.shape[-1], device=output.device, dtype=output.dtype)
+        digits[:, 0], digits[:, 1] = 1 + codes % BASE, 1 + codes // BASE
         return digits.expand(len(output), -1, -1).reshape(output.shape)
 
     handle = layer.register_forward_hook(replaced)
@@ -177,15 +208,25 @@ def _positions(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) ->
         digits = _logits(model, inputs).double()
     finally:
         handle.remove()
-    positions = digits[..., 0] - 1 + BASE * (digits[..., 1] - 1)
-    if not seen or len(digits) != len(seen[0]) or not _are_indices(positions, seen[0].shape[1]):
+    if not seen or len(digits) != len(seen[0]):
         return None
-    return seen[0], positions.long()
+    found = digits[..., 0] - 1 + BASE * (digits[..., 1] - 1)
+    codes, positions = _codes(seen[0].shape[1]).to(found.device).sort()
+    place = torch.searchsorted(codes.double(), found).clamp(max=len(codes) - 1)
+    return (seen[0], positions[place]) if torch.equal(codes[place].double(), found) else None
 
 
-def _are_indices(positions: Tensor, count: int) -> bool:
-    """Return whether all numbers are integers from 0 to count - 1."""
-    return bool(((positions == positions.round()) & (positions >= 0) & (positions < count)).all())
+def _codes(count: int) -> Tensor:
+    """Return different numbers for positions, (count,), such that the mean of several is none of them, unlike 0, 1, 2, ...
+
+    Raises:
+        ValueError: there are more positions than codes.
+    """
+    if count > BASE**2:
+        raise ValueError(
+            f"fit_head tells {BASE**2} positions of a row apart, and there are {count}; shorten the rows."
+        )
+    return torch.randperm(BASE**2, generator=torch.Generator().manual_seed(0))[:count]
 
 
 def _features(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -212,7 +253,7 @@ def _check_head(head: nn.Linear) -> None:
         ValueError: it is quantized, sharded or offloaded.
     """
     weight = head.weight
-    if is_sharded(weight) or weight.device.type == "meta" or not weight.is_floating_point():
+    if type(weight.data) is not Tensor or weight.device.type == "meta" or not weight.is_floating_point():
         raise ValueError(
             "fit_head cannot write a head that is sharded, offloaded or quantized: fit it before you shard or offload the model, "
             "and name the head in the quantization config's list of modules to skip."
@@ -238,21 +279,44 @@ def _check_classes(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def _from_all_processes(own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the features and labels of all processes, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return own
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return torch.cat([features for features, _ in everyone]), torch.cat([labels for _, labels in everyone])
+def _from_all_processes(own: _Share | Exception) -> _Share:
+    """Return the shares of all processes as one, in the order of their ranks.
+
+    Raises:
+        ValueError: no process has a batch, or another process failed.
+        Exception: what this process failed with.
+    """
+    everyone: list[Any] = [own if isinstance(own, _Share) else str(own)]
+    if dist.is_available() and dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, everyone[0])
+    if isinstance(own, Exception):
+        raise own
+    for rank, share in enumerate(everyone):
+        if isinstance(share, str):
+            raise ValueError(f"fit_head failed on rank {rank}, so it set no head on any other: {share}")
+    shares = [share for share in everyone if share.name]
+    if not shares:
+        raise ValueError("fit_head got no batch: give it labeled batches, such as trainer.get_train_dataloader().")
+    features, labels = (torch.cat([getattr(share, part) for share in shares]) for part in ("features", "labels"))
+    return _Share(shares[0].name, features, labels, max(share.passes for share in shares))
 
 
 def _write(head: nn.Linear, found: Discriminant) -> None:
-    """Write the head's weights; with several processes, those that the first one has computed."""
+    """Write the head's weights; with several processes, those that the first one has computed.
+
+    Raises:
+        ValueError: they are too large for the head's dtype.
+    """
     values = [(found.weight, found.bias)]
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(values)
+    weight, bias = (value.to(head.weight.dtype) for value in values[0])
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise ValueError(
+            f"the fitted head has numbers that are too large for {weight.dtype}; load the model in bfloat16 or float32."
+        )
     with torch.no_grad():
-        head.weight.copy_(values[0][0])
+        head.weight.copy_(weight)
         if head.bias is not None:
-            head.bias.copy_(values[0][1])
+            head.bias.copy_(bias)
