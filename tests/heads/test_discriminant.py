@@ -32,6 +32,15 @@ def test_the_covariance_is_shrunk_as_scikit_learn_does(rows: int, size: int, see
     torch.testing.assert_close(shrunk_covariance(centered), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
+def test_a_covariance_of_rank_one_has_the_shortest_solution() -> None:
+    """Rows that are ± one vector leave nothing to shrink, as Ledoit and Wolf count."""
+    axis = torch.linspace(-1, 1, 300, dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0] * 6, dtype=torch.float64)
+    covariance = shrunk_covariance(signs[:, None] * axis)
+    solved = discriminant._solved(covariance, axis[:, None])[:, 0]
+    torch.testing.assert_close(solved, axis / axis.square().sum(), rtol=1e-6, atol=1e-9)
+
+
 def test_features_that_never_vary_leave_the_covariance_invertible() -> None:
     assert torch.linalg.matrix_rank(shrunk_covariance(torch.zeros(5, 3, dtype=torch.float64))) == 3
 

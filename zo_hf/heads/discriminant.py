@@ -66,10 +66,8 @@ def fit_discriminant(
         inside = fold_of == fold
         if inside.any():
             others = features[~inside]
-            part, offset = (
-                _unscaled(others, labels[~inside], num_classes),
-                Discriminant(torch.zeros_like(others[:1]), prior),
-            )
+            part = _unscaled(others, labels[~inside], num_classes)
+            offset = Discriminant(torch.zeros_like(others[:1]), prior)
             if not has_bias:
                 constant = _nearly_one(others)
                 part, offset = _without_bias(part, constant), _without_bias(offset, constant)
@@ -106,8 +104,11 @@ def shrunk_covariance(centered: Tensor) -> Tensor:
 
 
 def _solved(covariance: Tensor, right: Tensor) -> Tensor:
-    """Return covariance⁻¹ right."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(covariance))
+    """Return covariance⁻¹ right, (features, columns); the shortest solution where the covariance is singular."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        return torch.linalg.lstsq(covariance, right, driver="gelsd").solution
+    return torch.cholesky_solve(right, factor)
 
 
 def _nearly_one(features: Tensor) -> Tensor:

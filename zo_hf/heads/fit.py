@@ -55,7 +55,7 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
     Args:
         model: a classifier whose output has `logits`, (rows, classes) or (rows, tokens, classes).
         batches: arguments of the model, with class numbers in `labels`: integers, (rows,) or (rows, tokens). -100 is left out.
-        max_rows: number of labels after which no further batch is read.
+        max_rows: number of labels after which a process reads no further batch.
 
     Raises:
         ValueError: no linear layer gives the logits; the head is quantized, sharded or offloaded; the labels are not class
