@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zo_hf.evaluation.own_modules import own_modules
@@ -97,37 +98,44 @@ class LentBatches:
 
     @contextmanager
     def lent(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield a batch whose containers are new, and its tensors as well unless they are known to stay as they are.
+        """Yield a batch whose containers are new and whose tensors are the same; afterwards they are as before.
 
         Raises:
             ValueError: a tensor has been written that was believed to stay; the message says what to do.
         """
         tensors: dict[int, Tensor] = {}
-        given = batch if isinstance(batch, dict | UserDict) else dict(batch)
-        lent = _lent(given, tensors, self.are_written is not False)
-        versions = [(tensor, tensor._version) for tensor in tensors.values() if not tensor.is_inference()]
+        lent = _lent(batch if isinstance(batch, dict | UserDict) else dict(batch), tensors)
+        # Copies are kept and not lent: by their identity, tensors of the batch tell which rows they hold.
+        versions = [
+            (tensor, tensor._version, None if self.are_written is False else tensor.clone())
+            for tensor in tensors.values()
+            if not tensor.is_inference()
+        ]
         yield lent
-        written = any(tensor._version != version for tensor, version in versions)
+        written = [(tensor, kept) for tensor, version, kept in versions if tensor._version != version]
         if self.are_written is None:
-            self.are_written = written
+            self.are_written = bool(written)
         elif written and not self.are_written:
             raise ValueError(
                 "the loss writes into a tensor of its batch, and has not done so in the first step, so a later probe would "
                 "see what an earlier one has written; let it write into a copy, as in inputs['input_ids'].clone()."
             )
+        with torch.no_grad():
+            for tensor, kept in written:
+                assert kept is not None  # otherwise refused above
+                tensor.copy_(kept)
 
 
-def _lent(value: Any, tensors: dict[int, Tensor], copies: bool) -> Any:
-    """Return nested containers anew, and their tensors copied if `copies`; `tensors` gets those, by the id of the given."""
+def _lent(value: Any, tensors: dict[int, Tensor]) -> Any:
+    """Return nested containers anew, with the same tensors, which `tensors` gets by their id."""
     if isinstance(value, Tensor):
-        if id(value) not in tensors:  # several names may stand for the same tensor
-            tensors[id(value)] = value.clone() if copies else value
-        return tensors[id(value)]
+        tensors[id(value)] = value
+        return value
     if isinstance(value, dict | UserDict):
         new = copy.copy(value)
         for name, item in value.items():
-            new[name] = _lent(item, tensors, copies)
+            new[name] = _lent(item, tensors)
         return new
     if type(value) in (list, tuple):
-        return type(value)(_lent(item, tensors, copies) for item in value)
+        return type(value)(_lent(item, tensors) for item in value)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,17 @@ _OF_TEXT = "input_ids attention_mask position_ids token_type_ids labels completi
 _OF_TEXT += " ref_chosen_logps ref_rejected_logps cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx"
 
 
+@dataclass
+class _Asked:
+    """What a step asks of the loss: its rows, or the outputs of a shared forward pass.
+
+    It is no attribute of the trainer itself, all of which are put back before every evaluation of the loss.
+    """
+
+    rows: bool = False
+    shared: SharedForward | None = None
+
+
 class ByRows:
     """A trainer of TRL whose loss comes apart by rows; a base that stands before the trainer's class.
 
@@ -31,8 +43,10 @@ class ByRows:
     """
 
     has_pairs = False
-    _wants_rows = False
-    _shared: SharedForward | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._asked = _Asked()
+        super().__init__(*args, **kwargs)
 
     def loss_by_rows(self: Any, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, or None if it is of another kind than text; see `ZOTrainer`."""
@@ -59,9 +73,9 @@ class ByRows:
         Raises:
             NotBatchable: a step asks for the rows of a loss that mixes them.
         """
-        if self._shared is not None:
-            model = self._shared.of(model, self._unwrapped_model(model))
-        if not self._wants_rows:
+        if self._asked.shared is not None:
+            model = self._asked.shared.of(model, self._unwrapped_model(model))
+        if not self._asked.rows:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         rows, sequence_of = self._rows_in(inputs)
         by_rows = RowModel(model, self._unwrapped_model(model), rows, self.has_pairs, sequence_of)
@@ -80,19 +94,19 @@ class ByRows:
 
     @contextmanager
     def _sharing_forward(self, shared: SharedForward) -> Iterator[None]:
-        self._shared = shared
+        self._asked.shared = shared
         try:
             yield
         finally:
-            self._shared = None
+            self._asked.shared = None
 
     @contextmanager
     def _tracing_rows(self) -> Iterator[None]:
-        self._wants_rows = True
+        self._asked.rows = True
         try:
             yield
         finally:
-            self._wants_rows = False
+            self._asked.rows = False
 
     def _unwrapped_model(self: Any, model: nn.Module) -> Any:
         return base_model(self.accelerator.unwrap_model(model, keep_torch_compile=False))
