@@ -28,7 +28,7 @@ BASE = 256
 
 @dataclass(frozen=True)
 class FittedHead:
-    """What `fit_head` has found.
+    """The result of `fit_head`.
 
     Attributes:
         name: name of the layer in the model.
@@ -89,7 +89,7 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
 
 @dataclass(frozen=True)
 class _Share:
-    """What a process has seen: its head's name ("" without a batch), features, labels and number of forward passes."""
+    """The share of one process: its head's name ("" without a batch), features, labels and number of forward passes."""
 
     name: str
     features: Tensor
