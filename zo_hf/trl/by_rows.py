@@ -26,7 +26,7 @@ _OF_TEXT += " ref_chosen_logps ref_rejected_logps cu_seq_lens_q cu_seq_lens_k ma
 
 @dataclass
 class _Asked:
-    """What a step asks of the loss: its rows, or the outputs of a shared forward pass.
+    """The wishes of a step for the loss: its rows, or the outputs of a shared forward pass.
 
     It is no attribute of the trainer itself, all of which are put back before every evaluation of the loss.
     """
