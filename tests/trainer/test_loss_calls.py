@@ -207,6 +207,33 @@ class CountsInForward(Table):
         return outputs | {"loss": outputs["loss"] + self.calls * outputs["logits"].square().mean()}
 
 
+class KeepsInForward(Table):
+    """Containers within containers hold its count, and the tensors of its last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {"inner": ({"calls": [0]},)}
+        self.last = {"logits": torch.zeros(8, 3)}
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls = self.kept["inner"][0]["calls"]
+        calls[0] += 1
+        outputs = super().forward(x, labels)
+        self.last["logits"] = outputs["logits"]
+        return outputs | {"loss": outputs["loss"] + calls[0] * outputs["logits"].square().mean()}
+
+
+class KeepsATuple(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = (0,)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.kept = (self.kept[0] + 1,)
+        outputs = super().forward(x, labels)
+        return outputs | {"loss": outputs["loss"] + self.kept[0] * outputs["logits"].square().mean()}
+
+
 class Counts(Trainer):
     """The weight of a penalty grows with the calls."""
 
@@ -285,7 +312,7 @@ def test_every_probe_begins_with_the_state_from_before_the_batch(tmp_path: Path)
     """Otherwise c is the difference of two states over 2 eps, here in the hundreds."""
     late = (Queue, Teacher)  # what they write is large, and known after the first evaluation of the run
     for kind, model in [(kind, Table) for kind in (Counts, WritesItsBatch, TakesApart, *late)] + [
-        (Trainer, CountsInForward)
+        (Trainer, kept) for kept in (CountsInForward, KeepsInForward, KeepsATuple)
     ]:
         stock = TrainingArguments(
             str(tmp_path), max_steps=3, learning_rate=1e-9, remove_unused_columns=False, logging_steps=1, report_to=[],

@@ -78,21 +78,31 @@ class Snapshot:
             if isinstance(value, nn.Module)
             and (
                 _state_of(value).keys() != saved.keys()
-                or any(vars(value)[name] is not item or self._has_changed(item) for name, item in saved.items())
+                or any(vars(value)[name] is not item or self._has_changed(item, DEPTH) for name, item in saved.items())
             )
         ]
 
-    def _has_changed(self, value: Any) -> bool:
+    def _has_changed(self, value: Any, depth: int) -> bool:
+        """Return whether a value has changed in place, or one inside of it."""
+        if isinstance(value, tuple):
+            return depth > 0 and any(self._has_changed(item, depth - 1) for item in value)
         _, saved = self._saved.get(id(value), (None, None))
+        if saved is None or isinstance(value, nn.Module):
+            return False
         if isinstance(value, Tensor):
-            return saved is not None and value._version != saved[0]
-        if isinstance(value, dict | set):
-            return saved is not None and value != saved
-        if isinstance(value, list | deque):
-            return saved is not None and (
-                len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True))
-            )
-        return False
+            return value._version != saved[0]
+        if isinstance(value, set):
+            return value != saved
+        if isinstance(saved, tuple):  # a long list
+            return len(value) != saved[0] + len(saved[1])
+        # By identity, because tensors and arrays have no truth value when they are compared.
+        if isinstance(value, dict):
+            pairs: Any = ((value.get(name, math), item) for name, item in saved.items())
+        else:
+            pairs = zip(value, saved, strict=False)
+        return len(value) != len(saved) or any(
+            now is not before or (depth > 0 and self._has_changed(now, depth - 1)) for now, before in pairs
+        )
 
     def _save_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -117,6 +127,8 @@ class Snapshot:
             elif isinstance(value, list):
                 start = len(value) if self._earlier is None else self._earlier._length_of(value)
                 self._saved[key] = value, (start, value[start:])
+        elif isinstance(value, tuple):
+            self._save_inner(value, depth)
         elif isinstance(value, nn.Module):
             self._watch(value)
             if is_own(value):
@@ -156,7 +168,7 @@ class Snapshot:
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module in which its forward may keep something from one call to the next."""
-    kinds = (*_PLAIN, Tensor, dict, list, set, deque)
+    kinds = (*_PLAIN, Tensor, dict, list, tuple, set, deque)
     return {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and isinstance(v, kinds)}
 
 
