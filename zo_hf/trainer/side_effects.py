@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Snapshot:
     Args:
         owner: the object, such as a Trainer; None for modules alone.
         modules: modules whose own attributes, beside those of `nn.Module`, belong to the snapshot.
-        written: large tensors that belong to it, by their id.
+        written: large tensors that belong to it.
         earlier: a snapshot that is going to be restored before this one.
         tensors_of: returns the tensors of a module that are watched. None watches none.
 
@@ -51,12 +51,12 @@ class Snapshot:
         self,
         owner: Any,
         modules: Iterable[nn.Module] = (),
-        written: Mapping[int, Tensor] | None = None,
+        written: Container[Tensor] = (),
         earlier: Snapshot | None = None,
         tensors_of: Callable[[nn.Module], Collection[Tensor]] | None = None,
     ) -> None:
         self.watched: list[tuple[Tensor, int]] = []
-        self._written, self._earlier, self._tensors_of = written or {}, earlier, tensors_of
+        self._written, self._earlier, self._tensors_of = written, earlier, tensors_of
         self._saved: dict[int, tuple[Any, Any]] = {}
         if owner is not None:
             attributes = vars(owner)
@@ -144,14 +144,14 @@ class Snapshot:
     def _save_tensor(self, tensor: Tensor) -> None:
         if tensor.requires_grad or tensor.is_inference() or tensor.is_meta:
             return
-        if tensor.numel() <= MOST_ELEMENTS or id(tensor) in self._written:
+        if tensor.numel() <= MOST_ELEMENTS or tensor in self._written:
             self._saved[id(tensor)] = tensor, (tensor._version, tensor.clone())
         else:
             self.watched.append((tensor, tensor._version))
 
     def _watch(self, module: nn.Module) -> None:
         for tensor in () if self._tensors_of is None else self._tensors_of(module):
-            if id(tensor) in self._written:
+            if tensor in self._written:
                 self._saved[id(tensor)] = tensor, (tensor._version, tensor.detach().clone())
             elif not tensor.is_inference():
                 self.watched.append((tensor, tensor._version))
