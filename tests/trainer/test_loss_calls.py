@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict, deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -207,6 +209,33 @@ class CountsInForward(Table):
         return outputs | {"loss": outputs["loss"] + self.calls * outputs["logits"].square().mean()}
 
 
+class KeepsInForward(Table):
+    """Containers within containers hold its count, and the tensors of its last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {"inner": ({"calls": [0]},)}
+        self.last = {"logits": torch.zeros(8, 3)}
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls = self.kept["inner"][0]["calls"]
+        calls[0] += 1
+        outputs = super().forward(x, labels)
+        self.last["logits"] = outputs["logits"]
+        return outputs | {"loss": outputs["loss"] + calls[0] * outputs["logits"].square().mean()}
+
+
+class KeepsATuple(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = (0,)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.kept = (self.kept[0] + 1,)
+        outputs = super().forward(x, labels)
+        return outputs | {"loss": outputs["loss"] + self.kept[0] * outputs["logits"].square().mean()}
+
+
 class Counts(Trainer):
     """The weight of a penalty grows with the calls."""
 
@@ -285,7 +314,7 @@ def test_every_probe_begins_with_the_state_from_before_the_batch(tmp_path: Path)
     """Otherwise c is the difference of two states over 2 eps, here in the hundreds."""
     late = (Queue, Teacher)  # what they write is large, and known after the first evaluation of the run
     for kind, model in [(kind, Table) for kind in (Counts, WritesItsBatch, TakesApart, *late)] + [
-        (Trainer, CountsInForward)
+        (Trainer, kept) for kept in (CountsInForward, KeepsInForward, KeepsATuple)
     ]:
         stock = TrainingArguments(
             str(tmp_path), max_steps=3, learning_rate=1e-9, remove_unused_columns=False, logging_steps=1, report_to=[],
@@ -298,6 +327,30 @@ def test_every_probe_begins_with_the_state_from_before_the_batch(tmp_path: Path)
         first = kind in late
         assert logged(trainer, "loss")[first:] == pytest.approx(logged(expected, "loss")[first:], rel=1e-4)
         assert max(map(abs, logged(trainer, "zo/projected_grad"))) < 20, kind
+
+
+class NewTeacher(Teacher):
+    """Its teacher and another tensor that its loss writes are new in every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: list[ref] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.teacher, self.total = Table().requires_grad_(False), torch.zeros(100)
+        self.given += map(ref, (self.teacher, self.total))
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.total += 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_what_a_loss_no_longer_reads_is_not_kept(tmp_path: Path) -> None:
+    trainer = table_trainer(NewTeacher, tmp_path)
+    trainer.train()
+    gc.collect()
+    assert [given() is not None for given in trainer.given] == [False] * 4 + [True] * 2
 
 
 def test_a_large_tensor_that_a_loss_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,7 @@ def test_a_callback_that_freezes_is_refused(tmp_path: Path, subspace: str) -> No
     before = trainer.model.model.decoder.layers[0].fc1.weight.detach().clone()
     assert "before train()" in refused("fc1.weight", trainer.train)
     assert torch.equal(trainer.model.model.decoder.layers[0].fc1.weight, before)
+    make_trainer(tmp_path, zo_subspace=subspace, zo_exclude_modules=["fc1"], more={"callbacks": [Freezes()]}).train()
 
 
 def test_a_refused_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo_hf.evaluation.own_modules import own_modules
 from zo_hf.trainer.overrides import has_stock_loss
@@ -40,8 +42,9 @@ class LossState:
         # Of the trained model, only modules that have changed in the first evaluation are looked at in later ones.
         self._modules, self._has_run = list(own_modules(trainer.model)), False
         self._of_model = {id(tensor) for tensor in chain(trainer.model.parameters(), trainer.model.buffers())}
-        self._tensors: dict[nn.Module, list[Tensor]] = {}
-        self._written: dict[int, Tensor] = {}
+        # Weak, because a loss may get a new teacher or a new queue with every step.
+        self._tensors: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+        self._written: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
 
     @property
     def may_change(self) -> bool:
@@ -71,7 +74,7 @@ class LossState:
                 f"compute_loss of {type(self._trainer).__name__} writes a tensor of {largest:,} elements, and every probe "
                 "would write it again; write it in a callback, for example in on_step_end."
             )
-        self._written |= {id(tensor): tensor for tensor in found}
+        self._written.update((tensor, None) for tensor in found)
         return bool(found)
 
     @property

@@ -89,7 +89,7 @@ def check_still_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a step of parameters that have been frozen after the engine had been made for them.
 
     Args:
-        parameters: those that were trainable then, by name.
+        parameters: those that move and were trainable then, by name.
 
     Raises:
         ValueError: one has been frozen since.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Snapshot:
     Args:
         owner: the object, such as a Trainer; None for modules alone.
         modules: modules whose own attributes, beside those of `nn.Module`, belong to the snapshot.
-        written: large tensors that belong to it, by their id.
+        written: large tensors that belong to it.
         earlier: a snapshot that is going to be restored before this one.
         tensors_of: returns the tensors of a module that are watched. None watches none.
 
@@ -51,12 +51,12 @@ class Snapshot:
         self,
         owner: Any,
         modules: Iterable[nn.Module] = (),
-        written: Mapping[int, Tensor] | None = None,
+        written: Container[Tensor] = (),
         earlier: Snapshot | None = None,
         tensors_of: Callable[[nn.Module], Collection[Tensor]] | None = None,
     ) -> None:
         self.watched: list[tuple[Tensor, int]] = []
-        self._written, self._earlier, self._tensors_of = written or {}, earlier, tensors_of
+        self._written, self._earlier, self._tensors_of = written, earlier, tensors_of
         self._saved: dict[int, tuple[Any, Any]] = {}
         if owner is not None:
             attributes = vars(owner)
@@ -78,21 +78,31 @@ class Snapshot:
             if isinstance(value, nn.Module)
             and (
                 _state_of(value).keys() != saved.keys()
-                or any(vars(value)[name] is not item or self._has_changed(item) for name, item in saved.items())
+                or any(vars(value)[name] is not item or self._has_changed(item, DEPTH) for name, item in saved.items())
             )
         ]
 
-    def _has_changed(self, value: Any) -> bool:
+    def _has_changed(self, value: Any, depth: int) -> bool:
+        """Return whether a value has changed in place, or one inside of it."""
+        if isinstance(value, tuple):
+            return depth > 0 and any(self._has_changed(item, depth - 1) for item in value)
         _, saved = self._saved.get(id(value), (None, None))
+        if saved is None or isinstance(value, nn.Module):
+            return False
         if isinstance(value, Tensor):
-            return saved is not None and value._version != saved[0]
-        if isinstance(value, dict | set):
-            return saved is not None and value != saved
-        if isinstance(value, list | deque):
-            return saved is not None and (
-                len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True))
-            )
-        return False
+            return value._version != saved[0]
+        if isinstance(value, set):
+            return value != saved
+        if isinstance(saved, tuple):  # a long list
+            return len(value) != saved[0] + len(saved[1])
+        # By identity, because tensors and arrays have no truth value when they are compared.
+        if isinstance(value, dict):
+            pairs: Any = ((value.get(name, math), item) for name, item in saved.items())
+        else:
+            pairs = zip(value, saved, strict=False)
+        return len(value) != len(saved) or any(
+            now is not before or (depth > 0 and self._has_changed(now, depth - 1)) for now, before in pairs
+        )
 
     def _save_all(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
@@ -117,6 +127,8 @@ class Snapshot:
             elif isinstance(value, list):
                 start = len(value) if self._earlier is None else self._earlier._length_of(value)
                 self._saved[key] = value, (start, value[start:])
+        elif isinstance(value, tuple):
+            self._save_inner(value, depth)
         elif isinstance(value, nn.Module):
             self._watch(value)
             if is_own(value):
@@ -132,14 +144,14 @@ class Snapshot:
     def _save_tensor(self, tensor: Tensor) -> None:
         if tensor.requires_grad or tensor.is_inference() or tensor.is_meta:
             return
-        if tensor.numel() <= MOST_ELEMENTS or id(tensor) in self._written:
+        if tensor.numel() <= MOST_ELEMENTS or tensor in self._written:
             self._saved[id(tensor)] = tensor, (tensor._version, tensor.clone())
         else:
             self.watched.append((tensor, tensor._version))
 
     def _watch(self, module: nn.Module) -> None:
         for tensor in () if self._tensors_of is None else self._tensors_of(module):
-            if id(tensor) in self._written:
+            if tensor in self._written:
                 self._saved[id(tensor)] = tensor, (tensor._version, tensor.detach().clone())
             elif not tensor.is_inference():
                 self.watched.append((tensor, tensor._version))
@@ -156,7 +168,7 @@ class Snapshot:
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module in which its forward may keep something from one call to the next."""
-    kinds = (*_PLAIN, Tensor, dict, list, set, deque)
+    kinds = (*_PLAIN, Tensor, dict, list, tuple, set, deque)
     return {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and isinstance(v, kinds)}
 
 

@@ -207,7 +207,8 @@ class ZOTrainer(SearchingTrainer):
         subspace.check_end()
         with whole():  # an engine that is in the model, but not known here, would stay there
             self.zo = zo = ZerothOrder(self.model, settings, subspace=subspace, ranks=self._ranks)
-        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        moving = {site.name for site in subspace.sites}
+        self._trainable = {n: p for n, p in self.model.named_parameters() if n in moving and p.requires_grad}
         if zo.row_groups is not None:
             zo.row_groups.expect(self._train_batch_size, self.args.gradient_accumulation_steps)
         self._begin_private(zo)
