@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import assert_same_bits, causal_batch, seeded, tiny_opt, weights_of
-from tests.subspaces.helpers import ARE_OFFSETS, batch_for, draws_for, prepared, sgd
-from tests.subspaces.test_batched import both, own_loss
+from tests.subspaces.helpers import ARE_OFFSETS, batch_for, draws_for, loss_of, prepared, sgd
+from tests.subspaces.test_batched import both
 from tests.trainer.runs import SaveAt, logged, trained, with_lora
 from zo_hf.directions import DISTRIBUTIONS, ELEMENTWISE, Distribution, gram
 from zo_hf.directions.options import DirectionOptions
@@ -115,7 +115,7 @@ def test_batched_probes_give_the_losses_of_sequential_ones(subspace: str, distri
     if not draws_for(distribution, subspace):
         return
     model = prepared(subspace, seeded(tiny_opt))
-    loss = own_loss(model, batch_for(model))
+    loss = loss_of(model, batch_for(model))
     sequential, batched = both(model, subspace, loss, 3, eps=0.02, direction=distribution)
     assert torch.allclose(sequential, batched, rtol=0, atol=2e-6)
     assert (sequential[::2] - sequential[1::2]).abs().min() > 1e-6
@@ -128,7 +128,7 @@ def test_ranks_that_share_out_directions_probe_those_of_one_process(distribution
         model = seeded(tiny_opt)
         ranks = Ranks(Grid(directions=directions, rank=rank))
         zo = ZerothOrder(model, "full", num_directions=4, direction=distribution, batched_probes=False, ranks=ranks)
-        losses[directions, rank] = zo.probe(own_loss(model, causal_batch()))
+        losses[directions, rank] = zo.probe(loss_of(model, causal_batch()))
     assert torch.equal(losses[1, 0][[0, 1, 4, 5]], losses[2, 0])
     assert torch.equal(losses[1, 0][[2, 3, 6, 7]], losses[2, 1])
 
