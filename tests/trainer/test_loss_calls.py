@@ -22,7 +22,7 @@ from zo_hf.trainer import loss_state
 from zo_hf.trainer.loss_state import LentBatches
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.side_effects import MOST_ENTRIES, Snapshot
-from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
+from zo_hf.trainer.stop_gradient import PROBES_ALONE, DetachTest, StopGradients
 
 
 def made(kind: type[Trainer], folder: Path, model: nn.Module | None = None, **options: Any) -> ZOTrainer:
@@ -253,6 +253,17 @@ class WritesItsBatch(Trainer):
         return model(**inputs)["loss"]
 
 
+class WritesItsBatchLater(Trainer):
+    """Writes labels of the second step on, as a mask that few batches need."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss = model(**inputs)["loss"]
+        if self.state.global_step:
+            inputs["x"][inputs["x"] > 0] = 3.0
+            loss = loss + 100 * model(**inputs)["logits"].square().mean()
+        return loss
+
+
 class TakesApart(Trainer):
     """Its batch is a dictionary within a dictionary."""
 
@@ -359,12 +370,22 @@ def test_a_large_tensor_that_a_loss_writes_is_refused(tmp_path: Path, monkeypatc
         table_trainer(Queue, tmp_path).train()
 
 
-def test_a_batch_that_is_written_late_is_refused() -> None:
+def test_a_batch_that_is_written_after_the_first_step_is_the_same_at_every_probe(tmp_path: Path) -> None:
+    trainer = table_trainer(WritesItsBatchLater, tmp_path, zo_eps=1e-4, max_steps=4)
+    trainer.train()
+    assert max(map(abs, logged(trainer, "zo/projected_grad"))) < 500
+    assert logged(trainer, "loss")[2] == pytest.approx(logged(trainer, "loss")[3], rel=1e-3)
+
+
+def test_a_batch_that_some_probes_write_is_refused() -> None:
     batches, batch = LentBatches(), {"x": torch.ones(2), "y": [torch.ones(2)]}
     with batches.lent(batch) as lent:
         assert lent["x"] is batch["x"] and lent["y"] is not batch["y"]
     with (
-        pytest.raises(ValueError, match=r"^the loss writes into a tensor of its batch, [^.]*inputs\['input_ids'\]"),
+        pytest.raises(
+            ValueError,
+            match=r"^the loss writes into a tensor of its batch at some probes only, [^.]*inputs\['input_ids'\]",
+        ),
         batches.lent(batch) as lent,
     ):
         lent["y"][0] += 1
@@ -500,3 +521,16 @@ def test_a_probe_with_the_loss_of_the_current_point_decides_nothing() -> None:
     test = DetachTest(bool)
     test.see(1.0, 1.5, 1.5, device)
     assert test.matters is False
+
+
+def test_a_loss_without_a_gradient_is_evaluated_more_often_in_the_first_steps_only(tmp_path: Path) -> None:
+    class Counted(DetachedAlone):
+        calls = 0
+
+        def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+            Counted.calls += 1
+            return super().loss_of(logp)
+
+    trainer = made(Counted, tmp_path, max_steps=10, zo_batched_probes=False, zo_rows_per_direction=0)
+    trainer.train()
+    assert Counted.calls == 10 * 2 + 4 + PROBES_ALONE

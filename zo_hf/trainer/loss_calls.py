@@ -83,8 +83,10 @@ class LossCalls:
                 after.restore()
         self._before = self._state.before()
         generators = GlobalGenerators.now(self._trainer.args.device)
-        loss = self._evaluate(inputs)
-        if self._state.finds_more(self._before):
+        believed = self._state.batches.are_written
+        loss = self._evaluate(inputs, is_first=True)
+        is_new = believed is False and bool(self._state.batches.are_written)
+        if self._state.finds_more(self._before) or is_new:
             # What it has written cannot be undone, so this and all later evaluations of the batch begin with that.
             generators.restore()
             loss = self._once(inputs)
@@ -92,8 +94,8 @@ class LossCalls:
             self._before.restore()
         return loss
 
-    def _evaluate(self, inputs: dict[str, Any]) -> Any:
-        with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs) as lent:
+    def _evaluate(self, inputs: dict[str, Any], is_first: bool = False) -> Any:
+        with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs, is_first) as lent:
             return self._compute_loss(lent)
 
     def _test_at_probe(self, inputs: dict[str, Any]) -> Any:

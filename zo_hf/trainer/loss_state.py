@@ -22,8 +22,8 @@ from zo_hf.evaluation.own_modules import own_modules
 from zo_hf.trainer.overrides import has_stock_loss
 from zo_hf.trainer.side_effects import Snapshot
 
-#: Elements of the largest tensor that a loss may write, because every evaluation then copies it.
-MOST_ELEMENTS = 2**22
+#: Elements of the largest tensor that a loss may write, because every evaluation then copies it. MoCo's queue has half as many.
+MOST_ELEMENTS = 2**24
 
 
 class LossState:
@@ -100,11 +100,15 @@ class LentBatches:
         self.are_written: bool | None = None
 
     @contextmanager
-    def lent(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def lent(self, batch: dict[str, Any], is_first: bool = False) -> Iterator[dict[str, Any]]:
         """Yield a batch whose containers are new and whose tensors are the same; afterwards they are as before.
 
+        Args:
+            batch: the batch.
+            is_first: True for its first evaluation, which is repeated if it writes what was believed to stay.
+
         Raises:
-            ValueError: a tensor has been written that was believed to stay; the message says what to do.
+            ValueError: a later one has written that; the message says what to do.
         """
         tensors: dict[int, Tensor] = {}
         lent = _lent(batch if isinstance(batch, dict | UserDict) else dict(batch), tensors)
@@ -116,17 +120,17 @@ class LentBatches:
         ]
         yield lent
         written = [(tensor, kept) for tensor, version, kept in versions if tensor._version != version]
-        if self.are_written is None:
+        if self.are_written is None or (is_first and not self.are_written):
             self.are_written = bool(written)
         elif written and not self.are_written:
             raise ValueError(
-                "the loss writes into a tensor of its batch, and has not done so in the first step, so a later probe would "
-                "see what an earlier one has written; let it write into a copy, as in inputs['input_ids'].clone()."
+                "the loss writes into a tensor of its batch at some probes only, so a later probe would see what an earlier "
+                "one has written; let it write into a copy, as in inputs['input_ids'].clone()."
             )
         with torch.no_grad():
             for tensor, kept in written:
-                assert kept is not None  # otherwise refused above
-                tensor.copy_(kept)
+                if kept is not None:  # otherwise all evaluations begin with what the first one has written
+                    tensor.copy_(kept)
 
 
 def _lent(value: Any, tensors: dict[int, Tensor]) -> Any:

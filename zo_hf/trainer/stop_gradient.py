@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 _DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _NUMBER = (Tensor.item, Tensor.__float__)
+#: Probes after which a loss that has moved with its detached values alone is believed to have no others.
+PROBES_ALONE = 8
 
 
 class StopGradients(TorchFunctionMode):
@@ -100,6 +102,7 @@ class DetachTest:
 
     def __init__(self, all_reduce_and: Callable[[Tensor], bool]) -> None:
         self._all_reduce_and = all_reduce_and
+        self._alone = 0
         self.matters: bool | None = None
 
     def see_first(self, values: StopGradients, loss: Any, device: torch.device) -> None:
@@ -114,7 +117,7 @@ class DetachTest:
         Args:
             first: the loss of the first evaluation; a probe with the same loss, as at the current point, tells nothing.
             kept: the loss at the probe, with the values of the first evaluation. If it is `first`, the loss may have no
-                other values, which tells nothing.
+                other values. Rounding can hide them, so only several such probes tell.
             moved: the loss at the probe, with its own values.
             device: device of the model.
         """
@@ -122,3 +125,7 @@ class DetachTest:
             self.matters = True
         elif self._all_reduce_and(torch.tensor(kept != first, device=device)):
             self.matters = False
+        elif self._all_reduce_and(torch.tensor(kept == first != moved, device=device)):
+            self._alone += 1
+            if self._alone == PROBES_ALONE:
+                self.matters = False
