@@ -18,7 +18,7 @@ from zo_hf.trainer.rehearsal import rehearse
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"zo_subspace": "full"}, {"learning_rate": "auto"}, {"optim": "adamw_torch"}, {"zo_max_forward_passes": 10}],
+    [{}, {"zo_subspace": "full"}, {"learning_rate": "auto"}, {"optim": "adamw_torch"}, {"zo_max_forward_passes": 13}],
     ids=str,
 )
 def test_a_rehearsed_training_is_the_training(tmp_path: Path, options: dict[str, Any]) -> None:
