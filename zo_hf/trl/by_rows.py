@@ -43,10 +43,13 @@ class ByRows:
     """
 
     has_pairs = False
+    _asked: _Asked
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._asked = _Asked()
-        super().__init__(*args, **kwargs)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a trainer; warnings of the trainer's `__init__` still point to the line that calls it."""
+        trainer = super().__new__(cls)
+        trainer._asked = _Asked()
+        return trainer
 
     def loss_by_rows(self: Any, closure: Callable[[], Any], inputs: dict[str, Any]) -> GroupedLoss | None:
         """Return the loss of a batch in parts, or None if it is of another kind than text; see `ZOTrainer`."""
