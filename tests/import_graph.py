@@ -22,9 +22,9 @@ FLOORS = (
     ("stability", "checkpoint", "memory"),
     ("engine",),
     ("case", "compatibility", "settings"),
-    ("rules", "evaluation"),
+    ("rules", "evaluation", "heads"),
     ("subspaces",),
-    ("parallel", "offload", "heads"),
+    ("parallel", "offload"),
     ("directions", "estimators", "privacy"),
     ("rng", "kernels", "quantization", "untrusted", "method_info", "reason", "version"),
 )

@@ -8,8 +8,7 @@ backpropagation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.heads.discriminant import Discriminant, fit_discriminant
+from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
 
-#: Label of what has no class, as in transformers.
-IGNORED = -100
 #: Positions have codes of two digits from 1 to this number, which are exact in bfloat16.
 BASE = 256
 
@@ -67,7 +66,7 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
     own: _Share | Exception
     try:
         # Compiled code does not call the hooks by which the head is found.
-        with torch.no_grad(), _in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), in_evaluation_mode(model), torch.compiler.set_stance("force_eager"):
             own = _share(model, batches, max_rows)
     except Exception as error:  # the other processes wait for this one
         own = error
@@ -102,7 +101,7 @@ def _share(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: int
     features: list[Tensor] = []
     labels: list[Tensor] = []
     head, passes = None, 0
-    for batch in _until(batches, labels, max_rows):
+    for batch in tqdm(batches, desc="features of rows", leave=False):
         classes, inputs = _divided(model, batch)
         if head is None:
             head, passes = _find_head(model, inputs)
@@ -110,6 +109,8 @@ def _share(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: int
         features.append(_features(model, head, inputs, classes)[kept].double().cpu())
         labels.append(classes[kept].cpu())
         passes += 1
+        if sum(map(len, labels)) >= max_rows:
+            break
     if head is None:
         return _Share("", torch.empty(0), torch.empty(0, dtype=torch.long), 0)
     name = next(name for name, module in model.named_modules() if module is head)
@@ -120,26 +121,6 @@ def _share(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: int
             "it in bfloat16 or float32."
         )
     return found
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off, and afterwards put every module into the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _until(batches: Iterable[Mapping[str, Any]], labels: list[Tensor], max_rows: int) -> Iterator[Mapping[str, Any]]:
-    """Yield batches, with a progress bar, until there are as many labels as wanted."""
-    for batch in tqdm(batches, desc="features of rows", leave=False):
-        yield batch
-        if sum(map(len, labels)) >= max_rows:
-            return
 
 
 def _divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -193,12 +174,12 @@ def _positions(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) ->
         The layer's inputs, (rows, positions, features), and the positions that became logits, (rows, ...); None if the logits
         are other numbers.
     """
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def replaced(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         inputs_of_layer = arguments[0].flatten(1, -2) if arguments[0].ndim > 2 else arguments[0][:, None]
-        seen[:] = [inputs_of_layer]
         codes = _codes(inputs_of_layer.shape[1]).to(output.device)
+        seen[:] = [(inputs_of_layer, codes)]
         digits = torch.zeros(len(codes), output.shape[-1], device=output.device, dtype=output.dtype)
         digits[:, 0], digits[:, 1] = 1 + codes % BASE, 1 + codes // BASE
         return digits.expand(len(output), -1, -1).reshape(output.shape)
@@ -208,12 +189,13 @@ def _positions(model: nn.Module, layer: nn.Linear, inputs: Mapping[str, Any]) ->
         digits = _logits(model, inputs).double()
     finally:
         handle.remove()
-    if not seen or len(digits) != len(seen[0]):
+    if not seen or len(digits) != len(seen[0][0]):
         return None
+    inputs_of_layer, codes = seen[0]
     found = digits[..., 0] - 1 + BASE * (digits[..., 1] - 1)
-    codes, positions = _codes(seen[0].shape[1]).to(found.device).sort()
+    codes, positions = codes.to(found.device).sort()
     place = torch.searchsorted(codes.double(), found).clamp(max=len(codes) - 1)
-    return (seen[0], positions[place]) if torch.equal(codes[place].double(), found) else None
+    return (inputs_of_layer, positions[place]) if torch.equal(codes[place].double(), found) else None
 
 
 def _codes(count: int) -> Tensor:
