@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from common.finished import FILE
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -118,23 +119,15 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id
-    batches = partial(batches_of, DataCollatorWithPadding(tokenizer), batch_size)
-    fitted = fit_head(model, batches(encode(train), train["label"][:]), max_rows=len(train))
+    batches = partial(DataLoader, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    labeled = zip(encode(train), train["label"][:], strict=True)
+    fitted = fit_head(
+        model, batches([{"input_ids": ids, "labels": label} for ids, label in labeled]), max_rows=len(train)
+    )
     with torch.no_grad():
-        logits = torch.cat([model(**batch).logits for batch in batches(encode(test))])
+        logits = torch.cat([model(**batch).logits for batch in batches([{"input_ids": ids} for ids in encode(test)])])
     found = {"passes": fitted.forward_passes, "accuracy": accuracy(logits, labels), "validated": fitted.accuracy}
     return dict(settings) | found | {"majority": majority_accuracy(labels)}
-
-
-def batches_of(
-    collator: DataCollatorWithPadding, size: int, ids: Sequence[list[int]], labels: Sequence[int] | None = None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield padded batches of token ids, with labels if they are given."""
-    for start in range(0, len(ids), size):
-        rows: list[dict[str, Any]] = [{"input_ids": row} for row in ids[start : start + size]]
-        for row, label in zip(rows, labels[start : start + size] if labels else (), strict=False):
-            row["labels"] = label
-        yield dict(collator(rows))
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -42,7 +42,8 @@ class Problem:
     def name(self) -> str:
         """The task and its alignment, in words."""
         kinds = {"prompt": "prompt", "head": "bare text, fresh head", "fitted": "bare text, fitted head"}
-        return f"{self.task}, {(kinds | {SCRATCH: 'from scratch'})[self.alignment]}"
+        kinds[SCRATCH] = "from scratch"
+        return f"{self.task}, {kinds[self.alignment]}"
 
 
 def titles(problems: Sequence[Problem]) -> list[str]:

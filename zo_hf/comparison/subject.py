@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -84,13 +85,11 @@ def load(job: Job, options: dict[str, Any]) -> Subject:
     )
     subject = _with_head(job, task, _ready(model, job, options), tokenizer, parts.train, scored)
     if job.alignment == "fitted":
-        rows = list(subject.examples)
-        starts = range(0, len(rows), job.batch_size)
-        fit_head(
-            model,
-            (dict(subject.collator(rows[start : start + job.batch_size])) for start in starts),
-            max_rows=len(rows),
+        # A generator of its own, because a loader without one draws from torch's.
+        batches = DataLoader(
+            subject.examples, job.batch_size, collate_fn=subject.collator, generator=torch.Generator()
         )
+        fit_head(model, batches, max_rows=len(subject.examples))
     return subject
 
 
