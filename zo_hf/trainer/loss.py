@@ -80,7 +80,7 @@ class MicroBatchLosses:
     @property
     def passes_beside(self) -> int:
         """Forward passes that every micro-batch takes beside its probes, for values that the loss detaches."""
-        return self._ranks.grid.directions if self._detach_test.matters and not has_stock_loss(self._trainer) else 0
+        return self._ranks.grid.directions if self._detach_test.matters and not self._state.is_stock else 0
 
     def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
         """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""

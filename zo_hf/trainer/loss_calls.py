@@ -43,14 +43,14 @@ class LossCalls:
         counts: bool = True,
     ) -> None:
         self._compute_loss, self._trainer, self._test = compute_loss, trainer, detach_test
-        self._state, self._is_stock = state, state.is_stock
+        self._state = state
         self._stop_gradients, self._first = StopGradients(), 0.0
         self._before: Snapshot | None = None
         self._counts = counts
         self.entries: int | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        if self._is_stock or self._test.matters is False or self._stop_gradients.is_empty:
+        if self._state.is_stock or self._test.matters is False or self._stop_gradients.is_empty:
             return self._once(inputs)
         if self._test.matters is None:
             return self._test_at_probe(inputs)
@@ -60,7 +60,7 @@ class LossCalls:
     @torch.no_grad()
     def at_current_point(self, inputs: dict[str, Any], device: torch.device) -> None:
         """Evaluate the loss before any probe, for the values that it detaches, unless they do not matter."""
-        if self._is_stock or self._test.matters is False:
+        if self._state.is_stock or self._test.matters is False:
             return
         before = GlobalGenerators.now(device)
         with self._stop_gradients:
