@@ -98,14 +98,13 @@ class ZerothOrder:
         is_auto = settings.rows_per_direction == "auto"
         if subspace is None:
             subspace = settings.make_subspace(model)
-        self._chooses_kernels = not replays
-        if not replays:
-            kernels.choose(settings.kernels, subspace.device)
         rows, one_grid = rows_per_direction(case), ranks is None or ranks.grid.directions == 1
         if is_auto and not (one_grid and subspace.takes_groups_cheaply):
             rows = 0
         settings = replace(settings, rows_per_direction=rows)
         self.model, self.subspace, self.settings, self.seed = model, subspace, settings, settings.seed
+        self._chooses_kernels = not replays
+        self._choose_kernels()
         self.estimator = settings.make_estimator(subspace.default_eps)
         self.distribution = settings.make_distribution(subspace, own_distribution)
         self.rule = settings.rule_kind(subspace, self.estimator, settings)

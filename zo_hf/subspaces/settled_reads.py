@@ -18,11 +18,14 @@ class SettledReads:
     Args:
         subspace: the subspace that may move them.
         ranks: the processes that train together.
+
+    Attributes:
+        has_held: True if a loss has read parameters that it held from before.
     """
 
     def __init__(self, subspace: Subspace, ranks: Ranks) -> None:
         self._subspace, self._ranks = subspace, ranks
-        self._has_settled = self._has_held = False
+        self._has_settled = self.has_held = False
 
     def settle(self, step: int) -> list[str]:
         """Find out, after the probes of a step, which parameters move from this step on.
@@ -45,19 +48,14 @@ class SettledReads:
 
     def _look(self, step: int) -> None:
         held = self._subspace.reads.held
-        if held.has_replaced and self._has_settled and not self._has_held:
+        if held.has_replaced and self._has_settled and not self.has_held:
             logger.warning(
                 "step %d found that the loss reads weights from a list of before, such as list(model.parameters()); earlier steps "
                 "may have read them without their perturbation, so let such a penalty begin in the first step, with a factor of 0",
                 step - 1,
             )
-        self._has_held = held.has_replaced
-        self._subspace.reads.look(step, self._has_held)
-
-    @property
-    def has_held(self) -> bool:
-        """True if a loss has read parameters that it held from before."""
-        return self._has_held
+        self.has_held = held.has_replaced
+        self._subspace.reads.look(step, self.has_held)
 
     def resume(self, step: int, still: Iterable[str], has_held: bool) -> None:
         """Continue before a step of a run.
@@ -65,10 +63,10 @@ class SettledReads:
         Args:
             step: number of the step.
             still: names of the only parameters that no probe has read yet, on any rank.
-            has_held: see the property.
+            has_held: see the attribute.
         """
         self.remember(still)
-        self._has_held = has_held
+        self.has_held = has_held
         self._subspace.reads.look(step, has_held)
 
     def remember(self, still: Iterable[str]) -> None:
