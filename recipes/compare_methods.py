@@ -9,12 +9,11 @@
     python recipes/compare_methods.py --add 'sign q4' 3e-4 zo_rule=sign zo_num_directions=4 --methods mezo 'sign q4'
     python recipes/compare_methods.py --plot-only --figures docs/figures
 
-First every method makes the same number of short trials, with a seed of their own. The first trials use the learning
-rate at the center of the method's grid, and rates that are --ratio times larger and smaller. If the best rate is the
-largest or the smallest, the next trial goes one step further; otherwise it lies between the best rate and its better
-neighbor.
+First every method tries the same number of learning rates, each in --trial-seeds short trials with seeds of their own.
+The first rates are the center of the method's grid, and --ratio times more and less. If the best rate is the largest or
+the smallest, the next one goes one step further; otherwise it lies between the best rate and its better neighbor.
 
-The rate with the lowest loss on development sentences then trains from the start with each of --seeds, which determine
+The rate with the lowest mean loss on development sentences then trains from the start with each of --seeds, which determine
 the order of sentences and the directions. These runs are scored on test sentences as they train. The learning rate is
 constant. The embeddings and the norms do not train unless the method's name says otherwise.
 
@@ -94,8 +93,8 @@ def report(comparison: Comparison, args: argparse.Namespace) -> str:
         return "the runs of no method are finished yet\n"
     text = (
         f"{Path(args.model).name}, {args.forward_passes} forward passes of {args.batch_size} sentences, "
-        f"{args.rates} trials of {args.trial_forward_passes} for each learning rate, {args.eval_rows} test "
-        f"sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot[0])}"
+        f"{args.rates} learning rates in {args.trial_seeds} trials "
+        f"of {args.trial_forward_passes}, {args.eval_rows} test sentences, loss {args.loss}, seeds {', '.join(map(str, args.seeds))}.\n\n{table(results, zero_shot[0])}"
     )
     if passes := passes_table(results, zero_shot[0]["scores"][-1], args.passes_to):
         text += f"\n{passes}"

@@ -18,11 +18,11 @@ def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
     start = zero_shot["scores"][-1]
     lines = [
         "| method | forwards / step | learning rate | loss | accuracy | calibrated | MeZO's loss after | MeZO's accuracy after "
-        "| time / forward | MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| time / forward | MiB | rates tried: development loss |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
         f"| zero-shot | | | {start['loss']:.3f} | {start['accuracy']:.3f} | {start['calibrated_accuracy']:.3f} | | | "
-        f"| {zero_shot['peak_mib']:.0f} |",
-        f"| majority | | | | {zero_shot['majority_accuracy']:.3f} | | | | | |",
+        f"| {zero_shot['peak_mib']:.0f} | |",
+        f"| majority | | | | {zero_shot['majority_accuracy']:.3f} | | | | | | |",
     ]
     for name, result in results.items():
         cells = [
@@ -38,7 +38,7 @@ def table(results: Mapping[str, Result], zero_shot: Mapping[str, Any]) -> str:
             passes = [passes_to_end_of(reference, result, start, key) for key in ("loss", "accuracy")]
             cells += ["-" if needed is None else f"{needed / budget:.0%}" for needed in passes]
             cells.append(f"{result.seconds_per_forward() / reference.seconds_per_forward():.2f}")
-        cells.append(f"{result.peak_mib():.0f}")
+        cells += [f"{result.peak_mib():.0f}", result.rates_tried()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

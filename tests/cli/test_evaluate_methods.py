@@ -19,7 +19,9 @@ from zo_hf.comparison.report import FIGURES
 from zo_hf.comparison.run import run
 from zo_hf.comparison.subject import parts_of_task
 
-SMALL = "--seeds 0 1 --forward-passes 12 --trial-forward-passes 6 --rates 1 --evaluations 2 --batch-size 4"
+SMALL = (
+    "--seeds 0 1 --forward-passes 12 --trial-forward-passes 6 --rates 1 --trial-seeds 1 --evaluations 2 --batch-size 4"
+)
 SMALL += " --train-rows 16 --eval-rows 6 --processes 1 --methods low_rank"
 
 

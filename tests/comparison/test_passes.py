@@ -16,7 +16,7 @@ def result(losses: list[list[float]], passes: list[int]) -> Result:
     runs = [
         {"scores": [{"loss": l, "forward_passes": p} for l, p in zip(seed, passes, strict=True)]} for seed in losses
     ]
-    return Result("g", 1.0, False, runs)
+    return Result("g", {1.0: 0.5}, runs)
 
 
 SLOW = result([[4.5, 4.5, 2.0, 2.0], [3.5, 3.5, 2.0, 2.0]], [10, 20, 30, 40])
@@ -47,7 +47,7 @@ def test_a_run_that_comes_back_from_an_infinite_loss_is_read_at_its_first_finite
 
 def test_more_accuracy_is_better() -> None:
     runs = [{"scores": [{"accuracy": a, "forward_passes": p} for a, p in ((0.5, 10), (0.7, 20), (0.7, 30))]}]
-    found = Result("g", 1.0, False, runs)
+    found = Result("g", {1.0: 0.5}, runs)
     # Smoothed 0.6, 0.633, 0.7.
     assert passes_to_end_of(found, found, {"accuracy": 0.5}, "accuracy") == 30
 

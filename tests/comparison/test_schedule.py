@@ -26,8 +26,9 @@ def comparison(
     alignment: str = "prompt",
     seeds: tuple[int, ...] = (0, 1),
     names: tuple[str, ...] = ("good", "broken"),
+    trial_seeds: int = 1,
 ) -> Comparison:
-    protocol = Protocol({name: METHODS[name] for name in names}, seeds, 20, 10, 3, 4.0, 0.5, 2)
+    protocol = Protocol({name: METHODS[name] for name in names}, seeds, 20, 10, 3, trial_seeds, 4.0, 0.5, 2)
     problem = Problem("m", "numbers", alignment, 8, 100, 50, 16, "label_words")
     return Comparison(problem, protocol, FinishedRuns(folder / "runs.jsonl", SETTINGS))
 
@@ -108,6 +109,22 @@ def test_trials_go_on_while_the_best_rate_is_at_an_end(tmp_path: Path, monkeypat
         run_all([one], InThisProcess(), 1, ignored, lambda _, job, jobs=jobs: jobs.append(job))
         assert sum(job.seed == TRIAL_SEED for job in jobs) == trials
         assert one.results()["good"].at_edge == at_edge
+
+
+def test_the_mean_over_the_seeds_of_trials_chooses_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each seed alone prefers an end, and at that end the other one is far off.
+    losses = {(2e-4, TRIAL_SEED): 0.1, (1.25e-5, TRIAL_SEED): 5.0, (2e-4, TRIAL_SEED + 1): 5.0, (1.25e-5, TRIAL_SEED + 1): 0.1}  # fmt: skip
+    monkeypatch.setattr(
+        schedule, "run", lambda job: {"scores": [{"loss": losses.get((job.learning_rate, job.seed), 1.0)}]}
+    )
+    one = comparison(tmp_path, names=("good",), trial_seeds=2)
+    jobs: list[Job] = []
+    run_all([one], InThisProcess(), 1, ignored, lambda _, job: jobs.append(job))
+    found = one.results()["good"]
+    assert found.trials == pytest.approx({5e-5: 1.0, 2e-4: 2.55, 1.25e-5: 2.55})
+    assert found.learning_rate == 5e-5 and not found.at_edge
+    seeds = [job.seed for job in jobs if job.budget]
+    assert seeds == [*[TRIAL_SEED] * 3, *[TRIAL_SEED + 1] * 3, 0, 1], "trials seed by seed, then full runs"
 
 
 def test_a_factor_is_for_steps_that_grow_with_slopes(tmp_path: Path) -> None:

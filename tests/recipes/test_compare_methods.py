@@ -37,9 +37,7 @@ def test_methods_get_the_same_forward_passes_and_an_interrupted_comparison_goes_
     monkeypatch.setattr(schedule, "run", noted)
     monkeypatch.setattr(processes, "prepare_process", lambda: None)
     output = tmp_path / "out"
-    command = (
-        f"--model {model_folder} --output {output} --seeds 0 1 --forward-passes 18 --trial-forward-passes 8 --rates 2"
-    )
+    command = f"--model {model_folder} --output {output} --seeds 0 1 --forward-passes 18 --trial-forward-passes 8 --rates 2 --trial-seeds 1"
     command += " --evaluations 3 --batch-size 2 --train-rows 16 --eval-rows 6 --max-words 9 --processes 1 --methods"
     recipe.main([*command.split(), "mezo", "two_point q4"])
     assert len(jobs) == 1 + 2 * (2 + 2) == len(set(jobs))

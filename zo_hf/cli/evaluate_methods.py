@@ -12,8 +12,8 @@ zo_hf.fit_head sets this head first, by a forward pass over the training rows th
 digits-cnn and digits-transformer train a small network from random weights instead.
 
 All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
-method first makes --rates trials with a seed kept for trials, and more while the best rate is the largest or smallest tried.
-The learning rate with the lowest loss on development rows then trains with each of --seeds. Test rows choose nothing.
+method first tries --rates learning rates, each with --trial-seeds seeds kept for trials, and more while the best rate is the
+largest or smallest tried. The rate with the lowest mean loss on development rows then trains with each of --seeds. Test rows choose nothing.
 
 Every table has controls: the untrained model, always the same answer, backpropagation ("adamw with backward") and the forward
 gradient, which has the exact derivative along as many directions. The controls give the verdict on "low_rank", which has the
@@ -242,7 +242,7 @@ def heading(args: Any) -> str:
     """Return the sentence that says how the runs were made."""
     model = "".join(f"{Path(model).name}, " for model in args.model or [])
     return (
-        f"{model}{args.forward_passes} forward passes of {args.batch_size} rows, {args.rates} trials of "
-        f"{args.trial_forward_passes} for each learning rate, {args.eval_rows} test rows, seeds "
+        f"{model}{args.forward_passes} forward passes of {args.batch_size} rows, {args.rates} learning rates in "
+        f"{args.trial_seeds} trials of {args.trial_forward_passes}, {args.eval_rows} test rows, seeds "
         f"{', '.join(map(str, args.seeds))}; mean ± standard deviation over seeds."
     )

@@ -12,7 +12,7 @@ from zo_hf.comparison.schedule import Protocol
 
 #: Options that count something, so that none may be below 1.
 _COUNTS = (
-    *("forward_passes", "trial_forward_passes", "rates", "evaluations"),
+    *("forward_passes", "trial_forward_passes", "rates", "trial_seeds", "evaluations"),
     *("batch_size", "train_rows", "eval_rows", "max_words", "processes"),
 )
 
@@ -41,9 +41,11 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int], evaluatio
         "--rates",
         type=int,
         default=5,
-        help="number of trials of each method; up to as many more while the best rate is at an end (%(default)s)",
+        help="number of learning rates that each method tries; up to as many more while the best is at an end "
+        "(%(default)s)",
     )
-    add("--ratio", type=float, default=4.0, help="ratio of the learning rates of the first trials (%(default)s)")
+    add("--trial-seeds", type=int, default=2, help="number of trials with each learning rate (%(default)s)")
+    add("--ratio", type=float, default=4.0, help="ratio of the first learning rates that are tried (%(default)s)")
     add("--factor", type=float, default=1.0, help="factor on the centers of rates that grow with slopes (%(default)s)")
     add("--evaluations", type=int, default=evaluations, help="number of scores during a full run (%(default)s)")
     add("--batch-size", type=int, default=8, help="rows in a forward pass (%(default)s)")
@@ -89,6 +91,7 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
         args.forward_passes,
         args.trial_forward_passes,
         args.rates,
+        args.trial_seeds,
         args.ratio,
         args.factor,
         args.evaluations,

@@ -1,7 +1,7 @@
 """The progress bar of a comparison: which runs are under way, and how long all of them will take.
 
-The bar counts forward passes of a batch, those for scores included, because runs differ in length. Trials beyond the number
-that was asked for cannot be foreseen. They make the bar longer when they come.
+The bar counts forward passes of a batch, those for scores included, because runs differ in length. Learning rates beyond
+the number that was asked for cannot be foreseen. They make the bar longer when they come.
 """
 
 from __future__ import annotations

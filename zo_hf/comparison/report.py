@@ -102,10 +102,10 @@ def details(report: ProblemReport) -> str:
     """Return a Markdown table of one problem with a row for each control and method."""
     fastest = min(result.seconds_per_forward() for result in report.results.values())
     lines = [
-        "| method | forwards / step | learning rate | test loss | test accuracy | time / forward | MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        f"| majority | | | {report.constant('loss'):.3f} | {report.constant('accuracy'):.3f} | | |",
-        f"| untrained | | | {spread(report.untrained('loss'))} | {spread(report.untrained('accuracy'))} | | |",
+        "| method | forwards / step | learning rate | test loss | test accuracy | time / forward | MiB | rates tried: development loss |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| majority | | | {report.constant('loss'):.3f} | {report.constant('accuracy'):.3f} | | | |",
+        f"| untrained | | | {spread(report.untrained('loss'))} | {spread(report.untrained('accuracy'))} | | | |",
     ]
     for name, result in report.results.items():
         cells = [
@@ -116,6 +116,7 @@ def details(report: ProblemReport) -> str:
             spread(result.finals("accuracy")),
             f"{result.seconds_per_forward() / fastest:.2f}",
             f"{result.peak_mib():.0f}",
+            result.rates_tried(),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *(f"\nfailed: {name}: {reason}" for name, reason in report.failed.items())]) + "\n"

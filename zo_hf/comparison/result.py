@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from zo_hf.comparison.tuning import best_rate, is_at_edge
+
 
 @dataclass(frozen=True)
 class Result:
@@ -16,15 +18,27 @@ class Result:
 
     Attributes:
         group: the panel of figures in which the method is drawn.
-        learning_rate: the learning rate of its best trial.
-        at_edge: True if that was the largest or the smallest rate tried.
+        trials: the development loss of each learning rate that was tried, the mean over the seeds of trials.
         runs: one run for each seed, as `zo_hf.comparison.run.run` returns them.
     """
 
     group: str
-    learning_rate: float
-    at_edge: bool
+    trials: Mapping[float, float]
     runs: Sequence[Mapping[str, Any]]
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate with the least development loss."""
+        return best_rate(self.trials)
+
+    @property
+    def at_edge(self) -> bool:
+        """True if that is the largest or the smallest rate tried."""
+        return is_at_edge(self.trials)
+
+    def rates_tried(self) -> str:
+        """Return every learning rate that was tried, and its development loss."""
+        return ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in sorted(self.trials.items()))
 
     def over_seeds(self, key: str) -> np.ndarray:
         """Return a score of all runs, (seeds, evaluations)."""

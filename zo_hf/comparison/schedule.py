@@ -1,7 +1,7 @@
 """The runs of a comparison: which are finished, which can start, and how they are made, resumed after every kill.
 
-Every method first makes the same number of trials, with a seed of their own, and the rate with the least development loss
-then makes a full run with each seed. A run that is in the file of finished runs is not made again.
+Every method first tries the same number of learning rates, with seeds of their own. The rate with the least development
+loss, in the mean over these seeds, then makes a full run with each seed. A run that is in the file of finished runs is not made again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from zo_hf.comparison.finished_runs import FinishedRuns
@@ -18,9 +19,9 @@ from zo_hf.comparison.job import Job, Problem
 from zo_hf.comparison.methods import Method, follows_slopes
 from zo_hf.comparison.result import Result
 from zo_hf.comparison.run import run
-from zo_hf.comparison.tuning import best_rate, first_rates, is_at_edge, is_complete, next_rate
+from zo_hf.comparison.tuning import best_rate, first_rates, is_complete, next_rate
 
-#: The seed of trials, which no full run has.
+#: The first seed of trials. The others follow it.
 TRIAL_SEED = 12_345
 #: Factors on the centers of learning rates: random weights want larger steps than pretrained ones, and a fitted head, whose
 #: weights are large, smaller ones.
@@ -36,8 +37,9 @@ class Protocol:
         seeds: seeds of the full runs.
         forward_passes: forward passes of a full run.
         trial_forward_passes: forward passes of a trial.
-        rates: number of trials of each method.
-        ratio: ratio of the learning rates of the first trials.
+        rates: number of learning rates that each method tries.
+        trial_seeds: number of trials with each rate. One trial may choose a wrong rate.
+        ratio: ratio of the first learning rates that are tried.
         factor: factor on the centers of learning rates, of methods whose steps grow with the slopes of the loss.
         evaluations: number of scores during a full run.
     """
@@ -47,9 +49,15 @@ class Protocol:
     forward_passes: int
     trial_forward_passes: int
     rates: int
+    trial_seeds: int
     ratio: float
     factor: float
     evaluations: int
+
+    @property
+    def seeds_of_trials(self) -> range:
+        """The seeds of trials."""
+        return range(TRIAL_SEED, TRIAL_SEED + self.trial_seeds)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Plan:
     Attributes:
         made: finished runs.
         wanted: runs that can start now.
-        later: forward passes of the runs that follow them, without trials beyond the number that was asked for.
+        later: forward passes of the runs that follow them, without rates beyond the number that was asked for.
         result: the method's result, once all full runs are finished.
     """
 
@@ -106,8 +114,10 @@ class Comparison:
         """Return which runs of a method can start next, given its finished runs."""
         protocol = self.protocol
 
-        def trial(rate: float) -> Job:
-            return self.job(method, rate, TRIAL_SEED, protocol.trial_forward_passes, 0)
+        def trials(rate: float) -> list[Job]:
+            return [
+                self.job(method, rate, seed, protocol.trial_forward_passes, 0) for seed in protocol.seeds_of_trials
+            ]
 
         def full(rate: float) -> list[Job]:
             return [
@@ -117,12 +127,12 @@ class Comparison:
         center = self.center(protocol.methods[method])
         rates = first_rates(center, protocol.ratio, protocol.rates)
         while True:
-            trials = {rate: self.find(trial(rate)) for rate in rates}
-            losses = {rate: made["scores"][-1]["loss"] for rate, made in trials.items() if made is not None}
-            made, wanted = ([trial(rate) for rate in rates if (rate in losses) == found] for found in (True, False))
+            made = {job: found for rate in rates for job in trials(rate) if (found := self.find(job)) is not None}
+            wanted = [job for rate in rates for job in trials(rate) if job not in made]
             if wanted:
-                more = max(protocol.rates - len(rates), 0) * trial(center).passes
-                return Plan(made, wanted, more + sum(job.passes for job in full(center)))
+                more = max(protocol.rates - len(rates), 0) * sum(job.passes for job in trials(center))
+                return Plan(list(made), wanted, more + sum(job.passes for job in full(center)))
+            losses = {rate: fmean(made[job]["scores"][-1]["loss"] for job in trials(rate)) for rate in rates}
             if is_complete(losses, protocol.rates):
                 break
             rates.append(next_rate(losses, protocol.ratio))
@@ -131,8 +141,8 @@ class Comparison:
         wanted = [job for job in full(best) if job not in runs]
         result = None
         if not wanted:
-            result = Result(protocol.methods[method].group, best, is_at_edge(losses), list(runs.values()))
-        return Plan(made + list(runs), wanted, result=result)
+            result = Result(protocol.methods[method].group, losses, list(runs.values()))
+        return Plan(list(made) + list(runs), wanted, result=result)
 
     def center(self, method: Method) -> float:
         """Return the center of a method's grid of learning rates."""
@@ -162,7 +172,7 @@ class Comparison:
     def wanted(self) -> list[Job]:
         """Return all runs that can start now: trials, then full runs seed by seed, so that methods can be compared early."""
         jobs = [job for job in self.untrained() if self.find(job) is None]
-        seeds = [TRIAL_SEED, *self.protocol.seeds]
+        seeds = [*self.protocol.seeds_of_trials, *self.protocol.seeds]
         plans = [self.plan(method).wanted for method in self.protocol.methods if method not in self.failed]
         return jobs + sorted((job for wanted in plans for job in wanted), key=lambda job: seeds.index(job.seed))
 

@@ -1,8 +1,8 @@
 """The search for a learning rate by short trials, the same for every method.
 
-The first trials use a center, and rates that are `ratio` times larger and smaller. If the best rate is the largest or the
-smallest, the next trial goes one step further; otherwise it lies between the best rate and its better neighbor. If the
-best rate is still the largest or the smallest after the number of trials that was asked for, up to as many trials follow.
+The first rates are a center, and `ratio` times more and less. If the best rate is the largest or the smallest, the next one
+goes one step further; otherwise it lies between the best rate and its better neighbor. If the best rate is still the largest
+or the smallest after the number of rates that was asked for, up to as many follow.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 
 
-def first_rates(center: float, ratio: float, trials: int) -> list[float]:
-    """Return the learning rates of a method's first trials."""
-    return [center, center * ratio, center / ratio][:trials]
+def first_rates(center: float, ratio: float, number: int) -> list[float]:
+    """Return the first learning rates that a method tries, at most `number`."""
+    return [center, center * ratio, center / ratio][:number]
 
 
 def next_rate(losses: Mapping[float, float], ratio: float) -> float:
@@ -28,15 +28,15 @@ def next_rate(losses: Mapping[float, float], ratio: float) -> float:
     return math.sqrt(rates[at] * neighbor)
 
 
-def is_complete(losses: Mapping[float, float], trials: int) -> bool:
+def is_complete(losses: Mapping[float, float], number: int) -> bool:
     """Return whether the search is over, given the losses so far.
 
     Args:
         losses: the loss of each rate.
-        trials: number of trials that was asked for. With fewer than three, the best rate is always at an end, and no
+        number: number of rates that was asked for. With fewer than three, the best rate is always at an end, and no
             more follow.
     """
-    return len(losses) >= trials and (trials < 3 or not is_at_edge(losses) or len(losses) == 2 * trials)
+    return len(losses) >= number and (number < 3 or not is_at_edge(losses) or len(losses) == 2 * number)
 
 
 def is_at_edge(losses: Mapping[float, float]) -> bool:
