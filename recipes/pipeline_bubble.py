@@ -1,16 +1,18 @@
-"""Measure how long the stages of a pipeline wait in a step of training, beside the formulas of the schedule.
+"""Measure how long the stages of a pipeline wait in a step of training, beside those of GPipe and the formulas of both.
 
     torchrun --nproc_per_node 2 recipes/pipeline_bubble.py
     torchrun --nproc_per_node 3 recipes/pipeline_bubble.py --output docs/figures/pipeline_bubble_3.json
 
 Every process is a stage with one layer of a tiny model. A layer sleeps before it computes, so that its time does not depend on
-how many cores the processes share, and a step is a real one: ZOTrainer, with two probes of every micro-batch. For P passes of
-t seconds over S stages, and M micro-batches of a schedule with a backward pass (GPipe):
+how many cores the processes share, and a step is a real one: ZOTrainer, with two probes of every micro-batch. GPipe trains
+the same model on the same micro-batches with a backward pass, which takes twice the time of a forward pass. For P passes of t
+seconds over S stages, and M micro-batches:
 
-    one way            seconds = t · (P + S − 1)        waiting = (S − 1) / (P + S − 1)        P = 2 · M
-    with a backward                                     waiting = (S − 1) / (M + S − 1)
+    one way     seconds = t · (P + S − 1)         waiting = (S − 1) / (P + S − 1)        P = 2 · M
+    GPipe       seconds = 3 · t · (M + S − 1)     waiting = (S − 1) / (M + S − 1)
 
-The measured share is 1 − P · t / seconds. It includes all else that a step does: receiving, updating, logging.
+The measured shares are 1 − P · t / seconds and 1 − 3 · M · t / seconds. They include all else that a step does: receiving,
+updating, and with ZOTrainer logging.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.gpipe_steps import BACKWARD, seconds_of_steps
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from zo_hf import ZOConfig, ZOTrainer
@@ -87,8 +90,28 @@ def model_of(stages: int, seconds: float) -> LlamaForCausalLM:
 
 
 def measure(args: argparse.Namespace, stages: int, micro_batches: int) -> dict[str, float]:
-    """Return the seconds of a step, and the share of them in which a stage waits, beside the formulas."""
+    """Return the seconds of a step, and the share of them in which a stage waits, of both schedules beside their formulas."""
     ids = torch.randint(1, 64, (ROWS * micro_batches, TOKENS), generator=torch.Generator().manual_seed(0))
+    seconds = one_way_seconds(args, stages, micro_batches, ids)
+    model = model_of(stages, args.layer_seconds)
+    steps = seconds_of_steps(model, ids, micro_batches, args.steps + WARMUP, args.layer_seconds)[WARMUP:]
+    gpipe_seconds = statistics.median(steps)
+    passes = 2 * micro_batches
+    return {
+        "stages": stages,
+        "micro_batches": micro_batches,
+        "passes": passes,
+        "seconds": seconds,
+        "waiting": 1 - passes * args.layer_seconds / seconds,
+        "formula": (stages - 1) / (passes + stages - 1),
+        "gpipe_seconds": gpipe_seconds,
+        "gpipe_waiting": 1 - (1 + BACKWARD) * micro_batches * args.layer_seconds / gpipe_seconds,
+        "gpipe_formula": (stages - 1) / (micro_batches + stages - 1),
+    }
+
+
+def one_way_seconds(args: argparse.Namespace, stages: int, micro_batches: int, ids: torch.Tensor) -> float:
+    """Return the median seconds of a step of ZOTrainer on the rows `ids`, (rows, tokens)."""
     rows = [{"input_ids": row, "labels": row} for row in ids] * (args.steps + WARMUP)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -108,26 +131,17 @@ def measure(args: argparse.Namespace, stages: int, micro_batches: int) -> dict[s
         trainer = ZOTrainer(model_of(stages, args.layer_seconds), config, train_dataset=rows, callbacks=[clock])
         trainer.train()
     times = clock.times[WARMUP - 1 :]
-    seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
-    passes = 2 * micro_batches
-    return {
-        "stages": stages,
-        "micro_batches": micro_batches,
-        "passes": passes,
-        "seconds": seconds,
-        "waiting": 1 - passes * args.layer_seconds / seconds,
-        "one_way": (stages - 1) / (passes + stages - 1),
-        "with_backward": (stages - 1) / (micro_batches + stages - 1),
-    }
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
 
 
 def table(rows: list[dict[str, float]]) -> str:
     lines = [
-        f"{'stages':>6} {'micro-batches':>13} {'s/step':>7} {'waiting':>8} {'one way':>8} {'with a backward':>16}"
+        f"{'stages':>6} {'micro-batches':>13} {'s/step':>7} {'waiting':>8} {'formula':>8} {'GPipe, s/step':>14} {'waiting':>8} "
+        f"{'formula':>8}"
     ]
     lines += [
-        f"{row['stages']:>6} {row['micro_batches']:>13} {row['seconds']:>7.2f} {row['waiting']:>8.1%} {row['one_way']:>8.1%} "
-        f"{row['with_backward']:>16.1%}"
+        f"{row['stages']:>6} {row['micro_batches']:>13} {row['seconds']:>7.2f} {row['waiting']:>8.1%} {row['formula']:>8.1%} "
+        f"{row['gpipe_seconds']:>14.2f} {row['gpipe_waiting']:>8.1%} {row['gpipe_formula']:>8.1%}"
         for row in rows
     ]
     return "\n".join(lines)
