@@ -56,7 +56,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (ROWS | TWO | {"estimator": "evolution_ranks"}, {}, set()),
     (ROWS | {"direction": "orthogonal"}, {}, set()),
     (ROWS | {"direction": "adaptive_layers"}, {}, set()),
-    (ROWS | {"rule": "conservative"}, {}, set()),
     (ROWS, {"zo_parallel": "directions"}, set()),
     (ROWS, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 10**6}, set()),
     ({"rule": "svrg", "direction": "layers"}, {}, set()),

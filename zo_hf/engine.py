@@ -173,18 +173,18 @@ class ZerothOrder:
         if self.private is not None:  # whose rows have a divisor of their own
             self.private.evaluate(closure, self._probes(), random, self.step)
             return torch.zeros(0)
+        batch = WeightedLoss(closure, weight, random)
+        if self.rule.candidates:
+            self._batches.append(batch)
         if self.row_groups is not None:
             found = self.row_groups.evaluate(closure, self._probes(), random, weight)
             if found is not None:
                 more = self.row_groups.evaluate_more
                 self._measure_curvature(lambda at: more(closure, at, random, weight))
                 return found
-        batch = WeightedLoss(closure, weight, random)
         losses = self._losses.own(batch, self._probes())
         self._sum.add(losses)
         self._measure_curvature(lambda at: self._losses.own(batch, at))
-        if self.rule.candidates:
-            self._batches.append(batch)
         return losses
 
     def _measure_curvature(self, losses_at: Callable[[Sequence[Probe]], Tensor]) -> None:
@@ -342,33 +342,32 @@ class ZerothOrder:
         dtype = self.evaluator.dtype_of_computation(self.subspace, self.evaluator.dtype)
         return self.curvature.record(losses, more, dtype)
 
-    def apply(self, numbers: Sequence[float], skipped: bool) -> None:
+    def apply(self, numbers: Sequence[float], skipped: bool, chosen: Sequence[float] = ()) -> None:
         """Prepare the gradient that a step's numbers stand for, in training and in replay.
 
         Args:
-            numbers: the estimator's numbers, with c neither clipped nor normalized; in a replay the rule's choice, too.
+            numbers: the estimator's numbers, with c neither clipped nor normalized.
             skipped: True prepares no gradient.
+            chosen: in a replay the choice of a rule that has candidates; empty lets the rule choose.
         """
         self._choose_kernels()
         self.distribution.begin()
         self.subspace.clip_factor = 1.0
-        by_groups = bool(self.settings.rows_per_direction)  # every group then has the estimator's numbers
-        count = len(numbers) if by_groups else self.estimator.numbers * self.rule.points
-        found, chosen = tuple(numbers[:count]), tuple(numbers[count:])
+        found = tuple(numbers)
         if skipped:
-            missing = self.numbers - len(numbers)
+            missing = self.numbers - len(found) - len(chosen)
             self._applied = (*found, *chosen, *(math.nan,) * missing), True
             self.skipped_steps += 1
             self.subspace.clear_gradient()
             return
         self.distribution.observe(self._stream(0), found[: self.estimator.num_directions])
-        slopes = count // self.estimator.numbers * self.estimator.num_directions
+        slopes = len(found) // self.estimator.numbers * self.estimator.num_directions
         gradients = list(found[:slopes])
         if self.max_projected_grad:
             gradients = [max(-self.max_projected_grad, min(c, self.max_projected_grad)) for c in gradients]
         if self.normalization is not None:
             gradients = self.normalization(gradients)
-            if by_groups:  # the length of the sum over groups is then that of one direction
+            if self.settings.rows_per_direction:  # the length of the sum over groups is then that of one direction
                 groups = slopes / (self.estimator.num_directions * self.rule.points)
                 gradients = [c / math.sqrt(groups) for c in gradients]
         others = found[slopes:]

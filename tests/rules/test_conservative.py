@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
 from tests.rules.helpers import Quadratic, engine, gradients, linear_task
 from tests.trainer.runs import trained
+from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.parallel.ranks import Grid, Ranks
 from zo_hf.trajectory import read_trajectory
 
@@ -59,6 +60,47 @@ def test_the_loss_on_the_batch_never_rises(lr: float, estimator: str, choice_mad
         assert after == pytest.approx(reached[made[-1]], rel=1e-4)
         assert after <= min(reached.values()) * (1 + 1e-4)
     assert choice_made in made
+
+
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
+def test_with_a_direction_for_every_row_the_loss_of_the_batch_chooses(estimator: str) -> None:
+    """The step is the best of three points that are written here, in micro-batches."""
+    model = seeded(lambda: torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)), torch.float64)  # fmt: skip
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = ((x[:4], 1 / 2), (x[4:], 1 / 2))
+
+    def losses(part: Tensor) -> RowLosses:
+        return RowLosses((model(part)[:, 0] - 1).square())
+
+    def loss() -> float:
+        return float(sum(weight * losses(part).detach().mean() for part, weight in parts))
+
+    zo, optimizer = engine(
+        model, "conservative", lr := 0.4, estimator=estimator, num_directions=1, rows_per_direction=1, fold_steps=0
+    )
+    made = choices(zo)
+    for _ in range(12):
+        start, before = {name: c.detach().clone() for name, c in zo.subspace.coordinates.items()}, loss()
+        for part, weight in parts:
+            zo.probe(lambda part=part: losses(part), weight=weight)
+        zo.finish_estimate()
+        step = {name: c.grad.clone() for name, c in zo.subspace.coordinates.items()}
+        optimizer.step()
+        reached = {made[-1]: loss()}
+        assert zo.row_groups is not None and zo.row_groups.comes_apart and zo.groups == 8
+        if made[-1]:
+            for choice in (0.0, 1.0, -1.0):
+                with torch.no_grad():
+                    for name, c in zo.subspace.coordinates.items():
+                        c.copy_(start[name] - choice * made[-1] * lr * step[name])
+                zo.subspace.coordinates_changed()
+                reached[choice] = loss()
+            assert reached[made[-1]] == min(reached.values()) <= before
+            with torch.no_grad():
+                for name, c in zo.subspace.coordinates.items():
+                    c.copy_(start[name] - lr * step[name])
+            zo.subspace.coordinates_changed()
+    assert {0.0, 1.0} <= set(made)
 
 
 class Noting(Quadratic):

@@ -211,7 +211,8 @@ def check_numbers(zo: ZerothOrder, trajectory: Trajectory) -> None:
                 "model as for the run."
             )
     by_groups, each = bool(zo.settings.rows_per_direction), zo.estimator.numbers
-    if header["directions"] % each if by_groups else header["directions"] != zo.numbers:
+    of_estimator = header["directions"] - bool(zo.rule.candidates)
+    if of_estimator % each if by_groups else header["directions"] != zo.numbers:
         raise TrajectoryError(
             f"{path} has {header['directions']} numbers a step and its method has {each if by_groups else zo.numbers}, so "
             "zo_hf did not write it; use another copy of it."

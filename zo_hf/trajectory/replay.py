@@ -136,7 +136,9 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
         for group, rate in zip(optimizer.param_groups, record.learning_rates, strict=True):
             group["lr"] = rate
         zo.subspace.still -= {still[index] for index in record.begins}
-        zo.apply(record.projected_gradients, record.skipped)
+        numbers = record.projected_gradients
+        end = len(numbers) - bool(zo.rule.candidates)
+        zo.apply(numbers[:end], record.skipped, numbers[end:])
         zo.subspace.scale_gradient(record.clip_factor)
         optimizer.step()
 
