@@ -86,13 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     passes.add_argument(
         "--one-after-another",
         action="store_true",
-        help="one forward pass for each probe, zo_batched_probes=False; default: so where groups of rows have directions "
-        "of their own, as a run does whose GPU has no memory left for more, else one for all probes",
+        help="one forward pass for each probe, zo_batched_probes=False; this is the default if groups of rows have their "
+        "own directions",
     )
     passes.add_argument(
         "--in-one-pass",
         action="store_true",
-        help="one forward pass for all probes, zo_batched_probes=True, and what a run on a CPU takes by itself",
+        help="one forward pass for all probes, zo_batched_probes=True; this is the default if all rows share directions, and "
+        "what a run on a CPU does",
     )
     directions = ("gaussian", "rademacher")
     add("--direction", default=DEFAULTS.direction, choices=directions, help="distribution of directions (%(default)s)")

@@ -44,9 +44,9 @@ class ZOConfig(Seq2SeqTrainingArguments):
         None,
         "The initial learning rate. auto finds one before training, with at most a twentieth of the run's forward "
         "passes (see zo-hf find-lr). In every subspace, the weights move by learning_rate times the projected "
-        "gradient c times the direction z, as in MeZO. Default: 1e-5 for weights, 1e-3 for norms and scales, 3e-4 "
-        "for LoRA, 1e-4 for other adapters, 1e-2 for prefixes and prompts and for full along coordinates "
-        "(zo_estimator=coordinate). For fzoo, the default is multiplied by zo_eps. The best value depends on the "
+        "gradient c times the direction z, as in MeZO. ZOConfig's default is 1e-5 for weights, 1e-3 for norms and "
+        "scales, 3e-4 for LoRA, 1e-4 for other adapters, and 1e-2 for prefixes and prompts and for full along "
+        "coordinates (zo_estimator=coordinate). For fzoo, it is multiplied by zo_eps. The best value depends on the "
         "model. MeZO uses 1e-7 to 1e-6 for all weights of large models, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for "
         "prefixes.",
     )
