@@ -39,6 +39,12 @@ def test_the_source_names_pages_that_there_are() -> None:
             assert (ROOT / page).is_file(), f"{name_of(path)} names {page}"
 
 
+def test_pages_name_files_that_there_are() -> None:
+    for path, text in WRITTEN.items():
+        for file in re.findall(r"`((?:tests|recipes|docs)/[\w/.-]+)`", text):
+            assert (ROOT / file).exists(), f"{name_of(path)} names {file}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"\b([\w/]+\.(?:md|ipynb))$", text, re.MULTILINE)
