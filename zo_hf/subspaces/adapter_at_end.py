@@ -61,7 +61,7 @@ class AdapterAtEnd(Folded):
         return sites
 
     def _hook_state_dicts(self) -> None:
-        if self.becomes_adapter:  # the factors are written nowhere, so a state dict cannot hold the weights of now
+        if self.becomes_adapter:  # the factors are written nowhere, so a state dict cannot hold the current weights
             self._state_dict_hooks.append(self.model.register_state_dict_post_hook(BaseWarning()))
         else:
             super()._hook_state_dicts()

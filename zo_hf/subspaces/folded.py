@@ -141,7 +141,7 @@ class Folded(Subspace):
         self._hook_state_dicts()
 
     def _hook_state_dicts(self) -> None:
-        """Register the hooks that put the weights of now into state dicts."""
+        """Register the hooks that put the current weights into state dicts."""
         sites = {id(site.parameter): site for site in self.sites}
         for module in self.model.modules():
             held = {name: sites[id(p)] for name, p in module._parameters.items() if id(p) in sites}
