@@ -208,7 +208,7 @@ class ZerothOrder:
         stream_of: StreamOf | None = None,
         distribution: Distribution | None = None,
     ) -> list[float]:
-        """Return the mean losses of all ranks at points outside of any step; of the run, only its count of passes changes.
+        """Return the mean losses of all ranks at points outside of any step; only the run's count of passes changes.
 
         Args:
             batches: closures of a step's micro-batches, as for `estimate`, and the weight of each.
@@ -263,7 +263,7 @@ class ZerothOrder:
 
     @property
     def curvature_passes(self) -> int:
-        """Number of evaluations in the present step that measure the curvature, beyond `forward_passes_per_step`."""
+        """Number of evaluations in the current step that measure the curvature, beyond `forward_passes_per_step`."""
         return len(self._curvature_probes or ())
 
     @property
@@ -280,7 +280,7 @@ class ZerothOrder:
 
     @property
     def awaits_optimizer(self) -> bool:
-        """True between a step's estimate and the optimizer's step, when the state is of neither step."""
+        """True after a step's estimate and before the optimizer's step, when the state is between two steps."""
         return self._applied is not None
 
     @property

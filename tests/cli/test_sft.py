@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "completion": ({"completion_only_loss": True}, "--completion_only_loss needs rows of prompt and completion"),
     "assistant": ({"assistant_only_loss": True}, "--assistant_only_loss needs messages"),
     "fraction": ({"eval_fraction": 1.5}, "--eval_fraction 1.5 is not between 0 and 1"),
-    "code": ({"trust_remote_code": True}, "--trust_remote_code is not taken by zo-hf sft"),
+    "code": ({"trust_remote_code": True}, "zo-hf sft does not take --trust_remote_code"),
     "two formats": ({"load_in_8bit": True, "load_in_4bit": True}, "are two formats"),
     "no model": ({"model_name_or_path": "/none", "offline": True}, "could not be loaded"),
     "end": ({"eos_token": "<end>"}, "--eos_token <end> is not a token of the tokenizer"),

@@ -220,7 +220,7 @@ def test_padding_between_tokens_needs_positions() -> None:
     with cache.serving(), torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
         mask[0, 4:6] = 0
-        with pytest.raises(ValueError, match="between tokens that changes their positions"):
+        with pytest.raises(ValueError, match="between tokens would change their positions"):
             model(input_ids=ids, attention_mask=mask)
         model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None])
         with pytest.raises(ValueError, match="needs a token in every batch"):

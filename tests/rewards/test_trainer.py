@@ -182,7 +182,7 @@ NAMED = [
     ({"generations_per_prompt": 2, "num_generations": 4}, "two names of one option; leave out num_generations"),
     (
         {"population": 6, "generations_per_prompt": 2},
-        "4 prompts with 2 answers each .* let their product be a multiple",
+        "4 prompts with 2 answers each .* make their product a multiple",
     ),
     ({"fitness": "best"}, "fitness='best' is unknown; choose one of z_score, centered_ranks, raw"),
     ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),

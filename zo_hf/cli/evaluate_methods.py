@@ -136,7 +136,7 @@ def prepare(args: argparse.Namespace) -> list[Comparison]:
     """
     check_folder("--output", args.output, *(name for name, _, _ in FIGURES), "report.md")
     if find_spec("matplotlib") is None:
-        raise ValueError("zo-hf evaluate-methods draws figures; install matplotlib.")
+        raise ValueError("zo-hf evaluate-methods needs matplotlib for its figures; run `pip install matplotlib`.")
     ways: list[tuple[str, str]] = []
     if not NETWORKS.keys() >= set(args.tasks):
         args.model = list(dict.fromkeys(args.model or [str(default_model())]))

@@ -75,7 +75,7 @@ class Distribution:
         Args:
             stream: stream of the direction.
             layout: positions of the tensors in the flat vector.
-            coordinates: present values of these tensors, by name.
+            coordinates: current values of these tensors, by name.
         """
         raise NotImplementedError
 

@@ -149,7 +149,7 @@ class _Chunks:
         """Compute the losses from the decoder's output."""
         hidden = output[0] if self._kept is None else output[0][:, self._kept]
         if self._parts or hidden.shape[:2] != self._targets.shape:
-            raise ValueError(f"the decoder returns {tuple(hidden.shape)} for targets of {tuple(self._targets.shape)}")
+            raise ValueError(f"the decoder returns {tuple(hidden.shape)} for targets of {tuple(self._targets.shape)}.")
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)  # a model may look at their shape
         forward = type(self._model).forward
         for part, targets in zip(hidden.split(self._size, 1), self._targets.split(self._size, 1), strict=True):

@@ -178,8 +178,8 @@ class FeatureCache:
         runs = tokens[:, 0] + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
         if "position_ids" not in inputs and bool((runs > 1).any()):
             raise ValueError(
-                "zo_feature_cache_gib computes a row without its padding, and between tokens that changes their positions; pass "
-                f"position_ids, or {_WAY_OUT}."
+                "zo_feature_cache_gib computes a row without its padding, and leaving out a 0 of attention_mask between tokens "
+                f"would change their positions; pass position_ids, or {_WAY_OUT}."
             )
         return {name: value.expand(ids.shape) for name, value in inputs.items()}, tokens
 

@@ -157,8 +157,9 @@ class PrivateRows:
         """
         if self._subspace.still:
             raise ValueError(
-                f"zo_dp_noise_multiplier moves what the loss reads, but the first step did not read {min(self._subspace.still)}, "
-                "and the step that begins to move it would tell of the rows; freeze it, or name it in zo_exclude_modules."
+                f"zo_dp_noise_multiplier needs steps that read every moving parameter, but the first step did not read "
+                f"{min(self._subspace.still)}, and a later step that reads it would reveal something about its rows; freeze it, "
+                "or name it in zo_exclude_modules."
             )
         assert self._sums is not None and self.expected_rows is not None
         own = torch.tensor(self._sums, dtype=torch.int64, device=self._subspace.device)

@@ -30,9 +30,9 @@ class Assumptions:
         rows_per_direction: rows of a group with directions of its own, which a step holds for all groups; 0 for one group
             of all rows, and "auto" for what the Trainer chooses by default.
         batched: True for all probes in one forward pass, which holds 2q times the activations; False for one after another.
-            "auto" is what a run needs at least: one after another if groups of rows have directions of their own, else in
-            one pass. On CUDA, such a run takes one pass if there is memory left for it. A CPU cannot say how much is left,
-            and takes one pass always, so plan True for it, or set `zo_batched_probes=False`.
+            "auto" is the least that a run needs: one after another if groups of rows have directions of their own, else
+            in one pass. If the GPU has memory left, such a run takes one pass. A run on a CPU always does, so plan True
+            for it, or set `zo_batched_probes=False`.
         direction: distribution of the directions.
         optimizer: optimizer of the coordinates or adapter weights, "sgd", "momentum" or "adamw".
         lora_rank: rank of the LoRA adapter.

@@ -209,7 +209,7 @@ class EvolutionConfig(ZOConfig):
         if self.per_device_train_batch_size * count % population:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} prompts with {count} answers each cannot be "
-                f"divided equally among population={population} members; let their product be a multiple of it."
+                f"divided equally among population={population} members; make their product a multiple of population."
             )
 
     def _check_answers(self) -> None:

@@ -153,7 +153,7 @@ class Subspace:
         return DirectionContext(self.coordinates, layers, num_directions, are_weights, options)
 
     def attach(self) -> None:
-        """Enter the forward of each module that has a moving parameter, and of each that rounds its input."""
+        """Wrap the forward of each module that has a moving parameter, and of each that rounds its input."""
         for module in self._entered():
             enter(module, _entered_forward, self)
         for module, sites in self._holders.items():
@@ -255,7 +255,7 @@ class Subspace:
             block.kept.stay = True
 
     def read_at_point(self) -> list[Tensor]:
-        """Return the tensors beside the model's own that a forward pass at the present probes reads."""
+        """Return the tensors beside the model's own that a forward pass at the current probes reads."""
         blocks, points = self.coordinate_blocks or (), max(1, len(self.probes))
         return [tensor for block in blocks for tensor in block.kept.holding(points)]
 
@@ -275,7 +275,7 @@ class Subspace:
         Args:
             site: site of the parameter, which is not quantized.
             module: module that holds the parameter.
-            parameter: the module's present parameter, which is whole even if `site.parameter` is a shard.
+            parameter: the module's current parameter, which is whole even if `site.parameter` is a shard.
 
         Returns:
             A tensor with the shape and the dtype of the parameter; half precision is rounded stochastically.

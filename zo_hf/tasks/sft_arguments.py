@@ -129,7 +129,7 @@ def parse_sft_arguments(argv: list[str] | None, prog: str | None, description: s
     job, arguments = parse_options((SftArguments, sft_classes()[1]), RECIPE, NEEDED, argv, prog, description)
     for name, instead in NOT_TAKEN.items():
         if getattr(arguments, name):
-            raise ValueError(f"--{name} is not taken by zo-hf sft; {instead}.")
+            raise ValueError(f"zo-hf sft does not take --{name}; {instead}.")
     is_usual = (
         arguments.zo_subspace in ("auto", "low_rank") and arguments.zo_estimator == "two_point" and not job.use_peft
     )

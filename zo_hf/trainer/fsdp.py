@@ -227,7 +227,7 @@ def _check_shardable(model: nn.Module, moving: list[nn.Parameter]) -> None:
     dtypes = {p.dtype for p in moving if p.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(
-            f"FSDP shards trainable weights of one dtype only and the model has {', '.join(sorted(map(str, dtypes)))}; "
+            f"FSDP shards trainable weights of one dtype only, and the model has {', '.join(sorted(map(str, dtypes)))}; "
             "load it with a single dtype=..., or cast it with model.to(dtype)."
         )
 

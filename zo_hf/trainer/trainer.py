@@ -356,7 +356,7 @@ class ZOTrainer(SearchingTrainer):
         return self._estimate.loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as Trainer does, at the present weights wherever a loss reads them, and leave the model's buffers."""
+        """Evaluate as Trainer does, at the current weights wherever a loss reads them, and leave the model's buffers."""
         if self.zo is None:
             return super().evaluation_loop(*args, **kwargs)
         zo, predict = self.zo, self.prediction_step
