@@ -8,7 +8,7 @@ Weights are random, because the cost depends only on shapes. In every round, eac
 medians of process CPU time on a CPU, and of elapsed time on a GPU. The bare forward pass takes the rows of both probes of
 a step, and computes logits at the last position, as the steps do. Peak memory is measured in a separate process for each
 variant; on a CPU it includes libraries. `noise` is the percentage of a step that draws directions, measured in separate
-steps. The variants with `rows` have a direction for every row.
+steps. The variants with `rows` have a direction for every row, and those with `graph` need a CUDA device.
 
 `adapter` is a LoRA adapter of rank 8 on all linear layers. With a quantized model, `forward-exact` is the forward pass
 without rounding of the inputs, which probes need, and `low_rank` never folds.
@@ -51,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of every variant (%(default)s)")
     names = list(VARIANTS | GRAPH_VARIANTS | QUANTIZED_VARIANTS)
-    parser.add_argument("--variants", nargs="+", choices=names, help="variants to measure (all that apply)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"variants to measure, among {', '.join(names)} (all that apply)",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results; a plot is saved next to it")
 
 
