@@ -83,7 +83,12 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert kinds(again) == kinds(notebook), f"run python docs/_build/notebooks.py {path.relative_to(ROOT)}"
     if path.stem == "first_steps":
-        printed = "".join("".join(o.get("text", "")) for cell in again["cells"] for o in cell.get("outputs", []))
+        printed, stored = (
+            "".join("".join(o.get("text", "")) for cell in content["cells"] for o in cell.get("outputs", []))
+            for content in (again, notebook)
+        )
+        passes = [re.findall(r"'zo/forward_passes': (\d+)", text) for text in (printed, stored)]
+        assert passes[0] == passes[1], f"run python docs/_build/notebooks.py {path.relative_to(ROOT)}"
         before, after = map(float, re.findall(r"held-out loss ([\d.]+) -> ([\d.]+)", printed)[0])
         assert after < before / 3 and "the same bits: True" in printed
 
