@@ -65,7 +65,7 @@ class MicroBatchLosses:
             batch: the micro-batch.
             counts: False if the loss leaves no metrics, as in a search before training.
         """
-        with self._trainer.zo.evaluator.leaving_buffers(self._trainer.zo.subspace, runs=False):
+        with self._trainer.zo.evaluator.leaving_model(self._trainer.zo.subspace, runs=False):
             weight = self._weight(model, batch)  # may change what the closure passes on
             calls = self._calls(model, batch.num_items, counts)
             calls.at_current_point(batch.inputs, self._trainer.args.device)

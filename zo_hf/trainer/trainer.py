@@ -362,7 +362,7 @@ class ZOTrainer(SearchingTrainer):
         zo, predict = self.zo, self.prediction_step
 
         def predict_at_present(*args: Any, **kwargs: Any) -> Any:
-            with zo.subspace.reads.evaluating(), zo.evaluator.leaving_buffers(zo.subspace):
+            with zo.subspace.reads.evaluating(), zo.evaluator.leaving_model(zo.subspace, is_probe=False):
                 return predict(*args, **kwargs)
 
         # In front of a subclass's own method, such as TRL's or the one that generates. Not around the loop, which may
