@@ -28,9 +28,10 @@ from tests.conftest import seeded, tiny_opt
 from tests.trainer.runs import trained, with_lora
 from tests.trajectory.hostile import MUTATIONS, Parts, changed, damaged, parts_of
 from tests.trajectory.hostile_files import BASES, CANARY, CONFIGS, STARTS
-from zo_hf.cli.replay import load_base, summary
+from zo_hf.cli.replay import summary
 from zo_hf.parallel.checksum import tensors_hash
 from zo_hf.trajectory import TrajectoryError, read_trajectory, replay, verify
+from zo_hf.trajectory.base_model import load_base
 from zo_hf.trajectory.log import MAGIC
 
 SAMPLE = 30

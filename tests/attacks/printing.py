@@ -390,11 +390,11 @@ def _interruptions() -> dict[str, Callable[[Path], str | None]]:
     saves = ("--save_strategy", "steps", "--save_steps", "2")
     job_module, trainer = "zo_hf.tasks.sentiment_job", "zo_hf.trainer.trainer:ZOTrainer"
     table: dict[str, tuple[Callable[[Path], list[str]], str, str]] = {
-        "methods": (COMMANDS["methods"].argv, "zo_hf.cli.methods:kinds", "nothing was saved"),
+        "methods": (COMMANDS["methods"].argv, "zo_hf.cli.method_tables:kinds", "nothing was saved"),
         "plan": (COMMANDS["plan"].argv, "zo_hf.cli.plan:plan", "nothing was saved"),
-        "predict": (COMMANDS["predict"].argv, "zo_hf.cli.predict:label_scores", "nothing was saved"),
-        "verify": (COMMANDS["verify"].argv, "zo_hf.cli.replay:verify", "nothing was saved"),
-        "replay": (COMMANDS["replay"].argv, "zo_hf.cli.replay:replay", "nothing was saved"),
+        "predict": (COMMANDS["predict"].argv, "zo_hf.tasks.predicting:label_scores", "nothing was saved"),
+        "verify": (COMMANDS["verify"].argv, "zo_hf.trajectory:verify", "nothing was saved"),
+        "replay": (COMMANDS["replay"].argv, "zo_hf.trajectory:replay", "nothing was saved"),
         "bench": (COMMANDS["bench"].argv, "zo_hf.cli.bench:measure_time", "nothing was saved"),
         "find-lr": (COMMANDS["find-lr"].argv, f"{trainer}:find_learning_rate", "nothing was saved"),
         "train-loading": (COMMANDS["train"].argv, f"{job_module}:load_model", "no checkpoint was kept"),

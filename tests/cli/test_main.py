@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,23 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail(f"imported {name}"))
     cli.main(["--help"])
+
+
+def test_the_options_of_a_command_need_no_torch_unless_they_are_made_from_methods() -> None:
+    """Also the refusal of a wrong option, which comes before any work."""
+    script = """
+import sys
+from zo_hf.cli.main import main
+for name in ("predict", "chat", "replay", "methods"):
+    for argv in ([name, "--help"], [name, "--nope"]):
+        try:
+            main(argv)
+        except SystemExit:
+            pass
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.endswith("[]\n") and ended.stderr.count("there is no option --nope") == 4
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from zo_hf.cli import main as cli
-from zo_hf.cli.methods import WIDTH, Kind, as_json, as_markdown, as_text, kinds
+from zo_hf.cli.method_tables import Kind, kinds
+from zo_hf.cli.methods import WIDTH, as_json, as_markdown, as_text
 from zo_hf.directions import DISTRIBUTIONS
 from zo_hf.estimators import ESTIMATORS
 from zo_hf.evaluation.by_rows import BY_ROWS

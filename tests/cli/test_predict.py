@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from zo_hf.cli import main as cli
-from zo_hf.cli.predict import predict
 from zo_hf.tasks.classify import label_scores
+from zo_hf.tasks.predicting import predict
 from zo_hf.tasks.prompts import PROMPT_A
 from zo_hf.tasks.saved_prompt import load_prompt, save_prompt
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,9 +54,7 @@ def images() -> nn.Module:
 
 
 def lora() -> nn.Module:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    return get_peft_model(llama(), LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_proj"]))
+    return peft.get_peft_model(llama(), peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, target_modules=["q_proj"]))
 
 
 #: A classifier, and the name of its head.
@@ -178,6 +178,10 @@ class MeanOfLogits(nn.Module):
         return {"logits": self.head(self.embedding(input_ids)).mean(1)}
 
 
+def with_adapter(targets: list[str], **options: Any) -> nn.Module:
+    return peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=targets, **options))
+
+
 def with_labels(labels: Tensor) -> list[dict[str, Tensor]]:
     return [batch | {"labels": labels} for batch in batches_of("bert", 1)]
 
@@ -194,6 +198,9 @@ def with_labels(labels: Tensor) -> list[dict[str, Tensor]]:
         (lambda: tiny_bert(num_labels=1), with_labels(torch.zeros(6, dtype=torch.long)), "two classes or more"),
         (Scaled, [{"x": torch.ones(2, 4), "labels": torch.tensor([0, 1])}], "no linear layer of Scaled has the logits"),
         (MeanOfLogits, batches_of("bert"), "no linear layer of MeanOfLogits has the logits"),
+        (bert, [{"input_ids": torch.ones(2, 3, dtype=torch.long), "label": torch.tensor([0, 1])}], "has `label`; rename it"),
+        (lambda: tiny_bert(num_labels=CLASSES, problem_type="multi_label_classification"), batches_of("bert"), "problem_type='multi"),
+        (lambda: with_adapter(["query", "classifier"], init_lora_weights=False), batches_of("bert"), "classifier has an adapter; name"),
         (lambda: bert().to("meta"), with_labels(torch.zeros(6, dtype=torch.long)), "on the meta device"),
     ],
 )  # fmt: skip
@@ -206,6 +213,21 @@ def test_what_cannot_be_fitted_is_said(model: Callable[[], nn.Module], batches: 
         assert_same_bits(weights_of(refused), before)
     with pytest.raises(ValueError, match="max_rows=0 must be at least 1"):
         fit_head(seeded(bert), batches_of("bert"), max_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved", "is_told"),
+    [(["query"], ["classifier"], False), (["query"], None, True), (["query", "classifier"], None, True)],
+)
+def test_a_head_that_the_files_of_an_adapter_do_not_hold_is_told(
+    targets: list[str], saved: list[str] | None, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(lambda: with_adapter(targets, modules_to_save=saved))
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        name = fit_head(model, batches_of("bert")).name
+    kept = peft.get_peft_model_state_dict(model)
+    assert any(key.endswith("classifier.weight") for key in kept) is not is_told
+    assert [f"do not hold {name}, " in message for message in caplog.messages] == [True] * is_told
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])

@@ -12,7 +12,8 @@ import torch
 from tests.conftest import TinyTask, assert_same_bits, seeded, tiny_opt, weights_of
 from tests.methods.checks import CHECKS, its_numbers_replay
 from tests.methods.table import combinations
-from zo_hf.cli.methods import as_text, kinds
+from zo_hf.cli.method_tables import kinds
+from zo_hf.cli.methods import as_text
 from zo_hf.estimators import ESTIMATORS, TwoPoint
 from zo_hf.rules import RULES
 from zo_hf.trajectory import read_trajectory, replay

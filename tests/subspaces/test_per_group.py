@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.conftest import causal_batch, seeded, tiny_gpt2, tiny_llama, tiny_opt
 from zo_hf.engine import ZerothOrder
-from zo_hf.estimators.probe import Probe
+from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.subspaces import adapter, per_group
 from zo_hf.subspaces.functional import functional_call
 
@@ -137,3 +139,54 @@ def test_torch_func_may_map_a_norm_over_positions(kind: type[nn.Module]) -> None
         return per_group._in_one_call(module, stacked, part)
 
     torch.testing.assert_close(torch.func.vmap(called, in_dims=1, out_dims=1)(x), called(x))
+
+
+class Both(NamedTuple):
+    x: torch.Tensor
+    half: torch.Tensor
+
+
+@dataclass
+class Outputs:
+    x: torch.Tensor
+
+
+class Returns(nn.Linear):
+    """A linear layer that returns what it has computed in a container."""
+
+    def __init__(self, container: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.container = container
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.container(super().forward(x))
+
+
+def test_outputs_of_own_classes_are_concatenated_or_refused() -> None:
+    """They were those of the first group alone, or an error of the class."""
+    x, parameters = (
+        torch.randn(GROUPS * SIZE, WIDTH),
+        [{"bias": torch.full((WIDTH,), float(g))} for g in range(GROUPS)],
+    )
+
+    def of(module: nn.Module) -> Any:
+        return per_group.functional_call_per_group(module, parameters.__getitem__, GROUPS, SIZE, (x,), {})
+
+    layer = Returns(lambda y: Both(y, y / 2))
+    both = of(layer)
+    expected = torch.cat([x[g * SIZE : (g + 1) * SIZE] @ layer.weight.T + g for g in range(GROUPS)])
+    assert type(both) is Both and torch.allclose(both.x, expected) and torch.allclose(both.half, expected / 2)
+    with pytest.raises(NotBatchable, match="returns a Outputs"):
+        of(Returns(Outputs))
+
+
+@pytest.mark.parametrize("container", [Outputs, lambda y: Both(y, y), lambda y: BaseModelOutput(last_hidden_state=y)])
+def test_a_layer_in_half_precision_returns_what_it_returns_without_a_probe(
+    container: Callable[[torch.Tensor], Any],
+) -> None:
+    layer = Returns(container).bfloat16()
+    moved = {"bias": torch.zeros(WIDTH)}
+    output = functional_call(layer, moved, (torch.ones(2, WIDTH, dtype=torch.bfloat16),), {})
+    assert type(output) is type(container(torch.ones(1)))
+    values = output if isinstance(output, tuple) else vars(output).values()
+    assert {value.dtype for value in values if value is not None} == {torch.bfloat16}

@@ -18,11 +18,11 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, PreTrai
 
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_opt
 from zo_hf import ZOConfig
-from zo_hf.cli.predict import predict
 from zo_hf.subspaces.sites import find_sites
 from zo_hf.tasks import sentiment_job
 from zo_hf.tasks.job_arguments import JobArguments
 from zo_hf.tasks.label_word_loss import LabelWordLoss
+from zo_hf.tasks.predicting import predict
 from zo_hf.tasks.sentiment_job import main
 from zo_hf.trainer.trainer import ZOTrainer
 from zo_hf.trajectory import read_trajectory

@@ -164,3 +164,19 @@ def test_metrics_and_save_pretrained_see_them(tmp_path: Path) -> None:
     untrained = loss_of(model)
     trained(tmp_path, model, more={"compute_metrics": metrics}, **options)
     assert len(losses) == 1 and abs(losses[0]) < 1e-5 < abs(untrained - loss_of(model)) / 10
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_callback_that_writes_weights_is_told_once(
+    writes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between folds it would clip the weights of the last one, and the log would not hold it."""
+
+    def clip(state: Any, model: nn.Module, **_: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters() if writes else ():
+                parameter.clamp_(-0.1, 0.1)
+
+    with caplog.at_level(logging.WARNING, "zo_hf"):
+        trained(tmp_path, more={"callbacks": [At(None, clip)]}, **RUN, eval_strategy="steps", eval_steps=1)
+    assert sum("was written between two steps" in message for message in caplog.messages) == writes

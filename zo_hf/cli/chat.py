@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from zo_hf.tasks.answering import Answering, load_answering
+if TYPE_CHECKING:
+    from zo_hf.tasks.answering import Answering
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option has a wrong value, the folder holds no such model, or the message is empty or too long.
     """
+    from zo_hf.tasks.answering import load_answering
+
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1.")
     if not 0 <= args.temperature < float("inf"):

@@ -1,7 +1,8 @@
 """The console script `zo-hf`, with one subcommand per job.
 
 The module of a command is imported only if that command is called. So `zo-hf --help` is immediate, and a command needs
-only its own dependencies.
+only its own dependencies. Such a module declares options. It imports its work where it begins, unless its options are made
+from that: those of `train`, `sft` and `find-lr` are transformers' TrainingArguments, and others name registered methods.
 """
 
 import sys

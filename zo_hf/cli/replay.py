@@ -14,20 +14,17 @@ if the run used one. The result equals the run bit for bit on the same kind of d
 run of a PEFT adapter gives the adapter; its starting weights are read from the log's folder.
 """
 
+from __future__ import annotations
+
 import argparse
-import inspect
-import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from zo_hf.trainer.output_paths import check_folder
-from zo_hf.trajectory.adapter import with_run_adapter
-from zo_hf.trajectory.log import Trajectory, TrajectoryError
-from zo_hf.trajectory.replay import replay, verify
 from zo_hf.untrusted.fields import shown
-from zo_hf.untrusted.quantization_config import loadable
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+if TYPE_CHECKING:
+    from zo_hf.trajectory import Trajectory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Verify a log, and replay it unless only verification is requested."""
+    from zo_hf.trajectory import replay, verify
+    from zo_hf.trajectory.base_model import load_base
+
     if not args.verify and (args.model is None or args.output is None):
         raise ValueError("a replay needs --model BASE and --output DIR; give both, or --verify to only check the log.")
     if args.until is not None and args.until < 0:
@@ -101,50 +101,6 @@ def summary(trajectory: Trajectory) -> str:
     if trajectory.dropped:
         lines.append(f"  ignored    {trajectory.dropped} bytes at the end that form no complete record")
     return "\n".join(lines)
-
-
-def load_base(name: str, trajectory: Trajectory, revision: str | None = None) -> Any:
-    """Load the base model with the run's class and dtype, and wrap it with the run's adapter if it had one.
-
-    Raises:
-        TrajectoryError: transformers does not have the class, or torch the dtype.
-    """
-    import torch
-    import transformers
-
-    base = trajectory.header["base"]
-    kind: Any = getattr(transformers, str(base.get("class")).removeprefix("FSDP"), None)
-    is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
-    if not is_model or kind.config_class is None:
-        raise TrajectoryError(
-            f"{trajectory.path} was recorded from a {shown(base.get('class'))}, which transformers does not have; replay "
-            "it in Python with zo_hf.trajectory.replay(model, path)."
-        )
-    if base.get("dtype") not in DTYPES:
-        raise TrajectoryError(
-            f"{trajectory.path} names no dtype that a model trains in, so zo_hf did not write it; use another copy of it."
-        )
-    dtype: torch.dtype = getattr(torch, base["dtype"])
-    try:
-        quantization = loadable(base.get("quantization"))
-    except ValueError as error:
-        raise TrajectoryError(
-            f"{trajectory.path} describes no base model, because {error}; use another copy of it."
-        ) from error
-    # A commit only: the name of a branch may mean other weights tomorrow.
-    is_commit = bool(re.fullmatch(r"[0-9a-f]{40}", base.get("revision") or ""))
-    if revision is None and is_commit and not Path(name).exists() and name == base.get("name"):
-        revision = base["revision"]
-    more: dict[str, Any] = {} if revision is None else {"revision": revision}
-    if quantization is not None:
-        more["quantization_config"] = quantization
-    if base.get("quantization") is not None:
-        on_cuda = base.get("device") == "cuda" and torch.cuda.is_available()
-        more["device_map"] = "cuda" if on_cuda else "cpu"
-    model = kind.from_pretrained(name, dtype=dtype, **more)
-    if base.get("device") == "cuda" and torch.cuda.is_available():  # the same kind of device gives the run's bits
-        model.to("cuda")
-    return model if trajectory.header.get("start") is None else with_run_adapter(model, trajectory)
 
 
 def _save_tokenizer(name: str, revision: str | None, output: Path) -> None:

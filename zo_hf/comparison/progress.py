@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from statistics import mode
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
     def __init__(self, budget: int, evaluations: int, scorer: Callable[[], dict[str, float]]) -> None:
         self.budget, self.evaluations, self.scorer = budget, evaluations, scorer
         self.passes = self.largest_step = 0
-        self._steps: list[int] = []
+        self._steps: Counter[int] = Counter()  # by their forward passes
         self.seconds = 0.0
         self.scores: list[dict[str, float]] = []
         self._since = 0.0
@@ -42,8 +42,9 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         passes = self.count(state.global_step)
-        self._steps.append(passes - self.passes)
-        self.largest_step = max(self.largest_step, self._steps[-1])
+        of_step = passes - self.passes
+        self._steps[of_step] += 1
+        self.largest_step = max(self.largest_step, of_step)
         if passes > self.budget:
             raise ValueError(
                 f"a step takes {self.largest_step} forward passes, more than the budget of {self.budget}; increase "
@@ -60,7 +61,7 @@ class Progress(TrainerCallback):
     @property
     def forwards_per_step(self) -> int:
         """The number of forward passes of most steps; the first one may take more, to see whether rows come apart."""
-        return mode(self._steps) if self._steps else 0
+        return max(self._steps, key=self._steps.__getitem__, default=0)
 
     def score(self) -> None:
         """Append the model's present score."""

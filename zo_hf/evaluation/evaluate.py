@@ -23,6 +23,7 @@ from zo_hf.evaluation.passed_on import loss_or_zeros
 from zo_hf.evaluation.precision import coarsest, rounding
 from zo_hf.evaluation.row_losses import RowLosses, model_rows
 from zo_hf.evaluation.without_cache import configs_with_cache, without_cache
+from zo_hf.evaluation.written_parameters import WrittenParameters
 from zo_hf.reason import reason_of
 from zo_hf.rng import StreamOf
 from zo_hf.rng.global_generators import GlobalGenerators
@@ -120,6 +121,7 @@ class ProbeEvaluator:
         self._has_failed = False
         self._configs: list[PretrainedConfig] | None = None
         self._buffers: KeptBuffers | None = None
+        self._written: WrittenParameters | None = None
 
     @contextmanager
     def at(
@@ -131,18 +133,26 @@ class ProbeEvaluator:
         rows: int = 0,
         packing: Packing | None = None,
     ) -> Iterator[None]:
-        """Evaluate the model at the probes as `Subspace.at` does, without a key-value cache, and leave its buffers."""
+        """Evaluate the model at the probes as `Subspace.at` does, without a key-value cache, and leave it as it is."""
         if self._configs is None:
             self._configs = configs_with_cache(subspace.model)
         at = subspace.at(probes, stream_of, distribution, rows, packing)
-        with without_cache(self._configs), self.leaving_buffers(subspace), at:
+        with without_cache(self._configs), self.leaving_model(subspace), at:
             yield
 
-    def leaving_buffers(self, subspace: Subspace, runs: bool = True) -> AbstractContextManager[None]:
-        """Restore the buffers that the model's forward writes, after this context; see `KeptBuffers`."""
-        if self._buffers is None:
-            self._buffers = KeptBuffers(subspace.model, subspace.quantized)
-        return self._buffers.kept(runs)
+    @contextmanager
+    def leaving_model(self, subspace: Subspace, is_probe: bool = True, runs: bool = True) -> Iterator[None]:
+        """Leave the model as it is: restore the buffers that its forward writes after this context, and refuse other writes.
+
+        Args:
+            subspace: the subspace of the model.
+            is_probe: False for a metric; see `WrittenParameters.refused`.
+            runs: True if the model surely runs in the context.
+        """
+        if self._buffers is None or self._written is None:
+            self._buffers, self._written = KeptBuffers(subspace.model, subspace.quantized), WrittenParameters(subspace)
+        with self._written.refused(is_probe, runs), self._buffers.kept(runs):
+            yield
 
     def losses(
         self,
@@ -179,7 +189,7 @@ class ProbeEvaluator:
 
             @contextmanager
             def at(points: Sequence[Probe], rows: int) -> Iterator[None]:
-                with self.leaving_buffers(subspace), subspace.at(points, stream_of, distribution, rows=rows):
+                with self.leaving_model(subspace), subspace.at(points, stream_of, distribution, rows=rows):
                     yield
 
             with torch.no_grad():

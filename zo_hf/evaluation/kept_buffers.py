@@ -4,9 +4,6 @@ A forward in evaluation mode seldom writes one, but a batch norm that its model 
 Otherwise the second probe would see other buffers than the first, and a replay, which has no data, other ones than the run.
 Buffers outside of the state dict are caches, which belong to other attributes of their module, and stay as they are.
 
-A parameter that a forward of the user's own writes, such as those of a target network that follows the model, is refused: a
-callback can write it once a step. A loss may load other weights and its own ones again, which the first evaluation shows.
-
 A buffer that is None until a forward makes it is None again, too. It may hold a mean of the first probe's values, which the second
 probe would then read, and a state dict with it would not fit a new model.
 """
@@ -14,17 +11,12 @@ probe would then read, and a state dict with it would not fit a new model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from zo_hf.evaluation.own_modules import own_parameters
-from zo_hf.offload import is_offloaded
-from zo_hf.parallel.checksum import tensor_checksum
-from zo_hf.parallel.shards import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +43,6 @@ class KeptBuffers:
 
     def __init__(self, model: nn.Module, quantized: Collection[nn.Module] = ()) -> None:
         self._modules = [module for module in model.modules() if module._buffers and module not in quantized]
-        # Loading a block writes the parameters of an offloaded model.
-        self._parameters = [] if is_offloaded(model) else list(own_parameters(model).items())
-        self._model = type(model).__name__
-        self._may_write = False
         self._written: set[tuple[nn.Module, str]] = set()
         self._made: set[tuple[nn.Module, str]] = set()
         self._has_run = False
@@ -67,10 +55,8 @@ class KeptBuffers:
             runs: True if the model surely runs in the context, which then shows what its forward writes.
 
         Raises:
-            ValueError: a large buffer has been written, of which there is no copy, or a parameter; the message names it.
+            ValueError: a large buffer has been written, of which there is no copy; the message names it.
         """
-        versions = [parameter._version for _, parameter in self._parameters]
-        sums = [] if self._has_run else [_sum_of(parameter) for _, parameter in self._parameters]
         before = [
             self._before(module, name, tensor)
             for module in self._modules
@@ -83,7 +69,6 @@ class KeptBuffers:
             with torch.no_grad():
                 lost = [entry for entry in before if not self._restore(entry)]
         self._has_run = self._has_run or runs
-        self._check_parameters(versions, sums)
         for entry in lost:
             written = f"the forward of {type(entry.module).__name__} has written its buffer {entry.name!r}"
             if entry.tensor is not None and entry.tensor.numel() > MOST_ELEMENTS:
@@ -94,28 +79,6 @@ class KeptBuffers:
             logger.warning(
                 "%s for the first time; from now on, every probe begins with the values that it has now", written
             )
-
-    def _check_parameters(self, versions: Sequence[int], sums: Sequence[int]) -> None:
-        """Refuse to go on if a parameter has been written, unless the first evaluation has left its values as they were.
-
-        Args:
-            versions: the parameters' versions before the evaluation.
-            sums: their checksums before it; empty after the first evaluation.
-
-        Raises:
-            ValueError: a parameter has been written; the message names it.
-        """
-        if self._may_write:
-            return
-        for index, ((name, parameter), version) in enumerate(zip(self._parameters, versions, strict=True)):
-            if parameter._version == version:
-                continue
-            if not sums or _sum_of(parameter) != sums[index]:
-                raise ValueError(
-                    f"the forward of {self._model} writes its parameter {name!r}, and every probe would write it again; "
-                    "write it in a callback, for example in on_step_end."
-                )
-            self._may_write = True
 
     def _before(self, module: nn.Module, name: str, tensor: Tensor | None) -> _Before:
         if tensor is None or tensor.is_meta or tensor.is_inference():
@@ -157,7 +120,3 @@ class KeptBuffers:
         if before.copy is not None:
             tensor.copy_(before.copy)
         return before.copy is not None
-
-
-def _sum_of(parameter: nn.Parameter) -> int:
-    return 0 if parameter.is_meta else tensor_checksum(local_part(parameter)[0])

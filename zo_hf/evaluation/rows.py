@@ -303,7 +303,7 @@ class RowGroups:
         if isinstance(closure, GroupedLoss) or self._micro_batches is not None:
             return closure
         if self._rows is None or looks:
-            with self._evaluator.leaving_buffers(self._subspace):
+            with self._evaluator.leaving_model(self._subspace):
                 loss = closure()
             self._evaluator.forward_passes += 1
             self._rows = len(loss) if isinstance(loss, RowLosses) else None

@@ -8,6 +8,7 @@ backpropagation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.heads.discriminant import Discriminant, fit_discriminant
 from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
 
+logger = logging.getLogger(__name__)
+
+SINGLE_LABEL = "single_label_classification"
 #: Positions have codes of two digits from 1 to this number, which are exact in bfloat16.
 BASE = 256
 
@@ -58,11 +62,17 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
 
     Raises:
         ValueError: no linear layer gives the logits; the head is quantized, sharded or offloaded; the labels are not class
-            numbers; or a class has fewer than two rows.
+            numbers, or the loss is not one of single classes; or a class has fewer than two rows.
     """
     if max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1.")
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem not in (None, SINGLE_LABEL):
+        raise ValueError(
+            f"fit_head gives a head for one class in a row, and the model's config has problem_type={problem!r}; train its "
+            f"fresh head as it is, or set problem_type={SINGLE_LABEL!r}."
+        )
     own: _Share | Exception
     try:
         # Compiled code does not call the hooks by which the head is found.
@@ -77,6 +87,12 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
     _check_classes(targets, head.out_features)
     found, scores = fit_discriminant(everyone, targets, head.out_features, head.bias is not None)
     _write(head, found)
+    if hasattr(model, "peft_config") and ".modules_to_save." not in share.name:
+        logger.warning(
+            "the files of an adapter do not hold %s, which fit_head has set; name the head in the adapter's modules_to_save and "
+            "not in target_modules, or save the merged model",
+            share.name,
+        )
     return FittedHead(
         name=share.name,
         rows=len(targets),
@@ -132,6 +148,8 @@ def _divided(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[s
         )
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels", None)
+    if labels is None and "label" in inputs:
+        raise ValueError("fit_head reads class numbers from `labels`, and a batch has `label`; rename it.")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             "fit_head needs class numbers as a tensor of integers in every batch's `labels`; train the fresh head of another "
@@ -155,12 +173,19 @@ def _find_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, 
     A layer is the head if the model's logits are the numbers that a hook puts in place of the layer's outputs.
     """
     classes, passes = _logits(model, inputs).shape[-1], 1
-    for module in reversed(list(model.modules())):
+    adapted: str | None = None
+    for name, module in reversed(list(model.named_modules())):
         if isinstance(module, nn.Linear) and module.out_features == classes:
             passes += 1
             if _positions(model, module, inputs) is not None:
                 _check_head(module)
                 return module, passes
+            adapted = adapted or (name.removesuffix(".base_layer") if name.endswith(".base_layer") else None)
+    if adapted is not None:
+        raise ValueError(
+            f"fit_head sets a linear layer alone, and {adapted} has an adapter; name it in the adapter's modules_to_save and not in "
+            "target_modules."
+        )
     raise ValueError(
         f"no linear layer of {type(model).__name__} has the logits as its outputs, so fit_head has nothing to fit; train the "
         "fresh head as it is."

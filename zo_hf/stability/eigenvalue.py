@@ -182,7 +182,8 @@ def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
 @contextmanager
 def _differentiated(zo: ZerothOrder, closure: Callable[[], Tensor]) -> Iterator[Product]:
     """Yield a function that multiplies the Hessian by a vector, (d,) float64, by autograd on the graph of one loss."""
-    with zo.subspace.differentiable() as leaves, torch.enable_grad():
+    at_point = zo.subspace.differentiable()
+    with zo.evaluator.leaving_model(zo.subspace), at_point as leaves, torch.enable_grad():
         gradients = torch.autograd.grad(closure(), leaves, create_graph=True, allow_unused=True)
         used = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None and g.requires_grad]
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_hf.subspaces.containers import is_record, with_values
 from zo_hf.subspaces.entries import MEMBERS, Members, forward_of
 from zo_hf.subspaces.layer_inputs import LINEAR
 
@@ -136,11 +137,9 @@ def to_float(tensor: Tensor) -> Tensor:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `function` to the tensors in `value`, at one level of tuples, lists and dicts."""
+    """Apply `function` to the tensors in `value`, at one level of containers; see `with_values`."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, tuple | list):
-        return type(value)(function(v) if isinstance(v, Tensor) else v for v in value)
-    if isinstance(value, Mapping):
-        return {k: function(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-    return value
+    if is_record(value) and not any(isinstance(item, Tensor) for item in vars(value).values()):
+        return value  # such as a config
+    return with_values(value, lambda item: function(item) if isinstance(item, Tensor) else item)

@@ -6,8 +6,8 @@ in every `LOOK_EVERY`-th, and in all steps after one that has needed it. Code th
 offloaded weights, whose loader works on the parameters themselves.
 
 A loss that writes a parameter is refused. It would write values that it has read at a probe into the weights, as one does
-that swaps weights in and back; or its write would be lost with the moved tensor. A step without the mode shows a write in place by
-the version of the parameter. What differentiates by a parameter is refused as well, because torch would differentiate by another
+that swaps weights in and back; or its write would be lost with the moved tensor. `zo_hf.evaluation.written_parameters` finds the
+writes in place of all steps, after them. What differentiates by a parameter is refused as well, because torch would differentiate by another
 tensor than the one that the loss has read.
 """
 
@@ -128,8 +128,8 @@ def refuse_write(written: Iterable[Any], name_of: Callable[[nn.Parameter], str |
 def writes_of(name: str) -> str:
     """Return the message for a loss that writes a parameter."""
     return (
-        f"the loss writes {name}, and a probe must leave the weights as they are; write it between steps, in a callback, "
-        "or write into a copy of the model."
+        f"the loss writes {name}, and a probe must leave the weights as they are; write it between steps, in a "
+        "callback's on_step_end, or write into a copy of the model."
     )
 
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from zo_hf import kernels
 from zo_hf.estimators.probe import NotBatchable
 from zo_hf.rng import draw
+from zo_hf.subspaces.containers import is_record, sequence_like
 from zo_hf.subspaces.entries import forward_of, is_entered
 from zo_hf.subspaces.functional import HALF, functional_call, map_tensors, upcast_from, with_parameters
 from zo_hf.subspaces.layer_inputs import are_positions, is_of_rows, is_transformed, require_ids_of_rows
@@ -170,9 +171,9 @@ def _concatenate(outputs: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(outputs)
     if isinstance(first, tuple | list):
-        return type(first)(_concatenate(list(parts)) for parts in zip(*outputs, strict=True))
-    if isinstance(first, Mapping):
-        raise NotBatchable("a module that is run once for every probe returns a mapping")
+        return sequence_like(first, (_concatenate(list(parts)) for parts in zip(*outputs, strict=True)))
+    if isinstance(first, Mapping) or is_record(first):
+        raise NotBatchable(f"a module that is run once for every probe returns a {type(first).__name__}")
     return first
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from zo_hf.estimators.probe import NotBatchable, Probe
 from zo_hf.parallel.shards import is_sharded
 from zo_hf.subspaces.entries import MEMBERS, Members, note_method
 from zo_hf.subspaces.functional import HALF
-from zo_hf.subspaces.held_parameters import LOOK_EVERY, NAME, HeldParameters, refuse_write, writes, writes_of
+from zo_hf.subspaces.held_parameters import LOOK_EVERY, NAME, HeldParameters, refuse_write, writes
 from zo_hf.subspaces.layer_inputs import is_transformed
 from zo_hf.subspaces.sites import Site
 
@@ -212,9 +212,6 @@ class ReadWatch:
         self._readers: dict[nn.Parameter, set[nn.Module]] = {}
         self.held = HeldParameters(self._held_name, self._held_moved, _reads_no_values)
         self._looks_for_held = subspace.loader is None
-        # Inference tensors have no version, and FSDP and the loader of offloaded weights work on the parameters themselves.
-        versioned = [site for site in subspace.sites if not is_sharded(site.parameter) and site.offloaded is None]
-        self._versioned = {s.name: s.parameter for s in versioned if not s.parameter.is_inference()}
         fused = {m for kind in subspace.model.modules() if isinstance(kind, _FUSED) for m in kind.modules()}
         for module, record in _records(self, subspace.sites).items():
             self._watched[module] = record
@@ -268,22 +265,9 @@ class ReadWatch:
         record, attribute = self._listed[parameter]
         return record.moved(attribute, parameter)
 
-    @contextmanager
-    def finding_held(self) -> Iterator[None]:
-        """Evaluate a loss in this context, where parameters that it holds from before have the values of the point.
-
-        Raises:
-            ValueError: the loss has written a parameter in place.
-        """
-        if self._looks_for_held:
-            with self.held:
-                yield
-            return
-        before = [p._version for p in self._versioned.values()]
-        yield
-        if [p._version for p in self._versioned.values()] != before:
-            after = zip(self._versioned.items(), before, strict=True)
-            raise ValueError(writes_of(next(name for (name, p), version in after if p._version != version)))
+    def finding_held(self) -> AbstractContextManager[Any]:
+        """Return a context for a loss, in which parameters that it holds from before have the values of the point."""
+        return self.held if self._looks_for_held else nullcontext()
 
     def look(self, step: int, has_held: bool) -> None:
         """Decide whether the losses of a step are searched for parameters that they hold from before.

@@ -6,7 +6,7 @@ moved, when a step begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,12 +39,28 @@ class HostBatchTrainer(Trainer):
         return owner.__module__.split(".")[0] not in ("transformers", "zo_hf")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        if batch_samples and not isinstance(batch_samples[0], Iterable):
+            raise ValueError(
+                f"data_collator returns a {type(batch_samples[0]).__name__}, in which Trainer does not look for labels and "
+                "tensors; return a dict."
+            )
         are_here = all(labels_on_host(batch) is not None for batch in batch_samples)
         count = super()._get_num_items_in_batch(batch_samples, torch.device("cpu") if are_here else device)
         if not isinstance(count, Tensor) or count.device == device:
             return count
         # Not `to`, which copies from the host and waits.
         return torch.full(count.shape, count.item(), dtype=count.dtype, device=device)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if self._is_overridden("_prepare_input"):
+            return super()._prepare_inputs(inputs)
+        try:
+            return super()._prepare_inputs(inputs)
+        except TypeError as error:
+            raise ValueError(
+                "Trainer makes every dict, list and tuple of a batch anew on the device, and a class of this batch does not "
+                f"allow it ({error}); let data_collator return plain ones."
+            ) from error
 
 
 def labels_on_host(batch: Any) -> Tensor | None:

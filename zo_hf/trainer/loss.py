@@ -49,7 +49,7 @@ class MicroBatchLosses:
         self._detach_test = DetachTest(ranks.all_reduce_and)
         self._detach_test.matters = depends_on_detached(trainer) or None
         self._state = LossState(trainer)
-        self._row_input: str | None = None
+        self._row_input: Any = None
         self._knows_rows = False
 
     def of(
@@ -64,13 +64,21 @@ class MicroBatchLosses:
             model: the module to call, such as accelerate's wrapper of the model.
             batch: the micro-batch.
             counts: False if the loss leaves no metrics, as in a search before training.
+
+        Raises:
+            ValueError: the batch is a list or a tuple, and `compute_loss` is Trainer's, which takes a dict.
         """
-        with self._trainer.zo.evaluator.leaving_buffers(self._trainer.zo.subspace, runs=False):
+        if not isinstance(batch.inputs, Mapping) and not overrides(self._trainer, "compute_loss"):
+            raise ValueError(
+                f"data_collator returns a {type(batch.inputs).__name__}, and Trainer's compute_loss calls the model with the "
+                "names of a dict; return a dict, or override compute_loss."
+            )
+        with self._trainer.zo.evaluator.leaving_model(self._trainer.zo.subspace, runs=False):
             weight = self._weight(model, batch)  # may change what the closure passes on
             calls = self._calls(model, batch.num_items, counts)
             calls.at_current_point(batch.inputs, self._trainer.args.device)
         if calls.entries is not None and not self._knows_rows:
-            self._find_rows(batch.inputs, calls.entries)
+            self._find_rows(batch.named, calls.entries)
         zo = self._trainer.zo
         if zo.at_start_of_step:  # what the first step finds out is for the next ones, whose cost is known before
             self._counted = self.passes_beside
@@ -82,7 +90,7 @@ class MicroBatchLosses:
         """Forward passes that every micro-batch takes beside its probes, for values that the loss detaches."""
         return self._ranks.grid.directions if self._detach_test.matters and not self._state.is_stock else 0
 
-    def _find_rows(self, inputs: Mapping[str, Any], entries: int) -> None:
+    def _find_rows(self, inputs: Mapping[Any, Any], entries: int) -> None:
         """Note which input has as many rows as `RowLosses` has entries, if they are so on all ranks."""
         names = [k for k, v in inputs.items() if entries and isinstance(v, Tensor) and v.ndim and len(v) == entries]
         if self._ranks.all_reduce_and(torch.tensor(bool(names), device=self._trainer.args.device)):
@@ -92,7 +100,7 @@ class MicroBatchLosses:
         self._knows_rows = True
 
     def _calls(self, model: nn.Module, num_items: Tensor | int | None, counts: bool) -> LossCalls:
-        def compute_loss(inputs: dict[str, Any]) -> Any:
+        def compute_loss(inputs: Any) -> Any:
             return self._trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
 
         return LossCalls(compute_loss, self._trainer, self._detach_test, self._state, counts)
@@ -100,19 +108,19 @@ class MicroBatchLosses:
     def _closure(self, model: nn.Module, batch: MicroBatch, sequential: LossCalls) -> Callable[[], Any]:
         """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
         trainer, unwrapped = self._trainer, self._unwrapped(model)
-        inputs, num_items = batch.inputs, batch.num_items
+        inputs, named, num_items = batch.inputs, batch.named, batch.num_items
 
-        is_fused = self._is_models_own and "labels" in inputs and self._has_fused_loss(unwrapped)
+        is_fused = self._is_models_own and "labels" in named and self._has_fused_loss(unwrapped)
         in_parts = (
             self._is_models_own
             and not is_fused
-            and "labels" in inputs
+            and "labels" in named
             and isinstance(unwrapped, PreTrainedModel)
             and loss_kind(unwrapped) is not None
             and not self._state.batches.are_written
             and not adds_to_the_loss(trainer.model)
         )
-        function = None if in_parts or is_fused else self._function_of_outputs(model, inputs)
+        function = None if in_parts or is_fused else self._function_of_outputs(model, named)
         if function is not None:
             counts = num_items is not None and (
                 trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
@@ -128,7 +136,7 @@ class MicroBatchLosses:
             by_rows = trainer.loss_by_rows(closure, inputs)
             if by_rows is not None:
                 return by_rows
-            carrier = inputs.get(self._row_input) if self._row_input is not None else None
+            carrier = None if self._row_input is None else named.get(self._row_input)
             return closure if carrier is None else LossByRows(closure, len(carrier))
         assert isinstance(unwrapped, PreTrainedModel)
         counts = trainer.model_accepts_loss_kwargs and num_items is not None
@@ -173,7 +181,7 @@ class MicroBatchLosses:
             return 1.0 / micro_batches
         return 1.0 / micro_batches / self._factor
 
-    def _function_of_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[..., Tensor] | None:
+    def _function_of_outputs(self, model: nn.Module, inputs: Mapping[Any, Any]) -> Callable[..., Tensor] | None:
         """Return the function by which Trainer computes the loss from outputs and labels; None if there is none."""
         trainer = self._trainer
         has_labels = isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim > 0

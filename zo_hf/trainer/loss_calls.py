@@ -36,7 +36,7 @@ class LossCalls:
 
     def __init__(
         self,
-        compute_loss: Callable[[dict[str, Any]], Any],
+        compute_loss: Callable[[Any], Any],
         trainer: Trainer,
         detach_test: DetachTest,
         state: LossState,
@@ -49,7 +49,7 @@ class LossCalls:
         self._counts = counts
         self.entries: int | None = None
 
-    def __call__(self, inputs: dict[str, Any]) -> Any:
+    def __call__(self, inputs: Any) -> Any:
         if self._state.is_stock or self._test.matters is False or self._stop_gradients.is_empty:
             return self._once(inputs)
         if self._test.matters is None:
@@ -58,7 +58,7 @@ class LossCalls:
             return self._once(inputs)
 
     @torch.no_grad()
-    def at_current_point(self, inputs: dict[str, Any], device: torch.device) -> None:
+    def at_current_point(self, inputs: Any, device: torch.device) -> None:
         """Evaluate the loss before any probe, for the values that it detaches, unless they do not matter."""
         if self._state.is_stock or self._test.matters is False:
             return
@@ -71,7 +71,7 @@ class LossCalls:
             self._first = one_number(loss, device).item()
             self._test.see_first(self._stop_gradients, loss, device)
 
-    def _once(self, inputs: dict[str, Any]) -> Any:
+    def _once(self, inputs: Any) -> Any:
         if not self._state.may_change:
             return self._evaluate(inputs)
         if self._before is not None:
@@ -94,11 +94,11 @@ class LossCalls:
             self._before.restore()
         return loss
 
-    def _evaluate(self, inputs: dict[str, Any], is_first: bool = False) -> Any:
+    def _evaluate(self, inputs: Any, is_first: bool = False) -> Any:
         with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs, is_first) as lent:
             return self._compute_loss(lent)
 
-    def _test_at_probe(self, inputs: dict[str, Any]) -> Any:
+    def _test_at_probe(self, inputs: Any) -> Any:
         device = self._trainer.args.device
         before = GlobalGenerators.now(device)
         moved = self._once(inputs)

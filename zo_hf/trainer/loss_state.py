@@ -6,8 +6,6 @@ Tensors are copied before every evaluation only if the loss writes them, which i
 
 from __future__ import annotations
 
-import copy
-from collections import UserDict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo_hf.evaluation.own_modules import own_modules
+from zo_hf.subspaces.containers import with_values
 from zo_hf.trainer.overrides import has_stock_loss
 from zo_hf.trainer.side_effects import Snapshot
 
@@ -100,18 +99,18 @@ class LentBatches:
         self.are_written: bool | None = None
 
     @contextmanager
-    def lent(self, batch: dict[str, Any], is_first: bool = False) -> Iterator[dict[str, Any]]:
+    def lent(self, batch: Any, is_first: bool = False) -> Iterator[Any]:
         """Yield a batch whose containers are new and whose tensors are the same; afterwards they are as before.
 
         Args:
-            batch: the batch.
+            batch: tensors in nested containers.
             is_first: True for its first evaluation, which is repeated if it writes what was believed to stay.
 
         Raises:
             ValueError: a later one has written that; the message says what to do.
         """
         tensors: dict[int, Tensor] = {}
-        lent = _lent(batch if isinstance(batch, dict | UserDict) else dict(batch), tensors)
+        lent = _lent(batch, tensors)
         # Copies are kept and not lent: by their identity, tensors of the batch tell which rows they hold.
         versions = [
             (tensor, tensor._version, None if self.are_written is False else tensor.clone())
@@ -138,11 +137,4 @@ def _lent(value: Any, tensors: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[id(value)] = value
         return value
-    if isinstance(value, dict | UserDict):
-        new = copy.copy(value)
-        for name, item in value.items():
-            new[name] = _lent(item, tensors)
-        return new
-    if type(value) in (list, tuple):
-        return type(value)(_lent(item, tensors) for item in value)
-    return value
+    return with_values(value, lambda item: _lent(item, tensors))

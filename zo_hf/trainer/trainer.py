@@ -57,6 +57,7 @@ from zo_hf.trainer.resuming import to_resume
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.searching import SearchingTrainer
 from zo_hf.trainer.served import ServedLosses, Serving, check_served
+from zo_hf.trainer.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class ZOTrainer(SearchingTrainer):
         self._serving = None if args.server_url is None else Serving(args)
         self.add_callback(self._budget)
         self.add_callback(RateWatch())
+        self.add_callback(WeightWatch(lambda: self._trainable))
         if self._stability is None and args.zo_stability_steps:
             self.add_callback(StabilityCallback(args.zo_stability_steps, args.zo_stability_action))
         if not isinstance(model, nn.Module):
@@ -362,7 +364,7 @@ class ZOTrainer(SearchingTrainer):
         zo, predict = self.zo, self.prediction_step
 
         def predict_at_present(*args: Any, **kwargs: Any) -> Any:
-            with zo.subspace.reads.evaluating(), zo.evaluator.leaving_buffers(zo.subspace):
+            with zo.subspace.reads.evaluating(), zo.evaluator.leaving_model(zo.subspace, is_probe=False):
                 return predict(*args, **kwargs)
 
         # In front of a subclass's own method, such as TRL's or the one that generates. Not around the loop, which may

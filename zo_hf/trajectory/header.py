@@ -164,7 +164,7 @@ def check_base(base: Mapping[str, Any], model: nn.Module, leave_out: Collection[
         )
     raise TrajectoryError(
         f"{path} was recorded from another model than this: its weights differ; load the same dtype and revision "
-        f"({shown(base.get('dtype'))}, {shown(base.get('revision') or 'unknown')}), with any new head as it was initialized."
+        f"({shown(base.get('dtype'))}, {shown(base.get('revision') or 'unknown')}), with any new head as it was initialized or fitted."
     )
 
 
