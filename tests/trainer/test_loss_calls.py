@@ -77,6 +77,18 @@ def test_a_search_for_the_learning_rate_leaves_no_metrics(tmp_path: Path) -> Non
     assert logged(trainer, "calls") == [40.0] and trainer.rows == 40 * 8
 
 
+def test_what_a_loss_logs_is_logged_once_a_micro_batch(tmp_path: Path) -> None:
+    class LogsParts(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, **kwargs)
+            self.log({"part": loss.item()})
+            return loss
+
+    trainer = made(LogsParts, tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "part")) == 6 and len(logged(trainer, "loss")) == 3
+
+
 class OwnDropout(nn.Module):
     """A root whose own forward drops units while its flag says that it trains."""
 

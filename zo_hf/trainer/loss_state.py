@@ -35,7 +35,10 @@ class LossState:
     Attributes:
         is_stock: True if the loss is transformers' own code.
         batches: the batches of the run.
+        repeats: True during an evaluation that leaves no effects, so that the Trainer does not log what it logs.
     """
+
+    repeats = False
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self.is_stock, self.batches = trainer, has_stock_loss(trainer), LentBatches()
@@ -50,6 +53,15 @@ class LossState:
     def may_change(self) -> bool:
         """False if nothing can change from one evaluation to the next."""
         return not self.is_stock or bool(self._modules)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Enter an evaluation that leaves no effects."""
+        before, self.repeats = self.repeats, True
+        try:
+            yield
+        finally:
+            self.repeats = before
 
     def before(self) -> Snapshot:
         """Return the state before the first evaluation of a micro-batch."""
