@@ -98,7 +98,8 @@ class LossCalls:
         return loss
 
     def _evaluate(self, inputs: dict[str, Any], is_first: bool = False) -> Any:
-        with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs, is_first) as lent:
+        context, watch = self._trainer.compute_loss_context_manager(), self._state.own_backward.watching()
+        with context, watch, self._state.batches.lent(inputs, is_first) as lent:
             try:
                 return self._compute_loss(lent)
             except RuntimeError as error:
