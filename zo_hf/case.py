@@ -27,8 +27,9 @@ class Case:
         facts: those that hold among "quantized" (by transformers), "quantized layers", "adapter on a quantized model",
             "offloaded" (weights that are kept off the device), "several processes", "fsdp", "optimizers" (the user's own
             optimizer), "optimizer_cls_and_kwargs", "create_optimizer" (the optimizer of a subclass that overrides it),
-            "schedule-free" (an optimizer that swaps its parameters for an evaluation) and "kernels" (they run on the
-            model's device).
+            "another class" than SGD and "own rates" of parameter groups (both from a subclass's
+            `get_optimizer_cls_and_kwargs`), "schedule-free" (an optimizer that swaps its parameters for an evaluation) and
+            "kernels" (they run on the model's device).
         distribution: the distribution of directions, if it exists already; it need not be one of the named ones.
         subspace: the subspace, if it exists already; it need not be one of the named ones.
     """

@@ -1,4 +1,4 @@
-"""A subclass's loss is called at every probe as if once: its mode, its side effects, its detached values."""
+"""A subclass's loss is called at every probe as if once: its mode and its side effects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zo_hf.trainer import loss_state
 from zo_hf.trainer.loss_state import LentBatches
 from zo_hf.trainer.root_mode import RootMode
 from zo_hf.trainer.side_effects import MOST_ENTRIES, Snapshot
-from zo_hf.trainer.stop_gradient import PROBES_ALONE, DetachTest, StopGradients
+from zo_hf.trainer.stop_gradient import StopGradients
 
 
 def made(kind: type[Trainer], folder: Path, model: nn.Module | None = None, **options: Any) -> ZOTrainer:
@@ -77,6 +77,18 @@ def test_a_search_for_the_learning_rate_leaves_no_metrics(tmp_path: Path) -> Non
     trainer = made(Metrics, tmp_path, learning_rate="auto", max_steps=40, logging_steps=40)
     trainer.train()
     assert logged(trainer, "calls") == [40.0] and trainer.rows == 40 * 8
+
+
+def test_what_a_loss_logs_is_logged_once_a_micro_batch(tmp_path: Path) -> None:
+    class LogsParts(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, **kwargs)
+            self.log({"part": loss.item()})
+            return loss
+
+    trainer = made(LogsParts, tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "part")) == 6 and len(logged(trainer, "loss")) == 3
 
 
 class OwnDropout(nn.Module):
@@ -499,142 +511,3 @@ def test_a_batch_that_trainer_does_not_take_is_refused(
     trainer.data_collator = lambda rows: make(default_data_collator(rows))
     with pytest.raises(ValueError, match=told):
         trainer.train()
-
-
-# Detached values.
-
-
-class OwnLoss(Trainer):
-    """The loss of the last token, times or divided by a detached function of itself."""
-
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        logits = model(input_ids=inputs["input_ids"]).logits[:, -2]
-        logp = logits.log_softmax(-1).gather(1, inputs["labels"][:, -1:])[:, 0]
-        loss = self.loss_of(logp)
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return -logp.mean()
-
-
-class Ratio(OwnLoss):
-    """GRPO's: the ratio of a probability to its own detached value."""
-
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return -torch.exp(logp - logp.detach()).mean()
-
-
-class Weighted(OwnLoss):
-    """DFT's: the log-probability weighted by its own detached probability."""
-
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return -(logp.exp().detach() * logp).mean()
-
-
-class WeightedByNumber(OwnLoss):
-    """Scaled by its own value, as terms of a sum are balanced."""
-
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return logp.square().mean() * logp.mean().item() / float(logp.square().sum())
-
-
-class WeightedByData(OwnLoss):
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return -(logp.exp().data * logp).mean()
-
-
-@pytest.mark.parametrize("kind", [OwnLoss, Ratio, Weighted, WeightedByNumber, WeightedByData])
-@pytest.mark.parametrize("estimator", ["two_point", "one_sided"])
-def test_c_is_the_slope_that_a_gradient_gives(tmp_path: Path, kind: type[OwnLoss], estimator: str) -> None:
-    options = {"max_steps": 1, "zo_eps": 1e-4, "learning_rate": 1.0, "zo_estimator": estimator}
-    trainer = made(kind, tmp_path, seeded(tiny_opt, torch.float64), **options)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    batch: dict[str, Any] = {}
-    compute_loss = trainer.compute_loss
-
-    def noted(model: nn.Module, inputs: dict, **kwargs: Any) -> Any:
-        batch.update(inputs)
-        return compute_loss(model, inputs, **kwargs)
-
-    trainer.compute_loss = noted
-    trainer.train()
-    (c,) = logged(trainer, "zo/projected_grad")
-    step = {name: (p.detach() - before[name]) / -c for name, p in trainer.model.named_parameters()}
-    model = seeded(tiny_opt, torch.float64)
-    compute_loss(model, batch).backward()
-    slope = sum((step[name] * p.grad).sum().item() for name, p in model.named_parameters())
-    tolerance = 0.01 if estimator == "two_point" else 0.05
-    assert abs(c) > 1e-3 and c == pytest.approx(slope, rel=tolerance, abs=tolerance / 50)
-
-
-def test_later_evaluations_get_the_first_one_s_values() -> None:
-    mode, x = StopGradients(), torch.ones(2)
-    with mode:
-        first = x.detach()
-        integers = torch.ones(2, dtype=torch.long).detach()
-    with mode:
-        assert (3 * x).detach() is first
-        assert (2 * integers).detach()[0] == 2
-        assert (3 * x).detach()[0] == 3  # the first evaluation had no second value
-    with mode:
-        assert torch.ones(3).detach().shape == (3,)  # of another shape
-
-
-class NumberAlone(OwnLoss):
-    """A number without a gradient, such as an error rate."""
-
-    def loss_of(self, logp: torch.Tensor) -> Any:
-        return 1.0 - logp.mean().item()
-
-
-class DetachedAlone(OwnLoss):
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        return -logp.mean().detach()
-
-
-@pytest.mark.parametrize("kind", [NumberAlone, DetachedAlone])
-def test_a_loss_without_a_gradient_moves_with_the_probe(tmp_path: Path, kind: type[OwnLoss]) -> None:
-    numbers = []
-    for chosen in (OwnLoss, kind):
-        trainer = made(chosen, tmp_path, max_steps=2, zo_batched_probes=False)
-        trainer.train()
-        numbers.append(logged(trainer, "zo/projected_grad"))
-    assert numbers[1] == pytest.approx(numbers[0], rel=1e-2)
-
-
-class DetachesMetrics(OwnLoss):
-    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-        self.shown = logp.detach().mean()
-        return -logp.mean()
-
-
-@pytest.mark.parametrize(("kind", "more"), [(OwnLoss, 0), (DetachesMetrics, 0), (Ratio, 1)])
-def test_only_values_that_matter_cost_a_forward_pass(tmp_path: Path, kind: type[OwnLoss], more: int) -> None:
-    trainer = made(kind, tmp_path, zo_batched_probes=False)
-    trainer.train()
-    passes = logged(trainer, "zo/forward_passes")
-    assert passes == [2, 4 + more, 6 + 2 * more, 8 + 3 * more]
-
-
-def test_a_probe_with_the_loss_of_the_current_point_decides_nothing() -> None:
-    test, device = DetachTest(bool), torch.device("cpu")
-    test.see(0.0, 0.0, 0.0, device)
-    assert test.matters is None
-    test.see(1.0, 1.5, 2.0, device)
-    assert test.matters is True
-    test = DetachTest(bool)
-    test.see(1.0, 1.5, 1.5, device)
-    assert test.matters is False
-
-
-def test_a_loss_without_a_gradient_is_evaluated_more_often_in_the_first_steps_only(tmp_path: Path) -> None:
-    class Counted(DetachedAlone):
-        calls = 0
-
-        def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
-            Counted.calls += 1
-            return super().loss_of(logp)
-
-    trainer = made(Counted, tmp_path, max_steps=10, zo_batched_probes=False, zo_rows_per_direction=0)
-    trainer.train()
-    assert Counted.calls == 10 * 2 + 4 + PROBES_ALONE

@@ -93,6 +93,130 @@ def test_an_override_that_makes_nothing_is_refused(tmp_path: Path) -> None:
     refused(Nothing, tmp_path, r"create_optimizer sets no self\.optimizer")
 
 
+class NamesGroups(Trainer):
+    """Hands over the groups of `OwnOptimizer`, as sentence-transformers hands over its own."""
+
+    key = "optimizer_dict"
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+        still = [p for name, p in self.model.named_parameters() if "embed" in name]
+        others = [p for name, p in self.model.named_parameters() if "embed" not in name]
+        groups = [{"params": still, "lr": 0.0}, {"params": others}]
+        return torch.optim.SGD, {"lr": args.learning_rate, self.key: groups}
+
+
+@pytest.mark.parametrize("key", ["params", "model", "optimizer_dict"])
+def test_groups_of_a_subclass_hold_as_those_of_its_own_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(NamesGroups, "key", key)
+    own, named = made(OwnOptimizer, tmp_path), made(NamesGroups, tmp_path, learning_rate=1e-2)
+    for trainer in (own, named):
+        trainer.train()
+    assert_same_bits(weights_of(named.model), weights_of(own.model))
+    assert named.get_learning_rates() == [0.0, 1e-2]
+
+
+def test_groups_of_a_subclass_hold_for_all_weights_and_leave_out_what_they_do_not_name(tmp_path: Path) -> None:
+    class Head(Trainer):
+        def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+            return torch.optim.SGD, {
+                "lr": args.learning_rate,
+                "params": [self.model.model.decoder.layers[0].fc1.weight],
+            }
+
+    for kind, moves in ((NamesGroups, "layers"), (Head, "layers.0.fc1.weight")):
+        before = weights_of(seeded(tiny_opt))
+        trainer = made(kind, tmp_path, zo_subspace="full", learning_rate=1e-3)
+        trainer.train()
+        moved = [name for name, tensor in weights_of(trainer.model).items() if not torch.equal(tensor, before[name])]
+        assert moved and all(moves in name or "final" in name for name in moved)
+        assert len(moved) == 1 or kind is NamesGroups
+
+
+class AdamWByName(Trainer):
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+        return torch.optim.AdamW, {"lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "options"),
+    [
+        (AdamWByName, "named by get_optimizer_cls_and_kwargs does not combine", {"zo_subspace": "full"}),
+        (NamesGroups, "a parameter group with a learning rate of its own", {"learning_rate": "auto"}),
+    ],
+)
+def test_groups_and_classes_are_refused_where_they_cannot_hold(
+    tmp_path: Path, kind: type[Trainer], match: str, options: dict[str, Any]
+) -> None:
+    refused(kind, tmp_path, match, **options)
+
+
+class HasWeights(Trainer):
+    """Has a loss with a parameter of its own, which is not a part of the model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = nn.Linear(2, 1, bias=False)
+
+
+class OptimizesThem(HasWeights):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), *self.loss.parameters()], lr=1e-3)
+        return self.optimizer
+
+
+class AddsThem(HasWeights):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        super().create_optimizer(*args, **kwargs)
+        self.optimizer.add_param_group({"params": list(self.loss.parameters())})
+        return self.optimizer
+
+
+class NamesThem(HasWeights):
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+        both = [*self.model.parameters(), *self.loss.parameters()]
+        return torch.optim.SGD, {"lr": 1e-3, "params": both}
+
+
+@pytest.mark.parametrize(
+    ("kind", "subspace"),
+    [
+        (OptimizesThem, "low_rank"),
+        (AddsThem, "full"),
+        (AddsThem, "low_rank"),
+        (NamesThem, "full"),
+        (NamesThem, "norms"),
+    ],
+)
+def test_parameters_outside_of_the_model_are_refused_by_name(
+    tmp_path: Path, kind: type[Trainer], subspace: str
+) -> None:
+    refused(kind, tmp_path, r"trains loss\.weight, which is not a parameter of the model", zo_subspace=subspace)
+
+
+def test_frozen_parameters_outside_of_the_model_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    trainer = made(OptimizesThem, tmp_path, max_steps=1)
+    trainer.loss.requires_grad_(False)
+    trainer.train()
+
+
+def test_a_users_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1e-3)
+    with pytest.raises(ValueError, match=r"^optimizers=\.\.\. trains a tensor of shape \(3,\)"):
+        trained(tmp_path, more={"optimizers": (other, None)})
+
+
+def test_groups_that_are_added_after_super_are_refused(tmp_path: Path) -> None:
+    class Adds(Trainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            super().create_optimizer(*args, **kwargs)
+            self.optimizer.add_param_group({"params": list(self.model.lm_head.parameters()), "lr": 1e-2})
+            return self.optimizer
+
+    refused(Adds, tmp_path, "make the whole optimizer from self.model")
+
+
 class ScheduleFree(torch.optim.SGD):
     """Has the two methods by which Trainer recognizes a schedule-free optimizer."""
 
@@ -219,6 +343,13 @@ class BackpropagatesByHand(Trainer):
         return loss.detach()
 
 
+class StepsTwice(Trainer):
+    """Adds a second loss as adversarial training does."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs) + super().training_step(*args, **kwargs)
+
+
 class Skips(Trainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         return torch.zeros(())
@@ -230,6 +361,34 @@ def test_a_step_that_the_engine_does_not_see_is_refused(
     tmp_path: Path, kind: type[Trainer], max_grad_norm: float
 ) -> None:
     refused(kind, tmp_path, r"training_step must return super\(\)\.training_step", max_grad_norm=max_grad_norm)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_second_estimate_of_a_step_is_refused(tmp_path: Path, micro_batches: int) -> None:
+    refused(
+        StepsTwice, tmp_path, r"calls super\(\)\.training_step\(\) again", gradient_accumulation_steps=micro_batches
+    )
+
+
+class Differentiates(Trainer):
+    """Perturbs its embeddings along the sign of their gradient."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        loss = model(inputs_embeds=embeds, labels=inputs["labels"]).loss
+        (gradient,) = torch.autograd.grad(loss, embeds)
+        return model(inputs_embeds=embeds + 1e-2 * gradient.sign(), labels=inputs["labels"]).loss
+
+
+class DifferentiatesWithGradients(Differentiates):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Differentiates, DifferentiatesWithGradients])
+def test_a_gradient_inside_of_the_loss_is_refused(tmp_path: Path, kind: type[Trainer]) -> None:
+    refused(kind, tmp_path, "takes a gradient of the trained model")
 
 
 def test_backward_is_the_accelerator_s_again_after_training(tmp_path: Path) -> None:
@@ -282,3 +441,43 @@ def test_contexts_of_transformers_are_no_overrides(tmp_path: Path) -> None:
     assert isinstance(trainer.compute_loss_context_manager(), contextlib.ExitStack)
     trainer.train()
     assert trainer.zo is None and logged(trainer, "loss")
+
+
+# Weights and batches that a subclass loads in its own way.
+
+
+class LoadsBest(Trainer):
+    """Loads the best weights without a call of super(), as sentence-transformers does."""
+
+    def _load_best_model(self) -> None:
+        self.model.load_state_dict(type(self.model).from_pretrained(self.state.best_model_checkpoint).state_dict())
+
+
+@pytest.mark.parametrize("subspace", ["low_rank", "full"])
+def test_best_weights_that_a_subclass_loads_are_the_model_s(tmp_path: Path, subspace: str) -> None:
+    every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options = every | {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "zo_fold_steps": None}
+    trainer = made(LoadsBest, tmp_path, zo_subspace=subspace, learning_rate=1e-2, **options)
+    trainer.train()
+    best = tiny_opt().from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same_bits(weights_of(trainer.model), weights_of(best))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+class FirstRows(Trainer):
+    """Trains on a few rows of its own choice; the others have columns that its loss does not know."""
+
+    def get_train_dataloader(self) -> Any:
+        rows = [self.train_dataset[i] for i in range(4)]
+        loader = torch.utils.data.DataLoader(rows, batch_size=2)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        assert len(inputs["labels"]) == 2 and set(inputs["labels"][:, -1].tolist()) == {5, 6}
+        self.log({"part": 1.0})
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_search_draws_from_the_loader_of_a_subclass_and_logs_nothing_of_its_loss(tmp_path: Path) -> None:
+    trainer = made(FirstRows, tmp_path, learning_rate="auto", max_steps=200)
+    assert trainer.find_learning_rate().forward_passes > 2 and not logged(trainer, "part")

@@ -8,7 +8,13 @@ from transformers.training_args import OptimizerNames
 
 from zo_hf.case import Case
 from zo_hf.compatibility.conflict import Conflict, either, with_argument
-from zo_hf.compatibility.optimizers import NEEDS_BACKWARD, SCHEDULE_FREE, has_no_gradient, users_optimizers
+from zo_hf.compatibility.optimizers import (
+    MADE_BY_USER,
+    NEEDS_BACKWARD,
+    SCHEDULE_FREE,
+    has_no_gradient,
+    users_optimizers,
+)
 from zo_hf.directions import GivenMask, Sparse
 from zo_hf.evaluation.curvature_probes import MEASURED
 from zo_hf.rules import CoherentCoordinateDescent, Sign
@@ -160,6 +166,7 @@ ARGUMENTS: tuple[Conflict, ...] = (
         "the optimizer has a learning rate of its own",
         "leave one of them out",
         lambda case: case.argument("learning_rate") == "auto",
+        MADE_BY_USER | {"own rates": "a parameter group with a learning rate of its own"},
     ),
     Conflict(
         "torch_compile=True",

@@ -50,7 +50,11 @@ MODELS: tuple[Conflict, ...] = (
         "it needs gradients, which this subspace never holds",
         "leave it out, or use zo_subspace='low_rank'",
         has_no_gradient,
-        MADE_BY_USER | {"optimizer_cls_and_kwargs": "optimizer_cls_and_kwargs=..."},
+        MADE_BY_USER
+        | {
+            "optimizer_cls_and_kwargs": "optimizer_cls_and_kwargs=...",
+            "another class": "an optimizer named by get_optimizer_cls_and_kwargs",
+        },
     ),
     Conflict(
         "zo_basis='activation'",

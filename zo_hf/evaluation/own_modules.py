@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,17 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokeniz
 
 def is_own(value: Any) -> bool:
     """Return whether an object is of a class of the user's own."""
-    return _package(value) not in _PACKAGES
+    return is_own_class(type(value))
+
+
+def is_own_class(kind: type, known: Sequence[str] = ()) -> bool:
+    """Return whether a class is the user's own.
+
+    Args:
+        kind: the class.
+        known: packages whose classes are not, beside those that this module knows.
+    """
+    return kind.__module__.partition(".")[0] not in (*_PACKAGES, *known)
 
 
 def own_modules(model: nn.Module) -> Iterator[nn.Module]:

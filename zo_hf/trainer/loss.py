@@ -86,6 +86,11 @@ class MicroBatchLosses:
         return self._closure(model, batch, calls), weight
 
     @property
+    def repeats(self) -> bool:
+        """True during an evaluation that leaves no effects, such as that of a second probe."""
+        return self._state.repeats
+
+    @property
     def passes_beside(self) -> int:
         """Forward passes that every micro-batch takes beside its probes, for values that the loss detaches."""
         return self._ranks.grid.directions if self._detach_test.matters and not self._state.is_stock else 0

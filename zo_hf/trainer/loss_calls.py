@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -78,13 +79,15 @@ class LossCalls:
             after = self._state.after(self._before)
             self._before.restore()
             try:
-                return self._evaluate(inputs)
+                with self._state.repeating():
+                    return self._evaluate(inputs)
             finally:
                 after.restore()
         self._before = self._state.before()
         generators = GlobalGenerators.now(self._trainer.args.device)
         believed = self._state.batches.are_written
-        loss = self._evaluate(inputs, is_first=True)
+        with nullcontext() if self._counts else self._state.repeating():
+            loss = self._evaluate(inputs, is_first=True)
         is_new = believed is False and bool(self._state.batches.are_written)
         if self._state.finds_more(self._before) or is_new:
             # What it has written cannot be undone, so this and all later evaluations of the batch begin with that.
@@ -95,8 +98,18 @@ class LossCalls:
         return loss
 
     def _evaluate(self, inputs: Any, is_first: bool = False) -> Any:
-        with self._trainer.compute_loss_context_manager(), self._state.batches.lent(inputs, is_first) as lent:
-            return self._compute_loss(lent)
+        context, watch = self._trainer.compute_loss_context_manager(), self._state.own_backward.watching()
+        with context, watch, self._state.batches.lent(inputs, is_first) as lent:
+            try:
+                return self._compute_loss(lent)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                raise ValueError(
+                    f"the loss of {type(self._trainer).__name__} takes a gradient of the trained model, which probes "
+                    "evaluate without gradients; leave this term out of compute_loss, or add random noise instead of an "
+                    "adversarial one."
+                ) from error
 
     def _test_at_probe(self, inputs: Any) -> Any:
         device = self._trainer.args.device

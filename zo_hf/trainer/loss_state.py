@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zo_hf.evaluation.own_modules import own_modules
 from zo_hf.subspaces.containers import with_values
 from zo_hf.trainer.overrides import has_stock_loss
+from zo_hf.trainer.own_backward import OwnBackward
 from zo_hf.trainer.side_effects import Snapshot
 
 #: Elements of the largest tensor that a loss may write, because every evaluation then copies it. MoCo's queue has half as many.
@@ -34,10 +35,15 @@ class LossState:
     Attributes:
         is_stock: True if the loss is transformers' own code.
         batches: the batches of the run.
+        own_backward: looks for backward passes that the loss defines itself.
+        repeats: True during an evaluation that leaves no effects, so that the Trainer does not log what it logs.
     """
+
+    repeats = False
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self.is_stock, self.batches = trainer, has_stock_loss(trainer), LentBatches()
+        self.own_backward = OwnBackward()
         # Of the trained model, only modules that have changed in the first evaluation are looked at in later ones.
         self._modules, self._has_run = list(own_modules(trainer.model)), False
         self._of_model = {id(tensor) for tensor in chain(trainer.model.parameters(), trainer.model.buffers())}
@@ -49,6 +55,15 @@ class LossState:
     def may_change(self) -> bool:
         """False if nothing can change from one evaluation to the next."""
         return not self.is_stock or bool(self._modules)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Enter an evaluation that leaves no effects."""
+        before, self.repeats = self.repeats, True
+        try:
+            yield
+        finally:
+            self.repeats = before
 
     def before(self) -> Snapshot:
         """Return the state before the first evaluation of a micro-batch."""

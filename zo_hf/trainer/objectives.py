@@ -1,8 +1,7 @@
 """Objectives whose gradient holds constant what moves with a probe.
 
-Values that a loss passes through `detach` are constant over the probes of a batch (`zo_hf.trainer.stop_gradient`). Weights
-that a loss computes from the trained model under `torch.no_grad()` are not: a gradient treats them as constants, but a
-difference of losses would also follow their slope. Forward passes cannot minimize such an objective.
+Values that a loss detaches are constant over the probes of a batch (`zo_hf.trainer.stop_gradient`). TRL's DPO weighs its
+loss by such values with `use_weighting=True`. It is refused, because no test compares its rows with the gradient yet.
 """
 
 from __future__ import annotations

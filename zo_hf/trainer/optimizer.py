@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -18,6 +18,8 @@ from zo_hf.subspaces import Full, Subspace
 
 #: An optimizer class and its arguments.
 ClassAndArguments = tuple[Any, dict[str, Any]]
+#: Arguments that hold the parameter groups instead of the optimizer's own, as Trainer takes them; the last one counts.
+_GROUPS = ("params", "model", "optimizer_dict")
 
 
 def new_optimizer(
@@ -33,16 +35,21 @@ def new_optimizer(
         zo: the engine.
         weight_decay: weight decay of the groups that decay.
         learning_rate: learning rate of the seeded SGD that moves all weights.
-        class_and_arguments: returns the optimizer class that the user chose; it is not called if all weights move.
+        class_and_arguments: returns the optimizer class that the user chose, and its arguments. If all weights move, only
+            parameter groups among these count.
         decayed: names of the parameters that decay, if a subclass chooses them; None takes matrices outside of norms.
 
     Raises:
         ValueError: the class is a factory that builds from a model, or does not take its arguments.
     """
-    groups = zo.coordinates(weight_decay) if decayed is None else _groups(zo.subspace, weight_decay, decayed)
+    kind, arguments = class_and_arguments()
+    given, arguments = parameter_groups(arguments), {k: v for k, v in arguments.items() if k not in _GROUPS}
+    if given is not None:
+        groups = _of_coordinates(given, zo.subspace)
+    else:
+        groups = zo.coordinates(weight_decay) if decayed is None else _groups(zo.subspace, weight_decay, decayed)
     if isinstance(zo.subspace, Full):
         return SeededSGD(groups, zo.subspace, lr=learning_rate)
-    kind, arguments = class_and_arguments()
     if is_optimizer_factory(kind):
         raise ValueError(f"optimizer_cls_and_kwargs={kind!r} builds from a model; pass an Optimizer class instead.")
     if kind is Adafactor:
@@ -65,6 +72,26 @@ def _groups(subspace: Subspace, weight_decay: float, decayed: Collection[str]) -
     without = [p for name, p in subspace.coordinates.items() if name not in names]
     both = ((with_decay, weight_decay), (without, 0.0))
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in both if parameters]
+
+
+def parameter_groups(arguments: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the parameter groups among an optimizer's arguments, as Trainer finds them; None without any."""
+    name = next((name for name in reversed(_GROUPS) if name in arguments), None)
+    if name is None:
+        return None
+    given = arguments[name]
+    given = list(given.parameters() if isinstance(given, nn.Module) else given)
+    if not all(isinstance(group, dict) for group in given):
+        return [{"params": given}]
+    return [{**group, "params": [one] if isinstance(one := group["params"], Tensor) else list(one)} for group in given]
+
+
+def _of_coordinates(groups: list[dict[str, Any]], subspace: Subspace) -> list[dict[str, Any]]:
+    """Return parameter groups with coordinates instead of parameters, without groups in which nothing moves."""
+    moved = [{**group, "params": _coordinates_of(group["params"], subspace)} for group in groups]
+    if not subspace.are_weights:
+        moved = [{**group, "weight_decay": 0.0} for group in moved]
+    return [group for group in moved if group["params"]]
 
 
 def is_schedule_free(kind: Any) -> bool:
@@ -101,22 +128,21 @@ def divides(optimizer: Optimizer | None, class_and_arguments: ClassAndArguments 
     return None if class_and_arguments is None else class_and_arguments[0] in ADAM
 
 
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer was built for."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def retarget(optimizer: Optimizer, subspace: Subspace) -> list[list[nn.Parameter]]:
     """Replace an optimizer's parameters by their coordinates.
 
     Returns:
         The parameters of every group as they were, for `give_back`.
     """
-    coordinate_of = {id(site.parameter): subspace.coordinates[site.name] for site in subspace.sites}
     before = [group["params"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["params"] = [coordinate_of[id(p)] for p in group["params"] if id(p) in coordinate_of]
+        group["params"] = _coordinates_of(group["params"], subspace)
     return before
+
+
+def _coordinates_of(parameters: Iterable[Tensor], subspace: Subspace) -> list[nn.Parameter]:
+    coordinate_of = {id(site.parameter): subspace.coordinates[site.name] for site in subspace.sites}
+    return [coordinate_of[id(p)] for p in parameters if id(p) in coordinate_of]
 
 
 def give_back(optimizer: Optimizer, groups: list[list[nn.Parameter]]) -> None:

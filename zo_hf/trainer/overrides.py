@@ -39,10 +39,11 @@ class NoBackward:
         self._kind = type(trainer).__name__
         self._accelerator: Accelerator | None = None
         self._has_estimate = False
+        self._estimated_step: int | None = None
 
     def watch(self, accelerator: Accelerator) -> None:
         """Refuse `accelerator.backward` from now on."""
-        self._accelerator = accelerator
+        self._accelerator, self._has_estimate, self._estimated_step = accelerator, False, None
         accelerator.backward = self._refuse
 
     def leave(self) -> None:
@@ -51,9 +52,21 @@ class NoBackward:
             vars(self._accelerator).pop("backward", None)
         self._accelerator = None
 
-    def estimated(self) -> None:
-        """Note that the engine has an estimate for the next step of the optimizer."""
-        self._has_estimate = True
+    def estimated(self, step: int) -> None:
+        """Note that the engine has an estimate for the next step of the optimizer.
+
+        Args:
+            step: number of the step.
+
+        Raises:
+            ValueError: the step has an estimate already, which would be lost.
+        """
+        if step == self._estimated_step:
+            raise ValueError(
+                f"{self._kind}.training_step calls super().training_step() again for a micro-batch, and only the last call "
+                "would count; let compute_loss return the sum of the losses, and call it once."
+            )
+        self._has_estimate, self._estimated_step = True, step
 
     def check_step(self) -> None:
         """Refuse a step of the optimizer without an estimate.

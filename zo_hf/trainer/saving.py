@@ -164,6 +164,21 @@ class SavingTrainer(DescribedTrainer):
         if self.args.should_save:
             self._files.resume_log(self.zo, optimizer, self._run_folder, path)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finalize as Trainer does; a subclass that loads the best weights itself loads them into a model without an engine."""
+        load = self._load_best_model
+
+        def load_without_engine() -> None:
+            self._finish_zeroth_order()
+            load()
+
+        if self._is_overridden("_load_best_model"):
+            self.__dict__["_load_best_model"] = load_without_engine
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.__dict__.pop("_load_best_model", None)
+
     def _load_best_model(self) -> None:
         # The engine's coordinates belong to the last step's weights, which the best weights replace.
         if self.zo is not None:

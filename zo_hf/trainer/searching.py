@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ class SearchingTrainer(SavingTrainer):
         """Create Trainer's schedule, after a search for the learning rate, which needs everything else to exist."""
         if self.zo is None:
             self._adopt_optimizer()
+        self._check_groups()
         rate = self._learning_rate
         if rate is not None and rate.awaits_search:
             rate.awaits_search = False
@@ -73,10 +76,7 @@ class SearchingTrainer(SavingTrainer):
 
     def _search(self, num_training_steps: int) -> LRFinderResult:
         assert self.zo is not None and self._learning_rate is not None
-        args = self.args
-        dataset, collate = self._used_columns()
-        rows, micro_batches = self._train_batch_size, args.gradient_accumulation_steps
-        draw = learning_rate.step_batches(dataset, collate, self._ranks.grid, args.seed, micro_batches, rows)
+        args, draw = self.args, self._drawer()
         self.found_learning_rate = learning_rate.search(
             self.zo,
             self._torch_optimizer(),
@@ -87,6 +87,22 @@ class SearchingTrainer(SavingTrainer):
             self._learning_rate.value,
         )
         return self.found_learning_rate
+
+    def _drawer(self) -> Callable[[], list[Any]]:
+        """Return a function that draws a step's micro-batches, from the loader of a subclass that makes one."""
+        args, micro_batches = self.args, self.args.gradient_accumulation_steps
+        if not self._is_overridden("get_train_dataloader"):
+            dataset, collate = self._used_columns()
+            grid, rows = self._ranks.grid, self._train_batch_size
+            return learning_rate.step_batches(dataset, collate, grid, args.seed, micro_batches, rows)
+
+        def batches() -> Iterator[Any]:
+            loader = self.get_train_dataloader()
+            while True:
+                yield from loader
+
+        endless = batches()
+        return lambda: list(itertools.islice(endless, micro_batches))
 
     def _step_losses(self, batches: list[Any]) -> list[tuple[Any, float | Tensor]]:
         """Return a closure and a weight for each of a step's micro-batches."""

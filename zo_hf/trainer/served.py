@@ -82,7 +82,7 @@ class ServedLosses:
         ValueError: its loss is another one; the message says which.
     """
 
-    passes_beside = 0
+    passes_beside, repeats = 0, False
 
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         self._trainer = trainer

@@ -8,22 +8,27 @@ because both values move with the probe. So the values that it detaches at the c
 The gradient of L is that of its first argument, so c estimates the gradient that a backward pass would give. The evaluation
 at ξ costs one more forward pass a micro-batch. It is left out once a test has found that detached values do not matter.
 This holds for values that a loss passes through `detach` or `.data`, or makes a Python number of with `item()` or `float()`,
-outside of the model's forward. Values that it computes under `torch.no_grad()` move with the probe; see
-`zo_hf.trainer.objectives`. A loss that is itself such a value has no gradient at all, and then the value is what counts.
+outside of the model's forward. It also holds for values that it computes under `torch.no_grad()` and uses afterwards. A loss
+that is itself such a value has no gradient at all, and then the value is what counts.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.utils._pytree import tree_map
 
 _DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _NUMBER = (Tensor.item, Tensor.__float__)
+#: Elements of the largest tensor that is copied, so that a loss may write into what it has detached.
+MOST_COPIED = 2**20
 #: Probes after which a loss that has moved with its detached values alone is believed to have no others.
 PROBES_ALONE = 8
 
@@ -33,9 +38,12 @@ class StopGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: list[Tensor | float] = []
+        self._values: list[Tensor | float | None] = []
         self._position = 0
         self._is_first = True
+        self._without_gradient = WithoutGradient(self._constant)
+        # Results inside of `no_grad`, of which those are kept that are alive at its end.
+        self._results: list[tuple[int, weakref.ref[Tensor], int, Tensor | None]] = []
 
     def __enter__(self) -> StopGradients:
         self._position = 0
@@ -44,29 +52,62 @@ class StopGradients(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._without_gradient.leave()
+        self._keep_living()
         self._is_first = False
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            self._without_gradient.see(args[0], sys._getframe(1))
+            if not self._without_gradient.is_active:
+                self._keep_living()
+            return result
         is_value = func in _DETACH and isinstance(result, Tensor) and result.is_floating_point()
-        if not is_value and not (func in _NUMBER and isinstance(result, float)):
+        is_value = is_value or (func in _NUMBER and isinstance(result, float))
+        if not is_value and not self._without_gradient.makes_constants:
             return result
         # The engine's own code detaches the tensors that make a probe.
-        if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("zo_hf."):
+        if _is_engines(sys._getframe(1)):
             return result
-        if self._is_first:
-            self._values.append(result)
-            return result
-        position, self._position = self._position, self._position + 1
-        kept = self._values[position] if position < len(self._values) else result
-        return kept if _is_alike(kept, result) else result
+        if is_value:
+            return self._kept(result)
+        given = (*args, *(kwargs or {}).values())  # a result that is an argument was written in place
+        return tree_map(lambda one: one if any(one is arg for arg in given) else self._constant(one), result)
 
     @property
     def is_empty(self) -> bool:
         """True if the first evaluation has detached nothing."""
-        return not self._values
+        return all(value is None for value in self._values)
+
+    def _kept(self, result: Tensor | float) -> Tensor | float:
+        """Return a detached value as it was at the first evaluation."""
+        if self._is_first:
+            self._values.append(_copy(result))
+            return result
+        position, self._position = self._position, self._position + 1
+        kept = self._values[position] if position < len(self._values) else None
+        return _copy(kept) if kept is not None and _is_alike(kept, result) else result
+
+    def _constant(self, result: Any) -> Any:
+        """Return a result inside of `no_grad` as it was at the first evaluation, if it was used after that."""
+        if not isinstance(result, Tensor) or result.is_inference():
+            return result
+        if not self._is_first:
+            return self._kept(result)
+        copied = result.detach().clone() if result.numel() <= MOST_COPIED else None
+        self._results.append((len(self._values), weakref.ref(result), result._version, copied))
+        self._values.append(None)
+        return result
+
+    def _keep_living(self) -> None:
+        for position, reference, version, copied in self._results:
+            result = reference()
+            if result is not None:
+                self._values[position] = copied if copied is not None or result._version != version else result
+        self._results.clear()
 
     @staticmethod
     def suspend() -> StopGradients | None:
@@ -82,6 +123,77 @@ class StopGradients(TorchFunctionMode):
         """Put back what `suspend` returned."""
         if mode is not None:
             _push_mode(mode)
+
+
+class WithoutGradient:
+    """Knows where a loss has switched gradients off, although none are ever on while a probe is evaluated.
+
+    Args:
+        constant: stands in for a tensor that a module returns there.
+
+    Attributes:
+        is_active: True where the loss has switched them off.
+    """
+
+    def __init__(self, constant: Callable[[Any], Any]) -> None:
+        self._constant = constant
+        self._entered: list[tuple[int, bool]] = []  # the context managers, each with whether it switches gradients on
+        self._handles: list[Any] = []
+        self._depth = 0  # of calls of modules
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self._entered) and not self._entered[-1][1]
+
+    @property
+    def makes_constants(self) -> bool:
+        """True if gradients are off, and no module is running, whose results are intermediate."""
+        return self.is_active and not self._depth
+
+    def see(self, enabled: bool, frame: Any) -> None:
+        """Take note of a switch, made by the code that runs in a frame."""
+        owner, method = None, ""
+        while frame is not None and frame.f_globals.get("__name__") == "torch.autograd.grad_mode":
+            owner, method, frame = frame.f_locals.get("self"), frame.f_code.co_name, frame.f_back
+        if owner is None or frame is None or _is_engines(frame):
+            return
+        if method == "__exit__":
+            self._entered = [one for one in self._entered if one[0] != id(owner)]
+        elif not any(one[0] == id(owner) for one in self._entered):
+            self._entered.append((id(owner), enabled))
+        if not self._entered:
+            self.leave()
+        elif not self._handles:
+            self._handles = [
+                register_module_forward_pre_hook(self._begin),
+                register_module_forward_hook(self._end, always_call=True),
+            ]
+
+    def leave(self) -> None:
+        """Forget all switches."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._entered, self._depth = [], [], 0
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._depth -= 1
+        if not self.makes_constants:
+            return None
+        with torch._C.DisableTorchFunction():
+            return tree_map(self._constant, output)
+
+
+def _is_engines(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("zo_hf.")
+
+
+def _copy(value: Any) -> Any:
+    """Return a copy, because a loss may write into it; a large tensor is not copied."""
+    is_small = isinstance(value, Tensor) and value.numel() <= MOST_COPIED
+    return value.detach().clone() if is_small else value
 
 
 def _is_alike(kept: Tensor | float, result: Tensor | float) -> bool:

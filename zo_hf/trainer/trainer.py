@@ -48,7 +48,6 @@ from zo_hf.trainer.offloaded_head import check_head
 from zo_hf.trainer.optimizer import (
     give_back,
     new_optimizer,
-    parameters_of,
     retarget,
 )
 from zo_hf.trainer.overrides import NoBackward, overrides
@@ -164,7 +163,7 @@ class ZOTrainer(SearchingTrainer):
         setup.check_trainable(self.model)
         self._make_replicas_equal()
         users = self.optimizer
-        zo, rate = self._make_engine(None if users is None else parameters_of(users))
+        zo, rate = self._make_engine(self._chosen_parameters())
         logger.info(
             "zeroth-order training: zo_subspace=%s with %s coordinates, zo_eps=%g, %s, %s forward passes per step",
             zo.subspace.name,
@@ -199,7 +198,7 @@ class ZOTrainer(SearchingTrainer):
         """Create the engine and what evaluates its losses, and return it with the initial learning rate.
 
         Args:
-            among: the parameters of the user's optimizer, which alone may move; None allows all.
+            among: the parameters of the user's optimizer or groups, which alone may move; None allows all.
         """
         arguments = dict(vars(self.args))
         if self._stability is not None:  # the user may have passed the callback
@@ -344,7 +343,7 @@ class ZOTrainer(SearchingTrainer):
         """Fill the coordinates' gradient after a step's last micro-batch, and return the step's loss."""
         with self._passes(closure, self._features):
             self._estimate = zo.finish_estimate()
-        self._no_backward.estimated()
+        self._no_backward.estimated(zo.step)
         self._rate_watch.loss = self._estimate.loss
         if not self._estimate.is_finite:
             logger.warning(
@@ -401,7 +400,12 @@ class ZOTrainer(SearchingTrainer):
     # Logs.
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the engine's numbers on lines that report a training loss or an evaluation."""
+        """Log as Trainer does, with the engine's numbers on lines that report a training loss or an evaluation.
+
+        What `compute_loss` logs is logged once for a micro-batch, not once a probe.
+        """
+        if self.zo is not None and self._losses.repeats:
+            return
         if self.zo is not None and "loss" in logs and self._estimate is not None:
             logs |= engine_logs(self.zo, self._estimate, self._monitor)
             if self._features is not None:
