@@ -25,7 +25,7 @@ from tests.conftest import (
     weights_of,
 )
 from tests.parallel.launch import run
-from tests.subspaces.helpers import loss_of, prepared, sgd
+from tests.subspaces.helpers import loss_of, prepared
 from tests.trainer.runs import InOrder, SaveAt, logged, make_trainer
 from zo_hf import ZOTrainer
 from zo_hf.engine import ZerothOrder
@@ -161,26 +161,6 @@ def test_a_model_that_does_not_keep_sequences_apart_gives_them_one_direction(
     with caplog.at_level(logging.WARNING, logger="zo_hf"):
         assert len(zo.estimate(loss_of(model, flat(sentences()))).projected_gradients) == 1
     assert "all rows of a step share its directions" in caplog.text
-
-
-@pytest.mark.slow
-def test_the_mean_estimate_is_the_gradient() -> None:
-    model, rows = seeded(tiny_llama), sentences()
-    options = {"rows_per_direction": 1, "noise_scale_steps": 0, "target_modules": r"model\.norm\.weight"}
-    zo = ZerothOrder(model, "norms", eps=1e-3, seed=0, **options)
-    sgd(zo, 0.0)
-    with zo.subspace.differentiable() as leaves:
-        expected = torch.cat([g.flatten() for g in torch.autograd.grad(model(**flat(rows)).loss, leaves)])
-    loss, estimates = loss_of(model, flat(rows)), []
-    for _ in range(1000):
-        zo.estimate(loss)
-        estimates.append(torch.cat([p.grad.flatten() for p in zo.subspace.coordinates.values()]))
-        zo.optimizer.step()
-    found = torch.stack(estimates)
-    noise = found.var(0).sum() / len(found) / expected.square().sum()  # squared length of the error, relative
-    assert noise < 0.05
-    assert torch.nn.functional.cosine_similarity(found.mean(0), expected, dim=0) > 1 - noise
-    assert (found.mean(0) - expected).square().sum() < 2 * noise * expected.square().sum()
 
 
 # Runs.

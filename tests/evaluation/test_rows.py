@@ -130,45 +130,6 @@ def test_several_directions_and_both_estimators(subspace: str, estimator: str) -
         torch.testing.assert_close(coordinate.grad, block.layout.view(expected, key))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rows_per_direction", [1, 3, 0])
-@pytest.mark.parametrize("name", ["llama, ragged", "classes", "tokens", "bart"])
-def test_the_mean_estimate_is_the_gradient_and_its_square_is_as_derived(name: str, rows_per_direction: int) -> None:
-    """E[ĝ] = ∇L, and E‖ĝ‖² = Σ_g (d + 2)‖∇ℓ_g‖² + Σ_{g≠h} ∇ℓ_g·∇ℓ_h for Gaussian directions."""
-    build, batch = MODELS[name]
-    model = seeded(build)
-    options = {"rows_per_direction": rows_per_direction, "noise_scale_steps": 0}
-    zo = ZerothOrder(model, "norms", eps=1e-3, seed=0, **options)
-    sgd(zo, 0.0)
-    groups = ROWS // rows_per_direction if rows_per_direction else 1
-    size = ROWS // groups
-    gradients = []
-    for group in range(groups):
-        with zo.subspace.differentiable() as leaves:
-            share = share_of(model, batch, slice(group * size, group * size + size))
-            parts = torch.autograd.grad(share, leaves, allow_unused=True)
-        gradients.append(
-            torch.cat(
-                [(torch.zeros_like(z) if g is None else g).flatten() for g, z in zip(parts, leaves, strict=True)]
-            )
-        )
-    expected = torch.stack(gradients).sum(0)
-    loss, total, squares, draws = loss_of(model, batch), torch.zeros_like(expected), [], 1000
-    for _ in range(draws):
-        zo.estimate(loss)
-        estimate = torch.cat([p.grad.flatten() for p in zo.subspace.coordinates.values()])
-        total += estimate
-        squares.append(estimate.square().sum().item())
-        zo.optimizer.step()
-    cosine = torch.nn.functional.cosine_similarity(total, expected, dim=0).item()
-    own = sum(g.square().sum().item() for g in gradients)
-    second = (zo.subspace.dimension + 1) * own + expected.square().sum().item()
-    spread = torch.tensor(squares).std().item() / draws**0.5
-    noise = (second / draws) ** 0.5 / expected.norm().item()  # expected length of the error, relative to the gradient
-    assert cosine > 1 - noise**2
-    assert abs(sum(squares) / draws - second) < 4 * spread
-
-
 # Steps that are divided in several ways.
 
 

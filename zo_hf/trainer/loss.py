@@ -110,8 +110,10 @@ class MicroBatchLosses:
 
         return LossCalls(compute_loss, self._trainer, self._detach_test, self._state, counts)
 
-    def _closure(self, model: nn.Module, batch: MicroBatch, sequential: LossCalls) -> Callable[[], Any]:
-        """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
+    def _closure(
+        self, model: nn.Module, batch: MicroBatch, sequential: LossCalls, checks: LossChecks | None = None
+    ) -> Callable[[], Any]:
+        """Return the closure, which is a `ModelLoss` if probes can share a forward pass; `checks` are the run's by default."""
         trainer, unwrapped = self._trainer, self._unwrapped(model)
         inputs, named, num_items = batch.inputs, batch.named, batch.num_items
 
@@ -154,7 +156,7 @@ class MicroBatchLosses:
             num_items if divides else None,
             self._factor if counts else 1,
             tokens_in_front(trainer.model),
-            self._checks,
+            self._checks if checks is None else checks,
             # Every chunk would draw the noise of the head again.
             divides=not isinstance(trainer.zo.subspace, Full),
             labels_on_host=batch.labels_on_host,
@@ -169,11 +171,13 @@ class MicroBatchLosses:
             return 1.0 if trainer.compute_loss_func is not None else 1.0 / micro_batches
         if micro_batches == 1 and self._factor == 1:
             return 1.0
-        self._count_test.see(
-            lambda count: self._closure(model, replace(batch, num_items=count), self._calls(model, count, False)),
-            num_items,
-            trainer.args.device,
-        )
+
+        def loss_with(count: Any) -> Callable[[], Any]:
+            # With checks of its own, because a loss that ignores the count is not yet known to.
+            calls = self._calls(model, count, False)
+            return self._closure(model, replace(batch, num_items=count), calls, LossChecks())
+
+        self._count_test.see(loss_with, num_items, trainer.args.device)
         if self._count_test.divides is not False:
             return 1.0
         share = share_of_labels(self._unwrapped(model), batch.inputs, num_items) if self._is_models_own else None
