@@ -32,6 +32,7 @@ REFUSED = {
         "--model any --sentences 2": "--sentences 2 must be at least",
         "--model any --batch-size 1": "--batch-size 1 must be at least",
     },
+    "variance_of_estimates": {"--model any --batch-size 5": "--batch-size 5 must be an even number from 4 on"},
 }
 
 
