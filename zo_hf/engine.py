@@ -327,7 +327,7 @@ class ZerothOrder:
 
     def _apply_estimate(self, numbers: Sequence[float], skipped: bool) -> None:
         try:
-            self.apply(numbers, skipped)
+            self._prepare_gradient(numbers, skipped)
         except BaseException:
             self.subspace.clear_gradient()
             raise
@@ -342,14 +342,18 @@ class ZerothOrder:
         dtype = self.evaluator.dtype_of_computation(self.subspace, self.evaluator.dtype)
         return self.curvature.record(losses, more, dtype)
 
-    def apply(self, numbers: Sequence[float], skipped: bool, chosen: Sequence[float] = ()) -> None:
-        """Prepare the gradient that a step's numbers stand for, in training and in replay.
+    def apply(self, numbers: Sequence[float], skipped: bool) -> None:
+        """Prepare the gradient of a recorded step, as training did.
 
         Args:
-            numbers: the estimator's numbers, with c neither clipped nor normalized.
+            numbers: the record: the estimator's numbers, with c neither clipped nor normalized, and the rule's choice.
             skipped: True prepares no gradient.
-            chosen: in a replay the choice of a rule that has candidates; empty lets the rule choose.
         """
+        end = len(numbers) - bool(self.rule.candidates)
+        self._prepare_gradient(numbers[:end], skipped, numbers[end:])
+
+    def _prepare_gradient(self, numbers: Sequence[float], skipped: bool, chosen: Sequence[float] = ()) -> None:
+        """Prepare the gradient of a step; a rule with candidates chooses one, unless it is `chosen`."""
         self._choose_kernels()
         self.distribution.begin()
         self.subspace.clip_factor = 1.0

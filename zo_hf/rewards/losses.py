@@ -25,12 +25,14 @@ class RewardLosses:
 
     Attributes:
         metrics: those of the training's steps.
+        passes_beside, repeats: as in `zo_hf.trainer.loss.MicroBatchLosses`; a reward has no effects that are to be left out.
 
     Raises:
         ValueError: a callback of the trainer measures the loss at other points than the members.
     """
 
     passes_beside = 0
+    repeats = False
 
     def __init__(self, trainer: Any, ranks: Ranks) -> None:
         if trainer._stability is not None:

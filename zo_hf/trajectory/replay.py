@@ -136,9 +136,7 @@ def take_steps(zo: ZerothOrder, optimizer: Optimizer, trajectory: Trajectory, pr
         for group, rate in zip(optimizer.param_groups, record.learning_rates, strict=True):
             group["lr"] = rate
         zo.subspace.still -= {still[index] for index in record.begins}
-        numbers = record.projected_gradients
-        end = len(numbers) - bool(zo.rule.candidates)
-        zo.apply(numbers[:end], record.skipped, numbers[end:])
+        zo.apply(record.projected_gradients, record.skipped)
         zo.subspace.scale_gradient(record.clip_factor)
         optimizer.step()
 
