@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -151,6 +151,11 @@ class Outputs:
     x: torch.Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
 class Returns(nn.Linear):
     """A linear layer that returns what it has computed in a container."""
 
@@ -180,7 +185,9 @@ def test_outputs_of_own_classes_are_concatenated_or_refused() -> None:
         of(Returns(Outputs))
 
 
-@pytest.mark.parametrize("container", [Outputs, lambda y: Both(y, y), lambda y: BaseModelOutput(last_hidden_state=y)])
+@pytest.mark.parametrize(
+    "container", [Outputs, Slotted, lambda y: Both(y, y), lambda y: BaseModelOutput(last_hidden_state=y)]
+)
 def test_a_layer_in_half_precision_returns_what_it_returns_without_a_probe(
     container: Callable[[torch.Tensor], Any],
 ) -> None:
@@ -188,5 +195,5 @@ def test_a_layer_in_half_precision_returns_what_it_returns_without_a_probe(
     moved = {"bias": torch.zeros(WIDTH)}
     output = functional_call(layer, moved, (torch.ones(2, WIDTH, dtype=torch.bfloat16),), {})
     assert type(output) is type(container(torch.ones(1)))
-    values = output if isinstance(output, tuple) else vars(output).values()
+    values = output if isinstance(output, tuple) else [getattr(output, field.name) for field in fields(output)]
     assert {value.dtype for value in values if value is not None} == {torch.bfloat16}

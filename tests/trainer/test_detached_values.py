@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from transformers import Trainer
 
 from tests.conftest import seeded, tiny_opt
@@ -58,6 +60,11 @@ class WeightedByData(OwnLoss):
         return -(logp.exp().data * logp).mean()
 
 
+class WeightedByList(OwnLoss):
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        return -(torch.tensor(logp.exp().tolist(), dtype=logp.dtype) * logp).mean()
+
+
 class WritesItsWeights(OwnLoss):
     """Normalizes in place what it has detached."""
 
@@ -75,11 +82,41 @@ class WeightedWithoutGradient(OwnLoss):
             weights = (1 - logp.exp()) ** 2
             weights /= weights.sum()
             largest = logp.max(dim=0).values
-        return -(weights * self.twice(logp) * logp).sum() - largest * logp.mean()
+            filled = torch.zeros_like(logp)
+            filled[1:] = logp[1:].exp()
+        return -((weights * self.twice(logp) + filled) * logp).sum() - largest * logp.mean()
 
     @torch.no_grad()
     def twice(self, logp: torch.Tensor) -> torch.Tensor:
         return 2 * logp
+
+
+class SwitchesGradients(OwnLoss):
+    """Switches gradients off and on again by calls, as code without contexts does."""
+
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(True)
+        return -(logp.exp().detach() * logp).mean()
+
+
+@dataclass
+class Features:
+    values: torch.Tensor
+
+
+class Halves(nn.Module):
+    """A module that returns an instance of a dataclass."""
+
+    def forward(self, x: torch.Tensor) -> Features:
+        return Features(x / 2)
+
+
+class WeightedByRecord(OwnLoss):
+    def loss_of(self, logp: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = Halves()(logp)
+        return (features.values * logp).mean()
 
 
 class AgreesWithItself(OwnLoss):
@@ -105,8 +142,11 @@ STOPS = [
     Weighted,
     WeightedByNumber,
     WeightedByData,
+    WeightedByList,
     WritesItsWeights,
     WeightedWithoutGradient,
+    SwitchesGradients,
+    WeightedByRecord,
     AgreesWithItself,
 ]
 
@@ -146,6 +186,17 @@ def test_later_evaluations_get_the_first_one_s_values() -> None:
         assert (3 * x).detach()[0] == 3  # the first evaluation had no second value
     with mode:
         assert torch.ones(3).detach().shape == (3,)  # of another shape
+
+
+def test_an_interrupt_in_the_forward_leaves_no_mode(tmp_path: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = made(Ratio, tmp_path)
+    trainer.model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not _get_current_function_mode_stack()
 
 
 class Reversed(torch.autograd.Function):

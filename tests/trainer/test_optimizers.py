@@ -66,6 +66,22 @@ def test_optimizer_cls_and_kwargs_is_used(tmp_path: Path) -> None:
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer.model).items())
 
 
+@pytest.mark.parametrize("form", ["iterator", "iterator in a group", "names"])
+def test_optimizer_cls_and_kwargs_takes_groups_in_every_form_that_torch_takes(tmp_path: Path, form: str) -> None:
+    model = seeded(tiny_opt)
+    layer = model.model.decoder.layers[0].fc1
+    groups: dict[str, Any] = {
+        "iterator": layer.parameters(),
+        "iterator in a group": [{"params": layer.parameters()}],
+        "names": layer.named_parameters(),
+    }
+    chosen = torch.optim.SGD, {"lr": 1e-2, "params": groups[form]}
+    before = weights_of(model)
+    trained(tmp_path, model, more={"optimizer_cls_and_kwargs": chosen})
+    moved = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, before[name])}
+    assert moved == {f"model.decoder.layers.0.fc1.{name}" for name in ("weight", "bias")}
+
+
 def test_a_users_muon_moves_its_matrices_and_nothing_else(tmp_path: Path) -> None:
     model = seeded(tiny_opt)
     chosen = {n: p for n, p in model.named_parameters() if n.endswith(("fc1.weight", "fc2.weight"))}

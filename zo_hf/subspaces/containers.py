@@ -47,6 +47,7 @@ def with_values(container: Any, function: Callable[[Any], Any]) -> Any:
     if is_record(container):
         new = copy.copy(container)
         for field in dataclasses.fields(container):
-            object.__setattr__(new, field.name, function(getattr(container, field.name)))
+            if hasattr(container, field.name):  # one with init=False may never have been set
+                object.__setattr__(new, field.name, function(getattr(container, field.name)))
         return new
     return container

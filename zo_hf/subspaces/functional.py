@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -140,6 +141,6 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply `function` to the tensors in `value`, at one level of containers; see `with_values`."""
     if isinstance(value, Tensor):
         return function(value)
-    if is_record(value) and not any(isinstance(item, Tensor) for item in vars(value).values()):
+    if is_record(value) and not any(isinstance(getattr(value, f.name, None), Tensor) for f in fields(value)):
         return value  # such as a config
     return with_values(value, lambda item: function(item) if isinstance(item, Tensor) else item)

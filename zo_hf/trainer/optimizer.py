@@ -43,7 +43,7 @@ def new_optimizer(
         ValueError: the class is a factory that builds from a model, or does not take its arguments.
     """
     kind, arguments = class_and_arguments()
-    given, arguments = parameter_groups(arguments), {k: v for k, v in arguments.items() if k not in _GROUPS}
+    given, arguments = parameter_groups(arguments), without_groups(arguments)
     if given is not None:
         groups = _of_coordinates(given, zo.subspace)
     else:
@@ -82,8 +82,18 @@ def parameter_groups(arguments: Mapping[str, Any]) -> list[dict[str, Any]] | Non
     given = arguments[name]
     given = list(given.parameters() if isinstance(given, nn.Module) else given)
     if not all(isinstance(group, dict) for group in given):
-        return [{"params": given}]
-    return [{**group, "params": [one] if isinstance(one := group["params"], Tensor) else list(one)} for group in given]
+        given = [{"params": given}]
+    return [{**group, "params": _parameters(group["params"])} for group in given]
+
+
+def without_groups(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's arguments without its parameter groups."""
+    return {name: value for name, value in arguments.items() if name not in _GROUPS}
+
+
+def _parameters(given: Any) -> list[Tensor]:
+    """Return the parameters of a group, which torch takes alone, in an iterable, or each after its name."""
+    return [given] if isinstance(given, Tensor) else [one[1] if isinstance(one, tuple) else one for one in given]
 
 
 def _of_coordinates(groups: list[dict[str, Any]], subspace: Subspace) -> list[dict[str, Any]]:

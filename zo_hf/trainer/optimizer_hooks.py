@@ -15,7 +15,13 @@ from zo_hf.case import Case
 from zo_hf.compatibility import check
 from zo_hf.engine import ZerothOrder
 from zo_hf.offload import computing_devices
-from zo_hf.trainer.optimizer import ClassAndArguments, is_schedule_free, parameter_groups, rest_on_weights
+from zo_hf.trainer.optimizer import (
+    ClassAndArguments,
+    is_schedule_free,
+    parameter_groups,
+    rest_on_weights,
+    without_groups,
+)
 from zo_hf.trainer.overrides import overrides
 from zo_hf.trainer.private import PrivateTrainer
 
@@ -27,6 +33,7 @@ class OptimizerHooks(PrivateTrainer):
 
     zo: ZerothOrder | None = None
     optimizer: Any
+    optimizer_cls_and_kwargs: ClassAndArguments | None
     _own_optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -67,7 +74,10 @@ class OptimizerHooks(PrivateTrainer):
             source = f"{type(self).__name__}.create_optimizer" if is_made else "optimizers=..."
             groups = self.optimizer.param_groups
         elif self.optimizer_cls_and_kwargs is not None:
-            source, groups = "optimizer_cls_and_kwargs=...", parameter_groups(self.optimizer_cls_and_kwargs[1])
+            kind, arguments = self.optimizer_cls_and_kwargs
+            source, groups = "optimizer_cls_and_kwargs=...", parameter_groups(arguments)
+            if groups is not None:  # an iterator such as model.parameters() yields its parameters once
+                self.optimizer_cls_and_kwargs = kind, {**without_groups(arguments), "params": groups}
         elif overrides(self, _HOOK):
             given = self.args.learning_rate
             # Without a number the rate depends on the engine, which is made for these parameters.

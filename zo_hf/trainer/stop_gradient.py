@@ -7,13 +7,14 @@ because both values move with the probe. So the values that it detaches at the c
 
 The gradient of L is that of its first argument, so c estimates the gradient that a backward pass would give. The evaluation
 at ξ costs one more forward pass a micro-batch. It is left out once a test has found that detached values do not matter.
-This holds for values that a loss passes through `detach` or `.data`, or makes a Python number of with `item()` or `float()`,
-outside of the model's forward. It also holds for values that it computes under `torch.no_grad()` and uses afterwards. A loss
-that is itself such a value has no gradient at all, and then the value is what counts.
+This holds for values that a loss passes through `detach` or `.data`, or makes Python numbers of with `item()`, `tolist()` or
+`float()`, outside of the model's forward. It also holds for values that it computes under `torch.no_grad()` and uses
+afterwards. A loss that is itself such a value has no gradient at all, and then the value is what counts.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
+from zo_hf.subspaces.containers import is_record, with_values
+
 _DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-_NUMBER = (Tensor.item, Tensor.__float__)
+_NUMBER = (Tensor.item, Tensor.tolist, Tensor.__float__)
 #: Elements of the largest tensor that is copied, so that a loss may write into what it has detached.
 MOST_COPIED = 2**20
 #: Probes after which a loss that has moved with its detached values alone is believed to have no others.
@@ -38,12 +41,14 @@ class StopGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: list[Tensor | float | None] = []
+        self._values: list[Any] = []
         self._position = 0
         self._is_first = True
+        self._is_suspended = False
         self._without_gradient = WithoutGradient(self._constant)
         # Results inside of `no_grad`, of which those are kept that are alive at its end.
-        self._results: list[tuple[int, weakref.ref[Tensor], int, Tensor | None]] = []
+        self._results: list[tuple[int, weakref.ref[Tensor], int]] = []
+        self._written: set[int] = set()  # those that a later line inside of it writes in place
 
     def __enter__(self) -> StopGradients:
         self._position = 0
@@ -51,9 +56,11 @@ class StopGradients(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        if not self._is_suspended:  # an interrupt leaves the model's forward without `resume`
+            super().__exit__(*error)
+        self._is_suspended = False
         self._without_gradient.leave()
-        self._keep_living()
+        self._end_without_gradient()
         self._is_first = False
 
     def __torch_function__(
@@ -63,10 +70,11 @@ class StopGradients(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             self._without_gradient.see(args[0], sys._getframe(1))
             if not self._without_gradient.is_active:
-                self._keep_living()
+                self._end_without_gradient()
             return result
         is_value = func in _DETACH and isinstance(result, Tensor) and result.is_floating_point()
-        is_value = is_value or (func in _NUMBER and isinstance(result, float))
+        is_number = isinstance(result, float) or (isinstance(result, list) and args[0].is_floating_point())
+        is_value = is_value or (func in _NUMBER and is_number)
         if not is_value and not self._without_gradient.makes_constants:
             return result
         # The engine's own code detaches the tensors that make a probe.
@@ -82,14 +90,19 @@ class StopGradients(TorchFunctionMode):
         """True if the first evaluation has detached nothing."""
         return all(value is None for value in self._values)
 
-    def _kept(self, result: Tensor | float) -> Tensor | float:
+    def _kept(self, result: Any) -> Any:
         """Return a detached value as it was at the first evaluation."""
         if self._is_first:
             self._values.append(_copy(result))
             return result
         position, self._position = self._position, self._position + 1
         kept = self._values[position] if position < len(self._values) else None
-        return _copy(kept) if kept is not None and _is_alike(kept, result) else result
+        if kept is None or not _is_alike(kept, result):
+            return result
+        if position in self._written:
+            self._results.append((position, weakref.ref(result), result._version))
+            return result
+        return _copy(kept)
 
     def _constant(self, result: Any) -> Any:
         """Return a result inside of `no_grad` as it was at the first evaluation, if it was used after that."""
@@ -97,16 +110,23 @@ class StopGradients(TorchFunctionMode):
             return result
         if not self._is_first:
             return self._kept(result)
-        copied = result.detach().clone() if result.numel() <= MOST_COPIED else None
-        self._results.append((len(self._values), weakref.ref(result), result._version, copied))
+        self._results.append((len(self._values), weakref.ref(result), result._version))
         self._values.append(None)
         return result
 
-    def _keep_living(self) -> None:
-        for position, reference, version, copied in self._results:
+    def _end_without_gradient(self) -> None:
+        """Keep the results that are used after `no_grad`; later, give those that it has written the kept values."""
+        for position, reference, version in self._results:
             result = reference()
-            if result is not None:
-                self._values[position] = copied if copied is not None or result._version != version else result
+            if result is None:
+                continue
+            if not self._is_first:
+                with torch.no_grad():
+                    result.copy_(self._values[position])
+                continue
+            self._values[position] = _copy(result)
+            if result._version != version:
+                self._written.add(position)
         self._results.clear()
 
     @staticmethod
@@ -116,6 +136,7 @@ class StopGradients(TorchFunctionMode):
         if not isinstance(mode, StopGradients):
             return None
         _pop_mode()
+        mode._is_suspended = True
         return mode
 
     @staticmethod
@@ -123,6 +144,7 @@ class StopGradients(TorchFunctionMode):
         """Put back what `suspend` returned."""
         if mode is not None:
             _push_mode(mode)
+            mode._is_suspended = False
 
 
 class WithoutGradient:
@@ -137,7 +159,7 @@ class WithoutGradient:
 
     def __init__(self, constant: Callable[[Any], Any]) -> None:
         self._constant = constant
-        self._entered: list[tuple[int, bool]] = []  # the context managers, each with whether it switches gradients on
+        self._entered: list[tuple[Any, bool]] = []  # the context managers, each with whether it switches gradients on
         self._handles: list[Any] = []
         self._depth = 0  # of calls of modules
 
@@ -158,9 +180,9 @@ class WithoutGradient:
         if owner is None or frame is None or _is_engines(frame):
             return
         if method == "__exit__":
-            self._entered = [one for one in self._entered if one[0] != id(owner)]
-        elif not any(one[0] == id(owner) for one in self._entered):
-            self._entered.append((id(owner), enabled))
+            self._entered = [one for one in self._entered if one[0] is not owner]
+        elif not any(one[0] is owner for one in self._entered):
+            self._entered.append((owner, enabled))
         if not self._entered:
             self.leave()
         elif not self._handles:
@@ -183,7 +205,12 @@ class WithoutGradient:
         if not self.makes_constants:
             return None
         with torch._C.DisableTorchFunction():
-            return tree_map(self._constant, output)
+            return self._constants(output)
+
+    def _constants(self, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._constant(output)
+        return with_values(output, self._constants) if is_record(output) else tree_map(self._constant, output)
 
 
 def _is_engines(frame: Any) -> bool:
@@ -192,13 +219,17 @@ def _is_engines(frame: Any) -> bool:
 
 def _copy(value: Any) -> Any:
     """Return a copy, because a loss may write into it; a large tensor is not copied."""
+    if isinstance(value, list):
+        return copy.deepcopy(value)
     is_small = isinstance(value, Tensor) and value.numel() <= MOST_COPIED
     return value.detach().clone() if is_small else value
 
 
-def _is_alike(kept: Tensor | float, result: Tensor | float) -> bool:
+def _is_alike(kept: Any, result: Any) -> bool:
     if isinstance(kept, Tensor) and isinstance(result, Tensor):
         return kept.shape == result.shape and kept.dtype == result.dtype
+    if isinstance(kept, list) and isinstance(result, list):
+        return len(kept) == len(result) and all(map(_is_alike, kept, result))
     return isinstance(kept, float) and isinstance(result, float)
 
 
