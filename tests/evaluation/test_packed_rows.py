@@ -248,7 +248,7 @@ def test_a_batch_of_one_row_has_a_direction_for_every_sequence_in_it(tmp_path: P
 
 
 def main() -> None:
-    """What each of the launched processes does."""
+    """The work of each of the launched processes."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
     def pack(rows: list[dict[str, Any]]) -> dict[str, Any]:

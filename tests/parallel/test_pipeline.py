@@ -55,7 +55,7 @@ def trainer_of(
 
 
 def main() -> None:
-    """What each of the launched processes does."""
+    """The work of each of the launched processes."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     shared: list[int] = []
     share = Channel.share

@@ -84,7 +84,7 @@ class Mine(At):
 
 
 def main() -> None:
-    """What each of the launched processes does."""
+    """The work of each of the launched processes."""
     folder, rank, processes = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if processes == 3:
         as_on_gpus()

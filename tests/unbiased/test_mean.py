@@ -49,7 +49,7 @@ class Moved(TrainerCallback):
 def estimated(
     folder: Path, model: nn.Module, loss: Loss, space: Space, rows_per_direction: int = 1, processes: int = 1
 ) -> Moved:
-    """What a step of a Trainer moves, along a complete set of directions."""
+    """The change of a Trainer's step along a complete set of directions."""
     micro = len(loss.rows) // loss.micro_batches // processes
     options = {f"zo_{name}": value for name, value in space.options.items()} | dict(loss.options)
     args = config(
@@ -153,7 +153,7 @@ SHARED = ["causal", "masked", "translation", "function, sum", "packed", "marked 
 
 
 def main() -> None:
-    """What each of the launched processes does."""
+    """The work of each of the launched processes."""
     DISTRIBUTIONS[Complete.name] = Complete
     for name in SHARED:
         loss = replace(LOSSES[name], micro_batches=1)
