@@ -16,7 +16,8 @@ from transformers import Trainer
 from tests.conftest import seeded, tiny_opt
 from tests.trainer.runs import logged
 from tests.trainer.test_loss_calls import made
-from zo_hf.trainer.stop_gradient import PROBES_ALONE, DetachTest, StopGradients
+from zo_hf.trainer.detach_test import PROBES_ALONE, DetachTest
+from zo_hf.trainer.stop_gradient import StopGradients
 
 
 class OwnLoss(Trainer):

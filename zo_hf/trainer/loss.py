@@ -23,12 +23,12 @@ from zo_hf.parallel.ranks import Ranks
 from zo_hf.subspaces import Full
 from zo_hf.subspaces.peft_methods import adds_to_the_loss, base_model, tokens_in_front
 from zo_hf.trainer.accumulation import CountTest, share_of_labels
+from zo_hf.trainer.detach_test import DetachTest
 from zo_hf.trainer.loss_calls import LossCalls
 from zo_hf.trainer.loss_state import LossState
 from zo_hf.trainer.micro_batch import MicroBatch
 from zo_hf.trainer.objectives import depends_on_detached
 from zo_hf.trainer.overrides import has_stock_contexts, has_stock_loss, overrides
-from zo_hf.trainer.stop_gradient import DetachTest
 
 logger = logging.getLogger(__name__)
 

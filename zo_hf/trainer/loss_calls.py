@@ -12,9 +12,10 @@ from transformers import Trainer
 from zo_hf.evaluation.evaluate import one_number
 from zo_hf.evaluation.row_losses import RowLosses
 from zo_hf.rng.global_generators import GlobalGenerators
+from zo_hf.trainer.detach_test import DetachTest
 from zo_hf.trainer.loss_state import LossState
 from zo_hf.trainer.side_effects import Snapshot
-from zo_hf.trainer.stop_gradient import DetachTest, StopGradients
+from zo_hf.trainer.stop_gradient import StopGradients
 
 
 class LossCalls:

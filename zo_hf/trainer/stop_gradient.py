@@ -21,19 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
-from zo_hf.subspaces.containers import is_record, with_values
+from zo_hf.trainer.without_gradient import WithoutGradient, is_engines
 
 _DETACH = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _NUMBER = (Tensor.item, Tensor.tolist, Tensor.__float__)
 #: Elements of the largest tensor that is copied, so that a loss may write into what it has detached.
 MOST_COPIED = 2**20
-#: Probes after which a loss that has moved with its detached values alone is believed to have no others.
-PROBES_ALONE = 8
 
 
 class StopGradients(TorchFunctionMode):
@@ -78,7 +75,7 @@ class StopGradients(TorchFunctionMode):
         if not is_value and not self._without_gradient.makes_constants:
             return result
         # The engine's own code detaches the tensors that make a probe.
-        if _is_engines(sys._getframe(1)):
+        if is_engines(sys._getframe(1)):
             return result
         if is_value:
             return self._kept(result)
@@ -147,76 +144,6 @@ class StopGradients(TorchFunctionMode):
             mode._is_suspended = False
 
 
-class WithoutGradient:
-    """Knows where a loss has switched gradients off, although none are ever on while a probe is evaluated.
-
-    Args:
-        constant: stands in for a tensor that a module returns there.
-
-    Attributes:
-        is_active: True where the loss has switched them off.
-    """
-
-    def __init__(self, constant: Callable[[Any], Any]) -> None:
-        self._constant = constant
-        self._entered: list[tuple[Any, bool]] = []  # the context managers, each with whether it switches gradients on
-        self._handles: list[Any] = []
-        self._depth = 0  # of calls of modules
-
-    @property
-    def is_active(self) -> bool:
-        return bool(self._entered) and not self._entered[-1][1]
-
-    @property
-    def makes_constants(self) -> bool:
-        """True if gradients are off, and no module is running, whose results are intermediate."""
-        return self.is_active and not self._depth
-
-    def see(self, enabled: bool, frame: Any) -> None:
-        """Take note of a switch, made by the code that runs in a frame."""
-        owner, method = None, ""
-        while frame is not None and frame.f_globals.get("__name__") == "torch.autograd.grad_mode":
-            owner, method, frame = frame.f_locals.get("self"), frame.f_code.co_name, frame.f_back
-        if owner is None or frame is None or _is_engines(frame):
-            return
-        if method == "__exit__":
-            self._entered = [one for one in self._entered if one[0] is not owner]
-        elif not any(one[0] is owner for one in self._entered):
-            self._entered.append((owner, enabled))
-        if not self._entered:
-            self.leave()
-        elif not self._handles:
-            self._handles = [
-                register_module_forward_pre_hook(self._begin),
-                register_module_forward_hook(self._end, always_call=True),
-            ]
-
-    def leave(self) -> None:
-        """Forget all switches."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._entered, self._depth = [], [], 0
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._depth += 1
-
-    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._depth -= 1
-        if not self.makes_constants:
-            return None
-        with torch._C.DisableTorchFunction():
-            return self._constants(output)
-
-    def _constants(self, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._constant(output)
-        return with_values(output, self._constants) if is_record(output) else tree_map(self._constant, output)
-
-
-def _is_engines(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("zo_hf.")
-
-
 def _copy(value: Any) -> Any:
     """Return a copy, because a loss may write into it; a large tensor is not copied."""
     if isinstance(value, list):
@@ -231,44 +158,3 @@ def _is_alike(kept: Any, result: Any) -> bool:
     if isinstance(kept, list) and isinstance(result, list):
         return len(kept) == len(result) and all(map(_is_alike, kept, result))
     return isinstance(kept, float) and isinstance(result, float)
-
-
-class DetachTest:
-    """Finds out whether the values that a loss detaches matter to it: metrics detach, too.
-
-    Args:
-        all_reduce_and: turns this process's answer into the AND over all processes.
-
-    Attributes:
-        matters: the answer; None until a loss has given it.
-    """
-
-    def __init__(self, all_reduce_and: Callable[[Tensor], bool]) -> None:
-        self._all_reduce_and = all_reduce_and
-        self._alone = 0
-        self.matters: bool | None = None
-
-    def see_first(self, values: StopGradients, loss: Any, device: torch.device) -> None:
-        """Note the loss of the first evaluation of a batch, and what it has detached."""
-        has_none = values.is_empty or not isinstance(loss, Tensor)  # a number of Python has no gradient
-        if self.matters is None and self._all_reduce_and(torch.tensor(has_none, device=device)):
-            self.matters = False
-
-    def see(self, first: float, kept: float, moved: float, device: torch.device) -> None:
-        """Draw the conclusion from a probe's loss, if there is one.
-
-        Args:
-            first: the loss of the first evaluation; a probe with the same loss, as at the current point, tells nothing.
-            kept: the loss at the probe, with the values of the first evaluation. If it is `first`, the loss may have no
-                other values. Rounding can hide them, so only several such probes tell.
-            moved: the loss at the probe, with its own values.
-            device: device of the model.
-        """
-        if not self._all_reduce_and(torch.tensor(kept in (moved, first), device=device)):
-            self.matters = True
-        elif self._all_reduce_and(torch.tensor(kept != first, device=device)):
-            self.matters = False
-        elif self._all_reduce_and(torch.tensor(kept == first != moved, device=device)):
-            self._alone += 1
-            if self._alone == PROBES_ALONE:
-                self.matters = False
