@@ -25,11 +25,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from noise_scale_beside_autograd import Task, engine
+from noise_scale_beside_autograd import Task, engine, spread
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
@@ -169,10 +169,6 @@ def table(runs: Sequence[Mapping[tuple[int, float], Mapping[str, Any]]]) -> str:
             gain = [point["two-sided"][2] / point[name][2] for point in points]
             lines.append(f"| {step} | {eps:g} | {name} | {spread(variance)} | {spread(cosine)} | {spread(gain)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
 def main(words: list[str] | None = None) -> None:

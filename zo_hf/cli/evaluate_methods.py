@@ -13,7 +13,8 @@ digits-cnn and digits-transformer train a small network from random weights inst
 
 All methods get the same rows in the same order and the same number of forward passes. A backward pass counts as two. Every
 method first tries --rates learning rates, each with --trial-seeds seeds kept for trials, and more while the best rate is the
-largest or smallest tried. The rate with the lowest mean loss on development rows then trains with each of --seeds. Test rows choose nothing.
+largest or smallest tried. The rate with the lowest mean loss on development rows then trains with each of --seeds. Test rows
+choose nothing.
 
 Every table has controls: the untrained model, always the same answer, backpropagation ("adamw with backward") and the forward
 gradient, which has the exact derivative along as many directions. The controls give the verdict on "low_rank", which has the

@@ -1,7 +1,8 @@
 """The runs of a comparison: which are finished, which can start, and how they are made, resumed after every kill.
 
 Every method first tries the same number of learning rates, with seeds of their own. The rate with the least development
-loss, in the mean over these seeds, then makes a full run with each seed. A run that is in the file of finished runs is not made again.
+loss, in the mean over these seeds, then makes a full run with each seed. A run that is in the file of finished runs is
+not made again.
 """
 
 from __future__ import annotations
@@ -103,32 +104,34 @@ class Comparison:
 
     def zero_shot(self) -> list[dict[str, Any]] | None:
         """Return the evaluations of the untrained model, or None before all are finished."""
-        found = [made for made in map(self.find, self.untrained()) if made is not None]
-        return found if len(found) == len(self.untrained()) else None
+        made, wanted = self.divided(self.untrained())
+        return None if wanted else list(made.values())
 
     def find(self, job: Job) -> dict[str, Any] | None:
         """Return the finished run of a job, or None."""
         return self.finished.find(asdict(job))
+
+    def divided(self, jobs: Sequence[Job]) -> tuple[dict[Job, dict[str, Any]], list[Job]]:
+        """Return the finished runs of some jobs by job, and the jobs that have none."""
+        made = {job: found for job in jobs if (found := self.find(job)) is not None}
+        return made, [job for job in jobs if job not in made]
 
     def plan(self, method: str) -> Plan:
         """Return which runs of a method can start next, given its finished runs."""
         protocol = self.protocol
 
         def trials(rate: float) -> list[Job]:
-            return [
-                self.job(method, rate, seed, protocol.trial_forward_passes, 0) for seed in protocol.seeds_of_trials
-            ]
+            seeds, budget = protocol.seeds_of_trials, protocol.trial_forward_passes
+            return [self.job(method, rate, seed, budget, 0) for seed in seeds]
 
         def full(rate: float) -> list[Job]:
-            return [
-                self.job(method, rate, seed, protocol.forward_passes, protocol.evaluations) for seed in protocol.seeds
-            ]
+            seeds, budget = protocol.seeds, protocol.forward_passes
+            return [self.job(method, rate, seed, budget, protocol.evaluations) for seed in seeds]
 
         center = self.center(protocol.methods[method])
         rates = first_rates(center, protocol.ratio, protocol.rates)
         while True:
-            made = {job: found for rate in rates for job in trials(rate) if (found := self.find(job)) is not None}
-            wanted = [job for rate in rates for job in trials(rate) if job not in made]
+            made, wanted = self.divided([job for rate in rates for job in trials(rate)])
             if wanted:
                 more = max(protocol.rates - len(rates), 0) * sum(job.passes for job in trials(center))
                 return Plan(list(made), wanted, more + sum(job.passes for job in full(center)))
@@ -136,9 +139,7 @@ class Comparison:
             if is_complete(losses, protocol.rates):
                 break
             rates.append(next_rate(losses, protocol.ratio))
-        best = best_rate(losses)
-        runs = {job: found for job in full(best) if (found := self.find(job)) is not None}
-        wanted = [job for job in full(best) if job not in runs]
+        runs, wanted = self.divided(full(best_rate(losses)))
         result = None
         if not wanted:
             result = Result(protocol.methods[method].group, losses, list(runs.values()))
@@ -156,12 +157,7 @@ class Comparison:
 
     def passes(self) -> tuple[int, int]:
         """Return the forward passes that are made, and those that are left, as far as can be known."""
-        made = left = 0
-        for job in self.untrained():
-            if self.find(job) is None:
-                left += job.passes
-            else:
-                made += job.passes
+        made, left = (sum(job.passes for job in jobs) for jobs in self.divided(self.untrained()))
         for method in self.protocol.methods:
             plan = self.plan(method)
             made += sum(job.passes for job in plan.made)
@@ -171,7 +167,7 @@ class Comparison:
 
     def wanted(self) -> list[Job]:
         """Return all runs that can start now: trials, then full runs seed by seed, so that methods can be compared early."""
-        jobs = [job for job in self.untrained() if self.find(job) is None]
+        jobs = self.divided(self.untrained())[1]
         seeds = [*self.protocol.seeds_of_trials, *self.protocol.seeds]
         plans = [self.plan(method).wanted for method in self.protocol.methods if method not in self.failed]
         return jobs + sorted((job for wanted in plans for job in wanted), key=lambda job: seeds.index(job.seed))

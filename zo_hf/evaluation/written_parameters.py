@@ -36,7 +36,8 @@ class WrittenParameters:
         self._own = {} if is_offloaded(self._model) else own_parameters(self._model)
         moved = {site.name: site.parameter for site in subspace.sites if site.offloaded is None}
         # Inference tensors have no version, and FSDP works on the parameters themselves.
-        self._moved = {name: p for name, p in moved.items() if not (is_sharded(p) or p.is_inference())}
+        versioned = {name: p for name, p in moved.items() if not (is_sharded(p) or p.is_inference())}
+        self._of_probe: Mapping[str, nn.Parameter] = versioned | self._own
         self._has_run = False
         self._loads_again = False
 
@@ -51,7 +52,7 @@ class WrittenParameters:
         Raises:
             ValueError: a parameter has been written, and has other values than before; the message names it.
         """
-        parameters: Mapping[str, nn.Parameter] = self._moved | self._own if is_probe else self._own
+        parameters = self._of_probe if is_probe else self._own
         versions = [p._version for p in parameters.values()]
         are_compared = self._loads_again or not self._has_run
         sums = {name: _sum_of(p) for name, p in self._own.items()} if are_compared else {}

@@ -21,6 +21,7 @@ from transformers.utils.logging import tqdm
 from zo_hf.evaluation.known_losses import IGNORED
 from zo_hf.heads.discriminant import Discriminant, fit_discriminant
 from zo_hf.subspaces.evaluation_mode import in_evaluation_mode
+from zo_hf.subspaces.peft_methods import is_peft
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def fit_head(model: nn.Module, batches: Iterable[Mapping[str, Any]], max_rows: i
     _check_classes(targets, head.out_features)
     found, scores = fit_discriminant(everyone, targets, head.out_features, head.bias is not None)
     _write(head, found)
-    if hasattr(model, "peft_config") and ".modules_to_save." not in share.name:
+    if is_peft(model) and ".modules_to_save." not in share.name:
         logger.warning(
             "the files of an adapter do not hold %s, which fit_head has set; name the head in the adapter's modules_to_save and "
             "not in target_modules, or save the merged model",

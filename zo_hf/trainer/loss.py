@@ -83,7 +83,7 @@ class MicroBatchLosses:
         if zo.at_start_of_step:  # what the first step finds out is for the next ones, whose cost is known before
             self._counted = self.passes_beside
         zo.evaluator.forward_passes += self._counted
-        return self._closure(model, batch, calls), weight
+        return self._closure(model, batch, calls, self._checks), weight
 
     @property
     def repeats(self) -> bool:
@@ -111,9 +111,9 @@ class MicroBatchLosses:
         return LossCalls(compute_loss, self._trainer, self._detach_test, self._state, counts)
 
     def _closure(
-        self, model: nn.Module, batch: MicroBatch, sequential: LossCalls, checks: LossChecks | None = None
+        self, model: nn.Module, batch: MicroBatch, sequential: LossCalls, checks: LossChecks
     ) -> Callable[[], Any]:
-        """Return the closure, which is a `ModelLoss` if probes can share a forward pass; `checks` are the run's by default."""
+        """Return the closure, which is a `ModelLoss` if probes can share a forward pass."""
         trainer, unwrapped = self._trainer, self._unwrapped(model)
         inputs, named, num_items = batch.inputs, batch.named, batch.num_items
 
@@ -156,7 +156,7 @@ class MicroBatchLosses:
             num_items if divides else None,
             self._factor if counts else 1,
             tokens_in_front(trainer.model),
-            self._checks if checks is None else checks,
+            checks,
             # Every chunk would draw the noise of the head again.
             divides=not isinstance(trainer.zo.subspace, Full),
             labels_on_host=batch.labels_on_host,
